@@ -1,0 +1,127 @@
+"""Every record that crosses a room boundary, with its shapes, and the index rule that all rooms obey.
+
+**Index rule.** `logits[:, t]` is the target's distribution of token t+1 given tokens ≤ t. Its score is stored at t and
+*counts* when tokens t and t+1 are both assistant tokens, so an answer's first token, which always comes from the target
+itself, is neither scored nor trained on.
+
+**EAGLE pairing.** At position t the draft reads (hidden h_t, embedding of x_{t+1}) and predicts h_{t+1}, hence the token
+x_{t+2}. The loss at t counts when the score at t+1 counts.
+
+Letters: B batch rows, T tokens, V vocabulary, D model width, L layers, K key/value heads, S cache slots, H head dim,
+G draft tokens per step (the papers' γ).
+
+Host records are frozen dataclasses of numpy arrays; device records are NamedTuples, pytrees without registration.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One tokenized conversation.
+
+    Attributes:
+      id: unique in a run.
+      source: where it came from ("gsm8k", …); reported, never used for selection.
+      tokens: int32[T] token ids, template included.
+      assistant_mask: bool[T], True on an answer's content and on the end-of-turn token that closes it.
+    """
+
+    id: str
+    source: str
+    tokens: np.ndarray
+    assistant_mask: np.ndarray
+
+    @property
+    def counted(self) -> np.ndarray:
+        """bool[T]: where the score at t counts (the index rule above)."""
+        counted = np.zeros(len(self.tokens), bool)
+        counted[:-1] = self.assistant_mask[:-1] & self.assistant_mask[1:]
+        return counted
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """One evaluation prompt: the user's turns in order; each turn's own answer feeds the next."""
+
+    id: str
+    source: str
+    turns: tuple[str, ...]
+
+
+class Batch(NamedTuple):
+    """Right-padded samples of one length bucket, as the jitted stages take them.
+
+    Rows that only fill up the batch have `counted` all False and length 0.
+    """
+
+    tokens: Int[Array, "B T"] | np.ndarray
+    counted: Bool[Array, "B T"] | np.ndarray
+    lengths: Int[Array, " B"] | np.ndarray
+
+
+class TokenScores(NamedTuple):
+    """Per-token metrics of one distribution each (DESIGN §3), float32; zeros where a token does not count."""
+
+    flatness: Float[Array, "*shape"]
+    entropy: Float[Array, "*shape"]
+    top1: Float[Array, "*shape"]
+    margin: Float[Array, "*shape"]
+    energy: Float[Array, "*shape"]
+    nll: Float[Array, "*shape"]  # −log p(x_{t+1}); a sample's ppl is exp of its mean
+
+
+class KVCache(NamedTuple):
+    """Keys and values of every layer. A row's valid slots are its first `length`: lowering it is a rollback.
+
+    Heads come before slots, so that one head's keys are one contiguous matrix.
+    """
+
+    k: Float[Array, "L B K S H"]
+    v: Float[Array, "L B K S H"]
+    length: Int[Array, " B"]
+
+
+class DraftBatch(NamedTuple):
+    """A batch with the target's hidden states, for draft training."""
+
+    tokens: Int[Array, "B T"] | np.ndarray
+    counted: Bool[Array, "B T"] | np.ndarray  # where the *score* counts; the loss shifts it (EAGLE pairing)
+    hidden: Float[Array, "B T D"] | np.ndarray  # target hidden states after its final norm
+
+
+class TrainState(NamedTuple):
+    """All that a training step replaces."""
+
+    params: Any
+    opt_state: Any
+    step: Int[Array, ""]
+    key: Array
+
+
+class DecodeStats(NamedTuple):
+    """What happened while decoding, per row. τ, α and the histogram all derive from these counts.
+
+    Attributes:
+      accept_counts: int32[B, G+1], steps in which exactly i draft tokens were accepted.
+      reached: int32[B, G], steps in which draft depth i+1 was verified (all shallower drafts were accepted).
+      accepted: int32[B, G], steps in which the draft token at depth i+1 was accepted.
+    """
+
+    accept_counts: Int[Array, "B G1"]
+    reached: Int[Array, "B G"]
+    accepted: Int[Array, "B G"]
+
+
+class Generation(NamedTuple):
+    """Generated tokens of a batch: `tokens[b, :lengths[b]]`, the stopping token included."""
+
+    tokens: Int[Array, "B N"]
+    lengths: Int[Array, " B"]
+    stats: DecodeStats
