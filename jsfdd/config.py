@@ -1,0 +1,265 @@
+"""Every option of every stage, declared once.
+
+An option has one name, one meaning and one default wherever it appears: groups of options are small frozen dataclasses,
+and a stage's config inherits the groups it needs. The command line, the Python API and the `config` that each artifact
+stores are all these classes. Bad values raise ValueError with the remedy when a config is built, before any work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from pathlib import Path
+from typing import Literal
+
+Metric = Literal["flatness", "flatness_median", "entropy", "top1", "margin", "energy", "ppl", "random"]
+Flavour = Literal["eagle", "vllm"]
+
+# Field name -> (test, what a good value is). Checked for every config that has the field.
+_RULES = {
+    "data": (lambda x: len(x) > 0, "at least one chat file"),
+    "prompts": (lambda x: len(x) > 0, "at least one prompt file"),
+    "max_length": (lambda x: x >= 8, "8 tokens or more"),
+    "batch_tokens": (lambda x: x >= 1, "1 or more"),
+    "retain_ratio": (lambda x: 0 < x <= 1, "a share of the samples in (0, 1]"),
+    "epochs": (lambda x: x >= 1, "1 or more"),
+    "learning_rate": (lambda x: x > 0, "above 0"),
+    "warmup_share": (lambda x: 0 <= x < 1, "a share of the run's steps in [0, 1)"),
+    "max_grad_norm": (lambda x: x > 0, "above 0"),
+    "hidden_noise": (lambda x: x >= 0, "0 (no noise) or more"),
+    "held_out_share": (lambda x: 0 <= x < 0.5, "a share of the samples in [0, 0.5)"),
+    "log_every": (lambda x: x >= 1, "1 or more"),
+    "save_every": (lambda x: x >= 1, "1 or more"),
+    "temperature": (lambda x: x >= 0, "0 (greedy) or more"),
+    "num_draft_tokens": (lambda x: 1 <= x <= 32, "from 1 to 32"),
+    "max_new_tokens": (lambda x: x >= 1, "1 or more"),
+    "batch_size": (lambda x: x >= 1, "1 or more"),
+    "arms": (lambda x: len(x) > 0 and len(set(x)) == len(x), "one or more different arms"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Options:
+    """What every config can do: check its values, go to JSON and come back."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            rule = _RULES.get(field.name)
+            value = getattr(self, field.name)
+            if rule and not rule[0](value):
+                option = "--" + field.name.replace("_", "-")
+                raise ValueError(f"{option}: got {value!r}, but it must be {rule[1]}")
+
+    def to_json(self) -> dict:
+        """A JSON-ready dict; paths become strings."""
+        return json.loads(json.dumps(dataclasses.asdict(self), default=str))
+
+    @classmethod
+    def from_json(cls, values: dict):
+        """The config of which `to_json` made `values`. Unknown names are errors."""
+        types = typing.get_type_hints(cls)
+        unknown = sorted(set(values) - set(types))
+        if unknown:
+            raise ValueError(f"{cls.__name__} has no option {', '.join(unknown)}; it has {', '.join(sorted(types))}")
+        return cls(**{name: _from_json(types[name], value) for name, value in values.items()})
+
+    @classmethod
+    def taken_from(cls, other, **changes):
+        """This stage's config with the options it shares with `other`, then `changes`."""
+        shared = {f.name for f in dataclasses.fields(cls)} & {f.name for f in dataclasses.fields(other)}
+        return cls(**{name: getattr(other, name) for name in shared} | changes)
+
+
+def _from_json(kind, value):
+    """Rebuild what JSON has no form for: paths and tuples."""
+    if value is None:
+        return None
+    if kind is Path or Path in typing.get_args(kind) and isinstance(value, str):
+        return Path(value)
+    if isinstance(value, list):
+        element = typing.get_args(kind)[0]
+        return tuple(_from_json(element, item) for item in value)
+    return value
+
+
+# --- Groups of options ---------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TargetOptions(_Options):
+    target: str
+    """The target model: a Hugging Face directory, a .gguf file, a hub name, or `smollm2` (the packaged demo model)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the target's weights and activations. Metrics, softmax and losses are float32 either way."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataOptions(_Options):
+    data: tuple[Path, ...]
+    """Chat files: .jsonl or .json, each also .gz, in messages, ShareGPT or Alpaca form."""
+    max_length: int = 2048
+    """Conversations are cut after this many tokens."""
+    batch_tokens: int = 4096
+    """Tokens in one batch, padding included: rows × length of a bucket."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SelectionOptions(_Options):
+    metric: Metric = "flatness"
+    """Which score decides. Each metric keeps the end that stands for an uncertain target."""
+    retain_ratio: float = 0.5
+    """Share of the samples to keep."""
+    unit: Literal["sample", "batch"] = "sample"
+    """What is kept or dropped as a whole: a conversation, or four consecutive ones (the paper's code; for parity only)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingOptions(_Options):
+    epochs: int = 10
+    """Passes over the kept samples. The learning-rate schedule is scaled to the run's own number of steps."""
+    learning_rate: float = 5e-4
+    """Peak of AdamW(0.9, 0.95): linear warm-up, then linear decay to a tenth."""
+    warmup_share: float = 0.05
+    """Share of the steps that warm up."""
+    max_grad_norm: float = 0.5
+    """Gradients are clipped to this global norm."""
+    hidden_weight: float = 1.0
+    """Weight of SmoothL1 between predicted and true hidden states."""
+    token_weight: float = 0.1
+    """Weight of the cross entropy between the target's and the draft's next-token distributions."""
+    hidden_noise: float = 0.2
+    """Width of the uniform noise on the input hidden states, scaled by 512 / length as EAGLE does; 0 for none."""
+    held_out_share: float = 0.05
+    """Share of the samples on which agreement with the target is measured and never trained."""
+    log_every: int = 10
+    """Steps between two lines of metrics.jsonl."""
+    save_every: int = 200
+    """Steps between two checkpoints; the last step is always saved."""
+    fc_bias: bool = False
+    """Give the draft's fc a bias. vLLM drops it without a word, so drafts have none unless asked."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodingOptions(_Options):
+    temperature: float = 0.0
+    """0 decodes greedily; above 0 samples from the target's distribution at this temperature."""
+    num_draft_tokens: int = 4
+    """Draft tokens proposed per verification (γ)."""
+    max_new_tokens: int = 128
+    """Longest answer, in tokens."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Seeded(_Options):
+    seed: int = 0
+    """Seeds every random choice of the command."""
+
+
+# --- One config per command ----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoreConfig(TargetOptions, DataOptions):
+    """Score chats by how flat the target's next-token distributions are."""
+
+    out: Path
+    """Directory for scores.parquet; an interrupted run continues here."""
+    per_token: bool = False
+    """Also write token_scores.parquet, one row a sample with the list of its counted tokens' flatness and entropy."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SelectConfig(SelectionOptions, Seeded):
+    """Keep the most valuable share of the scored samples."""
+
+    scores: Path
+    """scores.parquet, as `jsfdd score` wrote it."""
+    out: Path
+    """Directory for selection.json."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig(TargetOptions, DataOptions, TrainingOptions, Seeded):
+    """Train an EAGLE draft on the selected samples."""
+
+    out: Path
+    """Directory for checkpoints/ and metrics.jsonl; an interrupted run continues here."""
+    selection: Path | None = None
+    """selection.json, as `jsfdd select` wrote it; without it every sample is used."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(TargetOptions, DecodingOptions, Seeded):
+    """Measure acceptance and speed by real speculative decoding."""
+
+    draft: Path
+    """A training run's directory, its checkpoints/, or an exported draft."""
+    prompts: tuple[Path, ...]
+    """Prompt files: rows with "turns"; each turn's own answer feeds the next."""
+    out: Path
+    """Directory for report.json."""
+    batch_size: int = 8
+    """Prompts decoded together."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportConfig(_Options):
+    """Write a draft in the layout that a serving engine loads."""
+
+    draft: Path
+    """A training run's directory, its checkpoints/, or an exported draft."""
+    out: Path
+    """Directory to write; must not exist yet."""
+    flavour: Flavour = "eagle"
+    """Whose layout."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateConfig(TargetOptions, DecodingOptions, Seeded):
+    """Answer one prompt and print the text as it is decoded."""
+
+    prompt: str
+    """The user's message."""
+    draft: Path | None = None
+    """A training run's directory, its checkpoints/, or an exported draft."""
+    no_draft: bool = False
+    """Decode without a draft, one token a step."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if (self.draft is None) != self.no_draft:
+            raise ValueError("give either --draft DIR or --no-draft")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReportConfig(_Options):
+    """Draw one self-contained HTML page from a run's artifacts."""
+
+    run: Path
+    """Directory of `jsfdd run` or `jsfdd demo`."""
+    out: Path | None = None
+    """Where to write the page; report.html in the run's directory unless given."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig(TargetOptions, DataOptions, SelectionOptions, TrainingOptions, DecodingOptions, Seeded):
+    """Score, select, train, evaluate, export and report: the whole loop in one resumable directory."""
+
+    prompts: tuple[Path, ...]
+    """Prompt files to evaluate on."""
+    out: Path
+    """Directory of the run; a second call continues it and repeats nothing."""
+    arms: tuple[str, ...] = ("full", "flatness", "random")
+    """Drafts to train and compare: `full` (every sample) or the name of a metric, at --retain-ratio."""
+    batch_size: int = 8
+    """Prompts decoded together."""
+    flavour: Flavour = "eagle"
+    """Layout of the exported drafts."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        known = ("full", *typing.get_args(Metric))
+        for arm in self.arms:
+            if arm not in known:
+                raise ValueError(f"--arms: {arm!r} is unknown; choose from {', '.join(known)}")

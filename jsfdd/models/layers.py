@@ -1,0 +1,192 @@
+"""The parts of a decoder layer in Flax Linen, shared by the target and the draft.
+
+Modules are stateless: parameters, masks and the KV cache are arguments, and a changed cache is a result. Kernels are
+[in, out]. Softmax, norms and rotations compute in float32 whatever the parameters' dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jsfdd.models.architecture import DecoderConfig, Rope
+from jsfdd.records import KVCache
+
+
+class View(NamedTuple):
+    """Who sees whom: the positions of queries and keys, and which key each query may attend to.
+
+    Without a cache the keys are the T new tokens themselves; with one they are its S slots, new tokens written in.
+    """
+
+    positions: Int[Array, "B T"]
+    key_positions: Int[Array, "B S"]
+    mask: Bool[Array, "B T S"]
+
+
+def causal_view(batch: int, length: int) -> View:
+    """The view of `length` tokens from position 0 without a cache. Right padding needs no mask of its own: it comes last."""
+    positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
+    mask = jnp.broadcast_to(jnp.tri(length, dtype=bool), (batch, length, length))
+    return View(positions, positions, mask)
+
+
+def cached_view(cache: KVCache, num_new: int) -> View:
+    """The view of `num_new` tokens that continue each row of `cache`, in slots length … length + num_new − 1."""
+    batch, slots = cache.k.shape[1], cache.k.shape[3]
+    positions = cache.length[:, None] + jnp.arange(num_new)[None, :]
+    key_positions = jnp.broadcast_to(jnp.arange(slots), (batch, slots))
+    return View(positions, key_positions, key_positions[:, None, :] <= positions[:, :, None])
+
+
+def empty_cache(config: DecoderConfig, batch: int, slots: int, dtype=jnp.float32) -> KVCache:
+    """A cache of `slots` places for each of `batch` rows, length 0."""
+    shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim)
+    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
+
+
+def rope_frequencies(rope: Rope, head_dim: int) -> tuple[np.ndarray, float]:
+    """Angular frequencies float32[H/2] and the factor on cos and sin (1 but for YaRN).
+
+    Rules: linear (position interpolation), Llama-3's smooth split between scaled and unscaled wavelengths, and
+    YaRN (arXiv 2309.00071, §3.2-3.4). `frequency_divisors` are applied last.
+    """
+    exponents = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
+    freq = rope.theta**-exponents
+    scale = 1.0
+    if rope.kind == "linear":
+        freq = freq / rope.factor
+    elif rope.kind == "llama3":
+        wavelength = 2 * math.pi / freq
+        share = (rope.original_max_position / wavelength - rope.low_freq_factor) / (
+            rope.high_freq_factor - rope.low_freq_factor
+        )
+        unscaled = np.clip(share, 0.0, 1.0)
+        freq = (1 - unscaled) * freq / rope.factor + unscaled * freq
+    elif rope.kind == "yarn":
+
+        def dimension(rotations: float) -> float:  # the dimension that turns so often over the original context
+            return head_dim * math.log(rope.original_max_position / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+        low = max(math.floor(dimension(rope.beta_fast)), 0)
+        high = min(math.ceil(dimension(rope.beta_slow)), head_dim - 1)
+        interpolated = np.clip((np.arange(head_dim // 2) - low) / max(high - low, 1e-3), 0.0, 1.0)
+        freq = freq * (1 - interpolated) + freq / rope.factor * interpolated
+        scale = rope.attention_factor if rope.attention_factor is not None else 0.1 * math.log(rope.factor) + 1.0
+    if rope.frequency_divisors:
+        freq = freq / np.asarray(rope.frequency_divisors)
+    return freq.astype(np.float32), scale
+
+
+def rope_table(positions: Int[Array, "B T"], rope: Rope, head_dim: int) -> tuple[Float[Array, "B T 1 h"], Float[Array, "B T 1 h"]]:
+    """cos and sin of every position's angles, float32[B, T, 1, H/2], ready to multiply per-head vectors."""
+    freq, scale = rope_frequencies(rope, head_dim)
+    angles = positions[:, :, None, None].astype(jnp.float32) * jnp.asarray(freq)[None, None, None, :]
+    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+
+
+def rotate(x: Float[Array, "B T heads H"], table) -> Float[Array, "B T heads H"]:
+    """Rotate the two halves of each head vector against each other (Hugging Face's layout, not the interleaved one)."""
+    cos, sin = table
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def write_cache(cache: Float[Array, "L B K S H"], layer, new: Float[Array, "B K T H"], start: Int[Array, " B"]):
+    """`new` written into `layer` at each row's own slot `start[b]`; the rest untouched, so the update is in place."""
+
+    def write_row(row, new_row, slot):  # [L, K, S, H], [K, T, H]
+        return jax.lax.dynamic_update_slice(row, new_row[None].astype(row.dtype), (layer, 0, slot, 0))
+
+    return jax.vmap(write_row, in_axes=(1, 0, 0), out_axes=1)(cache, new, start)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis, computed in float32."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        # Rank promotion is spelled out: the whole package runs with jax_numpy_rank_promotion="raise".
+        return (normed * jnp.expand_dims(scale, tuple(range(x.ndim - 1)))).astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions, over the new tokens or over a cache they are written into."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x, table, mask, keys, values, layer, start):
+        """x [B,T,D], mask bool[B,T,S]; keys, values: a cache's arrays [L,B,K,S,H] or None. Returns (y, keys, values)."""
+        cfg = self.config
+        batch, length = x.shape[:2]
+        heads, kv_heads, dim = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+
+        def project(name, count):
+            y = nn.Dense(count * dim, use_bias=cfg.qkv_bias, name=name)(x)
+            return y.reshape(batch, length, count, dim)
+
+        q, k, v = project("q_proj", heads), project("k_proj", kv_heads), project("v_proj", kv_heads)
+        if cfg.qk_norm:
+            q, k = RMSNorm(cfg.rms_norm_eps, name="q_norm")(q), RMSNorm(cfg.rms_norm_eps, name="k_norm")(k)
+        q, k = rotate(q, table), rotate(k, table)
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B,K,T,H]
+        if keys is not None:
+            keys, values = write_cache(keys, layer, k, start), write_cache(values, layer, v, start)
+            k = jax.lax.dynamic_index_in_dim(keys, layer, keepdims=False)
+            v = jax.lax.dynamic_index_in_dim(values, layer, keepdims=False)
+
+        scale = dim**-0.5 if cfg.query_scale is None else cfg.query_scale
+        q = q.reshape(batch, length, kv_heads, heads // kv_heads, dim).transpose(0, 2, 3, 1, 4)
+        logits = jnp.einsum("bkrth,bksh->bkrts", q, k, preferred_element_type=jnp.float32) * scale
+        logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
+        weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+        y = jnp.einsum("bkrts,bksh->btkrh", weights, v).reshape(batch, length, heads * dim)
+        return nn.Dense(cfg.hidden_size, use_bias=False, name="o_proj")(y), keys, values
+
+
+class MLP(nn.Module):
+    """Gated feed-forward block."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x):
+        cfg = self.config
+        gate = nn.Dense(cfg.intermediate_size, use_bias=False, name="gate_proj")(x)
+        up = nn.Dense(cfg.intermediate_size, use_bias=False, name="up_proj")(x)
+        gate = jax.nn.silu(gate) if cfg.activation == "silu" else jax.nn.gelu(gate, approximate=True)
+        return nn.Dense(cfg.hidden_size, use_bias=False, name="down_proj")(gate * up)
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP with residuals. `input_norm=False` is EAGLE's draft layer, whose input comes straight from fc."""
+
+    config: DecoderConfig
+    input_norm: bool = True
+
+    @nn.compact
+    def __call__(self, x, table, mask, keys, values, layer, start):
+        """Shapes as in `Attention`. Returns (x, keys, values)."""
+        cfg = self.config
+
+        def norm(name, y):
+            return RMSNorm(cfg.rms_norm_eps, name=name)(y)
+
+        y = norm("input_norm", x) if self.input_norm else x
+        y, keys, values = Attention(cfg, name="attention")(y, table, mask, keys, values, layer, start)
+        x = x + (norm("post_attention_norm", y) if cfg.sandwich_norms else y)
+        y = MLP(cfg, name="mlp")(norm("mlp_norm", x))
+        x = x + (norm("post_mlp_norm", y) if cfg.sandwich_norms else y)
+        return x, keys, values
