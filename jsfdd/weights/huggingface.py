@@ -1,0 +1,171 @@
+"""A Hugging Face directory: config.json to `DecoderConfig`, safetensors to the params tree.
+
+Reads what transformers 4 and 5 write, without torch. Strict: a setting or tensor that would change the model and that
+jsfdd does not compute is an error, never skipped. Pickled weights (.bin, .pt) are never opened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from jsfdd.models.architecture import DecoderConfig
+from jsfdd.weights.huggingface_config import is_wrapped, read_config, read_json
+from jsfdd.weights.layout import Source, fill_params
+
+__all__ = ["read_config", "read_params"]
+
+_FLOATS = ("F32", "F16", "BF16")
+
+_NAMES = {
+    "embed/embedding": "model.embed_tokens.weight",
+    "norm/scale": "model.norm.weight",
+    "head/kernel": "lm_head.weight",
+    "layers/input_norm/scale": "model.layers.{}.input_layernorm.weight",
+    "layers/mlp_norm/scale": "model.layers.{}.post_attention_layernorm.weight",
+    "layers/attention/q_proj/kernel": "model.layers.{}.self_attn.q_proj.weight",
+    "layers/attention/k_proj/kernel": "model.layers.{}.self_attn.k_proj.weight",
+    "layers/attention/v_proj/kernel": "model.layers.{}.self_attn.v_proj.weight",
+    "layers/attention/o_proj/kernel": "model.layers.{}.self_attn.o_proj.weight",
+    "layers/attention/q_proj/bias": "model.layers.{}.self_attn.q_proj.bias",
+    "layers/attention/k_proj/bias": "model.layers.{}.self_attn.k_proj.bias",
+    "layers/attention/v_proj/bias": "model.layers.{}.self_attn.v_proj.bias",
+    "layers/attention/q_norm/scale": "model.layers.{}.self_attn.q_norm.weight",
+    "layers/attention/k_norm/scale": "model.layers.{}.self_attn.k_norm.weight",
+    "layers/mlp/gate_proj/kernel": "model.layers.{}.mlp.gate_proj.weight",
+    "layers/mlp/up_proj/kernel": "model.layers.{}.mlp.up_proj.weight",
+    "layers/mlp/down_proj/kernel": "model.layers.{}.mlp.down_proj.weight",
+}
+# Gemma-3 gives the name that everyone else uses for the norm before the MLP to the one after attention.
+_GEMMA_NAMES = {
+    "layers/post_attention_norm/scale": "model.layers.{}.post_attention_layernorm.weight",
+    "layers/mlp_norm/scale": "model.layers.{}.pre_feedforward_layernorm.weight",
+    "layers/post_mlp_norm/scale": "model.layers.{}.post_feedforward_layernorm.weight",
+}
+
+# Buffers, not parameters: old checkpoints store the rotary frequencies that the config already fixes.
+_ROTARY_BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+# What a Gemma-3 image model has beside its text decoder, and the two spellings of that decoder's prefix.
+_VISION = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
+_WRAPPED_PREFIX = re.compile(r"(language_model\.model\.|model\.language_model\.)")
+_WRAPPED_HEAD = "language_model.lm_head.weight"
+
+
+def weight_files(directory: str | Path) -> list[Path]:
+    """The safetensors files that hold a directory's weights, sorted: one, or the shards that its index names.
+
+    Raises:
+      FileNotFoundError: there are none, or a shard is missing.
+      ValueError: the index is malformed, or names a shard outside the directory.
+    """
+    directory = Path(directory)
+    index = directory / "model.safetensors.index.json"
+    single = directory / "model.safetensors"
+    if index.exists():
+        files = sorted({directory / shard for shard in _weight_map(index).values()})
+        for file in files:
+            if not file.is_file():
+                raise FileNotFoundError(f"{index}: names {file.name}, which is not in {directory}; download it again")
+        return files
+    if single.is_file():
+        return [single]
+    pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in directory.glob(pattern))
+    if pickled:
+        raise FileNotFoundError(
+            f"{directory}: only pickled weights ({pickled[0]}), which can run code when opened and are never read. Convert "
+            "them once, where torch is installed: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
+        )
+    raise FileNotFoundError(f"{directory}: neither model.safetensors nor model.safetensors.index.json is there")
+
+
+def read_params(directory: str | Path, config: DecoderConfig, dtype=np.float32) -> dict:
+    """The params tree of a directory's weights as JAX arrays of `dtype` (layout: `layout.fill_params`).
+
+    Raises:
+      FileNotFoundError: no weights, or a shard is missing.
+      ValueError: a file is truncated or corrupt; a tensor is missing, unknown, misshapen or not F32, F16 or BF16.
+    """
+    directory = Path(directory)
+    files = weight_files(directory)
+    names, transforms = _NAMES, {}
+    if config.family == "gemma3":
+        names = _NAMES | _GEMMA_NAMES
+        # Gemma's norms compute x · (1 + w); here scales multiply as they are.
+        transforms = {leaf: _one_plus for leaf in names if leaf.endswith("/scale")}
+    with contextlib.ExitStack() as stack:
+        found = {}
+        for file in files:
+            handle = stack.enter_context(_open(file))
+            for name in handle.keys():
+                if name in found:
+                    raise ValueError(f"{file}: tensor {name} is in {found[name].file} too; which one holds?")
+                found[name] = Source(file, tuple(handle.get_slice(name).get_shape()), functools.partial(_read, handle, file, name))
+        if len(files) > 1 or (directory / "model.safetensors.index.json").exists():
+            _check_index(directory / "model.safetensors.index.json", found)
+        sources = _decoder_sources(found, config, is_wrapped(directory))
+        return fill_params(config, names, sources, dtype, directory, transforms)
+
+
+def _decoder_sources(found: dict[str, Source], config: DecoderConfig, wrapped: bool) -> dict[str, Source]:
+    """`found` under the names of a plain text decoder, without what is known to be no parameter of it."""
+    sources = {}
+    for name, source in found.items():
+        if _ROTARY_BUFFER.fullmatch(name):
+            continue
+        if wrapped:
+            if _VISION.match(name):
+                continue
+            name = "lm_head.weight" if name == _WRAPPED_HEAD else _WRAPPED_PREFIX.sub("model.", name, count=1)
+        sources[name] = source
+    if config.tie_embeddings and "lm_head.weight" in sources:
+        # Some writers save a tied head as well. transformers overwrites it with the embedding, so it is not read.
+        head = sources.pop("lm_head.weight")
+        if head.shape != (config.vocab_size, config.hidden_size):
+            raise ValueError(
+                f"{head.file}: tensor lm_head.weight has shape {list(head.shape)}; tied to the embedding it must have "
+                f"{[config.vocab_size, config.hidden_size]}"
+            )
+    return sources
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: no weight_map from tensor names to files")
+    for name, shard in weight_map.items():
+        # A plain file name: a path, even a harmless one, could leave the directory by way of "..".
+        if not isinstance(shard, str) or Path(shard).name != shard or "\\" in shard or not shard.endswith(".safetensors"):
+            raise ValueError(f"{index}: tensor {name} is said to be in {shard!r}; a .safetensors file beside it was expected")
+    return weight_map
+
+
+def _check_index(index: Path, found: dict[str, Source]) -> None:
+    weight_map = _weight_map(index)
+    for name, shard in weight_map.items():
+        if name not in found or found[name].file.name != shard:
+            raise ValueError(f"{index.parent / shard}: tensor {name} is missing, though {index.name} says that it is there")
+
+
+@contextlib.contextmanager
+def _open(file: Path):
+    try:
+        with safe_open(file, framework="numpy") as handle:
+            yield handle
+    except SafetensorError as error:
+        raise ValueError(f"{file}: not a whole safetensors file ({error}); download or write it again") from error
+
+
+def _read(handle, file: Path, name: str) -> np.ndarray:
+    kind = handle.get_slice(name).get_dtype()
+    if kind not in _FLOATS:
+        raise ValueError(f"{file}: tensor {name} has type {kind}; supported are {', '.join(_FLOATS)} (no quantised weights)")
+    return handle.get_tensor(name)
+
+
+def _one_plus(weight: np.ndarray) -> np.ndarray:
+    return np.float32(1.0) + weight.astype(np.float32)
