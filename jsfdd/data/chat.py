@@ -61,12 +61,12 @@ class Chat:
 
 
 class _Row(NamedTuple):
-    """One JSON object of a file with the names it gets when it has none of its own."""
+    """One JSON object of a file, its id and source settled."""
 
     value: dict
+    id: str
+    source: str
     place: str
-    default_id: str
-    default_source: str
 
 
 def read_chats(paths: Sequence[str | Path]) -> list[Chat]:
@@ -77,11 +77,11 @@ def read_chats(paths: Sequence[str | Path]) -> list[Chat]:
     turn, an id that occurs twice, a file without rows.
     """
     chats = []
-    for row, row_id, source in _identified_rows(paths):
+    for row in _rows(paths):
         messages = _messages(row.value, row.place)
         if not any(message["role"] == "assistant" for message in messages):
             raise ValueError(f"{row.place}: no assistant turn, so nothing to learn from; add an answer or drop the row")
-        chats.append(Chat(row_id, source, messages, row.place))
+        chats.append(Chat(row.id, row.source, messages, row.place))
     return chats
 
 
@@ -91,54 +91,44 @@ def read_prompts(paths: Sequence[str | Path]) -> list[Prompt]:
     Raises what `read_chats` raises; a row needs "turns", a list of at least one string.
     """
     prompts = []
-    for row, row_id, source in _identified_rows(paths):
+    for row in _rows(paths):
         turns = _field(row.value, "turns", list, row.place)
         if not turns:
             raise ValueError(f"{row.place}: 'turns' is empty; give at least one user turn or drop the row")
         for number, turn in enumerate(turns, 1):
             _check_text(turn, f"turn {number}", row.place)
-        prompts.append(Prompt(row_id, source, tuple(turns)))
+        prompts.append(Prompt(row.id, row.source, tuple(turns)))
     return prompts
 
 
-def _identified_rows(paths: Sequence[str | Path]) -> Iterator[tuple[_Row, str, str]]:
-    """(row, id, source) of every row of every file; an id seen before is an error that names both places."""
+def _rows(paths: Sequence[str | Path]) -> Iterator[_Row]:
+    """The rows of all files; an id seen before is an error that names both places."""
     place_of_id: dict[str, str] = {}
     for path in map(Path, paths):
+        stem, _, ending = path.name.removesuffix(".gz").rpartition(".")
+        if not stem or ending not in ("jsonl", "json"):
+            raise ValueError(f"{path}: unknown file ending; expected .jsonl or .json, each also with .gz")
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file; check the path")
         place = None
-        for row in _rows(path):
-            place = row.place
-            row_id = row.value.get("id", row.default_id)
-            if isinstance(row_id, int) and not isinstance(row_id, bool):
-                row_id = str(row_id)
-            _check_text(row_id, "'id'", place)
-            source = row.value.get("source", row.default_source)
-            _check_text(source, "'source'", place)
-            if row_id in place_of_id:
-                raise ValueError(
-                    f"{place}: id {row_id!r} was already used at {place_of_id[row_id]}; make ids unique, or leave 'id' "
-                    "out and name the files differently"
-                )
-            place_of_id[row_id] = place
-            yield row, row_id, source
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
+            for value, place, number in _lines(stream, path) if ending == "jsonl" else _entries(stream, path):
+                if not isinstance(value, dict):
+                    raise ValueError(f"{place}: found {_kind(value)}; a row is an object {{…}}")
+                row_id, source = value.get("id", f"{stem}-{number}"), value.get("source", stem)
+                if type(row_id) is int:
+                    row_id = str(row_id)
+                _check_text(row_id, "'id'", place)
+                _check_text(source, "'source'", place)
+                if row_id in place_of_id:
+                    raise ValueError(
+                        f"{place}: id {row_id!r} was already used at {place_of_id[row_id]}; make ids unique, or leave "
+                        "'id' out and name the files differently"
+                    )
+                place_of_id[row_id] = place
+                yield _Row(value, row_id, source, place)
         if place is None:
             raise ValueError(f"{path}: the file holds no rows; remove it from the list or write it again")
-
-
-def _rows(path: Path) -> Iterator[_Row]:
-    """The JSON objects of one file with their places."""
-    name = path.name.removesuffix(".gz")
-    stem, _, ending = name.rpartition(".")
-    if not stem or ending not in ("jsonl", "json"):
-        raise ValueError(f"{path}: unknown file ending; expected .jsonl or .json, each also with .gz")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; check the path")
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
-        values = _lines(stream, path) if ending == "jsonl" else _entries(stream, path)
-        for value, place, number in values:
-            if not isinstance(value, dict):
-                raise ValueError(f"{place}: found {_kind(value)}; a row is an object {{…}}")
-            yield _Row(value, place, f"{stem}-{number}", stem)
 
 
 def _lines(stream: BinaryIO, path: Path) -> Iterator[tuple[object, str, int]]:

@@ -110,24 +110,37 @@ def read_config(directory: str | Path) -> DecoderConfig:
     fields.refuse("quantization_config", harmless=(None,))
     if fields.raw.get("model_type") == _WRAPPER:
         text = fields.child("text_config")
-        # The wrapper's own switches hold where the inner object is silent.
+        # The head belongs to the wrapper, and so does the switch that ties it.
         outer = {key: fields.raw[key] for key in ("tie_word_embeddings",) if key in fields.raw}
-        fields = text._replace(raw={"model_type": "gemma3_text", **outer, **text.raw})
+        fields = text._replace(raw={"model_type": "gemma3_text", **text.raw, **outer})
     model_type = fields.raw.get("model_type")
     if model_type not in _FAMILIES:
         supported = ", ".join([*_FAMILIES, _WRAPPER])
         raise fields.error("model_type", f"is {model_type!r}; supported are {supported}")
     fields.refuse("quantization_config", harmless=(None,))
-    # A bias here also goes on o_proj (Qwen2's, which are q, k and v only, are part of its type and have no switch).
-    fields.refuse("attention_bias")
-    fields.refuse("mlp_bias")
+    if model_type in ("llama", "qwen3", "gemma3_text"):
+        # It would also go on o_proj. Qwen2's biases (q, k and v only) belong to its type and have no switch.
+        fields.refuse("attention_bias")
+    if model_type == "llama":
+        fields.refuse("mlp_bias")
     fields.refuse("partial_rotary_factor", harmless=(None, 1, 1.0))
+    try:
+        return _config(fields, model_type)
+    except ValueError as error:
+        # DecoderConfig checks what must hold between fields, but does not know the file.
+        raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from error
+
+
+def _config(fields: _Fields, model_type: str) -> DecoderConfig:
     gemma = model_type == "gemma3_text"
     layers = fields.integer("num_hidden_layers", 26 if gemma else None, limit=_MAX_LAYERS)
     heads = fields.integer("num_attention_heads", 8 if gemma else None)
     width = fields.integer("hidden_size", 2304 if gemma else None)
     kv_default = {"llama": heads, "gemma3_text": 4}.get(model_type)
     head_default = {"qwen3": 128, "gemma3_text": 256}.get(model_type, width // heads)
+    head_dim = fields.integer("head_dim", head_default)
+    if head_dim % 2:
+        raise fields.error("head_dim", f"is {head_dim}; rotary positions need an even one")
     rope, local_rope = _gemma_ropes(fields) if gemma else (_rope(fields), None)
     window, slides = _sliding(fields, model_type, layers)
     common = dict(
@@ -138,7 +151,7 @@ def read_config(directory: str | Path) -> DecoderConfig:
         num_layers=layers,
         num_heads=heads,
         num_kv_heads=fields.integer("num_key_value_heads", kv_default),
-        head_dim=fields.integer("head_dim", head_default),
+        head_dim=head_dim,
         max_position=_max_position(fields),
         rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
         rope=rope,
@@ -197,7 +210,9 @@ def _sliding(fields: _Fields, model_type: str, layers: int) -> tuple[int | None,
     elif model_type == "mistral":
         slides = (True,) * layers
     else:
-        full = fields.raw.get("max_window_layers", 28)
+        full = fields.raw.get("max_window_layers", 28)  # 0 is a legal count
+        if not isinstance(full, int):
+            raise fields.error("max_window_layers", f"is {full!r}, not a whole number")
         slides = tuple(layer >= full for layer in range(layers))
     return (window, slides) if any(slides) else (None, ())
 

@@ -1,0 +1,189 @@
+"""The GGUF container: its metadata and tensor directory, read with every size checked against the file.
+
+The gguf package's own reader trusts counts and offsets: a truncated file makes it fail far from the cause or loop over
+counts that the file cannot hold, and it needs seconds for a vocabulary. Here each read is bounded, so a truncated or
+hostile file is a ValueError that says at which byte, and the header of a real model takes a fraction of a second. The package
+still does what only it knows: the block sizes and the dequantisation of every tensor type.
+
+Format: little-endian; magic "GGUF", u32 version, u64 tensor count, u64 key count; the keys, each a string, a u32 type and
+a value; the tensors, each a string, u32 number of dimensions (fastest first), u64 dimensions, u32 type, u64 offset into the
+data section, which starts at the next multiple of general.alignment.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
+
+_MAGIC = b"GGUF"
+_VERSIONS = (2, 3)
+_SCALARS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
+_STRING, _ARRAY = 8, 9
+_MAX_DIMENSIONS = 4
+
+
+class GGUFTensor(NamedTuple):
+    """One entry of the tensor directory: shape as NumPy has it (slowest first), place and size in bytes."""
+
+    shape: tuple[int, ...]
+    kind: GGMLQuantizationType
+    offset: int
+    num_bytes: int
+
+
+class GGUFFile(NamedTuple):
+    """A GGUF file's metadata (numbers, strings, lists of them) and tensor directory, all inside the file's bounds."""
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: dict[str, GGUFTensor]
+
+
+def read_header(path: str | Path) -> GGUFFile:
+    """Metadata and tensor directory of a GGUF file; no tensor data is read.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: not a GGUF file, truncated, corrupt, big-endian, of an unknown version, or one part of several.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    if path.stat().st_size < 24:
+        raise ValueError(f"{path}: {path.stat().st_size} bytes are no GGUF file, whose header alone has 24")
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return _Cursor(path, data).header()
+
+
+def read_tensor(file: GGUFFile, name: str) -> np.ndarray:
+    """A tensor dequantised to float32.
+
+    Raises:
+      ValueError: its type is one that the gguf package cannot dequantise.
+    """
+    tensor = file.tensors[name]
+    rows = int(np.prod(tensor.shape[:-1], dtype=np.int64))
+    data = np.fromfile(file.path, np.uint8, tensor.num_bytes, offset=tensor.offset)
+    if data.size != tensor.num_bytes:
+        raise ValueError(f"{file.path}: tensor {name} ends before its {tensor.num_bytes} bytes: the file has shrunk")
+    try:
+        values = dequantize(data.reshape(rows, -1), tensor.kind)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"{file.path}: tensor {name} has type {tensor.kind.name}, which the gguf package cannot dequantise; "
+            "requantise the model, for example to Q8_0"
+        ) from error
+    return values.reshape(tensor.shape)
+
+
+class _Cursor:
+    """A position in the mapped file that never passes its end."""
+
+    def __init__(self, path: Path, data: mmap.mmap):
+        self.path, self.data, self.size, self.position = path, data, len(data), 0
+
+    def error(self, problem: str) -> ValueError:
+        return ValueError(f"{self.path}: {problem}; the file is truncated or corrupt, download or convert it again")
+
+    def take(self, num_bytes: int, what: str) -> bytes:
+        if num_bytes > self.size - self.position:
+            raise self.error(f"{what} at byte {self.position} needs {num_bytes} bytes of a file of {self.size}")
+        start, self.position = self.position, self.position + num_bytes
+        return self.data[start : self.position]
+
+    def integer(self, code: str, what: str) -> int:
+        return struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}"), what))[0]
+
+    def count(self, smallest: int, what: str) -> int:
+        """A u64 count of things of at least `smallest` bytes each, which the rest of the file must be able to hold."""
+        count = self.integer("Q", what)
+        if count * smallest > self.size - self.position:
+            raise self.error(f"{what} at byte {self.position - 8} is {count}, more than {self.size} bytes can hold")
+        return count
+
+    def string(self, what: str) -> str:
+        length = self.count(1, f"the length of {what}")
+        try:
+            return self.take(length, what).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise self.error(f"{what} at byte {self.position - length} is not UTF-8") from error
+
+    def value(self, kind: int, what: str) -> Any:
+        if kind == _STRING:
+            return self.string(what)
+        if kind == _ARRAY:
+            element = self.integer("I", what)
+            if element == _STRING:
+                return [self.string(what) for _ in range(self.count(8, what))]
+            dtype = self.dtype(element, what)
+            count = self.count(dtype.itemsize, what)
+            return np.frombuffer(self.take(count * dtype.itemsize, what), dtype).tolist()
+        dtype = self.dtype(kind, what)
+        return np.frombuffer(self.take(dtype.itemsize, what), dtype).item()
+
+    def dtype(self, kind: int, what: str) -> np.dtype:
+        if kind not in _SCALARS:
+            raise self.error(f"{what} has the unknown type {kind} before byte {self.position}")
+        return np.dtype(_SCALARS[kind])
+
+    def header(self) -> GGUFFile:
+        if self.take(4, "the magic") != _MAGIC:
+            raise ValueError(f"{self.path}: not a GGUF file: it does not begin with {_MAGIC.decode()}")
+        version = self.integer("I", "the version")
+        if version not in _VERSIONS:
+            kind = "a big-endian file" if version >= 1 << 16 else f"GGUF version {version}"
+            raise ValueError(f"{self.path}: {kind}; versions 2 and 3, little-endian, are supported: convert the model again")
+        num_tensors = self.count(24, "the number of tensors")
+        num_keys = self.count(12, "the number of metadata keys")
+        metadata: dict[str, Any] = {}
+        for index in range(num_keys):
+            key = self.string(f"the name of metadata key {index}")
+            if key in metadata:
+                raise self.error(f"metadata key {key} appears twice")
+            metadata[key] = self.value(self.integer("I", f"the type of {key}"), f"metadata key {key}")
+        if metadata.get("split.count", 1) > 1:
+            raise ValueError(
+                f"{self.path}: one of {metadata['split.count']} parts of a model; join them first with llama.cpp's "
+                "llama-gguf-split --merge"
+            )
+        entries = [self.directory_entry(index) for index in range(num_tensors)]
+        alignment = metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+            raise self.error(f"general.alignment is {alignment!r}, not a power of two")
+        data_start = -(-self.position // alignment) * alignment
+        tensors: dict[str, GGUFTensor] = {}
+        for name, shape, kind, offset in entries:
+            if name in tensors:
+                raise self.error(f"tensor {name} appears twice")
+            tensors[name] = self.place(name, shape, kind, data_start + offset)
+        return GGUFFile(self.path, metadata, tensors)
+
+    def directory_entry(self, index: int) -> tuple[str, tuple[int, ...], int, int]:
+        name = self.string(f"the name of tensor {index}")
+        dimensions = self.integer("I", f"the dimensions of tensor {name}")
+        if not 1 <= dimensions <= _MAX_DIMENSIONS:
+            raise self.error(f"tensor {name} has {dimensions} dimensions")
+        shape = tuple(self.integer("Q", f"the shape of tensor {name}") for _ in range(dimensions))[::-1]
+        return name, shape, self.integer("I", f"the type of tensor {name}"), self.integer("Q", f"the offset of {name}")
+
+    def place(self, name: str, shape: tuple[int, ...], kind: int, offset: int) -> GGUFTensor:
+        """The directory entry with its size in bytes, once the whole tensor is known to lie inside the file."""
+        try:
+            kind = GGMLQuantizationType(kind)
+        except ValueError as error:
+            raise self.error(f"tensor {name} has the unknown type {kind}") from error
+        block, block_bytes = GGML_QUANT_SIZES[kind]
+        elements = 1
+        for size in shape:
+            elements *= size
+        if elements == 0 or shape[-1] % block:
+            raise self.error(f"tensor {name} has shape {list(shape)}, impossible in {kind.name}'s blocks of {block}")
+        num_bytes = elements // block * block_bytes
+        if offset + num_bytes > self.size:
+            raise self.error(f"tensor {name} at byte {offset} needs {num_bytes} bytes of a file of {self.size}")
+        return GGUFTensor(shape, kind, offset, num_bytes)

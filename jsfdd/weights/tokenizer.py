@@ -1,0 +1,183 @@
+"""The target's tokenizer and chat template, from a Hugging Face directory or from a GGUF file's metadata, without torch.
+
+A GGUF file holds a vocabulary, merges or scores, and one word that names how text is split before merging. What that word means
+is built here from `tokenizers` parts; a word that is not known is an error, because a guess would silently train a draft on
+other tokens than the target's.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from jsfdd.weights.gguf_file import read_header
+
+_REMEDY = "use the model's Hugging Face directory (with its tokenizer.json) as the target instead"
+
+# How text is split before byte-level merges, apart from numbers: contractions, words with at most one leading other
+# character, other characters with at most one leading space, line breaks, spaces.
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{numbers}"
+    r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type; the others are unknown, unused and byte
+_SPACE = "▁"  # SentencePiece's mark
+
+
+def tokenizer_from_directory(directory: str | Path) -> PreTrainedTokenizerFast:
+    """The fast tokenizer of a Hugging Face directory.
+
+    Raises:
+      ValueError: there is none, or it needs code from the directory or packages that are not installed.
+    """
+    directory = Path(directory)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except (ValueError, OSError, ImportError, KeyError) as error:
+        raise ValueError(
+            f"{directory}: its tokenizer cannot be loaded ({error}); a tokenizer.json is needed, which "
+            "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) writes where sentencepiece is installed"
+        ) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(f"{directory}: only a slow tokenizer ({type(tokenizer).__name__}); a tokenizer.json is needed")
+    return tokenizer
+
+
+def tokenizer_from_gguf(path: str | Path) -> PreTrainedTokenizerFast:
+    """The fast tokenizer that a GGUF file's metadata describes, with its chat template; no weights are read.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: truncated or corrupt, or a tokenizer model or pre-tokenizer that is not supported.
+    """
+    path = Path(path)
+    metadata = read_header(path).metadata
+    tokens, kinds = _vocabulary(metadata, path)
+    model, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
+    if model == "gpt2":
+        tokenizer = _byte_level(metadata, tokens, pre, path)
+    elif model == "llama":
+        tokenizer = _sentencepiece(metadata, tokens, kinds, path)
+    else:
+        raise ValueError(f"{path}: tokenizer.ggml.model is {model!r}; supported are gpt2 and llama: {_REMEDY}")
+    special = [AddedToken(t, special=True, normalized=False) for t, kind in zip(tokens, kinds) if kind == _CONTROL]
+    tokenizer.add_special_tokens(special)
+    tokenizer.add_tokens([AddedToken(t, normalized=False) for t, kind in zip(tokens, kinds) if kind == _USER_DEFINED])
+    named = {role: _named_token(metadata, tokens, key, path) for role, key in _ROLES.items()}
+    named["pad_token"] = named["pad_token"] or named["eos_token"]
+    # llama.cpp's defaults where the file is silent.
+    adds_bos = metadata.get("tokenizer.ggml.add_bos_token", model == "llama" or pre == "llama-bpe")
+    adds_eos = metadata.get("tokenizer.ggml.add_eos_token", False)
+    around = [named["bos_token"]] if adds_bos and named["bos_token"] else []
+    after = [named["eos_token"]] if adds_eos and named["eos_token"] else []
+    if around or after:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[*around, "$A", *after],
+            special_tokens=[(token, tokens.index(token)) for token in {*around, *after}],
+        )
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **named)
+    wrapped.chat_template = metadata.get("tokenizer.chat_template")
+    return wrapped
+
+
+_ROLES = {
+    "bos_token": "tokenizer.ggml.bos_token_id",
+    "eos_token": "tokenizer.ggml.eos_token_id",
+    "unk_token": "tokenizer.ggml.unknown_token_id",
+    "pad_token": "tokenizer.ggml.padding_token_id",
+}
+
+
+def _vocabulary(metadata: dict[str, Any], path: Path) -> tuple[list[str], list[int]]:
+    tokens, kinds = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.token_type")
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens) or not tokens:
+        raise ValueError(f"{path}: no list of strings under tokenizer.ggml.tokens: {_REMEDY}")
+    if not isinstance(kinds, list) or len(kinds) != len(tokens):
+        raise ValueError(f"{path}: tokenizer.ggml.token_type does not have one entry for each of {len(tokens)} tokens")
+    if len(set(tokens)) != len(tokens):
+        raise ValueError(f"{path}: tokenizer.ggml.tokens holds the same token twice: {_REMEDY}")
+    return tokens, kinds
+
+
+def _named_token(metadata: dict[str, Any], tokens: list[str], key: str, path: Path) -> str | None:
+    token_id = metadata.get(key)
+    if token_id is None:
+        return None
+    if not isinstance(token_id, int) or not 0 <= token_id < len(tokens):
+        raise ValueError(f"{path}: {key} is {token_id!r}, outside the vocabulary of {len(tokens)}")
+    return tokens[token_id]
+
+
+def _byte_level(metadata: dict[str, Any], tokens: list[str], pre: str | None, path: Path) -> Tokenizer:
+    """Byte-level BPE, its text split as `pre` says."""
+    whole_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    gpt2_split = pre_tokenizers.ByteLevel(add_prefix_space=False)  # splits by GPT-2's own rule
+    normalizer = None
+    if pre == "smollm":
+        # Its digits stand alone, before GPT-2's rule; without this "2024" becomes other tokens than the model learnt.
+        steps = [pre_tokenizers.Digits(individual_digits=True), gpt2_split]
+    elif pre == "qwen2":
+        normalizer = normalizers.NFC()
+        steps = [pre_tokenizers.Split(Regex(_SPLIT.format(numbers=r"\p{N}")), "isolated"), whole_bytes]
+    elif pre == "llama-bpe":
+        steps = [pre_tokenizers.Split(Regex(_SPLIT.format(numbers=r"\p{N}{1,3}")), "isolated"), whole_bytes]
+    elif pre == "gpt-2":
+        steps = [gpt2_split]
+    else:
+        # "default" too: writers used it when they did not recognise the model, so it says nothing.
+        raise ValueError(
+            f"{path}: tokenizer.ggml.pre is {pre!r}; supported are smollm, qwen2, llama-bpe and gpt-2: {_REMEDY}"
+        )
+    vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
+    # Llama 3 takes a piece that is a token as it is, even where merges would not arrive there.
+    tokenizer = Tokenizer(
+        models.BPE(vocab=vocabulary, merges=_merges(metadata, vocabulary, path), ignore_merges=pre == "llama-bpe")
+    )
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _merges(metadata: dict[str, Any], vocabulary: dict[str, int], path: Path) -> list[tuple[str, str]]:
+    stored = metadata.get("tokenizer.ggml.merges")
+    if not isinstance(stored, list):
+        raise ValueError(f"{path}: no list under tokenizer.ggml.merges: {_REMEDY}")
+    merges = []
+    for index, merge in enumerate(stored):
+        first, separator, second = merge.partition(" ") if isinstance(merge, str) else ("", "", "")
+        if not separator or not {first, second, first + second} <= vocabulary.keys():
+            raise ValueError(f"{path}: tokenizer.ggml.merges[{index}] is {merge!r}, not two tokens that make a third")
+        merges.append((first, second))
+    return merges
+
+
+def _sentencepiece(metadata: dict[str, Any], tokens: list[str], kinds: list[int], path: Path) -> Tokenizer:
+    """SentencePiece's BPE (Llama 2, Mistral, Gemma) as `tokenizers` BPE: the higher a piece's score, the earlier its merge."""
+    scores = metadata.get("tokenizer.ggml.scores")
+    if not isinstance(scores, list) or len(scores) != len(tokens):
+        raise ValueError(f"{path}: tokenizer.ggml.scores does not have one entry for each of {len(tokens)} tokens")
+    vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
+    merges = []
+    pieces = [i for i, kind in enumerate(kinds) if kind in (_NORMAL, _USER_DEFINED) and len(tokens[i]) > 1]
+    for token_id in sorted(pieces, key=lambda i: (-scores[i], i)):
+        piece = tokens[token_id]
+        halves = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        merges += [(left, right) for left, right in halves if left in vocabulary and right in vocabulary]
+    unknown = _named_token(metadata, tokens, "tokenizer.ggml.unknown_token_id", path)
+    tokenizer = Tokenizer(
+        models.BPE(vocab=vocabulary, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback="<0x00>" in vocabulary)
+    )
+    marks = normalizers.Replace(" ", _SPACE)
+    to_text = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if metadata.get("tokenizer.ggml.add_space_prefix", True):
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), marks])
+        tokenizer.decoder = decoders.Sequence([*to_text, decoders.Strip(content=" ", left=1)])
+    else:
+        tokenizer.normalizer = marks
+        tokenizer.decoder = decoders.Sequence(to_text)
+    return tokenizer

@@ -1,0 +1,212 @@
+"""The loop: speculative decoding is autoregressive decoding, whatever the draft, the batch or the devices."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toy import toy_draft, toy_target
+
+from jsfdd.decoding.generate import DecodeSetup, PromptBatch, count_step, generate, make_generate, make_stream
+from jsfdd.mesh import make_mesh
+from jsfdd.models.target import Decoder, head_logits
+from jsfdd.records import DecodeStats
+
+GREEDY = jnp.float32(0)
+LENGTHS = [3, 9, 5, 12]
+
+
+def _prompts(lengths=LENGTHS, width=12, vocab=64, seed=5):
+    rng = np.random.default_rng(seed)
+    tokens = np.zeros((len(lengths), width), np.int32)
+    for row, length in enumerate(lengths):
+        tokens[row, :length] = rng.integers(0, vocab, length)
+    return PromptBatch(jnp.asarray(tokens), jnp.asarray(lengths, jnp.int32), jax.random.split(jax.random.key(seed), len(lengths)))
+
+
+def _slow_greedy(config, params, prompt, num_tokens):
+    """The obvious decoder: the whole sequence again for every token. Returns tokens and the top-2 gap of each choice."""
+    forward = jax.jit(lambda tokens: head_logits(config, params, Decoder(config).apply({"params": params}, tokens)))
+    tokens, gaps = list(prompt), []
+    for _ in range(num_tokens):
+        padded = np.zeros((1, 32), np.int32)  # one shape, one compilation; padding comes last and is never looked at
+        padded[0, : len(tokens)] = tokens
+        logits = np.asarray(forward(padded)[0, len(tokens) - 1])
+        gaps.append(np.diff(np.sort(logits)[-2:])[0])
+        tokens.append(int(np.argmax(logits)))
+    return tokens[len(prompt) :], gaps
+
+
+_compiled = jax.jit(generate, static_argnums=0)
+
+
+def _run(setup, params, prompts, temperature=GREEDY):
+    return _compiled(setup, params, prompts, temperature)
+
+
+@pytest.fixture(scope="module")
+def models():
+    config, target = toy_target()
+    draft, draft_params = toy_draft(config)
+    return config, draft, {"target": target, "draft": draft_params}
+
+
+def _good_draft(config, params):
+    """A draft that is often right: fc passes the hidden state through and the layer adds nothing."""
+    _, draft_params = toy_draft(config)
+    width = config.hidden_size
+    draft_params = jax.tree.map(jnp.zeros_like, draft_params)
+    draft_params["fc"]["kernel"] = draft_params["fc"]["kernel"].at[width:].set(jnp.eye(width))
+    draft_params["layer"]["mlp_norm"]["scale"] = jnp.ones(width)
+    return draft_params
+
+
+def test_autoregressive_equals_the_slow_decoder(models):
+    config, _, params = models
+    prompts = _prompts()
+    out = _run(DecodeSetup(config, None, 0, 10, ()), params, prompts)
+    for row, length in enumerate(LENGTHS):
+        slow, gaps = _slow_greedy(config, params["target"], np.asarray(prompts.tokens[row, :length]), 10)
+        assert min(gaps) > 1e-3, "a near-tie would make the comparison meaningless"
+        assert slow == out.tokens[row].tolist()
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5])
+@pytest.mark.parametrize("which", ["random draft", "good draft"])
+def test_greedy_speculative_equals_autoregressive(models, depth, which):
+    config, draft, params = models
+    if which == "good draft":
+        # A target that repeats its input's argmax chain often: layers damped, so that h_{t+1} ≈ embedding of x_{t+1}.
+        params = {"target": params["target"], "draft": _good_draft(config, params)}
+    prompts = _prompts()
+    plain = _run(DecodeSetup(config, None, 0, 24, ()), params, prompts)
+    fast = _run(DecodeSetup(config, draft, depth, 24, ()), params, prompts)
+    assert np.array_equal(plain.tokens, fast.tokens)
+    assert np.array_equal(plain.lengths, fast.lengths)
+    # The counts tell the same story as the text: steps and accepted tokens make up all tokens but each row's first.
+    steps = fast.stats.accept_counts.sum(1)
+    emitted = steps + fast.stats.accepted.sum(1)
+    assert np.all(np.asarray(emitted) >= np.asarray(fast.lengths) - 1)
+    assert np.all(np.asarray(emitted) <= np.asarray(fast.lengths) - 1 + depth)
+
+
+def test_a_perfect_draft_is_always_accepted():
+    """A target that only looks at its last token's embedding, and a draft that computes just that."""
+    config, target = toy_target(seed=3, num_layers=1)
+    target = dict(target, layers=jax.tree.map(jnp.zeros_like, target["layers"]))
+    # hidden = norm(embedding); the draft returns the normed embedding of its token: unit-RMS rows make that linear.
+    rows = target["embed"]["embedding"]
+    target["embed"] = {"embedding": rows / jnp.sqrt(jnp.mean(rows**2, axis=1, keepdims=True))}
+    target["norm"] = {"scale": jnp.ones(config.hidden_size)}
+    draft, draft_params = toy_draft(config)
+    draft_params = jax.tree.map(jnp.zeros_like, draft_params)
+    draft_params["fc"]["kernel"] = draft_params["fc"]["kernel"].at[: config.hidden_size].set(jnp.eye(config.hidden_size))
+    out = _run(DecodeSetup(config, draft, 4, 21, ()), {"target": target, "draft": draft_params}, _prompts())
+    assert np.array_equal(out.stats.accept_counts[:, 4], [4] * 4)  # 20 tokens after the first: 4 steps of 5
+    assert np.asarray(out.stats.accept_counts[:, :4]).sum() == 0
+    assert np.array_equal(out.stats.accepted, out.stats.reached)
+
+
+def test_stop_token_ends_a_row_and_only_that_row(models):
+    config, draft, params = models
+    prompts = _prompts()
+    free = np.asarray(_run(DecodeSetup(config, None, 0, 24, ()), params, prompts).tokens)
+    stop = int(free[1, 7])  # row 1 stops here at the latest
+    for setup in (DecodeSetup(config, None, 0, 24, (stop,)), DecodeSetup(config, draft, 3, 24, (stop,))):
+        out = _run(setup, params, prompts)
+        for row in range(4):
+            where = np.flatnonzero(free[row] == stop)
+            expected = where[0] + 1 if len(where) else 24
+            assert out.lengths[row] == expected
+            assert np.array_equal(out.tokens[row, :expected], free[row, :expected])
+
+
+def test_text_does_not_depend_on_batch_or_devices(models):
+    config, draft, params = models
+    setup, prompts = DecodeSetup(config, draft, 3, 16, ()), _prompts()
+    temperature = jnp.float32(1.0)
+    whole = _run(setup, params, prompts, temperature)
+    for row in range(4):
+        alone = _run(setup, params, jax.tree.map(lambda x: x[row : row + 1], prompts), temperature)
+        assert np.array_equal(alone.tokens[0], whole.tokens[row])
+    spread = make_generate(setup, make_mesh())((params, temperature), prompts)
+    assert np.array_equal(spread.tokens, whole.tokens)
+    assert np.array_equal(spread.stats.accept_counts, whole.stats.accept_counts)
+
+
+def test_filler_rows_emit_nothing(models):
+    config, draft, params = models
+    prompts = _prompts()
+    padded = PromptBatch(
+        jnp.concatenate([prompts.tokens, jnp.zeros((2, 12), jnp.int32)]),
+        jnp.concatenate([prompts.lengths, jnp.zeros(2, jnp.int32)]),
+        jax.random.split(jax.random.key(5), 6),
+    )
+    out = _run(DecodeSetup(config, draft, 3, 16, ()), params, padded)
+    assert np.array_equal(out.lengths, [16] * 4 + [0] * 2)
+    assert np.asarray(out.stats.accept_counts[4:]).sum() == 0
+    assert np.array_equal(out.tokens[:4], _run(DecodeSetup(config, draft, 3, 16, ()), params, prompts).tokens)
+
+
+def test_streaming_equals_generate(models):
+    config, draft, params = models
+    setup, prompts = DecodeSetup(config, draft, 3, 16, ()), _prompts()
+    start, step = make_stream(setup)
+    state = start(params, prompts, GREEDY)
+    pieces = [[int(t)] for t in state.last_token]
+    stats = DecodeStats(jnp.zeros((4, 4), jnp.int32), jnp.zeros((4, 3), jnp.int32), jnp.zeros((4, 3), jnp.int32))
+    while not np.all(state.done):
+        state, emitted = step(params, state, GREEDY)
+        stats = count_step(stats, emitted)
+        for row in range(4):
+            pieces[row] += emitted.tokens[row, : int(emitted.count[row])].tolist()
+    whole = _run(setup, params, prompts)
+    for row in range(4):
+        assert pieces[row][:16] == whole.tokens[row].tolist()
+    assert jax.tree.all(jax.tree.map(np.array_equal, stats, whole.stats))
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_sampled_text_has_the_targets_distribution(depth):
+    """Two tokens after the first, over 100k sampled continuations of one prompt, against the exact joint."""
+    vocab, trials = 5, 100_000
+    config, target = toy_target(seed=2, sharpness=1.5, vocab_size=vocab, num_layers=1, hidden_size=16)
+    draft, draft_params = toy_draft(config)
+    setup = DecodeSetup(config, draft if depth else None, depth, 3, ())
+    params, prompt = {"target": target, "draft": draft_params}, [1, 4, 2]
+
+    texts = np.array([[*prompt, a, b] for a in range(vocab) for b in range(vocab)], np.int32)
+    probs = jax.nn.softmax(head_logits(config, target, Decoder(config).apply({"params": target}, texts)))
+    after = np.asarray(probs, np.float64).reshape(vocab, vocab, 5, vocab)  # [a, b, position, next]
+    joint = after[0, 0, 2][:, None, None] * after[:, 0, 3][:, :, None] * after[:, :, 4]
+    decode = make_generate(setup, make_mesh(data=2))
+    counts, rows = np.zeros((vocab,) * 3), 10_000
+    for chunk in range(trials // rows):
+        keys = jax.random.split(jax.random.key(chunk), rows)
+        batch = PromptBatch(jnp.tile(jnp.asarray([prompt], jnp.int32), (rows, 1)), jnp.full(rows, 3, jnp.int32), keys)
+        out = np.asarray(decode((params, jnp.float32(1)), batch).tokens)
+        np.add.at(counts, tuple(out.T), 1)
+    cells = joint * trials > 5
+    statistic = np.sum((counts[cells] - joint[cells] * trials) ** 2 / (joint[cells] * trials))
+    freedom = cells.sum() - 1
+    assert abs(statistic - freedom) / np.sqrt(2 * freedom) < 5
+
+
+def test_traces_once_per_shape(models, monkeypatch):
+    config, draft, params = models
+    traces = []
+    original = Decoder.decode
+    monkeypatch.setattr(Decoder, "decode", lambda self, *a, **k: traces.append(1) or original(self, *a, **k))
+    decode = make_generate(DecodeSetup(config, draft, 2, 8, ()), make_mesh(data=1))
+    decode((params, GREEDY), _prompts())
+    before = len(traces)
+    decode((params, jnp.float32(0.8)), _prompts(seed=6))
+    assert len(traces) == before > 0
+
+
+def test_setup_refuses_draft_tokens_without_a_draft(models):
+    config, _, _ = models
+    with pytest.raises(ValueError, match="num_draft_tokens=3"):
+        DecodeSetup(config, None, 3, 8, ())
+    assert dataclasses.replace(DecodeSetup(config, None, 0, 8, ()), max_new_tokens=4).cache_slots(10) == 15

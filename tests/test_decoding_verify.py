@@ -1,0 +1,143 @@
+"""Losslessness of one verification, by exact distributions; and proof that the test would notice a wrong one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jsfdd.decoding import verify as verify_module
+from jsfdd.decoding.verify import Verdict, draw, verify, verify_greedy, verify_sampled
+
+TRIALS = 200_000
+V, G = 6, 2
+
+
+def _bigram_pair():
+    """A target and a draft over V tokens: row x is the distribution of the token after x."""
+    rng = np.random.default_rng(7)
+    return rng.dirichlet(np.full(V, 0.6), V).astype(np.float32), rng.dirichlet(np.full(V, 0.6), V).astype(np.float32)
+
+
+def _simulate(judge, target, draft):
+    """The first two emitted tokens of TRIALS runs from token 0, completed by the target where a run emits only one."""
+    target, draft = jnp.asarray(target), jnp.asarray(draft)
+
+    def trial(key):
+        draft_key, judge_key, rest_key = jax.random.split(key, 3)
+        k1, k2 = jax.random.split(draft_key)
+        d1 = jax.random.categorical(k1, jnp.log(draft[0]))
+        d2 = jax.random.categorical(k2, jnp.log(draft[d1]))
+        tokens = jnp.stack([d1, d2]).astype(jnp.int32)
+        verdict = judge(judge_key, tokens, jnp.stack([draft[0], draft[d1]]), jnp.stack([target[0], target[d1], target[d2]]))
+        first = jnp.where(verdict.num_accepted > 0, d1, verdict.next_token)
+        second = jnp.where(verdict.num_accepted > 1, d2, verdict.next_token)
+        alone = jax.random.categorical(rest_key, jnp.log(target[first]))
+        return first, jnp.where(verdict.num_accepted > 0, second, alone), verdict.num_accepted
+
+    first, second, accepted = jax.jit(jax.vmap(trial))(jax.random.split(jax.random.key(0), TRIALS))
+    joint = np.zeros((V, V))
+    np.add.at(joint, (np.asarray(first), np.asarray(second)), 1 / TRIALS)
+    return joint, np.asarray(accepted)
+
+
+def _chi_square(joint, target):
+    """Pearson's statistic of the two-token joint against the target's own, in standard deviations from its mean."""
+    exact = target[0][:, None] * target
+    cells = exact * TRIALS > 5
+    statistic = np.sum((joint[cells] - exact[cells]) ** 2 / exact[cells]) * TRIALS
+    freedom = cells.sum() - 1
+    return (statistic - freedom) / np.sqrt(2 * freedom)
+
+
+def test_two_token_distribution_is_the_targets():
+    target, draft = _bigram_pair()
+    joint, accepted = _simulate(verify_sampled, target, draft)
+    assert abs(_chi_square(joint, target)) < 5
+    # First-token acceptance has a closed form: sum of min(p, q).
+    alpha = float(np.minimum(target[0], draft[0]).sum())
+    assert np.mean(accepted > 0) == pytest.approx(alpha, abs=5 * np.sqrt(alpha * (1 - alpha) / TRIALS))
+
+
+def _no_residual(key, tokens, q, p):
+    """Wrong: corrects from p itself, not from the residual."""
+    verdict = verify_sampled(key, tokens, q, p)
+    again = jax.random.categorical(jax.random.fold_in(key, 1), jnp.log(p[verdict.num_accepted])).astype(jnp.int32)
+    return Verdict(verdict.num_accepted, again)
+
+
+def _swapped(key, tokens, q, p):
+    """Wrong: p and q exchanged."""
+    return verify_sampled(key, tokens, p[:-1], jnp.concatenate([q, p[-1:]]))
+
+
+def _reused_key(key, tokens, q, p):
+    """Wrong: the same uniform for every depth."""
+    u = jax.random.uniform(key)
+    accepted = u * q[jnp.arange(G), tokens] < p[jnp.arange(G), tokens]
+    a = jnp.sum(jnp.cumprod(accepted.astype(jnp.int32)))
+    residual = jnp.maximum(p[a] - jnp.concatenate([q, jnp.zeros_like(p[:1])])[a], 0.0)
+    return Verdict(a, jax.random.categorical(jax.random.fold_in(key, 1), jnp.log(residual)).astype(jnp.int32))
+
+
+@pytest.mark.parametrize("wrong", [_no_residual, _swapped, _reused_key])
+def test_the_distribution_test_has_power(wrong):
+    target, draft = _bigram_pair()
+    joint, _ = _simulate(wrong, target, draft)
+    assert _chi_square(joint, target) > 20
+
+
+def test_equal_distributions_accept_everything():
+    target, _ = _bigram_pair()
+    _, accepted = _simulate(verify_sampled, target, target)
+    assert np.all(accepted == G)
+
+
+def test_disjoint_supports_reject_everything():
+    p = jnp.array([[0.5, 0.5, 0, 0]] * 3)
+    q = jnp.array([[0, 0, 0.5, 0.5]] * 2)
+    keys = jax.random.split(jax.random.key(1), 500)
+    verdict = jax.vmap(verify_sampled, in_axes=(0, None, None, None))(keys, jnp.array([2, 3], jnp.int32), q, p)
+    assert np.all(np.asarray(verdict.num_accepted) == 0)
+    assert set(np.unique(verdict.next_token)) == {0, 1}
+
+
+def test_greedy_literal():
+    logits = jax.nn.one_hot(jnp.array([4, 2, 5]), V)
+    cases = {(4, 2): (2, 5), (4, 3): (1, 2), (0, 2): (0, 4)}
+    for tokens, (accepted, following) in cases.items():
+        verdict = verify_greedy(jnp.array(tokens, jnp.int32), logits)
+        assert (int(verdict.num_accepted), int(verdict.next_token)) == (accepted, following)
+
+
+def test_verify_switches_on_temperature():
+    """Temperature 0 is the greedy rule on every row; above 0 the rows are judged by their own keys."""
+    logits = jax.random.normal(jax.random.key(3), (2, G + 1, V))
+    best = jnp.argmax(logits, -1)[:, :G].astype(jnp.int32)
+    keys = jax.random.split(jax.random.key(4), 2)
+    verdict = verify(keys, best, logits[:, :G], logits, jnp.float32(0))
+    assert np.all(np.asarray(verdict.num_accepted) == G)
+    assert np.all(np.asarray(verdict.next_token) == np.argmax(logits[:, G], -1))
+    sampled = verify(keys, best, logits[:, :G], logits, jnp.float32(0.7))
+    alone = [
+        verify_sampled(keys[b], best[b], jax.nn.softmax(logits[b, :G] / 0.7), jax.nn.softmax(logits[b] / 0.7)) for b in range(2)
+    ]
+    assert np.array_equal(sampled.next_token, [int(v.next_token) for v in alone])
+
+
+def test_draw_follows_temperature():
+    logits = jnp.log(jnp.array([0.7, 0.2, 0.1]))
+    keys = jax.random.split(jax.random.key(0), 100_000)
+    batch = jnp.broadcast_to(logits, (100_000, 3))
+    assert np.all(np.asarray(draw(keys, batch, jnp.float32(0))) == 0)
+    for temperature in (0.5, 1.0, 2.0):
+        exact = np.asarray(jax.nn.softmax(logits / temperature))
+        seen = np.bincount(draw(keys, batch, jnp.float32(temperature)), minlength=3) / 100_000
+        assert np.abs(seen - exact).max() < 5 * 0.5 / np.sqrt(100_000)
+
+
+def test_no_draft_tokens_is_a_plain_draw():
+    p = jnp.array([[0.7, 0.2, 0.1]])
+    keys = jax.random.split(jax.random.key(0), 50_000)
+    judge = jax.vmap(lambda key: verify_module.verify_sampled(key, jnp.zeros(0, jnp.int32), jnp.zeros((0, 3)), p))
+    seen = np.bincount(judge(keys).next_token, minlength=3) / 50_000
+    assert np.abs(seen - np.asarray(p[0])).max() < 0.012
