@@ -3,12 +3,11 @@
 The chat templates below behave like the published ones of their families in what they trim, fold, add and drop.
 """
 
-import jinja2
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from jsfdd.data.chat import Chat
@@ -52,7 +51,7 @@ SPECIAL = {
     QWEN3: ["<|im_start|>", "<|im_end|>"],
 }
 CLOSE = {CHATML: "<|im_end|>", LLAMA3: "<|eot_id|>", GEMMA: "<end_of_turn>", MISTRAL: "</s>", QWEN3: "<|im_end|>"}
-CORPUS = ["the assistant and the user say hello to the model", "a an in on \n\n one two\n\n", "ünïcode é è", "    return x"]
+CORPUS = ["the assistant and the user say hello to the model", "a an in on \n\n one two\n\n", "ünïcode é è", "    return x.\n"]
 
 
 def wrap(backend, template):
@@ -64,16 +63,18 @@ def wrap(backend, template):
     return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **named)
 
 
-def byte_level(template, vocab_size=256, trim_offsets=True):
-    """Byte-level BPE as in Llama 3, Qwen, SmolLM; with 256 entries it has no merges: a token is a byte."""
+def byte_level(template, vocab_size=256):
+    """Byte-level BPE that splits as Llama 3 and Qwen do; with 256 entries it has no merges: a token is a byte."""
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    split = pre_tokenizers.Split(Regex(r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"), "isolated")
+    whole_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, whole_bytes])
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
     backend.train_from_iterator(CORPUS, trainer)
     backend.decoder = decoders.ByteLevel()
-    backend.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
+    backend.post_processor = processors.ByteLevel(trim_offsets=True)  # its offsets leave spaces out
     return wrap(backend, template)
 
 
@@ -146,11 +147,11 @@ def test_masked_ids_decode_to_the_answers(name, contents):
     np.testing.assert_array_equal(sample.tokens, rendered_ids)
 
     keep = {LLAMA3: str.strip, GEMMA: str.strip, QWEN3: lambda text: text.lstrip("\n")}.get(template, str)
-    runs = masked_runs(tokenizer, sample)
-    if template == MISTRAL:  # its " " before the answer can be part of the answer's first token
-        assert [run.removeprefix(" ") for run in runs] == [text.removeprefix(" ") + "</s>" for text in answers(conversation)]
-    else:
-        assert runs == [keep(text) + CLOSE[template] for text in answers(conversation)]
+    runs, expected = masked_runs(tokenizer, sample), [keep(text) + CLOSE[template] for text in answers(conversation)]
+    assert len(runs) == len(expected)
+    for run, answer in zip(runs, expected):
+        # Merged with the answer's first characters, white space that the template writes before it belongs to it too.
+        assert run.endswith(answer) and run.removesuffix(answer) in ("", " ", "\n", "\n\n")[: 1 if "bytes" in name else 4]
 
 
 BYTES, LLAMA3_BYTES = byte_level(CHATML), byte_level(LLAMA3)
@@ -172,6 +173,16 @@ def test_a_token_across_the_border_counts_with_the_answer():
     newlines = tokenizer.convert_tokens_to_ids("ĊĊ")  # the template's line break and the answer's, merged
     assert newlines in sample.tokens
     assert masked_runs(tokenizer, sample) == ["\n\nhello<|im_end|>"]
+
+
+def test_a_token_across_the_end_counts_and_the_end_of_turn_after_it():
+    template = CHATML.replace("content }}", "content }}\n")
+    SPECIAL[template], CLOSE[template] = SPECIAL[CHATML], CLOSE[CHATML]
+    tokenizer = byte_level(template, 300)
+    [sample], _ = tokenize_chats([chat(["hello", "the end.", "and", "x"])], tokenizer, 4096)
+    assert tokenizer.convert_tokens_to_ids(".Ċ") in sample.tokens
+    # Where no token holds both, the template's line break stays out and so parts the answer from its end.
+    assert masked_runs(tokenizer, sample) == ["the end.\n<|im_end|>", "x", "<|im_end|>"]
 
 
 def test_an_end_of_turn_token_that_takes_in_spaces():
@@ -230,12 +241,16 @@ def test_what_the_template_refuses_is_counted():
 
 def test_thoughts_count_where_the_template_keeps_them():
     tokenizer = byte_level(QWEN3)
-    thinking = chat(["hi", "<think>\nhm\n</think>\n\nhello", "and", "<think>\nso</think>\nthe end"])
+    standin = "jsfddstandin000001 jsfddstandinx"  # what the search itself writes may occur in contents
+    thinking = chat([standin, f"<think>\nhm\n</think>\n\nhello {standin}", "and", "<think>\nso</think>\nthe end"])
     [sample], _ = tokenize_chats([thinking], tokenizer, 4096)
-    assert masked_runs(tokenizer, sample) == ["hello<|im_end|>", "<think>\nso\n</think>\n\nthe end<|im_end|>"]
+    assert masked_runs(tokenizer, sample) == [
+        f"hello {standin}<|im_end|>",
+        "<think>\nso\n</think>\n\nthe end<|im_end|>",
+    ]
 
 
-@pytest.mark.parametrize("rewrite", ["m.content | upper", "m.content[1:] + '.'", "m.role", "m.content * 2"])
+@pytest.mark.parametrize("rewrite", ["m.content | upper", "m.content | replace('the', 'a')", "m.content[1:] + '.'", "m.role", "m.content * 2"])
 def test_a_template_that_rewrites_answers_is_an_error(rewrite):
     template = CHATML.replace("m.content", rewrite)
     SPECIAL[template], CLOSE[template] = SPECIAL[CHATML], CLOSE[CHATML]

@@ -22,6 +22,7 @@ from jaxtyping import Int, Shaped
 
 from jsfdd.records import Batch, Sample
 
+Lengths = Sequence[int] | Int[np.ndarray, " N"]  # tokens of each sample
 SHORTEST = 64  # tokens; below that, launching a program costs more than the padding
 
 
@@ -57,7 +58,7 @@ def bucket_lengths(longest: int) -> tuple[int, ...]:
 
 
 def choose_shapes(
-    lengths: Sequence[int], token_budget: int, num_devices: int = 1, shape_cost: int = 2048
+    lengths: Lengths, token_budget: int, num_devices: int = 1, shape_cost: int = 2048
 ) -> tuple[Shape, ...]:
     """The shapes for samples of these lengths, shortest first, all of about `token_budget` tokens.
 
@@ -94,7 +95,7 @@ def choose_shapes(
     return tuple(reversed(shapes))
 
 
-def make_batches(lengths: Sequence[int], shapes: Sequence[Shape]) -> list[BatchPlan]:
+def make_batches(lengths: Lengths, shapes: Sequence[Shape]) -> list[BatchPlan]:
     """Every sample once, in a fixed order: longest first, so that memory runs out at the first batch or never.
 
     Within a bucket samples are sorted by length, ties by index.
@@ -103,7 +104,7 @@ def make_batches(lengths: Sequence[int], shapes: Sequence[Shape]) -> list[BatchP
     return _fill(order, lengths, shapes, arrange=lambda rows: rows)[::-1]
 
 
-def epoch_batches(lengths: Sequence[int], shapes: Sequence[Shape], seed: int, epoch: int) -> list[BatchPlan]:
+def epoch_batches(lengths: Lengths, shapes: Sequence[Shape], seed: int, epoch: int) -> list[BatchPlan]:
     """Every sample once, in an order that is a pure function of (seed, epoch).
 
     Samples are shuffled within buckets, then the batches are shuffled. All epochs have the same number of batches of
@@ -114,7 +115,7 @@ def epoch_batches(lengths: Sequence[int], shapes: Sequence[Shape], seed: int, ep
     return [plans[i] for i in random.permutation(len(plans))]
 
 
-def padding_share(plans: Sequence[BatchPlan], lengths: Sequence[int]) -> float:
+def padding_share(plans: Sequence[BatchPlan], lengths: Lengths) -> float:
     """The part of all batches' tokens that is padding, empty rows included; in [0, 1)."""
     total = sum(plan.shape.rows * plan.shape.length for plan in plans)
     real = sum(lengths[i] for plan in plans for i in plan.indices)
@@ -141,7 +142,7 @@ def pad_rows(rows: Sequence[Shaped[np.ndarray, "_ *feature"]], shape: Shape) -> 
 
 
 def _fill(
-    order: Int[np.ndarray, " N"], lengths: Sequence[int], shapes: Sequence[Shape], arrange: Callable
+    order: Int[np.ndarray, " N"], lengths: Lengths, shapes: Sequence[Shape], arrange: Callable
 ) -> list[BatchPlan]:
     """Batches by bucket, shortest first; `arrange` orders the samples of a bucket.
 

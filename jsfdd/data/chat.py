@@ -16,13 +16,14 @@ from __future__ import annotations
 import codecs
 import dataclasses
 import gzip
+import io
 import itertools
 import json
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple, TypedDict
+from typing import Literal, NamedTuple, TypedDict
 
 from jsfdd.records import Prompt
 
@@ -131,7 +132,7 @@ def _rows(paths: Sequence[str | Path]) -> Iterator[_Row]:
             raise ValueError(f"{path}: the file holds no rows; remove it from the list or write it again")
 
 
-def _lines(stream: BinaryIO, path: Path) -> Iterator[tuple[object, str, int]]:
+def _lines(stream: io.BufferedIOBase, path: Path) -> Iterator[tuple[object, str, int]]:
     """(value, place, line number) of each line that is not blank."""
     for number in itertools.count(1):
         place = f"{path}:{number}"
@@ -147,7 +148,7 @@ def _lines(stream: BinaryIO, path: Path) -> Iterator[tuple[object, str, int]]:
             yield value, place, number
 
 
-def _entries(stream: BinaryIO, path: Path) -> Iterator[tuple[object, str, int]]:
+def _entries(stream: io.BufferedIOBase, path: Path) -> Iterator[tuple[object, str, int]]:
     """(value, place, entry number from 1) of the one list that a .json file holds, each with the line it starts on."""
     text = _decode(_read(stream.read, MAX_JSON_BYTES, f"{path}:1").removeprefix(codecs.BOM_UTF8), f"{path}:1")
     decoder = json.JSONDecoder()

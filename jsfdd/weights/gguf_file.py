@@ -146,7 +146,7 @@ class _Cursor:
             if key in metadata:
                 raise self.error(f"metadata key {key} appears twice")
             metadata[key] = self.value(self.integer("I", f"the type of {key}"), f"metadata key {key}")
-        if metadata.get("split.count", 1) > 1:
+        if metadata.get("split.count", 1) not in (0, 1):
             raise ValueError(
                 f"{self.path}: one of {metadata['split.count']} parts of a model; join them first with llama.cpp's "
                 "llama-gguf-split --merge"

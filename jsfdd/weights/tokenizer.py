@@ -63,9 +63,9 @@ def tokenizer_from_gguf(path: str | Path) -> PreTrainedTokenizerFast:
         tokenizer = _sentencepiece(metadata, tokens, kinds, path)
     else:
         raise ValueError(f"{path}: tokenizer.ggml.model is {model!r}; supported are gpt2 and llama: {_REMEDY}")
-    special = [AddedToken(t, special=True, normalized=False) for t, kind in zip(tokens, kinds) if kind == _CONTROL]
+    special = [AddedToken(t, special=True, normalized=False) for t, kind in zip(tokens, kinds, strict=True) if kind == _CONTROL]
     tokenizer.add_special_tokens(special)
-    tokenizer.add_tokens([AddedToken(t, normalized=False) for t, kind in zip(tokens, kinds) if kind == _USER_DEFINED])
+    tokenizer.add_tokens([AddedToken(t, normalized=False) for t, kind in zip(tokens, kinds, strict=True) if kind == _USER_DEFINED])
     named = {role: _named_token(metadata, tokens, key, path) for role, key in _ROLES.items()}
     named["pad_token"] = named["pad_token"] or named["eos_token"]
     # llama.cpp's defaults where the file is silent.
@@ -79,7 +79,10 @@ def tokenizer_from_gguf(path: str | Path) -> PreTrainedTokenizerFast:
             special_tokens=[(token, tokens.index(token)) for token in {*around, *after}],
         )
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **named)
-    wrapped.chat_template = metadata.get("tokenizer.chat_template")
+    template = metadata.get("tokenizer.chat_template")
+    if not isinstance(template, str | None):
+        raise ValueError(f"{path}: tokenizer.chat_template is {template!r}, not a string")
+    wrapped.chat_template = template
     return wrapped
 
 
@@ -159,8 +162,8 @@ def _merges(metadata: dict[str, Any], vocabulary: dict[str, int], path: Path) ->
 def _sentencepiece(metadata: dict[str, Any], tokens: list[str], kinds: list[int], path: Path) -> Tokenizer:
     """SentencePiece's BPE (Llama 2, Mistral, Gemma) as `tokenizers` BPE: the higher a piece's score, the earlier its merge."""
     scores = metadata.get("tokenizer.ggml.scores")
-    if not isinstance(scores, list) or len(scores) != len(tokens):
-        raise ValueError(f"{path}: tokenizer.ggml.scores does not have one entry for each of {len(tokens)} tokens")
+    if not isinstance(scores, list) or len(scores) != len(tokens) or not all(isinstance(s, float) for s in scores):
+        raise ValueError(f"{path}: tokenizer.ggml.scores does not have one number for each of {len(tokens)} tokens")
     vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
     merges = []
     pieces = [i for i, kind in enumerate(kinds) if kind in (_NORMAL, _USER_DEFINED) and len(tokens[i]) > 1]

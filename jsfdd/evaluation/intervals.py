@@ -1,0 +1,49 @@
+"""Bootstrap intervals: how far a figure would move on other prompts of the same kind.
+
+Prompts, not steps, are resampled: the steps of one answer are not independent. Ratios of totals (τ, α, tokens/s) are
+recomputed on every resample, which keeps the weight of long answers that the headline figure has.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Float, Int
+
+RESAMPLES = 2000
+
+
+def resample_ratios(
+    numerators: Float[np.ndarray, "N K"], denominators: Float[np.ndarray, "N K"], seed: int
+) -> Float[np.ndarray, "R K"]:
+    """Ratios of column totals, float64[RESAMPLES, K], over rows drawn with replacement.
+
+    The same seed and N draw the same rows, so that two systems measured on the same prompts are compared in pairs.
+    0/0 is NaN: the figure does not exist on that resample.
+    """
+    rows = len(numerators)
+    draws = np.random.default_rng(seed).integers(0, rows, (RESAMPLES, rows))
+    # How often each row was drawn, [R, N]: a total over a resample is then one matrix product.
+    times = np.zeros((RESAMPLES, rows))
+    np.add.at(times, (np.arange(RESAMPLES)[:, None], draws), 1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (times @ numerators) / (times @ denominators)
+
+
+def interval(values: Float[np.ndarray, " R"]) -> tuple[float, float] | tuple[None, None]:
+    """The central 95% of resampled values; (None, None) where the figure exists on none of them."""
+    values = values[~np.isnan(values)]
+    return tuple(float(bound) for bound in np.percentile(values, [2.5, 97.5])) if len(values) else (None, None)
+
+
+def tau_difference(
+    emitted_a: Int[np.ndarray, " N"],
+    steps_a: Int[np.ndarray, " N"],
+    emitted_b: Int[np.ndarray, " N"],
+    steps_b: Int[np.ndarray, " N"],
+    seed: int,
+) -> dict:
+    """τ_a − τ_b over the same prompts in the same order, with its paired 95% interval: {"tau_difference", "low", "high"}."""
+    a = resample_ratios(emitted_a[:, None], steps_a[:, None], seed)
+    b = resample_ratios(emitted_b[:, None], steps_b[:, None], seed)
+    low, high = interval((a - b)[:, 0])
+    return {"tau_difference": float(emitted_a.sum() / steps_a.sum() - emitted_b.sum() / steps_b.sum()), "low": low, "high": high}

@@ -1,0 +1,90 @@
+"""Hidden states and logits against transformers/torch, from fixtures that golden/make_golden.py wrote.
+
+Tolerance: both sides compute in float32 and differ in summation order, in `rsqrt`, and in cos and sin of angles, which over
+a few layers gives relative errors around 1e-6 of the largest value; 2e-5 leaves room for other machines' matmuls, while any of
+the mistakes these models are made to show (a missing bias, a wrong rope, norm, window or scale) is 1e-2 and more.
+"""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jsfdd.models.target import Decoder, head_logits
+from jsfdd.weights import huggingface, load
+
+GOLDEN = Path(__file__).parent / "golden"
+TOLERANCE = 2e-5
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma3")
+
+
+def relative_error(got, expected) -> float:
+    return float(np.abs(np.asarray(got) - expected).max() / np.abs(expected).max())
+
+
+def run(config, params, tokens):
+    hidden = jax.jit(lambda p, t: Decoder(config).apply({"params": p}, t))(params, jnp.asarray(tokens))
+    return hidden, head_logits(config, params, hidden)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family_equals_transformers(family):
+    config = huggingface.read_config(GOLDEN / family)
+    params = huggingface.read_params(GOLDEN / family, config)
+    expected = np.load(GOLDEN / family / "expected.npz")
+    hidden, logits = run(config, params, expected["tokens"])
+    assert relative_error(hidden, expected["hidden"]) < TOLERANCE
+    assert relative_error(logits, expected["logits"]) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "family, change",
+    [
+        ("llama", dict(rope=dict(kind="default"))),
+        ("llama", dict(rms_norm_eps=1e-3)),
+        ("qwen3", dict(rope=dict(kind="default"))),
+        ("mistral", dict(sliding_window=7)),
+        ("gemma3", dict(sliding_window=6)),
+        ("gemma3", dict(query_scale=None)),
+        ("gemma3", dict(rope=dict(factor=1.0))),
+        ("gemma3", dict(local_rope=None)),
+        ("gemma3", dict(embedding_scale=1.0)),
+        ("gemma3", dict(activation="silu")),
+    ],
+)
+def test_the_fixtures_notice(family, change):
+    """A wrong setting moves the logits far beyond the tolerance, so the test above means something."""
+    import dataclasses
+
+    config = huggingface.read_config(GOLDEN / family)
+    params = huggingface.read_params(GOLDEN / family, config)
+    if isinstance(change.get("rope"), dict):
+        change = {"rope": dataclasses.replace(config.rope, **change["rope"])}
+    expected = np.load(GOLDEN / family / "expected.npz")
+    _, logits = run(dataclasses.replace(config, **change), params, expected["tokens"])
+    assert relative_error(logits, expected["logits"]) > 50 * TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    target = load.load_target("smollm2")
+    expected = np.load(GOLDEN / "smollm2.npz")
+    hidden, logits = run(target.config, target.params, expected["tokens"])
+    return hidden[0], logits[0], expected
+
+
+def test_smollm2_equals_transformers(smollm2):
+    """The same GGUF file read by transformers; 30 layers add up more rounding than the toys' two."""
+    hidden, logits, expected = smollm2
+    at = expected["positions"]
+    assert relative_error(hidden[at], expected["hidden"]) < 1e-4
+    assert relative_error(logits[at][:, expected["vocabulary_ids"]], expected["logits"]) < 1e-4
+
+
+def test_smollm2_whole_distributions_agree(smollm2):
+    _, logits, expected = smollm2
+    np.testing.assert_allclose(jax.nn.logsumexp(logits, axis=-1), expected["logsumexp"], rtol=1e-4)
+    # The fixture's two largest logits are never closer than the error, so no tie can flip.
+    assert np.array_equal(np.argmax(np.asarray(logits), -1), expected["argmax"])

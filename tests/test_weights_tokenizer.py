@@ -1,0 +1,173 @@
+"""Tokenizers built from GGUF metadata, against what other implementations made of the same vocabularies (make_golden.py)."""
+
+import json
+from pathlib import Path
+
+import gguf_files
+import pytest
+
+from jsfdd.weights.load import load_tokenizer
+from jsfdd.weights.tokenizer import tokenizer_from_directory, tokenizer_from_gguf
+
+FIXTURE = json.loads((Path(__file__).parent / "golden" / "tokenizer.json").read_text(encoding="utf-8"))
+TEXTS = FIXTURE["texts"]
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return load_tokenizer("smollm2")
+
+
+def encode(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def byte_level(path, pre, merges=None, edit=lambda writer: None):
+    case = FIXTURE["byte_level"]
+    kinds = [3 if token.startswith("<|") else 1 for token in case["tokens"]]
+
+    def add(writer):
+        writer.add_tokenizer_model("gpt2")
+        if pre is not None:
+            writer.add_tokenizer_pre(pre)
+        writer.add_token_merges(case["merges"] if merges is None else merges)
+        edit(writer)
+
+    return gguf_files.write_vocabulary(path / "vocabulary.gguf", case["tokens"], kinds, add)
+
+
+def sentencepiece(path, case, edit=lambda writer: None):
+    def add(writer):
+        writer.add_tokenizer_model("llama")
+        writer.add_token_scores(case["scores"])
+        writer.add_add_space_prefix(case["add_space_prefix"])
+        writer.add_unk_token_id(0)
+        writer.add_bos_token_id(1)
+        writer.add_eos_token_id(2)
+        edit(writer)
+
+    return gguf_files.write_vocabulary(path / "pieces.gguf", case["tokens"], case["kinds"], add)
+
+
+def test_smollm2_equals_transformers_where_no_digit_is(smollm2):
+    assert len(FIXTURE["smollm2"]) > 15
+    for text, ids in FIXTURE["smollm2"]:
+        assert encode(smollm2, text) == ids, text
+
+
+def test_smollm2_digits_stand_alone(smollm2):
+    """Checked by hand: its model was trained on single digits, with the space before a number a token of its own."""
+    assert smollm2.convert_ids_to_tokens(encode(smollm2, "in 2024 (12.5%)")) == list("inĠ2024") + ["Ġ("] + list("12.5") + ["%)"] or (
+        smollm2.convert_ids_to_tokens(encode(smollm2, "in 2024 (12.5%)"))
+        == ["in", "Ġ", "2", "0", "2", "4", "Ġ(", "1", "2", ".", "5", "%)"]
+    )
+
+
+def test_smollm2_round_trip_and_specials(smollm2):
+    for text in TEXTS:
+        assert smollm2.decode(encode(smollm2, text)) == text
+    ids = encode(smollm2, "<|im_start|>user\nhi<|im_end|>")
+    assert (ids[0], ids[-1]) == (1, 2) and smollm2.decode(ids, skip_special_tokens=True) == "user\nhi"
+    assert (smollm2.bos_token_id, smollm2.eos_token_id, smollm2.pad_token_id) == (1, 2, 2)
+    assert smollm2("hi").input_ids == encode(smollm2, "hi")  # this model adds no begin-of-sequence token
+    chat = smollm2.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True)
+    assert chat.endswith("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n") and "named SmolLM" in chat
+
+
+@pytest.mark.parametrize("pre, reference", [("qwen2", "qwen2"), ("llama-bpe", "llama3")])
+def test_byte_level_splits(tmp_path, pre, reference):
+    tokenizer = tokenizer_from_gguf(byte_level(tmp_path, pre))
+    for text, ids in zip(TEXTS, FIXTURE["byte_level"][reference], strict=True):
+        assert encode(tokenizer, text) == ids, text
+
+
+def test_the_splits_differ(tmp_path):
+    """The fixtures tell the rules apart: digits alone, by three or together; a whole-word token that merges do not reach."""
+    tokens = {}
+    for pre in ("smollm", "qwen2", "llama-bpe", "gpt-2"):
+        tokenizer = tokenizer_from_gguf(byte_level(tmp_path, pre))
+        tokens[pre] = [tokenizer.convert_ids_to_tokens(encode(tokenizer, text)) for text in TEXTS]
+    assert len({json.dumps(rows) for rows in tokens.values()}) == 4
+    assert "Ġstrawberry" in tokens["llama-bpe"][16] and "Ġstrawberry" not in tokens["qwen2"][16]
+
+
+@pytest.mark.parametrize("name", ["llama2", "gemma"])
+def test_sentencepiece(tmp_path, name):
+    tokenizer = tokenizer_from_gguf(sentencepiece(tmp_path, FIXTURE[name]))
+    for text, ids in zip(TEXTS, FIXTURE[name]["ids"], strict=True):
+        assert encode(tokenizer, text) == ids, text
+        assert tokenizer.decode(ids) == text
+
+
+def test_begin_of_sequence_and_padding(tmp_path):
+    tokenizer = tokenizer_from_gguf(sentencepiece(tmp_path, FIXTURE["llama2"]))
+    assert tokenizer("x").input_ids == [1, *encode(tokenizer, "x")]  # the default of SentencePiece models
+    assert tokenizer.pad_token == tokenizer.eos_token == "</s>"
+    silent = sentencepiece(tmp_path, FIXTURE["llama2"], lambda w: (w.add_add_bos_token(False), w.add_add_eos_token(True)))
+    tokenizer = tokenizer_from_gguf(silent)
+    assert tokenizer("x").input_ids == [*encode(tokenizer, "x"), 2]
+
+
+@pytest.mark.parametrize(
+    "pre, options, message",
+    [
+        ("tekken", {}, "tokenizer.ggml.pre is 'tekken'; supported are smollm, qwen2, llama-bpe and gpt-2.*Hugging Face directory"),
+        ("default", {}, "tokenizer.ggml.pre is 'default'"),
+        (None, {}, "tokenizer.ggml.pre is None"),
+        ("gpt-2", dict(merges=["no-space"]), r"merges\[0\] is 'no-space'"),
+        ("gpt-2", dict(merges=["t h", "zzz yyy"]), r"merges\[1\] is 'zzz yyy'"),
+        ("gpt-2", dict(edit=lambda w: w.add_eos_token_id(10**6)), "eos_token_id is 1000000, outside the vocabulary of 501"),
+    ],
+)
+def test_errors(tmp_path, pre, options, message):
+    path = byte_level(tmp_path, pre, **options)
+    with pytest.raises(ValueError, match=message) as error:
+        tokenizer_from_gguf(path)
+    assert str(path) in str(error.value)
+
+
+def test_malformed_vocabularies(tmp_path):
+    def write(tokens, kinds, model="gpt2"):
+        return gguf_files.write_vocabulary(tmp_path / "v.gguf", tokens, kinds, lambda w: w.add_tokenizer_model(model))
+
+    with pytest.raises(ValueError, match="token_type does not have one entry for each of 2"):
+        tokenizer_from_gguf(write(["a", "b"], [1]))
+    with pytest.raises(ValueError, match="the same token twice"):
+        tokenizer_from_gguf(write(["a", "a"], [1, 1]))
+    with pytest.raises(ValueError, match="tokenizer.ggml.model is 'bert'; supported are gpt2 and llama"):
+        tokenizer_from_gguf(write(["a", "b"], [1, 1], "bert"))
+    with pytest.raises(ValueError, match="tokenizer.ggml.scores"):
+        tokenizer_from_gguf(write(["a", "b"], [1, 1], "llama"))
+
+
+def test_directory_round_trip(tmp_path, smollm2):
+    """A directory written from the GGUF tokenizer gives the same ids, whatever class it claims to need."""
+    smollm2.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    for claimed in ("TokenizersBackend", "PreTrainedTokenizerFast", "GPT2Tokenizer"):
+        path = tmp_path / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": claimed}))
+        tokenizer = tokenizer_from_directory(tmp_path)
+        assert [encode(tokenizer, text) for text in TEXTS] == [encode(smollm2, text) for text in TEXTS]
+        assert tokenizer.chat_template == smollm2.chat_template and tokenizer.eos_token_id == 2
+
+
+def test_directory_without_tokenizer(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match="tokenizer.json is needed") as error:
+        tokenizer_from_directory(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_directory_code_is_never_run(tmp_path, smollm2):
+    smollm2.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    path = tmp_path / "tokenizer_config.json"
+    auto_map = {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "Evil", "auto_map": auto_map}))
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nEvil = None\n")
+    try:
+        tokenizer_from_directory(tmp_path)
+    except ValueError as error:
+        assert str(tmp_path) in str(error)
+    assert not (tmp_path / "ran").exists()
