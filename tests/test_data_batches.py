@@ -113,7 +113,7 @@ def test_epochs_differ_but_not_in_their_shapes():
 
 
 def test_a_sample_beyond_the_shapes_is_an_error():
-    with pytest.raises(ValueError, match="129 tokens is longer than every shape; choose shapes from all"):
+    with pytest.raises(ValueError, match="129 tokens exceeds every shape; choose shapes from all"):
         make_batches([3, 129], (Shape(1, 128),))
 
 

@@ -14,12 +14,13 @@ from jsfdd.data.chat import Chat
 from jsfdd.data.template import render_prompt, tokenize_chats
 
 CHATML = (
-    "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
-    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n"
+    "{% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 LLAMA3 = (
-    "{{ bos_token }}{% for m in messages %}<|head|>{{ m.role }}<|/head|>\n\n{{ m.content | trim }}<|eot_id|>{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}<|head|>{{ m.role }}<|/head|>\n\n{{ m.content | trim }}<|eot_id|>"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<|head|>assistant<|/head|>\n\n{% endif %}"
 )
 GEMMA = (
@@ -37,10 +38,11 @@ MISTRAL = (  # the system message goes into the last user turn
     "{{ m.content }} [/INST]{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
 )
 QWEN3 = (  # thoughts stay only in the last answer, which has a place for them even where there are none
-    "{% for m in messages %}{% if m.role != 'assistant' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% else %}"
-    "{% set parts = m.content.split('</think>') %}{% set answer = parts[-1].lstrip('\n') %}"
-    "{% set thoughts = parts[0].split('<think>')[-1].strip('\n') if parts | length > 1 else '' %}<|im_start|>assistant\n"
-    "{% if loop.last %}<think>\n{{ thoughts }}\n</think>\n\n{% endif %}{{ answer }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% for m in messages %}{% if m.role != 'assistant' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    "{% else %}{% set parts = m.content.split('</think>') %}{% set answer = parts[-1].lstrip('\n') %}"
+    "{% set thoughts = parts[0].split('<think>')[-1].strip('\n') if parts | length > 1 else '' %}"
+    "<|im_start|>assistant\n{% if loop.last %}<think>\n{{ thoughts }}\n</think>\n\n{% endif %}{{ answer }}<|im_end|>\n"
+    "{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SPECIAL = {
@@ -51,22 +53,25 @@ SPECIAL = {
     QWEN3: ["<|im_start|>", "<|im_end|>"],
 }
 CLOSE = {CHATML: "<|im_end|>", LLAMA3: "<|eot_id|>", GEMMA: "<end_of_turn>", MISTRAL: "</s>", QWEN3: "<|im_end|>"}
-CORPUS = ["the assistant and the user say hello to the model", "a an in on \n\n one two\n\n", "ünïcode é è", "    return x.\n"]
+CORPUS = [
+    "the assistant and the user say hello to the model", "a an in on \n\n one two\n\n", "ünïcode é è", "    return x.\n"
+]
 
 
-def wrap(backend, template):
-    special = SPECIAL[template]
+def wrap(backend, template, family):
+    special = SPECIAL[family]
     backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
-    if template == QWEN3:
+    if family == QWEN3:
         backend.add_tokens([AddedToken(text, special=False, normalized=False) for text in ("<think>", "</think>")])
-    named = dict(bos_token=special[0], eos_token=CLOSE[template])
+    named = dict(bos_token=special[0], eos_token=CLOSE[family])
     return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **named)
 
 
-def byte_level(template, vocab_size=256):
+def byte_level(template, vocab_size=256, family=None):
     """Byte-level BPE that splits as Llama 3 and Qwen do; with 256 entries it has no merges: a token is a byte."""
     backend = Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(Regex(r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"), "isolated")
+    pieces = Regex(r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+    split = pre_tokenizers.Split(pieces, "isolated")
     whole_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([split, whole_bytes])
     trainer = trainers.BpeTrainer(
@@ -75,7 +80,7 @@ def byte_level(template, vocab_size=256):
     backend.train_from_iterator(CORPUS, trainer)
     backend.decoder = decoders.ByteLevel()
     backend.post_processor = processors.ByteLevel(trim_offsets=True)  # its offsets leave spaces out
-    return wrap(backend, template)
+    return wrap(backend, template, family or template)
 
 
 def spaces_marked(template, prepend):
@@ -88,7 +93,7 @@ def spaces_marked(template, prepend):
     )
     backend.train_from_iterator(CORPUS, trainer)
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    return wrap(backend, template)
+    return wrap(backend, template, template)
 
 
 TOKENIZERS = {
@@ -151,7 +156,8 @@ def test_masked_ids_decode_to_the_answers(name, contents):
     assert len(runs) == len(expected)
     for run, answer in zip(runs, expected):
         # Merged with the answer's first characters, white space that the template writes before it belongs to it too.
-        assert run.endswith(answer) and run.removesuffix(answer) in ("", " ", "\n", "\n\n")[: 1 if "bytes" in name else 4]
+        assert run.endswith(answer)
+        assert run.removesuffix(answer) in ([""] if "bytes" in name else ["", " ", "\n", "\n\n"])
 
 
 BYTES, LLAMA3_BYTES = byte_level(CHATML), byte_level(LLAMA3)
@@ -177,8 +183,7 @@ def test_a_token_across_the_border_counts_with_the_answer():
 
 def test_a_token_across_the_end_counts_and_the_end_of_turn_after_it():
     template = CHATML.replace("content }}", "content }}\n")
-    SPECIAL[template], CLOSE[template] = SPECIAL[CHATML], CLOSE[CHATML]
-    tokenizer = byte_level(template, 300)
+    tokenizer = byte_level(template, 300, family=CHATML)
     [sample], _ = tokenize_chats([chat(["hello", "the end.", "and", "x"])], tokenizer, 4096)
     assert tokenizer.convert_tokens_to_ids(".Ċ") in sample.tokens
     # Where no token holds both, the template's line break stays out and so parts the answer from its end.
@@ -200,7 +205,7 @@ def test_truncation_only_cuts(max_length):
     [whole], _ = tokenize_chats([whole_chat], BYTES, 4096)
     first = np.flatnonzero(whole.assistant_mask)[0]
     if max_length < first + 2:  # the first counted token needs its successor
-        with pytest.raises(ValueError, match="no conversation can be used; .* 1 without a counted token"):
+        with pytest.raises(ValueError, match="1 without a counted token.*nothing is left: raise max_length"):
             tokenize_chats([whole_chat], BYTES, max_length)
         return
     [cut], summary = tokenize_chats([whole_chat], BYTES, max_length)
@@ -233,7 +238,7 @@ def test_what_the_template_refuses_is_counted():
     twice = Chat("twice", "test", chat(["hi", "hello"]).messages[:1] + chat(["hi", "hello"]).messages, "chats.jsonl:9")
     samples, summary = tokenize_chats([twice, chat(["hi", "hello"])], tokenizer, 99)
     assert (len(samples), summary.refused) == (1, ("twice",))
-    with pytest.raises(ValueError, match=r"no conversation can be used; .*refuses chats\.jsonl:9: must alternate"):
+    with pytest.raises(ValueError, match=r"refuses chats\.jsonl:9: must alternate; nothing is left"):
         tokenize_chats([twice], tokenizer, 99)
     with pytest.raises(ValueError, match="refuses a prompt with the roles user, user: must alternate"):
         render_prompt(tokenizer, twice.messages[:2])
@@ -250,18 +255,20 @@ def test_thoughts_count_where_the_template_keeps_them():
     ]
 
 
-@pytest.mark.parametrize("rewrite", ["m.content | upper", "m.content | replace('the', 'a')", "m.content[1:] + '.'", "m.role", "m.content * 2"])
+@pytest.mark.parametrize(
+    "rewrite",
+    ["m.content | upper", "m.content | replace('the', 'a')", "m.content[1:] + '.'", "m.role", "m.content * 2"],
+)
 def test_a_template_that_rewrites_answers_is_an_error(rewrite):
     template = CHATML.replace("m.content", rewrite)
-    SPECIAL[template], CLOSE[template] = SPECIAL[CHATML], CLOSE[CHATML]
-    with pytest.raises(ValueError, match=r"chats\.jsonl:7: the chat template rewrites message 2, .*; use a chat template"):
-        tokenize_chats([chat(["hello", "the model"])], byte_level(template), 4096)
+    tokenizer = byte_level(template, family=CHATML)
+    with pytest.raises(ValueError, match=r"chats\.jsonl:7: the chat template rewrites message 2, .*; use a chat"):
+        tokenize_chats([chat(["hello", "the model"])], tokenizer, 4096)
 
 
 def test_a_template_may_end_answers_with_plain_text():
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    SPECIAL[template], CLOSE[template] = ["<s>", "</s>"], "</s>"
-    tokenizer = byte_level(template)
+    tokenizer = byte_level(template, family=MISTRAL)
     [sample], _ = tokenize_chats([chat(["user: hi", "assistant: yes", "a", "b c"])], tokenizer, 4096)
     assert masked_runs(tokenizer, sample) == ["assistant: yes", "b c"]
 

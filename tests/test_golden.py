@@ -1,10 +1,11 @@
 """Hidden states and logits against transformers/torch, from fixtures that golden/make_golden.py wrote.
 
 Tolerance: both sides compute in float32 and differ in summation order, in `rsqrt`, and in cos and sin of angles, which over
-a few layers gives relative errors around 1e-6 of the largest value; 2e-5 leaves room for other machines' matmuls, while any of
-the mistakes these models are made to show (a missing bias, a wrong rope, norm, window or scale) is 1e-2 and more.
+a few layers gives errors around 1e-6 of the largest value (4e-6 over SmolLM2's 30 layers); 2e-5 leaves room for other machines' matmuls, while any of
+the mistakes that these models are made to show (a wrong rope, norm, window or scale) is 1e-3 and more.
 """
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -39,6 +40,17 @@ def test_family_equals_transformers(family):
     assert relative_error(logits, expected["logits"]) < TOLERANCE
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_is_close(family):
+    """bfloat16 parameters run through, hidden states keep that dtype, and logits agree to its 3 digits times a few layers."""
+    config = huggingface.read_config(GOLDEN / family)
+    params = huggingface.read_params(GOLDEN / family, config, jnp.bfloat16)
+    expected = np.load(GOLDEN / family / "expected.npz")
+    hidden, logits = run(config, params, expected["tokens"])
+    assert hidden.dtype == jnp.bfloat16 and logits.dtype == jnp.float32
+    assert relative_error(logits, expected["logits"]) < 0.05
+
+
 @pytest.mark.parametrize(
     "family, change",
     [
@@ -56,8 +68,6 @@ def test_family_equals_transformers(family):
 )
 def test_the_fixtures_notice(family, change):
     """A wrong setting moves the logits far beyond the tolerance, so the test above means something."""
-    import dataclasses
-
     config = huggingface.read_config(GOLDEN / family)
     params = huggingface.read_params(GOLDEN / family, config)
     if isinstance(change.get("rope"), dict):
@@ -76,15 +86,15 @@ def smollm2():
 
 
 def test_smollm2_equals_transformers(smollm2):
-    """The same GGUF file read by transformers; 30 layers add up more rounding than the toys' two."""
+    """The same GGUF file, read and dequantised by transformers."""
     hidden, logits, expected = smollm2
     at = expected["positions"]
-    assert relative_error(hidden[at], expected["hidden"]) < 1e-4
-    assert relative_error(logits[at][:, expected["vocabulary_ids"]], expected["logits"]) < 1e-4
+    assert relative_error(hidden[at], expected["hidden"]) < TOLERANCE
+    assert relative_error(logits[at][:, expected["vocabulary_ids"]], expected["logits"]) < TOLERANCE
 
 
 def test_smollm2_whole_distributions_agree(smollm2):
     _, logits, expected = smollm2
     np.testing.assert_allclose(jax.nn.logsumexp(logits, axis=-1), expected["logsumexp"], rtol=1e-4)
-    # The fixture's two largest logits are never closer than the error, so no tie can flip.
+    # The two largest logits are nowhere closer than 0.0057, and the tolerance is below 0.001 at logits up to 38: no tie flips.
     assert np.array_equal(np.argmax(np.asarray(logits), -1), expected["argmax"])

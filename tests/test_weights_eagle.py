@@ -17,7 +17,7 @@ ROPES = [
     Rope(1e5),
     Rope(5e5, "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=64),
     Rope(1e4, "linear", factor=4.0),
-    Rope(1e6, "yarn", factor=4.0, original_max_position=128),
+    Rope(1e6, "yarn", factor=4.0, original_max_position=128, attention_factor=1.2),
 ]
 
 

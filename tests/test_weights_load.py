@@ -11,22 +11,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from jsfdd.weights import load
 
 GOLDEN = Path(__file__).parent / "golden"
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load.load_tokenizer("smollm2")
-
-
 @pytest.fixture
-def directory(tmp_path, tokenizer):
-    """The golden llama with SmolLM2's tokenizer beside it: a whole Hugging Face directory."""
+def directory(tmp_path):
+    """The golden llama with a tokenizer of a few words beside it: a whole Hugging Face directory."""
     shutil.copytree(GOLDEN / "llama", tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    words = ["<unk>", "<|im_start|>", "<|im_end|>", "hi", "there"]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.add_special_tokens(words[:3])
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>").save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -34,16 +34,29 @@ def test_directory(directory):
     target = load.load_target(str(directory), jnp.bfloat16)
     assert target.name == str(directory) and target.config == load.read_architecture(str(directory))
     assert target.params["head"]["kernel"].dtype == jnp.bfloat16
-    assert target.tokenizer("hi").input_ids == load.load_tokenizer(str(directory))("hi").input_ids
+    assert target.tokenizer("hi").input_ids == [3] == load.load_tokenizer(str(directory))("hi").input_ids
 
 
-def test_stop_tokens(directory, tokenizer):
-    assert load.load_target(str(directory)).stop_tokens == (2,)  # <|im_end|>, SmolLM2's end of sequence and of turn
+def test_gguf_file():
+    target = load.load_target("smollm2")
+    assert target.config.vocab_size == len(target.tokenizer) == 49_152 and target.stop_tokens == (2,)
+    assert target.params["layers"]["mlp"]["up_proj"]["kernel"].shape == (30, 576, 1536)
+
+
+def test_tokenizer_of_another_model(directory):
+    load.load_tokenizer("smollm2").save_pretrained(directory)
+    with pytest.raises(ValueError, match="49152 tokens but the model embeds 128"):
+        load.load_target(str(directory))
+
+
+def test_stop_tokens(directory):
+    assert load.load_target(str(directory)).stop_tokens == (2,)  # config.json says 2, and <|im_end|> is 2
+    tokenizer = load.load_tokenizer(str(directory))
     (directory / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
-    assert load.stop_tokens(directory, load.load_tokenizer(str(directory))) == (2, 7, 9)
+    assert load.stop_tokens(directory, tokenizer) == (2, 7, 9)
     config = json.loads((directory / "config.json").read_text()) | {"eos_token_id": 0}
     (directory / "config.json").write_text(json.dumps(config))
-    assert load.stop_tokens(directory, load.load_tokenizer(str(directory))) == (0, 2, 7, 9)
+    assert load.stop_tokens(directory, tokenizer) == (0, 2, 7, 9)
     (directory / "generation_config.json").write_text('{"eos_token_id": ["x"]}')
     with pytest.raises(ValueError, match="eos_token_id must be a token id"):
         load.stop_tokens(directory, tokenizer)

@@ -56,11 +56,9 @@ def test_smollm2_equals_transformers_where_no_digit_is(smollm2):
 
 
 def test_smollm2_digits_stand_alone(smollm2):
-    """Checked by hand: its model was trained on single digits, with the space before a number a token of its own."""
-    assert smollm2.convert_ids_to_tokens(encode(smollm2, "in 2024 (12.5%)")) == list("inĠ2024") + ["Ġ("] + list("12.5") + ["%)"] or (
-        smollm2.convert_ids_to_tokens(encode(smollm2, "in 2024 (12.5%)"))
-        == ["in", "Ġ", "2", "0", "2", "4", "Ġ(", "1", "2", ".", "5", "%)"]
-    )
+    """Checked by hand: its model was trained on single digits, and the space before a number is a token of its own."""
+    tokens = smollm2.convert_ids_to_tokens(encode(smollm2, "in 2024 (12.5%)"))
+    assert tokens == ["in", "Ġ", "2", "0", "2", "4", "Ġ(", "1", "2", ".", "5", "%)"]
 
 
 def test_smollm2_round_trip_and_specials(smollm2):
@@ -81,14 +79,24 @@ def test_byte_level_splits(tmp_path, pre, reference):
         assert encode(tokenizer, text) == ids, text
 
 
-def test_the_splits_differ(tmp_path):
-    """The fixtures tell the rules apart: digits alone, by three or together; a whole-word token that merges do not reach."""
-    tokens = {}
-    for pre in ("smollm", "qwen2", "llama-bpe", "gpt-2"):
+@pytest.mark.parametrize(
+    "pre, expected",
+    [
+        ("smollm", ["in", "Ġ", "1", "2", "3", "4", "5", "'ll"]),
+        ("qwen2", ["in", "Ġ", "1", "2", "3", "4", "5", "'ll"]),
+        ("llama-bpe", ["in", "Ġ", "123", "45", "'ll"]),
+        ("gpt-2", ["in", "Ġ12345", "'ll"]),
+    ],
+)
+def test_number_splits(tmp_path, pre, expected):
+    tokenizer = tokenizer_from_gguf(byte_level(tmp_path, pre)).backend_tokenizer
+    assert [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str("in 12345'll")] == expected
+
+
+def test_only_llama3_takes_whole_tokens_that_merges_do_not_reach(tmp_path):
+    for pre, whole in (("llama-bpe", True), ("qwen2", False)):
         tokenizer = tokenizer_from_gguf(byte_level(tmp_path, pre))
-        tokens[pre] = [tokenizer.convert_ids_to_tokens(encode(tokenizer, text)) for text in TEXTS]
-    assert len({json.dumps(rows) for rows in tokens.values()}) == 4
-    assert "Ġstrawberry" in tokens["llama-bpe"][16] and "Ġstrawberry" not in tokens["qwen2"][16]
+        assert ("Ġstrawberry" in tokenizer.convert_ids_to_tokens(encode(tokenizer, "a strawberry"))) is whole
 
 
 @pytest.mark.parametrize("name", ["llama2", "gemma"])
@@ -115,7 +123,7 @@ def test_begin_of_sequence_and_padding(tmp_path):
         ("default", {}, "tokenizer.ggml.pre is 'default'"),
         (None, {}, "tokenizer.ggml.pre is None"),
         ("gpt-2", dict(merges=["no-space"]), r"merges\[0\] is 'no-space'"),
-        ("gpt-2", dict(merges=["t h", "zzz yyy"]), r"merges\[1\] is 'zzz yyy'"),
+        ("gpt-2", dict(merges=FIXTURE["byte_level"]["merges"][:1] + ["q z"]), r"merges\[1\] is 'q z'"),
         ("gpt-2", dict(edit=lambda w: w.add_eos_token_id(10**6)), "eos_token_id is 1000000, outside the vocabulary of 501"),
     ],
 )
@@ -141,7 +149,7 @@ def test_malformed_vocabularies(tmp_path):
 
 
 def test_directory_round_trip(tmp_path, smollm2):
-    """A directory written from the GGUF tokenizer gives the same ids, whatever class it claims to need."""
+    """A directory gives the ids of its tokenizer.json, whatever class it names (the real SmolLM2 names GPT2Tokenizer)."""
     smollm2.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     for claimed in ("TokenizersBackend", "PreTrainedTokenizerFast", "GPT2Tokenizer"):
@@ -159,6 +167,14 @@ def test_directory_without_tokenizer(tmp_path):
     assert str(tmp_path) in str(error.value)
 
 
+def test_damaged_directory(tmp_path, smollm2):
+    smollm2.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(ValueError, match="its tokenizer cannot be loaded"):
+        tokenizer_from_directory(tmp_path)
+
+
 def test_directory_code_is_never_run(tmp_path, smollm2):
     smollm2.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
@@ -166,8 +182,5 @@ def test_directory_code_is_never_run(tmp_path, smollm2):
     auto_map = {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
     path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "Evil", "auto_map": auto_map}))
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nEvil = None\n")
-    try:
-        tokenizer_from_directory(tmp_path)
-    except ValueError as error:
-        assert str(tmp_path) in str(error)
+    assert encode(tokenizer_from_directory(tmp_path), "hi") == encode(smollm2, "hi")
     assert not (tmp_path / "ran").exists()

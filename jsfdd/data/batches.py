@@ -1,8 +1,9 @@
 """Length buckets: which samples go together, in which static shape, so that little is padding and little is compiled.
 
-Every (rows, length) is a program of its own to the compiler, and every padded token costs what a real one costs. Lengths
-come from one fixed list, four to the octave, so programs are shared between runs; `choose_shapes` takes from it those
-that are worth compiling for the data at hand. Samples that would leave a batch mostly empty move to the next longer shape.
+Every (rows, length) is a program of its own to the compiler, and every padded token costs what a real one costs.
+Lengths come from one fixed list, four to the octave, so programs are shared between runs; `choose_shapes` takes from it
+those that are worth compiling for the data at hand. Samples that would leave a batch mostly empty move to the next
+longer shape.
 
     shapes = choose_shapes(lengths, token_budget, num_devices)
     plans = make_batches(lengths, shapes)                       # scoring: a fixed order
@@ -48,7 +49,7 @@ class BatchPlan(NamedTuple):
 def bucket_lengths(longest: int) -> tuple[int, ...]:
     """The fixed lengths up to the first that holds `longest` tokens: 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, …
 
-    Four to the octave: a sample wastes 20% at most and about 8% on average; multiples of 16 throughout.
+    Four to the octave, multiples of 16: beyond the first, a sample wastes less than 20%, and about 8% on average.
     """
     lengths = [SHORTEST]
     while lengths[-1] < longest:
@@ -62,9 +63,10 @@ def choose_shapes(
 ) -> tuple[Shape, ...]:
     """The shapes for samples of these lengths, shortest first, all of about `token_budget` tokens.
 
-    Of the fixed lengths it takes those that minimise (padded tokens of all samples) + shape_cost · (number of shapes), by
-    dynamic programming over the longest length of each bucket. Rows are token_budget // length, but no more than there
-    are samples, down to a multiple of `num_devices` and at least that many: the last can exceed the budget.
+    Of the fixed lengths it takes those that minimise (tokens of all samples, padded) + shape_cost · (number of shapes),
+    by dynamic programming over the longest length of each bucket. Rows are token_budget // length, but no more than
+    there are samples, rounded down to a multiple of `num_devices`, and at least one a device even if that exceeds the
+    budget.
 
     Args:
       lengths: tokens of each sample, all of them.
@@ -79,7 +81,7 @@ def choose_shapes(
     counts = np.bincount(np.searchsorted(fixed, lengths), minlength=len(fixed))
     up_to = np.concatenate([[0], np.cumsum(counts)])  # up_to[j]: samples in the first j fixed lengths
 
-    best, previous = [0], [0]  # best[j]: least cost of the samples in the first j; previous[j]: where its last bucket begins
+    best, previous = [0], [0]  # best[j]: least cost of the samples in the first j; its last bucket holds previous[j]..j
     for j in range(1, len(fixed) + 1):
         costs = [best[i] + (up_to[j] > up_to[i]) * shape_cost + (up_to[j] - up_to[i]) * fixed[j - 1] for i in range(j)]
         previous.append(int(np.argmin(costs)))
@@ -133,7 +135,9 @@ def pad_batch(samples: Sequence[Sample], shape: Shape) -> Batch:
     )
 
 
-def pad_rows(rows: Sequence[Shaped[np.ndarray, "_ *feature"]], shape: Shape) -> Shaped[np.ndarray, "B T *feature"]:
+def pad_rows(
+    rows: Sequence[Shaped[np.ndarray, "_ *feature"]], shape: tuple[int, int]
+) -> Shaped[np.ndarray, "B T *feature"]:
     """Any per-token arrays (at least one), each [T_i, …] of one dtype, zero-padded to [rows, length, …]."""
     padded = np.zeros((*shape, *rows[0].shape[1:]), rows[0].dtype)
     for target, row in zip(padded, rows):
@@ -146,12 +150,12 @@ def _fill(
 ) -> list[BatchPlan]:
     """Batches by bucket, shortest first; `arrange` orders the samples of a bucket.
 
-    The samples left over from a bucket's full batches move to the next longer bucket if their tokens there are fewer than
-    those of a partly empty batch here.
+    The samples left over from a bucket's full batches move to the next longer bucket if their tokens there, padded, are
+    fewer than those of a partly empty batch here.
     """
     buckets = np.searchsorted([shape.length for shape in shapes], np.asarray(lengths)[order])
     if len(order) and buckets.max() == len(shapes):
-        raise ValueError(f"a sample of {max(lengths)} tokens is longer than every shape; choose shapes from all samples")
+        raise ValueError(f"a sample of {max(lengths)} tokens exceeds every shape; choose shapes from all samples")
     plans, moved = [], order[:0]
     for number, shape in enumerate(shapes):
         rows = arrange(np.concatenate([moved, order[buckets == number]]))

@@ -255,7 +255,7 @@ def _text(row: dict, key: str, place: str) -> str:
 
 
 def _check_text(value: object, what: str, place: str) -> None:
-    """A string that can be written as UTF-8: JSON's escapes can spell half of a surrogate pair, which is no character."""
+    """A string, and one that UTF-8 can hold: JSON's escapes can spell half a surrogate pair, which is no character."""
     if not isinstance(value, str):
         raise ValueError(f"{place}: {what} is {_kind(value)}; expected a string")
     try:

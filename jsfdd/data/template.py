@@ -1,16 +1,16 @@
 """Chats to token ids with the exact assistant mask, through a tokenizer's own chat template.
 
-Templates seldom mark what the assistant says, so it is found: the conversation is rendered a second time with stand-ins
-for the contents, and what surrounds them is the template's. Characters map to tokens by the fast tokenizer's offsets, so
-the ids are those of `tokenizer.apply_chat_template` on the whole conversation.
+Templates seldom mark what the assistant says, so it is found: the conversation is rendered a second time with
+stand-ins for the contents, and what surrounds them is the template's. Characters map to tokens by the fast tokenizer's
+offsets, so the ids are those of `tokenizer.apply_chat_template` on the whole conversation.
 
 The mask (records.Sample.assistant_mask) holds
   - every token with a character of an answer's content, as the template renders it (many templates trim it);
-  - the answer's end-of-turn token: the added token (outside the tokenizer's ordinary vocabulary) that the template writes
-    next, white space aside. A template that ends answers with plain text or with nothing has none.
+  - the answer's end-of-turn token: the added token (one outside the tokenizer's ordinary vocabulary) that the template
+    writes next, white space aside. A template that ends answers with plain text or with nothing has none.
 
-Special tokens come from templates only. A tokenizer reads "<|im_end|>" inside a content as the token itself, which would
-end a turn in mid-sentence; such conversations are skipped and counted (`TokenizeSummary.special_text`).
+Special tokens come from templates only. A tokenizer reads "<|im_end|>" inside a content as the token itself, which
+would end a turn in mid-sentence; such conversations are skipped and counted (`TokenizeSummary.special_text`).
 """
 
 from __future__ import annotations
@@ -98,20 +98,21 @@ def tokenize_chats(chats: Sequence[Chat], tokenizer, max_length: int) -> tuple[l
                 continue
             rendered.append((chat, text, _answer_spans(tokenizer, frame_of, chat, text)))
         for (chat, text, spans), encoding in zip(rendered, encode([text for _, text, _ in rendered])):
-            mask = _assistant_mask(encoding.ids, encoding.offsets, text, spans, added_tokens)
-            tokens = np.asarray(encoding.ids, np.int32)
-            sample = Sample(chat.id, chat.source, tokens[:max_length], mask[:max_length])
+            ids = encoding.ids  # builds the list at every access
+            mask = _assistant_mask(ids, encoding.offsets, text, spans, added_tokens)
+            tokens = np.asarray(ids[:max_length], np.int32)
+            sample = Sample(chat.id, chat.source, tokens, mask[:max_length])
             if not sample.counted.any():
                 skipped["no_counted"].append(chat.id)
                 continue
             samples.append(sample)
-            if len(tokens) > max_length:
+            if len(ids) > max_length:
                 truncated.append(chat.id)
 
     lists = {reason: tuple(ids) for reason, ids in skipped.items()}
     summary = TokenizeSummary(read=len(chats), kept=len(samples), truncated=tuple(truncated), **lists)
     if chats and not samples:
-        raise ValueError(f"no conversation can be used; {summary}{refusal}")
+        raise ValueError(f"{summary}{refusal}; nothing is left: raise max_length ({max_length}) or give other chats")
     return samples, summary
 
 
@@ -123,9 +124,7 @@ def render_prompt(tokenizer, messages: Sequence[Message]) -> list[int]:
     """
     _check_tokenizer(tokenizer)
     try:
-        return tokenizer.apply_chat_template(
-            list(messages), tokenize=True, add_generation_prompt=True, return_dict=False
-        )
+        return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
     except jinja2.TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
         raise ValueError(f"the chat template refuses a prompt with the roles {roles}: {error}") from error
@@ -232,8 +231,8 @@ def _find_answer(tokenizer, chat: Chat, index: int, text: str) -> _Span:
     except jinja2.TemplateError:
         pass  # it takes the conversation but not this part of it: as little help as a text that does not fit
     raise ValueError(
-        f"{chat.place}: the chat template rewrites message {index + 1}, so its tokens cannot be told from the template's; "
-        "use a chat template that keeps contents as they are, or drop the row"
+        f"{chat.place}: the chat template rewrites message {index + 1}, so its tokens cannot be told from the "
+        "template's; use a chat template that keeps contents as they are, or drop the row"
     )
 
 

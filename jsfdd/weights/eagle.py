@@ -58,8 +58,9 @@ def write_draft(directory: str | Path, config: DraftConfig, params: dict, flavou
     if flavour == "vllm" and config.fc_bias:
         raise ValueError(f"{directory}: fc_bias: vLLM ignores an fc bias, so τ would fall; train without --fc-bias")
     partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of an export that was interrupted
     settings = _settings(config, jnp.asarray(params["fc"]["kernel"]).dtype.name)
+    if partial.exists():  # of an export that was interrupted
+        shutil.rmtree(partial)
     partial.mkdir(parents=True)
     (partial / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     tensors = {}

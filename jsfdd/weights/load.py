@@ -63,6 +63,13 @@ def load_target(name: str, dtype=jnp.float32) -> Target:
     path = locate_target(name)
     config = _read_config(path)
     tokenizer = _read_tokenizer(path)
+    # Added tokens may lie beyond the embedding (Gemma-3 1B's image token does); the vocabulary itself may not, and JAX
+    # would clamp such an id without a word.
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"{path}: its tokenizer has {tokenizer.vocab_size} tokens but the model embeds {config.vocab_size}: they do not "
+            "belong together"
+        )
     params = (huggingface if path.is_dir() else gguf).read_params(path, config, dtype)
     return Target(config, params, tokenizer, name, fingerprint(path, config), stop_tokens(path, tokenizer))
 

@@ -28,15 +28,18 @@ _SPACE = "▁"  # SentencePiece's mark
 
 
 def tokenizer_from_directory(directory: str | Path) -> PreTrainedTokenizerFast:
-    """The fast tokenizer of a Hugging Face directory.
+    """The fast tokenizer of a Hugging Face directory: its tokenizer.json as it is, or its tokenizer.model converted.
 
     Raises:
-      ValueError: there is none, or it needs code from the directory or packages that are not installed.
+      ValueError: there is none, or it needs packages that are not installed.
     """
     directory = Path(directory)
+    # AutoTokenizer follows the class name in tokenizer_config.json and, in transformers 5, rebuilds that class's own text
+    # splitting around the vocabulary: SmolLM2 names GPT-2's class, and its digit split would be lost.
+    reader = PreTrainedTokenizerFast if (directory / "tokenizer.json").exists() else AutoTokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except (ValueError, OSError, ImportError, KeyError) as error:
+        tokenizer = reader.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except (ValueError, OSError, ImportError, KeyError, TypeError) as error:
         raise ValueError(
             f"{directory}: its tokenizer cannot be loaded ({error}); a tokenizer.json is needed, which "
             "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) writes where sentencepiece is installed"

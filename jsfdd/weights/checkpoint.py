@@ -1,0 +1,155 @@
+"""Checkpoints of a training run: all that a killed run needs to go on to the same bits. The only file that imports Orbax.
+
+    OUT/checkpoints/400/params   the draft's parameters: all that a reader of the finished draft needs
+    OUT/checkpoints/400/rest     optimizer state, step and key
+    OUT/checkpoints/400/info     JSON: the draft's shape, and the run's identity
+
+Orbax writes a step's directory aside and renames it when all of it is written, so a directory named by a number is
+whole; what a killed run left behind is removed at the next start.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+
+from jsfdd.models.architecture import DecoderConfig, Rope
+from jsfdd.models.draft import DraftConfig, init_draft
+from jsfdd.records import TrainState
+
+DIRECTORY = "checkpoints"
+_KEPT = 2
+
+
+def open_checkpoints(run: Path) -> ocp.CheckpointManager:
+    """The checkpoints of the run in directory `run`, made if missing; the last two are kept. Close it after use."""
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=_KEPT, create=True, cleanup_tmp_directories=True, enable_async_checkpointing=False
+    )
+    return ocp.CheckpointManager((run / DIRECTORY).absolute(), options=options)
+
+
+def latest_step(checkpoints: ocp.CheckpointManager) -> int | None:
+    """The last step that was saved, or None."""
+    return checkpoints.latest_step()
+
+
+def save(checkpoints: ocp.CheckpointManager, state: TrainState, draft_config: DraftConfig, identity: dict) -> None:
+    """Save `state` under its own step; whole when this returns.
+
+    Args:
+      identity: JSON-ready; what the run's bits depend on. `restore` refuses to go on with another one.
+    """
+    rest = state._replace(params=None)._asdict()
+    checkpoints.save(
+        int(state.step),
+        args=ocp.args.Composite(
+            params=ocp.args.StandardSave(state.params),
+            rest=ocp.args.StandardSave(rest),
+            info=ocp.args.JsonSave({"draft": draft_to_json(draft_config), "identity": identity}),
+        ),
+    )
+
+
+def restore(checkpoints: ocp.CheckpointManager, step: int, like: TrainState, identity: dict) -> TrainState:
+    """The state saved at `step`, with the structure, dtypes and placement of `like`.
+
+    Raises:
+      ValueError: the checkpoint belongs to a run with another identity (the message names what differs), or is damaged.
+    """
+    where = Path(checkpoints.directory) / str(step)
+    saved = _read(checkpoints, step, info=ocp.args.JsonRestore())["info"]["identity"]
+    changed = _differences(saved, json.loads(json.dumps(identity)))
+    if changed:
+        raise ValueError(
+            f"{where}: this run was started with other inputs, so it cannot continue ({'; '.join(changed)}); "
+            "use the same ones or another --out"
+        )
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+    found = _read(
+        checkpoints,
+        step,
+        params=ocp.args.StandardRestore(abstract.params),
+        rest=ocp.args.StandardRestore(abstract._replace(params=None)._asdict()),
+    )
+    return TrainState(**{**found["rest"], "params": found["params"]})
+
+
+def load_draft(path: str | Path) -> tuple[DraftConfig, dict, dict]:
+    """The draft of a training run's last checkpoint: its shape, its parameters on the first device, the run's identity.
+
+    Args:
+      path: the run's directory or the checkpoints/ in it.
+
+    Raises:
+      FileNotFoundError: there is no checkpoint.
+      ValueError: the checkpoint is damaged, or of a draft that this version does not know.
+    """
+    path = Path(path)
+    directory = path / DIRECTORY if (path / DIRECTORY).is_dir() else path
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{path}: no such directory; give the --out of `jsfdd train` or the checkpoints/ in it")
+    with ocp.CheckpointManager(directory.absolute(), options=ocp.CheckpointManagerOptions(create=False)) as checkpoints:
+        step = checkpoints.latest_step()
+        if step is None:
+            raise FileNotFoundError(f"{directory}: no checkpoint in it; train first: `jsfdd train --out {path}`")
+        info = _read(checkpoints, step, info=ocp.args.JsonRestore())["info"]
+        config = draft_from_json(info["draft"], where=directory / str(step) / "info")
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+            jax.eval_shape(lambda: init_draft(config, jax.random.key(0))),
+        )
+        params = _read(checkpoints, step, params=ocp.args.StandardRestore(abstract))["params"]
+    return config, params, info["identity"]
+
+
+def draft_to_json(config: DraftConfig) -> dict:
+    """A JSON-ready dict of the draft's shape."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def draft_from_json(values: dict, where: Path) -> DraftConfig:
+    """What `draft_to_json` was given. A missing or unknown field is a ValueError that names `where`."""
+    return _dataclass_from_json(DraftConfig, values, where)
+
+
+def _dataclass_from_json(cls, values: dict, where: Path):
+    kinds = typing.get_type_hints(cls)
+    if not isinstance(values, dict) or set(values) != set(kinds):
+        found = sorted(values) if isinstance(values, dict) else values
+        raise ValueError(f"{where}: {cls.__name__} needs exactly {sorted(kinds)}, found {found}; another version wrote it")
+
+    def convert(kind, value):
+        for nested in (DecoderConfig, Rope):
+            if value is not None and (kind is nested or nested in typing.get_args(kind)):
+                return _dataclass_from_json(nested, value, where)
+        return tuple(value) if isinstance(value, list) else value
+
+    return cls(**{name: convert(kind, values[name]) for name, kind in kinds.items()})
+
+
+def _read(checkpoints: ocp.CheckpointManager, step: int, **items):
+    """Items of one step; what Orbax raises for a directory that was copied or deleted in part becomes one ValueError."""
+    try:
+        return checkpoints.restore(step, args=ocp.args.Composite(**items))
+    except (ValueError, KeyError, OSError) as error:
+        where = Path(checkpoints.directory) / str(step)
+        raise ValueError(f"{where}: damaged checkpoint; delete it to fall back on an earlier one ({error})") from error
+
+
+def _differences(saved: dict, now: dict, prefix: str = "") -> list[str]:
+    """"name: saved → now" for every leaf of two nested dicts that differs."""
+    found = []
+    for name in sorted(set(saved) | set(now)):
+        before, after = saved.get(name), now.get(name)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += _differences(before, after, f"{prefix}{name}.")
+        elif before != after:
+            found.append(f"{prefix}{name}: {before} → {after}")
+    return found
