@@ -14,7 +14,7 @@ _ARCHITECTURES = {name: arch for arch, name in MODEL_ARCH_NAMES.items() if isins
 
 
 def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp's row order of q and k: the rows of each head's two halves in turn. A loop, so that it can be trusted."""
+    """llama.cpp's row order of q and k: each head's two halves, row by row in turn. Loops, to be trusted."""
     rows = len(weight) // heads
     order = []
     for head in range(heads):
@@ -35,7 +35,9 @@ def write_model(
 
     `kinds`: GGUF tensor name -> type, F32 where absent. `edit(writer)` adds what else the file should hold.
     """
-    tensors = {name: tensor for file in sorted(directory.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    tensors = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        tensors |= load_file(file)
     names = get_tensor_name_map(_ARCHITECTURES[architecture], config.num_layers)
     writer = GGUFWriter(path, architecture)
     writer.add_block_count(config.num_layers)

@@ -27,7 +27,8 @@ def copy(tmp_path):
         shutil.copytree(GOLDEN / family, directory, dirs_exist_ok=True)
         path = directory / "config.json"
         raw = json.loads(path.read_text()) | changes
-        path.write_text(json.dumps({key: value for key, value in raw.items() if key not in changes or value is not None}))
+        removed = {key for key, value in changes.items() if value is None}
+        path.write_text(json.dumps({key: value for key, value in raw.items() if key not in removed}))
         return directory
 
     return make
@@ -105,19 +106,17 @@ def test_what_families_leave_out(copy):
     assert gemma.tie_embeddings and gemma.query_scale == 1 / 16 and sum(gemma.sliding_layers) == 29
 
 
+SLIDING = dict(use_sliding_window=True, sliding_window=4)
+
+
 @pytest.mark.parametrize(
     "family, changes, window, slides",
     [
         ("mistral", {}, 6, (True,) * 3),
         ("mistral", dict(sliding_window="null"), None, ()),
         ("qwen2", dict(sliding_window=4, layer_types=None, max_window_layers=1), None, ()),
-        ("qwen2", dict(use_sliding_window=True, sliding_window=4, layer_types=None, max_window_layers=1), 4, (False, True)),
-        (
-            "qwen3",
-            dict(use_sliding_window=True, sliding_window=4, layer_types=["sliding_attention", "full_attention"]),
-            4,
-            (True, False),
-        ),
+        ("qwen2", SLIDING | dict(layer_types=None, max_window_layers=1), 4, (False, True)),
+        ("qwen3", SLIDING | dict(layer_types=["sliding_attention", "full_attention"]), 4, (True, False)),
     ],
 )
 def test_sliding_windows(copy, family, changes, window, slides):
@@ -131,15 +130,19 @@ def test_sliding_windows(copy, family, changes, window, slides):
 @pytest.mark.parametrize(
     "family, changes, message",
     [
-        ("llama", dict(model_type="mamba"), "model_type is 'mamba'; supported are llama, qwen2, qwen3, mistral, gemma3_text, gemma3"),
+        ("llama", dict(model_type="mamba"), "'mamba'; supported are llama, qwen2, qwen3, mistral, gemma3_text, gemma3"),
         ("llama", dict(hidden_act="relu"), "hidden_act is 'relu'; supported are silu"),
         ("llama", dict(quantization_config={"quant_method": "gptq"}), "quantization_config"),
         ("llama", dict(attention_bias=True), "attention_bias is True"),
         ("llama", dict(mlp_bias=True), "mlp_bias is True"),
         ("llama", dict(partial_rotary_factor=0.5), "partial_rotary_factor is 0.5"),
-        ("llama", dict(rope_parameters={"rope_type": "longrope"}), "'longrope'; supported are default, linear, llama3, yarn"),
+        ("llama", dict(rope_parameters={"rope_type": "longrope"}), "'longrope'; supported are default, linear,"),
         ("llama", dict(rope_parameters={"rope_type": "linear"}), "rope_parameters.factor is missing"),
-        ("llama", dict(rope_parameters={"rope_type": "linear", "factor": 2, "foo": 1}), "rope_parameters.foo is not a setting"),
+        (
+            "llama",
+            dict(rope_parameters={"rope_type": "linear", "factor": 2, "foo": 1}),
+            "parameters.foo is not a setting",
+        ),
         ("qwen3", dict(rope_parameters={"rope_type": "yarn", "factor": 4.0, "truncate": False}), "truncate is False"),
         ("llama", dict(hidden_size=None), "hidden_size is missing"),
         ("llama", dict(hidden_size="32"), "hidden_size is '32'"),
@@ -213,14 +216,15 @@ def test_missing_tensor(copy):
 def test_unknown_tensor(copy):
     directory = copy("llama")
     edit_tensors(directory, lambda t: t.update({"model.layers.0.self_attn.o_proj.bias": np.ones(32, np.float32)}))
-    with pytest.raises(ValueError, match=r"model.safetensors: unknown tensor model.layers.0.self_attn.o_proj.bias \[32\]"):
+    with pytest.raises(ValueError, match=r"model.safetensors: unknown tensor .*o_proj.bias \[32\]"):
         read(directory)
 
 
 def test_misshapen_tensor(copy):
     directory = copy("llama")
     edit_tensors(directory, lambda t: t.update({"model.norm.weight": np.ones(31, np.float32)}))
-    with pytest.raises(ValueError, match=r"model.safetensors: tensor model.norm.weight has shape \[31\], the config says \[32\]"):
+    message = r"model.safetensors: tensor model.norm.weight has shape \[31\], the config says \[32\]"
+    with pytest.raises(ValueError, match=message):
         read(directory)
 
 
@@ -242,7 +246,8 @@ def test_integer_tensor(copy):
 def test_rotary_buffers_are_known_and_ignorable(copy):
     directory = copy("llama")
     expected = read(directory)
-    edit_tensors(directory, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32)}))
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    edit_tensors(directory, lambda t: t.update({name: np.ones(8, np.float32)}))
     assert_same(read(directory), expected)
 
 
@@ -256,7 +261,10 @@ def test_tied_head_may_be_stored(copy):
         read(directory)
 
 
-@pytest.mark.parametrize("prefix, head", [("language_model.model.", "language_model.lm_head."), ("model.language_model.", "lm_head.")])
+@pytest.mark.parametrize(
+    "prefix, head",
+    [("language_model.model.", "language_model.lm_head."), ("model.language_model.", "lm_head.")],
+)
 def test_gemma_inside_an_image_model(copy, prefix, head):
     directory = copy("gemma3")
     expected = read(directory)
@@ -277,14 +285,17 @@ def test_gemma_inside_an_image_model(copy, prefix, head):
 def test_one_file_equals_shards(copy):
     directory = copy("qwen3")
     expected = read(directory)
-    merged = {name: tensor for file in directory.glob("model-*.safetensors") for name, tensor in load_file(file).items()}
-    for file in [*directory.glob("model-*.safetensors"), directory / "model.safetensors.index.json"]:
+    first, second = directory.glob("model-*.safetensors")
+    merged = load_file(first) | load_file(second)
+    for file in (first, second, directory / "model.safetensors.index.json"):
         file.unlink()
     save_file(merged, directory / "model.safetensors")
     assert_same(read(directory), expected)
 
 
-@pytest.mark.parametrize("shard", ["../secret.safetensors", "/etc/secret.safetensors", "sub/x.safetensors", "..\\x.safetensors", "x.bin", 3])
+@pytest.mark.parametrize(
+    "shard", ["../secret.safetensors", "/etc/x.safetensors", "sub/x.safetensors", "..\\x.safetensors", "x.bin", 3]
+)
 def test_shard_outside_the_directory(copy, shard):
     directory = copy("qwen3")
     index = directory / "model.safetensors.index.json"

@@ -95,9 +95,9 @@ def arm_dot(arm: Arm, record: dict, name: str) -> Dot:
 
 
 @mpl.rc_context(_STYLE)
-def intervals(title: str, dots: Sequence[Dot], reference: float, unit: str, *, width: int = WIDE, digits: int = 2) -> str:
+def intervals(title: str, dots: Sequence[Dot], reference: float, unit: str, *, digits: int = 2) -> str:
     """Dots with intervals, one a line, values written beside them; a line marks `reference`, which is always in view."""
-    figure, ax = _axes(title, width, 66 + 27 * len(dots))
+    figure, ax = _axes(title, WIDE, 66 + 27 * len(dots))
     known = [dot for dot in dots if dot.value is not None]
     for y, dot in enumerate(dots):
         if dot.value is None:
@@ -121,9 +121,9 @@ def intervals(title: str, dots: Sequence[Dot], reference: float, unit: str, *, w
 
 
 @mpl.rc_context(_STYLE)
-def cost_and_gain(title: str, arms: Sequence[Arm], *, width: int = WIDE) -> str:
+def cost_and_gain(title: str, arms: Sequence[Arm]) -> str:
     """τ with its interval against seconds of training, a point an arm."""
-    figure, ax = _axes(title, width, 66 + 27 * max(len(arms), 4))
+    figure, ax = _axes(title, WIDE, 66 + 27 * max(len(arms), 4))
     for arm in arms:
         dot = arm_dot(arm, arm.row, "tau")
         if dot.value is None:
@@ -224,10 +224,10 @@ def entropy_density(title: str, flatness: np.ndarray, entropy: np.ndarray, vocab
 
 
 @mpl.rc_context(_STYLE)
-def grouped_bars(title: str, groups: Sequence[str], series: dict[str, Sequence[float]], unit: str, *, width: int = WIDE) -> str:
+def grouped_bars(title: str, groups: Sequence[str], series: dict[str, Sequence[float]], unit: str) -> str:
     """Shares in percent: a group of horizontal bars a source, a bar an arm; NaN where there is none."""
     thickness = 0.78 / len(series)
-    figure, ax = _axes(title, width, 62 + len(groups) * (10 + 11 * len(series)))
+    figure, ax = _axes(title, NARROW, 62 + len(groups) * (10 + 11 * len(series)))
     for k, (arm, values) in enumerate(series.items()):
         y = np.arange(len(groups)) + (k - (len(series) - 1) / 2) * thickness
         ax.barh(y, 100 * np.asarray(values), thickness * 0.86, color=ARM_STYLES[arm][0], linewidth=0)
@@ -244,12 +244,12 @@ def grouped_bars(title: str, groups: Sequence[str], series: dict[str, Sequence[f
 
 
 @mpl.rc_context(_STYLE)
-def length_histogram(title: str, kept: np.ndarray, dropped: np.ndarray, colour: str) -> str:
+def length_histogram(title: str, kept: np.ndarray, dropped: np.ndarray, arm: str) -> str:
     """Counted tokens a sample: kept filled, dropped as an outline, on the same bins."""
     both = np.concatenate([kept, dropped])
     figure, ax = _axes(title, NARROW, 230)
     edges = np.histogram_bin_edges(both, bins=min(30, max(6, round(len(both) ** 0.5))))
-    ax.hist(kept, edges, color=colour, alpha=0.8, linewidth=0)
+    ax.hist(kept, edges, color=ARM_STYLES[arm][0], alpha=0.8, linewidth=0)
     ax.hist(dropped, edges, histtype="step", color=_INK, linewidth=1.3)
     ax.set_xlabel("counted tokens")
     ax.set_ylabel("samples")
@@ -279,7 +279,7 @@ def curves(title: str, series: dict[str, tuple[Sequence[float], Sequence[float]]
 @mpl.rc_context(_STYLE)
 def alpha_by_depth(title: str, arms: Sequence[Arm]) -> str:
     """Acceptance rate by draft depth with intervals, in percent."""
-    figure, ax = _axes(title, WIDE, 260)
+    figure, ax = _axes(title, NARROW, 250)
     for k, arm in enumerate(arms):
         colour, marker, _ = ARM_STYLES[arm.name]
         alpha, low, high = (100 * np.array(arm.report[name], float) for name in ("alpha", "alpha_low", "alpha_high"))
@@ -298,7 +298,7 @@ def alpha_by_depth(title: str, arms: Sequence[Arm]) -> str:
 def accepted_lengths(title: str, arms: Sequence[Arm]) -> str:
     """Share of verifications that accepted exactly i draft tokens, in percent."""
     thickness = 0.8 / len(arms)
-    figure, ax = _axes(title, WIDE, 260)
+    figure, ax = _axes(title, NARROW, 250)
     for k, arm in enumerate(arms):
         counts = np.array(arm.report["accept_counts"], float)
         x = np.arange(len(counts)) + (k - (len(arms) - 1) / 2) * thickness
@@ -311,10 +311,12 @@ def accepted_lengths(title: str, arms: Sequence[Arm]) -> str:
 
 
 @mpl.rc_context(_STYLE)
-def tau_by_source(title: str, sources: Sequence[str], arms: Sequence[Arm]) -> str:
+def tau_by_source(title: str, arms: Sequence[Arm]) -> str:
     """τ with its interval, a line a source, the arms one above the other."""
-    step = 0.8 / len(arms)
-    figure, ax = _axes(title, 2 * WIDE + 24, 70 + len(sources) * (12 + 14 * len(arms)))
+    sources = list(arms[0].report["per_source"])
+    counts = [record["n_prompts"] for record in arms[0].report["per_source"].values()]
+    step = 0.7 / len(arms)
+    figure, ax = _axes(title, NARROW, max(250, 70 + len(sources) * (8 + 9 * len(arms))))
     for k, arm in enumerate(arms):
         for y, source in enumerate(sources):
             record = arm.report["per_source"][source]
@@ -324,7 +326,7 @@ def tau_by_source(title: str, sources: Sequence[str], arms: Sequence[Arm]) -> st
     for y in range(1, len(sources)):
         ax.axhline(y - 0.5, color=_RULE, linewidth=0.8)
     ax.axvline(1, color=_MUTED, linewidth=1, linestyle=(0, (2, 2)))
-    ax.set_yticks(range(len(sources)), sources)
+    ax.set_yticks(range(len(sources)), [f"{source} ({count})" for source, count in zip(sources, counts)])
     ax.set_ylim(len(sources) - 0.5, -0.5)
     ax.set_xlim(left=0.95)
     ax.set_xlabel("τ, tokens per verification")

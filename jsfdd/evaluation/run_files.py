@@ -16,6 +16,7 @@ import pyarrow
 import pyarrow.parquet
 
 from jsfdd.config import RunConfig
+from jsfdd.training.log import read_lines
 
 _REMEDY = "finish the run with `jsfdd run` (it continues where it stopped), or give another --run"
 _SUMMARY_KEYS = ("versions", "hardware", "target", "data", "seconds", "arms", "differences")
@@ -109,14 +110,14 @@ def _arm(run: Path, name: str, rows: dict[str, dict]) -> Arm:
         raise ValueError(f"{run / 'summary.json'}: arm {name} of config.json is missing; {_REMEDY}")
     directory = run / "arms" / name
     selection = _record(_json(directory / "selection.json"), ("ids",), directory / "selection.json")
-    lines = _json_lines(directory / "metrics.jsonl")
+    lines = read_lines(_existing(directory / "metrics.jsonl"))
     report = _record(_json(directory / "report.json"), _REPORT_KEYS, directory / "report.json")
     return Arm(
         name=name,
         row=rows[name],
         selection=selection,
         kept=frozenset(selection["ids"]),
-        training=[line for line in lines if "held_out" not in line],
+        training=[line for line in lines if "loss" in line],
         held_out=[line for line in lines if "held_out" in line],
         report=report,
     )
@@ -135,32 +136,20 @@ def _texts(path: Path) -> list[dict]:
 
 def _json(path: Path):
     try:
-        return json.loads(_text(path))
+        return json.loads(_existing(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg}); {_REMEDY}") from None
 
 
-def _json_lines(path: Path) -> list[dict]:
-    lines = []
-    for number, line in enumerate(_text(path).splitlines(), start=1):
-        try:
-            lines.append(_record(json.loads(line), ("step",), path))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error.msg}); {_REMEDY}") from None
-    return lines
-
-
-def _text(path: Path) -> str:
+def _existing(path: Path) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: missing; {_REMEDY}")
-    return path.read_text(encoding="utf-8")
+    return path
 
 
 def _columns(path: Path, names: Iterable[str]) -> dict[str, pyarrow.ChunkedArray]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: missing; {_REMEDY}")
     try:
-        table = pyarrow.parquet.read_table(path)
+        table = pyarrow.parquet.read_table(_existing(path))
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"{path}: not a whole Parquet file ({error}); {_REMEDY}") from None
     missing = [name for name in names if name not in table.column_names]

@@ -65,7 +65,7 @@ def read_params(path: str | Path, config: DecoderConfig, dtype=np.float32) -> di
     }
     transforms = {}
     if file.metadata["general.architecture"] == "llama":
-        # llama.cpp rotates neighbouring pairs in this architecture, so its files hold q and k with their rows interleaved.
+        # llama.cpp rotates neighbouring pairs in this architecture, so its files hold q's and k's rows interleaved.
         transforms = {
             "layers/attention/q_proj/kernel": functools.partial(_deinterleave, heads=config.num_heads),
             "layers/attention/k_proj/kernel": functools.partial(_deinterleave, heads=config.num_kv_heads),
@@ -148,7 +148,9 @@ def _sliding(file: GGUFFile, layers: int) -> tuple[int | None, tuple[bool, ...]]
         return window, tuple((layer + 1) % pattern != 0 for layer in range(layers))
     if family == "llama":
         return window, (True,) * layers
-    raise ValueError(f"{file.path}: {family}.attention.sliding_window is set, but not which layers slide: not supported")
+    raise ValueError(
+        f"{file.path}: {family}.attention.sliding_window is set, but not which layers slide: not supported"
+    )
 
 
 def _rope(file: GGUFFile, head_dim: int) -> Rope:
@@ -184,13 +186,14 @@ def _rope_divisors(file: GGUFFile, head_dim: int) -> tuple[float, ...]:
     divisors = read_tensor(file, _ROPE_DIVISORS)
     if divisors.shape != (head_dim // 2,) or not (divisors > 0).all():
         raise ValueError(
-            f"{file.path}: tensor {_ROPE_DIVISORS} has shape {list(divisors.shape)}; {head_dim // 2} positive numbers expected"
+            f"{file.path}: tensor {_ROPE_DIVISORS} has shape {list(divisors.shape)}; {head_dim // 2} positive numbers "
+            "were expected"
         )
     return tuple(float(divisor) for divisor in divisors)
 
 
 def _value(file: GGUFFile, key: str, default: Any) -> Any:
-    """A metadata value of this architecture; a list of one repeated value, as some writers give per layer, counts as that value."""
+    """A positive number of this architecture's metadata; a list that repeats one number per layer is that number."""
     full = f"{file.metadata['general.architecture']}.{key}"
     value = file.metadata.get(full, default)
     if isinstance(value, list) and len(set(value)) == 1:

@@ -2,12 +2,12 @@
 
 The gguf package's own reader trusts counts and offsets: a truncated file makes it fail far from the cause or loop over
 counts that the file cannot hold, and it needs seconds for a vocabulary. Here each read is bounded, so a truncated or
-hostile file is a ValueError that says at which byte, and the header of a real model takes a fraction of a second. The package
-still does what only it knows: the block sizes and the dequantisation of every tensor type.
+hostile file is a ValueError that says at which byte, and the header of a real model takes a fraction of a second. The
+package still does what only it knows: the block sizes and the dequantisation of every tensor type.
 
-Format: little-endian; magic "GGUF", u32 version, u64 tensor count, u64 key count; the keys, each a string, a u32 type and
-a value; the tensors, each a string, u32 number of dimensions (fastest first), u64 dimensions, u32 type, u64 offset into the
-data section, which starts at the next multiple of general.alignment.
+Format: little-endian; magic "GGUF", u32 version, u64 tensor count, u64 key count; the keys, each a string, a u32 type
+and a value; the tensors, each a string, u32 number of dimensions, u64 dimensions (fastest first), u32 type, u64 offset
+into the data section, which starts at the next multiple of general.alignment.
 """
 
 from __future__ import annotations
@@ -137,7 +137,9 @@ class _Cursor:
         version = self.integer("I", "the version")
         if version not in _VERSIONS:
             kind = "a big-endian file" if version >= 1 << 16 else f"GGUF version {version}"
-            raise ValueError(f"{self.path}: {kind}; versions 2 and 3, little-endian, are supported: convert the model again")
+            raise ValueError(
+                f"{self.path}: {kind}; versions 2 and 3, little-endian, are supported: convert the model again"
+            )
         num_tensors = self.count(24, "the number of tensors")
         num_keys = self.count(12, "the number of metadata keys")
         metadata: dict[str, Any] = {}

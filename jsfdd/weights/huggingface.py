@@ -20,6 +20,8 @@ from jsfdd.weights.layout import Source, fill_params
 
 __all__ = ["read_config", "read_params"]
 
+_INDEX = "model.safetensors.index.json"
+_SHARD = re.compile(r"[^/\\]+\.safetensors")
 _FLOATS = ("F32", "F16", "BF16")
 
 _NAMES = {
@@ -64,7 +66,7 @@ def weight_files(directory: str | Path) -> list[Path]:
       ValueError: the index is malformed, or names a shard outside the directory.
     """
     directory = Path(directory)
-    index = directory / "model.safetensors.index.json"
+    index = directory / _INDEX
     single = directory / "model.safetensors"
     if index.exists():
         files = sorted({directory / shard for shard in _weight_map(index).values()})
@@ -77,10 +79,11 @@ def weight_files(directory: str | Path) -> list[Path]:
     pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in directory.glob(pattern))
     if pickled:
         raise FileNotFoundError(
-            f"{directory}: only pickled weights ({pickled[0]}), which can run code when opened and are never read. Convert "
-            "them once, where torch is installed: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
+            f"{directory}: only pickled weights ({pickled[0]}), which can run code when opened and are never read. "
+            "Convert them once, where torch is installed: "
+            "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
         )
-    raise FileNotFoundError(f"{directory}: neither model.safetensors nor model.safetensors.index.json is there")
+    raise FileNotFoundError(f"{directory}: neither model.safetensors nor {_INDEX} is there")
 
 
 def read_params(directory: str | Path, config: DecoderConfig, dtype=np.float32) -> dict:
@@ -104,9 +107,9 @@ def read_params(directory: str | Path, config: DecoderConfig, dtype=np.float32) 
             for name in handle.keys():
                 if name in found:
                     raise ValueError(f"{file}: tensor {name} is in {found[name].file} too; which one holds?")
-                found[name] = Source(file, tuple(handle.get_slice(name).get_shape()), functools.partial(_read, handle, file, name))
-        if len(files) > 1 or (directory / "model.safetensors.index.json").exists():
-            _check_index(directory / "model.safetensors.index.json", found)
+                shape = tuple(handle.get_slice(name).get_shape())
+                found[name] = Source(file, shape, functools.partial(_read, handle, file, name))
+        _check_index(directory, found)
         sources = _decoder_sources(found, config, is_wrapped(directory))
         return fill_params(config, names, sources, dtype, directory, transforms)
 
@@ -138,17 +141,19 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: no weight_map from tensor names to files")
     for name, shard in weight_map.items():
-        # A plain file name: a path, even a harmless one, could leave the directory by way of "..".
-        if not isinstance(shard, str) or Path(shard).name != shard or "\\" in shard or not shard.endswith(".safetensors"):
-            raise ValueError(f"{index}: tensor {name} is said to be in {shard!r}; a .safetensors file beside it was expected")
+        # A plain file name: a path could leave the directory by way of "..".
+        if not isinstance(shard, str) or not _SHARD.fullmatch(shard):
+            raise ValueError(
+                f"{index}: tensor {name} is said to be in {shard!r}, which is no .safetensors file beside it"
+            )
     return weight_map
 
 
-def _check_index(index: Path, found: dict[str, Source]) -> None:
-    weight_map = _weight_map(index)
-    for name, shard in weight_map.items():
+def _check_index(directory: Path, found: dict[str, Source]) -> None:
+    index = directory / _INDEX
+    for name, shard in _weight_map(index).items() if index.exists() else ():
         if name not in found or found[name].file.name != shard:
-            raise ValueError(f"{index.parent / shard}: tensor {name} is missing, though {index.name} says that it is there")
+            raise ValueError(f"{directory / shard}: tensor {name} is missing, though {_INDEX} says that it is there")
 
 
 @contextlib.contextmanager
@@ -163,7 +168,7 @@ def _open(file: Path):
 def _read(handle, file: Path, name: str) -> np.ndarray:
     kind = handle.get_slice(name).get_dtype()
     if kind not in _FLOATS:
-        raise ValueError(f"{file}: tensor {name} has type {kind}; supported are {', '.join(_FLOATS)} (no quantised weights)")
+        raise ValueError(f"{file}: tensor {name} has type {kind}; supported are {', '.join(_FLOATS)}")
     return handle.get_tensor(name)
 
 

@@ -274,7 +274,7 @@ def _scaled_rope(fields: _Fields, theta: float, max_position: int) -> Rope:
 
 
 def _yarn_attention_factor(fields: _Fields, factor: float) -> float:
-    """YaRN's factor on cos and sin: 0.1·ln(factor) + 1 (arXiv 2309.00071, eq. 22), or the ratio of two that mscale weighs."""
+    """YaRN's factor on cos and sin: 0.1·ln(factor) + 1 (arXiv 2309.00071, §3.4), or a ratio of two such by mscale."""
     log = 0.1 * math.log(max(factor, 1.0))
     if fields.raw.get("mscale") and fields.raw.get("mscale_all_dim"):
         return (fields.number("mscale") * log + 1.0) / (fields.number("mscale_all_dim") * log + 1.0)

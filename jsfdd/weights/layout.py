@@ -128,8 +128,8 @@ def _check(
     for name, source in sources.items():
         if name not in known:
             raise ValueError(
-                f"{source.file}: unknown tensor {name} {list(source.shape)}: this architecture, as the config describes "
-                "it, has no place for it, and leaving it out would change the model"
+                f"{source.file}: unknown tensor {name} {list(source.shape)}: the architecture that the config "
+                "describes has no place for it, and leaving it out would change the model"
             )
 
 

