@@ -147,6 +147,8 @@ def test_sliding_windows(copy, family, changes, window, slides):
         ("llama", dict(hidden_size=None), "hidden_size is missing"),
         ("llama", dict(hidden_size="32"), "hidden_size is '32'"),
         ("llama", dict(vocab_size=-1), "vocab_size is -1"),
+        ("llama", dict(rms_norm_eps=10**400), "rms_norm_eps is 1000"),
+        ("llama", dict(rms_norm_eps=math.nan), "rms_norm_eps is nan"),
         ("llama", dict(num_hidden_layers=10**9), "num_hidden_layers is 1000000000"),
         ("llama", dict(num_key_value_heads=3), "num_heads=4 is not a multiple of num_kv_heads=3"),
         ("llama", dict(head_dim=15), "head_dim is 15"),
@@ -165,7 +167,7 @@ def test_unsupported_configs(copy, family, changes, message):
 
 def test_config_that_is_no_json(copy, tmp_path):
     directory = copy("llama")
-    for text in ('{"model_type": ', "[]", "[" * 100_000):
+    for text in ('{"model_type": ', "[]", "[" * 100_000, '{"hidden_size": ' + "9" * 5000 + "}"):
         (directory / "config.json").write_text(text)
         with pytest.raises(ValueError, match="config.json: (not valid JSON|a JSON object)"):
             huggingface.read_config(directory)

@@ -44,15 +44,13 @@ _INK, _MUTED, _RULE = "#22262b", "#6b7280", "#dfe2e6"
 _THEME = {_INK: f"var(--ink,{_INK})", _MUTED: f"var(--muted,{_MUTED})", _RULE: f"var(--rule,{_RULE})"}
 _STYLE = {
     "font.family": "DejaVu Sans",
-    "font.size": 10,
+    "font.size": 10.5,
     "text.color": _INK,
     "text.parse_math": False,  # a source named "$x" is a name, not a formula
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "axes.titlepad": 10,
+    "figure.titlesize": 12,
+    "figure.titleweight": "bold",
     "axes.labelcolor": _MUTED,
-    "axes.labelsize": 10,
+    "axes.labelsize": 10.5,
     "axes.edgecolor": _MUTED,
     "axes.linewidth": 0.7,
     "axes.spines.top": False,
@@ -72,7 +70,7 @@ _STYLE = {
     "svg.fonttype": "none",
 }
 _METADATA = ("Date", "Creator", "Format", "Type")  # a date would make every page differ
-_OPEN = '<svg viewBox="0 0 {0} {1}" width="{0}" height="{1}" role="img" aria-label="{2}">'
+_OPEN = '<svg class="{}" viewBox="0 0 {} {}" width="{}" height="{}" role="img" aria-label="{}">'
 _MANY_POINTS = 3000  # beyond, points become one embedded image: a page of 100 000 circles does not open on a phone
 
 
@@ -95,7 +93,7 @@ def arm_dot(arm: Arm, record: dict, name: str) -> Dot:
 
 
 @mpl.rc_context(_STYLE)
-def intervals(title: str, dots: Sequence[Dot], reference: float, unit: str, *, digits: int = 2) -> str:
+def intervals(title: str, dots: Sequence[Dot], reference: float, unit: str, *, form: str = "{:.2f}") -> str:
     """Dots with intervals, one a line, values written beside them; a line marks `reference`, which is always in view."""
     figure, ax = _axes(title, WIDE, 66 + 27 * len(dots))
     known = [dot for dot in dots if dot.value is not None]
@@ -105,7 +103,7 @@ def intervals(title: str, dots: Sequence[Dot], reference: float, unit: str, *, d
             continue
         _interval_mark(ax, dot, dot.value, y)
         ax.annotate(
-            f"{dot.value:.{digits}f}".replace("-", "−"), (dot.high if dot.high is not None else dot.value, y),
+            form.format(dot.value).replace("-", "−"), (dot.high if dot.high is not None else dot.value, y),
             (7, 0), textcoords="offset points", va="center", fontweight="bold",
         )  # fmt: skip
     edges = [reference, *(x for dot in known for x in (dot.value, dot.low, dot.high) if x is not None)]
@@ -136,7 +134,7 @@ def cost_and_gain(title: str, arms: Sequence[Arm]) -> str:
     ax.set_xlim(0, 1.25 * max(arm.row["train_seconds"] for arm in arms))
     ax.margins(y=0.25)
     ax.set_xlabel("seconds of training")
-    ax.set_ylabel("τ, tokens per verification")
+    ax.set_ylabel("τ", rotation=0)
     ax.grid()
     return _svg(figure, title)
 
@@ -194,8 +192,11 @@ def token_histogram(title: str, flatness: np.ndarray, vocab_size: int) -> str:
     low, high = _flatness_range(flatness, vocab_size)
     edges = np.geomspace(low, high, 41)
     # Rounding can put a certain token a hair under the bound 1/√V: it belongs in the first bin.
-    ax.hist(np.maximum(flatness, low), edges, color=ARM_STYLES["flatness"][0], linewidth=0)
+    ax.hist(np.maximum(flatness, low), edges, histtype="stepfilled", color=ARM_STYLES["flatness"][0], linewidth=0)
     ax.set_yscale("log")
+    decades = [10**e for e in range(10) if 10**e <= ax.get_ylim()[1]]
+    ax.set_yticks(decades, [f"{n:,}" for n in decades])
+    ax.minorticks_off()
     _log_flatness_axis(ax, low, high)
     ax.set_ylabel("tokens")
     ax.grid(axis="y")
@@ -224,20 +225,24 @@ def entropy_density(title: str, flatness: np.ndarray, entropy: np.ndarray, vocab
 
 
 @mpl.rc_context(_STYLE)
-def grouped_bars(title: str, groups: Sequence[str], series: dict[str, Sequence[float]], unit: str) -> str:
-    """Shares in percent: a group of horizontal bars a source, a bar an arm; NaN where there is none."""
-    thickness = 0.78 / len(series)
-    figure, ax = _axes(title, NARROW, 62 + len(groups) * (10 + 11 * len(series)))
-    for k, (arm, values) in enumerate(series.items()):
-        y = np.arange(len(groups)) + (k - (len(series) - 1) / 2) * thickness
+def kept_shares(title: str, groups: Sequence[str], counts: Sequence[int], shares: dict[str, Sequence[float]]) -> str:
+    """Share of each source's samples that an arm kept, in percent: a group of bars a source, a bar an arm.
+
+    Args:
+      groups, counts: sources and how many samples each has.
+      shares: arm -> share in [0, 1] of each group.
+    """
+    thickness = 0.78 / len(shares)
+    figure, ax = _axes(title, NARROW, max(250, 62 + len(groups) * (10 + 11 * len(shares))))
+    for k, (arm, values) in enumerate(shares.items()):
+        y = np.arange(len(groups)) + (k - (len(shares) - 1) / 2) * thickness
         ax.barh(y, 100 * np.asarray(values), thickness * 0.86, color=ARM_STYLES[arm][0], linewidth=0)
         for at, value in zip(y, values):
-            if not np.isnan(value):
-                ax.annotate(f"{100 * value:.0f}", (100 * value, at), (4, 0), textcoords="offset points", va="center", fontsize=9)
-    ax.set_yticks(range(len(groups)), groups)
+            ax.annotate(f"{100 * value:.0f}", (100 * value, at), (4, 0), textcoords="offset points", va="center", fontsize=9)
+    ax.set_yticks(range(len(groups)), [f"{_short(group)} ({count})" for group, count in zip(groups, counts)])
     ax.set_ylim(len(groups) - 0.45, -0.55)
-    ax.set_xlim(0, 108)
-    ax.set_xlabel(unit)
+    ax.set_xlim(0, 112)
+    ax.set_xlabel("% of its samples")
     ax.grid(axis="x")
     _bare_left(ax)
     return _svg(figure, title)
@@ -247,9 +252,9 @@ def grouped_bars(title: str, groups: Sequence[str], series: dict[str, Sequence[f
 def length_histogram(title: str, kept: np.ndarray, dropped: np.ndarray, arm: str) -> str:
     """Counted tokens a sample: kept filled, dropped as an outline, on the same bins."""
     both = np.concatenate([kept, dropped])
-    figure, ax = _axes(title, NARROW, 230)
+    figure, ax = _axes(title, NARROW, 250)
     edges = np.histogram_bin_edges(both, bins=min(30, max(6, round(len(both) ** 0.5))))
-    ax.hist(kept, edges, color=ARM_STYLES[arm][0], alpha=0.8, linewidth=0)
+    ax.hist(kept, edges, histtype="stepfilled", color=ARM_STYLES[arm][0], alpha=0.8, linewidth=0)
     ax.hist(dropped, edges, histtype="step", color=_INK, linewidth=1.3)
     ax.set_xlabel("counted tokens")
     ax.set_ylabel("samples")
@@ -260,16 +265,12 @@ def length_histogram(title: str, kept: np.ndarray, dropped: np.ndarray, arm: str
 @mpl.rc_context(_STYLE)
 def curves(title: str, series: dict[str, tuple[Sequence[float], Sequence[float]]], *, dashed=None, percent: bool = False) -> str:
     """One line an arm over training steps; `dashed` holds a second set of lines in the same colours."""
-    figure, ax = _axes(title, NARROW, 230)
-    for style, lines in (("-", series), ((0, (4, 2)), dashed or {})):
+    figure, ax = _axes(title, NARROW, 250)
+    for style, lines in (("-", series), ((0, (3, 1.5)), dashed or {})):
         for arm, (steps, values) in lines.items():
             colour, marker, _ = ARM_STYLES[arm]
-            few = len(steps) <= 25
-            scale = 100 if percent else 1
-            ax.plot(
-                steps, scale * np.asarray(values, float), linestyle=style, color=colour, markersize=3.5,
-                marker=marker if few else "", linewidth=1.5,
-            )  # fmt: skip
+            values = (100 if percent else 1) * np.asarray(values, float)
+            ax.plot(steps, values, linestyle=style, color=colour, marker=marker, markevery=[-1], markersize=5.5, linewidth=1.5)
     ax.set_xlabel("step")
     ax.set_xlim(left=0)
     ax.grid(axis="y")
@@ -326,10 +327,10 @@ def tau_by_source(title: str, arms: Sequence[Arm]) -> str:
     for y in range(1, len(sources)):
         ax.axhline(y - 0.5, color=_RULE, linewidth=0.8)
     ax.axvline(1, color=_MUTED, linewidth=1, linestyle=(0, (2, 2)))
-    ax.set_yticks(range(len(sources)), [f"{source} ({count})" for source, count in zip(sources, counts)])
+    ax.set_yticks(range(len(sources)), [f"{_short(source)} ({count})" for source, count in zip(sources, counts)])
     ax.set_ylim(len(sources) - 0.5, -0.5)
     ax.set_xlim(left=0.95)
-    ax.set_xlabel("τ, tokens per verification")
+    ax.set_xlabel("tokens per verification")
     ax.grid(axis="x")
     _bare_left(ax)
     return _svg(figure, title)
@@ -344,6 +345,11 @@ def source_groups(sources: Sequence[str]) -> tuple[np.ndarray, dict[str, str]]:
     if len(ranked) > len(shown):
         colours[OTHER] = OTHER_COLOUR
     return np.array([name if name in shown else OTHER for name in map(str, sources)], dtype=object), colours
+
+
+def _short(name: str) -> str:
+    """A label that leaves room for the data."""
+    return name if len(name) <= 14 else name[:13] + "…"
 
 
 def _interval_mark(ax: Axes, dot: Dot, x: float, y: float) -> None:
@@ -397,9 +403,8 @@ def _log_flatness_axis(ax: Axes, low: float, high: float) -> None:
 def _axes(title: str, width: int, height: int) -> tuple[Figure, Axes]:
     """A figure of one titled axes, `width` × `height` CSS pixels."""
     figure = Figure(figsize=(width / 72, height / 72), dpi=72)
-    ax = figure.add_subplot()
-    ax.set_title(title)
-    return figure, ax
+    figure.suptitle(title, x=0.0, ha="left")
+    return figure, figure.add_subplot()
 
 
 def _svg(figure: Figure, title: str) -> str:
@@ -411,7 +416,9 @@ def _svg(figure: Figure, title: str) -> str:
     text = stream.getvalue()
     text = text[text.index("<svg") :]
     width, height = (round(72 * inches) for inches in figure.get_size_inches())
-    text = re.sub(r"<svg [^>]*>", _OPEN.format(width, height, html.escape(title)), text, count=1, flags=re.DOTALL)
+    kind = "narrow" if width == NARROW else "wide"
+    opening = _OPEN.format(kind, width, height, width, height, html.escape(title))
+    text = re.sub(r"<svg [^>]*>", lambda _: opening, text, count=1, flags=re.DOTALL)
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     # Layer names repeat from panel to panel, but ids must not; nothing refers to these.
     text = re.sub(r'<g id="[a-z]\w*?_\d+">', "<g>", text).replace("xlink:href", "href")

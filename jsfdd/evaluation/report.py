@@ -85,11 +85,11 @@ def render(files: RunFiles, date: str) -> str:
 
 
 def _result(files: RunFiles) -> dict:
-    differences = [_oriented(difference) for difference in files.summary["differences"]]
+    differences = sorted(map(_oriented, files.summary["differences"]), key=lambda d: (_rank(d["a"]), -_rank(d["b"])))
     panels = [plots.intervals("τ by arm", [plots.arm_dot(a, a.row, "tau") for a in files.arms], 1, "tokens per verification")]
     if differences:
         dots = [plots.Dot(f"{d['a']} − {d['b']}", d["tau_difference"], d["low"], d["high"]) for d in differences]
-        panels.append(plots.intervals("Paired differences of τ", dots, 0, "tokens per verification"))
+        panels.append(plots.intervals("Paired differences of τ", dots, 0, "tokens per verification", form="{:+.2f}"))
     speedups = [plots.arm_dot(a, a.row, "speedup") for a in files.arms]
     panels.append(plots.intervals("Speedup by arm", speedups, 1, "× autoregressive tokens per second"))
     panels.append(plots.cost_and_gain("τ for the training it took", files.arms))
@@ -136,9 +136,9 @@ def _selection(files: RunFiles) -> dict:
     lengths = files.scores["num_tokens"][scored]
     kept = {arm.name: np.array([i in arm.kept for i in files.scores["id"][scored]], bool) for arm in files.arms}
     groups, colours = plots.source_groups(files.scores["source"][scored])
-    labels = [f"{name} ({np.sum(groups == name)})" for name in colours]
+    counts = [int(np.sum(groups == name)) for name in colours]
     shares = {arm: [float(np.mean(rows[groups == name])) for name in colours] for arm, rows in kept.items()}
-    panels = [plots.grouped_bars("Kept, by source", labels, shares, "% of the source’s samples")]
+    panels = [plots.kept_shares("Kept, by source", list(colours), counts, shares)]
     notes = []
     for arm, rows in kept.items():
         if not rows.all():
@@ -222,8 +222,8 @@ def _acceptance(files: RunFiles) -> dict:
 def _timings(files: RunFiles) -> dict:
     stages = list(files.summary["seconds"].items())
     stages += [(f"train, {arm.name}", arm.row["train_seconds"]) for arm in files.arms]
-    total = sum(seconds for _, seconds in stages)
-    return {"timings": [(name, s, s / total if total else 0.0) for name, s in stages], "total_seconds": total}
+    total, longest = sum(s for _, s in stages), max(s for _, s in stages)
+    return {"timings": [(name, s, s / total, s / longest) for name, s in stages], "total_seconds": total}
 
 
 def _options(files: RunFiles) -> list[tuple[str, str]]:
@@ -241,7 +241,7 @@ def verdict(difference: dict) -> str:
     a, b, low, high = (difference[key] for key in ("a", "b", "low", "high"))
     if low is None:
         return f"{a} and {b} cannot be compared: nothing was verified on the same prompts."
-    measured = f"τ {signed(difference['tau_difference'])} (95% interval {signed(low)} to {signed(high)}), on the same prompts."
+    measured = f"τ {signed(difference['tau_difference'])} (paired 95% interval {signed(low)} to {signed(high)})."
     if low > 0:
         return f"The {a} draft accepts more than the {b} draft: {measured}"
     if high < 0:
@@ -256,7 +256,7 @@ def costs(arms: Sequence[Arm], seconds: dict[str, float]) -> list[str]:
     if full is None or not rows:
         return []
     sentences = [
-        f"{name} trained on {percent(row['samples'] / full['samples'])} of the samples that full did, "
+        f"The {name} arm trained on {percent(row['samples'] / full['samples'])} of the samples that full did, "
         f"{percent(row['counted_tokens'] / full['counted_tokens'])} of the counted tokens, and took "
         f"{percent(row['train_seconds'] / full['train_seconds'])} of its training time."
         for name, row in rows.items()
@@ -266,8 +266,8 @@ def costs(arms: Sequence[Arm], seconds: dict[str, float]) -> list[str]:
 
 def _selection_sentences(files: RunFiles) -> list[str]:
     data = files.summary["data"]
-    parts = [f"{arm.name} was trained on {whole(len(arm.kept))}" for arm in files.arms]
-    sentences = [f"Of {whole(data['kept'])} scored samples, {_listed(parts)}."]
+    parts = [f"{whole(len(arm.kept))} in {arm.name}" for arm in files.arms]
+    sentences = [f"Of {whole(data['kept'])} scored samples the arms kept {_listed(parts)}."]
     if data["dropped"]:
         shown = ", ".join(data["dropped"][:_SHOWN_IDS]) + (", …" if len(data["dropped"]) > _SHOWN_IDS else "")
         sentences.append(f"{whole(len(data['dropped']))} without a counted token went to no arm ({shown}).")
@@ -279,13 +279,17 @@ def _selection_sentences(files: RunFiles) -> list[str]:
 
 
 def _oriented(difference: dict) -> dict:
-    """The same difference seen from the arm that a reader asks about: a metric before random before full."""
-    rank = {"random": 1, "full": 2}
-    if rank.get(difference["a"], 0) <= rank.get(difference["b"], 0):
+    """The same difference seen from the arm that a reader asks about."""
+    if _rank(difference["a"]) <= _rank(difference["b"]):
         return difference
     low, high = difference["low"], difference["high"]
     negated = {"low": None, "high": None} if low is None else {"low": -high, "high": -low}
     return {"a": difference["b"], "b": difference["a"], "tau_difference": -difference["tau_difference"], **negated}
+
+
+def _rank(arm: str) -> int:
+    """A metric comes before chance, and both before what they are held against."""
+    return {"random": 1, "full": 2}.get(arm, 0)
 
 
 def _listed(parts: Sequence[str]) -> str:

@@ -46,17 +46,20 @@ class _Fields(NamedTuple):
     def error(self, key: str, problem: str) -> ValueError:
         return ValueError(f"{self.path}: {self.prefix}{key} {problem}")
 
-    def number(self, key: str, default: float | None = None) -> float:
+    def positive(self, key: str, default: int | float | None) -> int | float:
         value = self.raw.get(key)
         value = default if value is None else value
         if value is None:
             raise self.error(key, "is missing")
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e300:
             raise self.error(key, f"is {value!r}, not a positive number")
         return value
 
+    def number(self, key: str, default: int | float | None = None) -> float:
+        return float(self.positive(key, default))
+
     def integer(self, key: str, default: int | None = None, limit: int = 2**31 - 1) -> int:
-        value = self.number(key, default)
+        value = self.positive(key, default)
         if value != int(value) or value > limit:
             raise self.error(key, f"is {value!r}, not a whole number up to {limit}")
         return int(value)
@@ -86,7 +89,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: no such file; is {path.parent} a Hugging Face model directory?") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also bad UTF-8 and numbers of thousands of digits
         raise ValueError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}: a JSON object was expected, not {type(value).__name__}")

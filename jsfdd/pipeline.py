@@ -1,0 +1,419 @@
+"""The stages as functions of their configs, and the whole loop as one resumable run.
+
+    load ─► score ─► select ─► train ─► evaluate ─► export ─► report
+
+Each function here is one sub-command: it loads what its config names, calls its room, and writes the stage's artifact.
+`run` does them all for several arms (full data, flatness, random, …) with the model, the data and the target's pass shared.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from rich.console import Console
+from rich.table import Table
+
+from jsfdd.config import (
+    DataOptions,
+    EvaluateConfig,
+    ExportConfig,
+    ReportConfig,
+    RunConfig,
+    ScoreConfig,
+    SelectConfig,
+    TargetOptions,
+    TrainConfig,
+)
+from jsfdd.data.batches import Shape, choose_shapes, make_batches, padding_share
+from jsfdd.data.chat import read_chats, read_prompts
+from jsfdd.data.template import TokenizeSummary, tokenize_chats
+from jsfdd.evaluation import evaluate as evaluation
+from jsfdd.evaluation.report import write_report
+from jsfdd.files import read_json, write_json
+from jsfdd.mesh import describe_hardware, make_mesh, num_data_shards
+from jsfdd.models.draft import DraftConfig
+from jsfdd.records import Sample
+from jsfdd.selection import features, sfdd
+from jsfdd.selection import score as scoring
+from jsfdd.training import train as training
+from jsfdd.weights.checkpoint import load_draft as load_trained_draft
+from jsfdd.weights.eagle import is_exported, read_draft, write_draft
+from jsfdd.weights.load import Target, load_target
+
+console = Console(stderr=True, highlight=False)
+
+
+class Loaded(NamedTuple):
+    """A target and tokenized chats, shared by the stages of one process."""
+
+    target: Target
+    mesh: Mesh
+    samples: list[Sample]
+    summary: TokenizeSummary
+    shapes: tuple[Shape, ...]
+    identity: dict  # what every result from them depends on; JSON-ready
+
+
+def load(config: TargetOptions | DataOptions) -> Loaded:
+    """The target and the tokenized chats that a config names."""
+    chats = read_chats(config.data)  # before the weights: a bad line should not cost a minute
+    target = load_target(config.target, jnp.dtype(config.dtype))
+    samples, summary = tokenize_chats(chats, target.tokenizer, config.max_length)
+    mesh = make_mesh()
+    shapes = choose_shapes([len(s.tokens) for s in samples], config.batch_tokens, num_data_shards(mesh))
+    identity = {
+        "target": target.fingerprint,
+        "template": hashlib.sha256(target.tokenizer.chat_template.encode()).hexdigest(),
+        "data": {str(path): sha256(path) for path in config.data},
+        "max_length": config.max_length,
+        "dtype": config.dtype,
+    }
+    return Loaded(target, mesh, samples, summary, shapes, identity)
+
+
+def score(config: ScoreConfig, loaded: Loaded | None = None, writer: features.HiddenWriter | None = None):
+    """`jsfdd score`: writes scores.parquet (and token_scores.parquet), returns the ScoreTable."""
+    loaded = loaded or load(config)
+    config.out.mkdir(parents=True, exist_ok=True)
+    table = scoring.score_samples(
+        loaded.target.config,
+        loaded.target.params,
+        loaded.samples,
+        loaded.mesh,
+        batch_tokens=config.batch_tokens,
+        parts_dir=config.out / "scores.parts",
+        identity=loaded.identity,
+        hidden_writer=writer,
+        per_token=config.per_token,
+    )
+    scoring.write_scores(table, config.out / "scores.parquet", loaded.identity)
+    if config.per_token:
+        scoring.write_token_scores(table, config.out / "token_scores.parquet", loaded.identity)
+    return table
+
+
+def select(config: SelectConfig) -> sfdd.Selection:
+    """`jsfdd select`: writes selection.json, returns the Selection."""
+    table = scoring.read_scores(config.scores)
+    selection = sfdd.select(table, config.metric, config.retain_ratio, config.seed, config.unit)
+    config.out.mkdir(parents=True, exist_ok=True)
+    sfdd.write_selection(selection, config.out / "selection.json")
+    return selection
+
+
+def train(config: TrainConfig, loaded: Loaded | None = None, store: features.HiddenStore | None = None):
+    """`jsfdd train`: writes checkpoints/ and metrics.jsonl, returns the TrainResult.
+
+    Hidden states of the samples that stay are computed once and kept in `out`/hidden, unless `store` has them.
+    """
+    loaded = loaded or load(config)
+    ids = None if config.selection is None else sfdd.read_selection(config.selection).ids
+    kept, held_out = _sides(loaded.samples, ids, config.held_out_share, config.selection)
+    if store is None:
+        store = _hidden_store(loaded, [*kept, *held_out], config.out / "hidden", config)
+    return training.train(
+        loaded.target.config,
+        loaded.target.params,
+        kept,
+        held_out,
+        store,
+        config,
+        loaded.mesh,
+        identity=loaded.identity,
+        shapes=loaded.shapes,
+    )
+
+
+def evaluate(config: EvaluateConfig) -> dict:
+    """`jsfdd evaluate`: writes report.json, returns it."""
+    prompts = read_prompts(config.prompts)
+    draft = load_draft(config.draft)
+    target = load_target(config.target, jnp.dtype(config.dtype))
+    report = _evaluate(config, target, {"draft": draft}, prompts, make_mesh())["draft"]
+    config.out.mkdir(parents=True, exist_ok=True)
+    write_json(config.out / "report.json", report | {"config": config.to_json()})
+    return report
+
+
+def export(config: ExportConfig) -> None:
+    """`jsfdd export`: writes a directory that an engine loads."""
+    draft, params = load_draft(config.draft)
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    write_draft(config.out, draft, params, config.flavour)
+
+
+def report(config: ReportConfig) -> Path:
+    """`jsfdd report`: writes report.html, returns its path."""
+    return write_report(config.run, config.out)
+
+
+def load_draft(path: Path) -> tuple[DraftConfig, dict]:
+    """A draft from wherever it is: an exported directory, or a training run's last checkpoint."""
+    if is_exported(path):
+        return read_draft(path)
+    draft, params, _ = load_trained_draft(path)
+    return draft, params
+
+
+# --- The whole loop ------------------------------------------------------------------------------------------------
+
+
+def run(config: RunConfig) -> dict:
+    """`jsfdd run`: every stage for every arm in one directory; returns the summary that summary.json holds.
+
+    A directory belongs to one config and one content of its inputs. A second call with the same ones finishes what is
+    missing, or, where nothing is, reads the summary and computes nothing.
+    """
+    _claim(config)
+    if (config.out / "summary.json").exists():
+        console.print(f"{config.out}: finished before; nothing to compute")
+    else:
+        _run_stages(config)
+        write_report(config.out)
+    summary = read_json(config.out / "summary.json")
+    _print_summary(summary, config)
+    return summary
+
+
+def _run_stages(config: RunConfig) -> None:
+    prompts = read_prompts(config.prompts)
+    clock = _StageClock(config.out / "seconds.json")
+    with clock.stage("load"):
+        loaded = load(config)
+    console.print(f"{loaded.target.name}: {loaded.summary}")
+
+    score_config = ScoreConfig.taken_from(config, per_token=True)
+    # Hidden states are only ever stored for samples that some draft trains on or is judged by. Where that is all of
+    # them, the scoring pass stores them on its way; else they are computed once it is known which samples stay.
+    everything = "full" in config.arms
+    store_dir = config.out / "hidden"
+    with clock.stage("score"):
+        writer = features.HiddenWriter(store_dir, **_store_options(loaded)) if everything else None
+        table = score(score_config, loaded, writer)
+        if writer is not None:
+            writer.close()
+
+    arms = {arm: config.out / "arms" / arm for arm in config.arms}
+    selections = {}
+    for arm, directory in arms.items():
+        metric, ratio = ("random", 1.0) if arm == "full" else (arm, config.retain_ratio)
+        selections[arm] = select(
+            SelectConfig.taken_from(
+                config, scores=config.out / "scores.parquet", metric=metric, retain_ratio=ratio, out=directory
+            )
+        )
+    ids = {i for selection in selections.values() for i in selection.ids}
+    kept, held_out = _sides(loaded.samples, ids, config.held_out_share, None)
+    with clock.stage("hidden"):
+        store = _hidden_store(loaded, [*kept, *held_out], store_dir, config)
+
+    trained = {}
+    for arm, directory in arms.items():
+        console.print(f"training on {arm}: {len(selections[arm].ids)} samples")
+        train_config = TrainConfig.taken_from(config, out=directory, selection=directory / "selection.json")
+        trained[arm] = train(train_config, loaded, store)
+        if not (directory / "draft").exists():
+            export(ExportConfig(draft=directory, out=directory / "draft", flavour=config.flavour))
+
+    with clock.stage("evaluate"):
+        reports = _evaluate_arms(config, loaded, arms, prompts)
+    write_json(config.out / "texts.json", _example_texts(loaded, table, selections))
+    summary = _summary(config, loaded, trained, reports, clock.seconds)
+    write_json(config.out / "summary.json", summary)
+
+
+def _evaluate_arms(config: RunConfig, loaded: Loaded, arms: dict[str, Path], prompts) -> dict[str, dict]:
+    """The arms' reports, measured together (so paired) unless all are there already."""
+    paths = {arm: directory / "report.json" for arm, directory in arms.items()}
+    if not all(path.exists() for path in paths.values()):
+        drafts = {arm: load_draft(directory / "draft") for arm, directory in arms.items()}
+        for arm, result in _evaluate(config, loaded.target, drafts, prompts, loaded.mesh).items():
+            own = EvaluateConfig.taken_from(config, draft=arms[arm] / "draft", out=arms[arm])
+            write_json(paths[arm], result | {"config": own.to_json()})
+    return {arm: read_json(path) for arm, path in paths.items()}
+
+
+def _evaluate(config: EvaluateConfig | RunConfig, target: Target, drafts, prompts, mesh) -> dict[str, dict]:
+    with console.status("decoding") as status:
+        return evaluation.evaluate(
+            target,
+            drafts,
+            prompts,
+            mesh,
+            temperature=config.temperature,
+            num_draft_tokens=config.num_draft_tokens,
+            max_new_tokens=config.max_new_tokens,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            progress=lambda done, total: status.update(f"decoding: batch {done} of {total}"),
+        )
+
+
+def _sides(samples: Sequence[Sample], ids: Iterable[str] | None, share: float, where: Path | None):
+    """(samples to train on, held-out samples): the selected ones of the training side, and the whole held-out side."""
+    side, held_out = training.split_held_out(samples, share)
+    if ids is None:
+        return side, held_out
+    wanted = set(ids)
+    unknown = sorted(wanted - {sample.id for sample in samples})
+    if unknown:
+        raise ValueError(
+            f"{where}: {len(unknown)} selected samples are not in the data, {unknown[0]} first; give the --data that was scored"
+        )
+    return [sample for sample in side if sample.id in wanted], held_out
+
+
+def _store_options(loaded: Loaded) -> dict:
+    return dict(hidden_size=loaded.target.config.hidden_size, dtype="bfloat16", identity=loaded.identity)
+
+
+def _hidden_store(loaded: Loaded, samples: Sequence[Sample], directory: Path, config) -> features.HiddenStore:
+    features.store_hidden(
+        loaded.target.config,
+        loaded.target.params,
+        samples,
+        loaded.mesh,
+        batch_tokens=config.batch_tokens,
+        directory=directory,
+        dtype="bfloat16",
+        identity=loaded.identity,
+    )
+    return features.HiddenStore.open(directory, loaded.identity)
+
+
+def _claim(config: RunConfig) -> None:
+    """Make the run's directory this config's own, or find that it is already."""
+    config.out.mkdir(parents=True, exist_ok=True)
+    claim = {
+        "config": config.to_json(),
+        "inputs": {str(path): sha256(path) for path in (*config.data, *config.prompts)},
+        "jsfdd": importlib.metadata.version("jsfdd"),
+    }
+    path = config.out / "run.json"
+    if path.exists():
+        before = read_json(path)
+        changed = [
+            f"{name}: {before[part].get(name)} → {now}"
+            for part in ("config", "inputs")
+            for name, now in claim[part].items()
+            if before[part].get(name) != now
+        ]
+        if changed:
+            raise ValueError(f"{config.out} holds a run with other inputs ({'; '.join(changed)}); choose another --out")
+        return
+    write_json(config.out / "config.json", config.to_json())
+    write_json(path, claim)
+
+
+class _StageClock:
+    """Seconds per stage, kept on disk so that a run that was interrupted still knows what its first part took."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.seconds: dict[str, float] = read_json(path) if path.exists() else {}
+
+    @contextmanager
+    def stage(self, name: str):
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        write_json(self.path, self.seconds)
+
+
+def _summary(config: RunConfig, loaded: Loaded, trained: dict, reports: dict[str, dict], seconds: dict) -> dict:
+    lengths = [len(sample.tokens) for sample in loaded.samples]
+    by_id = {sample.id: sample for sample in loaded.samples}
+    rows = []
+    for arm, result in trained.items():
+        ids = read_json(config.out / "arms" / arm / "selection.json")["ids"]
+        rows.append(
+            {
+                "arm": arm,
+                "samples": result.samples,
+                "tokens": sum(len(by_id[i].tokens) for i in ids),
+                "counted_tokens": sum(int(by_id[i].counted.sum()) for i in ids),
+                "train_seconds": result.seconds,
+                "steps": result.steps,
+                "held_out": result.held_out,
+            }
+            | {
+                name: reports[arm][name]
+                for name in ("tau", "tau_low", "tau_high", "tau_macro", "speedup", "speedup_low", "speedup_high")
+            }
+        )
+    versions = {name: importlib.metadata.version(name) for name in ("jsfdd", "jax", "flax", "optax", "transformers")}
+    plans = make_batches(lengths, loaded.shapes)
+    return {
+        "versions": versions,
+        "hardware": describe_hardware(),
+        "target": {
+            "name": loaded.target.name,
+            "fingerprint": loaded.target.fingerprint,
+            "vocab_size": loaded.target.config.vocab_size,
+        },
+        "data": dataclasses.asdict(loaded.summary)
+        | {
+            "tokens": sum(lengths),
+            "counted_tokens": sum(int(sample.counted.sum()) for sample in loaded.samples),
+            "padding_share": padding_share(plans, lengths),
+        },
+        "seconds": seconds,
+        "arms": rows,
+        "differences": evaluation.compare(reports, config.seed),
+    }
+
+
+def _example_texts(loaded: Loaded, table: scoring.ScoreTable, selections: dict[str, sfdd.Selection]) -> list[dict]:
+    """The two flattest samples, two at the threshold and the two least flat, token by token.
+
+    A token is shown with the flatness of the distribution that it was drawn from, which the index rule stores one
+    position earlier.
+    """
+    order = [i for i in sorted(range(len(table.ids)), key=lambda i: -table.flatness[i]) if table.num_tokens[i] > 0]
+    middle = len(selections["flatness"].ids) if "flatness" in selections else len(order) // 2
+    chosen = dict.fromkeys([*order[:2], *order[max(middle - 1, 0) : middle + 1], *order[-2:]])
+    by_id = {sample.id: sample for sample in loaded.samples}
+    texts = []
+    for i in chosen:
+        sample = by_id[table.ids[i]]
+        per_token = table.token_scores[i].flatness
+        shown = [None, *(float(f) if c else None for f, c in zip(per_token[:-1], sample.counted[:-1]))]
+        pieces = [loaded.target.tokenizer.decode([token]) for token in sample.tokens]
+        texts.append({"id": sample.id, "source": sample.source, "pieces": pieces, "flatness": shown})
+    return texts
+
+
+def _print_summary(summary: dict, config: RunConfig) -> None:
+    table = Table(title=f"{summary['target']['name']}, temperature {config.temperature:g}, γ {config.num_draft_tokens}")
+    for name in ("arm", "samples", "answer tokens", "training s", "τ [95%]", "speedup [95%]"):
+        table.add_column(name, justify="left" if name == "arm" else "right")
+    for row in summary["arms"]:
+        table.add_row(
+            row["arm"],
+            str(row["samples"]),
+            str(row["counted_tokens"]),
+            f"{row['train_seconds']:.0f}",
+            f"{row['tau']:.3f} [{row['tau_low']:.3f}, {row['tau_high']:.3f}]",
+            f"{row['speedup']:.2f}× [{row['speedup_low']:.2f}, {row['speedup_high']:.2f}]",
+        )
+    Console(highlight=False).print(table)
+    console.print(f"report: {config.out / 'report.html'}")
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes, in hex."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; check the path")
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
