@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         commands = tuple(_command(kind, name) for name, kind in _COMMANDS.items())
         config = tyro.cli(
-            tyro.conf.OmitArgPrefixes[_union(commands)],
+            tyro.conf.OmitArgPrefixes[typing.Union[commands]],  # noqa: UP007 (a tuple of members)
             args=arguments,
             prog="jsfdd",
             description="Cheap training of speculative-decoding draft models: score, select, train, evaluate, export.",
@@ -70,15 +71,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _union(commands):
-    union = commands[0]
-    for command in commands[1:]:
-        union = union | command
-    return union
-
-
 def _run(config) -> None:
     """Call the stage of a config. JAX and the rooms are only imported here, so that --help answers at once."""
+    # Without torch transformers still gives what is used of it, but says so on every import.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     _prepare_jax()
     from jsfdd import pipeline
 

@@ -11,10 +11,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.metadata
-import json
-import os
+import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -45,7 +44,10 @@ from jsfdd.mesh import describe_hardware, make_mesh, num_data_shards
 from jsfdd.models.draft import DraftConfig
 from jsfdd.records import Sample
 from jsfdd.selection import features, sfdd
-from jsfdd.selection import score as scoring
+from jsfdd.selection.features import HiddenStore, HiddenWriter
+from jsfdd.selection.score import score_samples
+from jsfdd.selection.sfdd import Selection
+from jsfdd.selection.table import ScoreTable, read_scores, write_scores, write_token_scores
 from jsfdd.training import train as training
 from jsfdd.weights.checkpoint import load_draft as load_trained_draft
 from jsfdd.weights.eagle import is_exported, read_draft, write_draft
@@ -75,53 +77,59 @@ def load(config: TargetOptions | DataOptions) -> Loaded:
     identity = {
         "target": target.fingerprint,
         "template": hashlib.sha256(target.tokenizer.chat_template.encode()).hexdigest(),
-        "data": {str(path): sha256(path) for path in config.data},
+        "data": [sha256(path) for path in config.data],
         "max_length": config.max_length,
         "dtype": config.dtype,
     }
     return Loaded(target, mesh, samples, summary, shapes, identity)
 
 
-def score(config: ScoreConfig, loaded: Loaded | None = None, writer: features.HiddenWriter | None = None):
-    """`jsfdd score`: writes scores.parquet (and token_scores.parquet), returns the ScoreTable."""
+def score(config: ScoreConfig, loaded: Loaded | None = None, writer: HiddenWriter | None = None) -> ScoreTable:
+    """`jsfdd score`: writes scores.parquet (and token_scores.parquet), returns the table.
+
+    With a `writer` the same pass of the target also stores the hidden states of all samples.
+    """
     loaded = loaded or load(config)
     config.out.mkdir(parents=True, exist_ok=True)
-    table = scoring.score_samples(
+    parts = config.out / "scores.parts"
+    table = score_samples(
         loaded.target.config,
         loaded.target.params,
         loaded.samples,
         loaded.mesh,
         batch_tokens=config.batch_tokens,
-        parts_dir=config.out / "scores.parts",
         identity=loaded.identity,
-        hidden_writer=writer,
+        parts_dir=parts,
         per_token=config.per_token,
+        hidden_writer=writer,
     )
-    scoring.write_scores(table, config.out / "scores.parquet", loaded.identity)
+    write_scores(config.out / "scores.parquet", table)
     if config.per_token:
-        scoring.write_token_scores(table, config.out / "token_scores.parquet", loaded.identity)
+        write_token_scores(config.out / "token_scores.parquet", table)
+    shutil.rmtree(parts)
     return table
 
 
-def select(config: SelectConfig) -> sfdd.Selection:
-    """`jsfdd select`: writes selection.json, returns the Selection."""
-    table = scoring.read_scores(config.scores)
+def select(config: SelectConfig) -> Selection:
+    """`jsfdd select`: writes selection.json, returns the selection."""
+    table = read_scores(config.scores)
     selection = sfdd.select(table, config.metric, config.retain_ratio, config.seed, config.unit)
     config.out.mkdir(parents=True, exist_ok=True)
-    sfdd.write_selection(selection, config.out / "selection.json")
+    sfdd.write_selection(config.out / "selection.json", selection)
     return selection
 
 
-def train(config: TrainConfig, loaded: Loaded | None = None, store: features.HiddenStore | None = None):
-    """`jsfdd train`: writes checkpoints/ and metrics.jsonl, returns the TrainResult.
+def train(config: TrainConfig, loaded: Loaded | None = None, store: HiddenStore | None = None) -> training.TrainResult:
+    """`jsfdd train`: writes checkpoints/ and metrics.jsonl, returns what happened.
 
-    Hidden states of the samples that stay are computed once and kept in `out`/hidden, unless `store` has them.
+    Without a `store` the hidden states of the samples that stay are computed first and kept in `out`/hidden.
     """
     loaded = loaded or load(config)
-    ids = None if config.selection is None else sfdd.read_selection(config.selection).ids
-    kept, held_out = _sides(loaded.samples, ids, config.held_out_share, config.selection)
+    config.out.mkdir(parents=True, exist_ok=True)
+    selection = None if config.selection is None else sfdd.read_selection(config.selection)
+    kept, held_out = _sides(loaded.samples, selection, config.held_out_share)
     if store is None:
-        store = _hidden_store(loaded, [*kept, *held_out], config.out / "hidden", config)
+        store = _store_hidden(loaded, [*kept, *held_out], config.out / "hidden", config.batch_tokens)
     return training.train(
         loaded.target.config,
         loaded.target.params,
@@ -196,27 +204,26 @@ def _run_stages(config: RunConfig) -> None:
     score_config = ScoreConfig.taken_from(config, per_token=True)
     # Hidden states are only ever stored for samples that some draft trains on or is judged by. Where that is all of
     # them, the scoring pass stores them on its way; else they are computed once it is known which samples stay.
-    everything = "full" in config.arms
     store_dir = config.out / "hidden"
     with clock.stage("score"):
-        writer = features.HiddenWriter(store_dir, **_store_options(loaded)) if everything else None
-        table = score(score_config, loaded, writer)
-        if writer is not None:
-            writer.close()
+        if "full" in config.arms:
+            with HiddenWriter(store_dir, loaded.target.config.hidden_size, "bfloat16", loaded.identity) as writer:
+                table = score(score_config, loaded, writer)
+        else:
+            table = score(score_config, loaded)
 
     arms = {arm: config.out / "arms" / arm for arm in config.arms}
     selections = {}
     for arm, directory in arms.items():
-        metric, ratio = ("random", 1.0) if arm == "full" else (arm, config.retain_ratio)
+        metric, ratio = ("flatness", 1.0) if arm == "full" else (arm, config.retain_ratio)
         selections[arm] = select(
             SelectConfig.taken_from(
                 config, scores=config.out / "scores.parquet", metric=metric, retain_ratio=ratio, out=directory
             )
         )
-    ids = {i for selection in selections.values() for i in selection.ids}
-    kept, held_out = _sides(loaded.samples, ids, config.held_out_share, None)
+    needed = {sample.id: sample for arm in selections.values() for side in _sides(loaded.samples, arm, config.held_out_share) for sample in side}
     with clock.stage("hidden"):
-        store = _hidden_store(loaded, [*kept, *held_out], store_dir, config)
+        store = _store_hidden(loaded, list(needed.values()), store_dir, config.batch_tokens)
 
     trained = {}
     for arm, directory in arms.items():
@@ -229,7 +236,7 @@ def _run_stages(config: RunConfig) -> None:
     with clock.stage("evaluate"):
         reports = _evaluate_arms(config, loaded, arms, prompts)
     write_json(config.out / "texts.json", _example_texts(loaded, table, selections))
-    summary = _summary(config, loaded, trained, reports, clock.seconds)
+    summary = _summary(config, loaded, selections, trained, reports, clock.seconds)
     write_json(config.out / "summary.json", summary)
 
 
@@ -260,36 +267,24 @@ def _evaluate(config: EvaluateConfig | RunConfig, target: Target, drafts, prompt
         )
 
 
-def _sides(samples: Sequence[Sample], ids: Iterable[str] | None, share: float, where: Path | None):
+def _sides(samples: Sequence[Sample], selection: Selection | None, share: float) -> tuple[list[Sample], list[Sample]]:
     """(samples to train on, held-out samples): the selected ones of the training side, and the whole held-out side."""
-    side, held_out = training.split_held_out(samples, share)
-    if ids is None:
-        return side, held_out
-    wanted = set(ids)
-    unknown = sorted(wanted - {sample.id for sample in samples})
-    if unknown:
-        raise ValueError(
-            f"{where}: {len(unknown)} selected samples are not in the data, {unknown[0]} first; give the --data that was scored"
-        )
-    return [sample for sample in side if sample.id in wanted], held_out
+    _, held_out = training.split_held_out(samples, share)
+    out = {sample.id for sample in held_out}
+    kept = samples if selection is None else sfdd.selected_samples(selection, samples)
+    return [sample for sample in kept if sample.id not in out], held_out
 
 
-def _store_options(loaded: Loaded) -> dict:
-    return dict(hidden_size=loaded.target.config.hidden_size, dtype="bfloat16", identity=loaded.identity)
-
-
-def _hidden_store(loaded: Loaded, samples: Sequence[Sample], directory: Path, config) -> features.HiddenStore:
-    features.store_hidden(
+def _store_hidden(loaded: Loaded, samples: Sequence[Sample], directory: Path, batch_tokens: int) -> HiddenStore:
+    return features.store_hidden(
         loaded.target.config,
         loaded.target.params,
         samples,
         loaded.mesh,
-        batch_tokens=config.batch_tokens,
+        batch_tokens=batch_tokens,
         directory=directory,
-        dtype="bfloat16",
         identity=loaded.identity,
     )
-    return features.HiddenStore.open(directory, loaded.identity)
 
 
 def _claim(config: RunConfig) -> None:
@@ -331,12 +326,14 @@ class _StageClock:
         write_json(self.path, self.seconds)
 
 
-def _summary(config: RunConfig, loaded: Loaded, trained: dict, reports: dict[str, dict], seconds: dict) -> dict:
+def _summary(
+    config: RunConfig, loaded: Loaded, selections: dict[str, Selection], trained: dict, reports: dict[str, dict], seconds: dict
+) -> dict:
     lengths = [len(sample.tokens) for sample in loaded.samples]
     by_id = {sample.id: sample for sample in loaded.samples}
     rows = []
     for arm, result in trained.items():
-        ids = read_json(config.out / "arms" / arm / "selection.json")["ids"]
+        ids = selections[arm].ids
         rows.append(
             {
                 "arm": arm,
@@ -374,7 +371,7 @@ def _summary(config: RunConfig, loaded: Loaded, trained: dict, reports: dict[str
     }
 
 
-def _example_texts(loaded: Loaded, table: scoring.ScoreTable, selections: dict[str, sfdd.Selection]) -> list[dict]:
+def _example_texts(loaded: Loaded, table: ScoreTable, selections: dict[str, Selection]) -> list[dict]:
     """The two flattest samples, two at the threshold and the two least flat, token by token.
 
     A token is shown with the flatness of the distribution that it was drawn from, which the index rule stores one
@@ -387,7 +384,7 @@ def _example_texts(loaded: Loaded, table: scoring.ScoreTable, selections: dict[s
     texts = []
     for i in chosen:
         sample = by_id[table.ids[i]]
-        per_token = table.token_scores[i].flatness
+        per_token = table.tokens[i].flatness
         shown = [None, *(float(f) if c else None for f, c in zip(per_token[:-1], sample.counted[:-1]))]
         pieces = [loaded.target.tokenizer.decode([token]) for token in sample.tokens]
         texts.append({"id": sample.id, "source": sample.source, "pieces": pieces, "flatness": shown})

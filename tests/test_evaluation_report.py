@@ -4,17 +4,18 @@ import html.parser
 import json
 import re
 import shutil
+import typing
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from jsfdd.config import RunConfig
-from jsfdd.evaluation import plots
+from jsfdd.config import Metric, RunConfig
+from jsfdd.evaluation import panel
 from jsfdd.evaluation.report import costs, verdict, write_report
 from jsfdd.evaluation.run_files import read_run
+from jsfdd.selection.sfdd import Selection, write_selection
+from jsfdd.selection.table import ScoreTable, TokenRow, write_scores, write_token_scores
 
 VOCAB = 49152
 HOSTILE = '<script>alert("x")</script>'
@@ -33,15 +34,18 @@ def write_run(run: Path, *, num_samples: int = 60, num_prompts: int = 20, seed: 
     samples = _write_scores(run, num_samples, rng)
     ranked = sorted(samples, key=lambda name: -samples[name]["mean"])
     half = num_samples // 2
-    kept = {"full": ranked, "flatness": ranked[:half], "random": list(rng.permutation(ranked)[:half])}
+    # The last one has no counted token, so no arm keeps it.
+    kept = {"full": ranked[:-1], "flatness": ranked[:half], "random": rng.permutation(ranked[:-1])[:half].tolist()}
     examples = [ranked[i] for i in (0, 1, half, -2, -1)]
     _write_json(run / "texts.json", [_text(name, samples[name]) for name in examples])
     rows = []
     for arm, (share, tau) in ARMS.items():
         directory = run / "arms" / arm
         directory.mkdir(parents=True)
-        threshold = samples[ranked[half - 1]]["mean"] if arm == "flatness" else None
-        _write_json(directory / "selection.json", {"ids": [str(i) for i in kept[arm]], "metric": arm, "threshold": threshold})
+        metric, ratio = ("random", 1.0) if arm == "full" else (arm, 0.5)
+        threshold = samples[ranked[half - 1]]["mean"] if arm == "flatness" else 0.5
+        selection = Selection(tuple(kept[arm]), (ranked[-1],), metric, ratio, 0, "sample", threshold, inputs={})
+        write_selection(directory / "selection.json", selection)
         steps = round(400 * share)
         _write_metrics(directory / "metrics.jsonl", steps, tau, rng)
         report = _report(tau, num_prompts, rng)
@@ -58,9 +62,10 @@ def write_run(run: Path, *, num_samples: int = 60, num_prompts: int = 20, seed: 
             "versions": {"jsfdd": "0.1.0", "jax": "0.10.2"},
             "hardware": {"platform": "cpu", "device_kind": "cpu", "num_devices": 1, "num_processes": 1, "cpu_cores": 2},
             "target": {"name": "SmolLM2-135M-Instruct", "fingerprint": "9f1c2a77", "vocab_size": VOCAB},
-            "data": {"read": num_samples + 1, "kept": num_samples, "truncated": 2, "dropped": ["s-empty"]}
+            "data": {"read": num_samples + 1, "kept": num_samples, "truncated": ["s-003"]}
+            | {"no_counted": ["s-empty"], "special_text": [], "refused": []}
             | {"tokens": 24680, "counted_tokens": 12340, "padding_share": 0.124},
-            "seconds": {"load": 3.1, "tokenize": 0.6, "score": 41.5, "hidden": 22.0, "evaluate": 88.2},
+            "seconds": {"load": 3.1, "score": 41.5, "hidden": 22.0, "evaluate": 88.2},
             "arms": rows,
             "differences": [
                 {"a": "flatness", "b": "full", "tau_difference": -0.07, "low": -0.15, "high": 0.01},
@@ -88,11 +93,14 @@ def _write_scores(run: Path, num_samples: int, rng) -> dict[str, dict]:
         entropy = np.where(counted, np.log(choices) * rng.uniform(1.0, 1.5, counted.shape), 0).astype(np.float32)
         mean = float(flatness[counted].mean()) if length else -1.0
         samples[f"s-{i:03d}"] = {"source": source, "counted": counted, "flatness": flatness, "entropy": entropy, "mean": mean}
-    tokens = {name: [s[name].tolist() for s in samples.values()] for name in ("counted", "flatness", "entropy")}
-    pq.write_table(pa.table({"id": list(samples), **tokens}), run / "token_scores.parquet")
-    means = {name: [_mean(s[name][s["counted"]]) for s in samples.values()] for name in ("flatness", "entropy")}
-    columns = {"source": [s["source"] for s in samples.values()], "num_tokens": [int(s["counted"].sum()) for s in samples.values()]}
-    pq.write_table(pa.table({"id": list(samples), **columns, **means}), run / "scores.parquet")
+    rows = tuple(TokenRow(s["counted"], s["flatness"], s["entropy"]) for s in samples.values())
+    means = {name: np.array([_mean(getattr(row, name)[row.counted]) for row in rows]) for name in ("flatness", "entropy")}
+    unused = dict.fromkeys(("flatness_median", "top1", "margin", "energy", "ppl"), means["flatness"])
+    num_tokens = np.array([row.counted.sum() for row in rows], np.int32)
+    sources = tuple(s["source"] for s in samples.values())
+    table = ScoreTable(tuple(samples), sources, num_tokens, identity={}, tokens=rows, **means, **unused)
+    write_scores(run / "scores.parquet", table)
+    write_token_scores(run / "token_scores.parquet", table)
     return samples
 
 
@@ -103,7 +111,7 @@ def _mean(values: np.ndarray) -> float:
 def _text(name: str, sample: dict) -> dict:
     pieces = ["<|im_start|>", "user", "\n", HOSTILE, " Why", "?", "<|im_end|>", "\n", "<|im_start|>", "assistant"]
     pieces += [WORDS[i % len(WORDS)] for i in range(len(sample["counted"]) - 10)]
-    flatness = [float(f) if c else None for f, c in zip(sample["flatness"], sample["counted"])]
+    flatness = [None, *(float(f) if c else None for f, c in zip(sample["flatness"][:-1], sample["counted"]))]
     return {"id": name, "source": sample["source"], "pieces": pieces, "flatness": flatness}
 
 
@@ -145,3 +153,199 @@ def run(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def page(run) -> str:
     return write_report(run).read_text(encoding="utf-8")
+
+
+class _Page(html.parser.HTMLParser):
+    """Elements, their attributes and the text of a page."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.open, self.elements, self.text = [], [], ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        while self.open and self.open.pop() != tag:
+            pass
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.text += data
+
+
+def test_every_section_is_there_with_its_panels(page):
+    parsed = _Page(page)
+    sections = [attributes["id"] for tag, attributes in parsed.elements if tag == "section"]
+    assert sections == ["result", "flatness", "selection", "training", "acceptance", "timings", "configuration", "glossary"]
+    labels = [attributes["aria-label"] for tag, attributes in parsed.elements if tag == "svg"]
+    assert labels == [
+        "τ by arm", "Paired differences of τ", "Speedup by arm", "τ for the training it took",
+        "Sample flatness", "Flatness and entropy, samples", "Token flatness", "Flatness and entropy, tokens",
+        "Kept, by source", "Lengths, flatness", "Lengths, random",
+        "Loss", "Held-out agreement, %", "Expected acceptance, %",
+        "α by depth, %", "Accepted draft tokens", "τ by source",
+    ]  # fmt: skip
+
+
+def test_the_page_loads_nothing(page):
+    assert "http:" not in page and "https:" not in page and "@import" not in page
+    for tag, attributes in _Page(page).elements:
+        assert tag not in ("script", "link", "iframe", "object", "embed")
+        for name in ("src", "href"):
+            assert attributes.get(name, "#").startswith(("#", "data:image/png;base64,"))
+    assert all(reference.startswith("#") for reference in re.findall(r"url\(([^)]*)\)", page))
+
+
+def test_ids_are_unique_and_references_resolve(page):
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'(?:href="|url\()#([^")]+)', page)) <= set(ids)
+
+
+def test_text_from_data_is_escaped(page):
+    assert "<script" not in page
+    text = _Page(page).text
+    assert HOSTILE in text  # as a source, in an example text and in an answer: shown, not run
+    assert "A tag & nothing more." in text
+
+
+def test_result_table_shows_what_was_measured(page):
+    rows = re.findall(r"<tr><td>.*?</tr>", page, re.DOTALL)[:3]
+    cells = [[re.sub(r"<[^>]+>", " ", cell).split() for cell in re.findall(r"<td>(.*?)</td>", row, re.DOTALL)] for row in rows]
+    assert cells[1][0] == ["■", "flatness"]
+    assert cells[1][1] == ["30"]
+    assert cells[1][4] == ["49.0"]
+    assert cells[1][5] == ["2.24", "2.13", "to", "2.35"]
+    assert cells[1][6] == ["1.24"]
+    assert cells[1][7] == ["1.79", "1.73", "to", "1.85"]
+
+
+def test_verdicts_of_the_page_put_the_metric_first(page):
+    verdicts = re.search(r'<p class="verdict">(.*?)</p>', page, re.DOTALL)[1]
+    assert re.findall(r"<span>(.*?):", verdicts) == [
+        "No difference seen between the flatness draft and the full draft",
+        "The flatness draft accepts more than the random draft",  # the summary has it as random − flatness
+        "The random draft accepts less than the full draft",
+    ]
+
+
+@pytest.mark.parametrize(
+    "low, high, expected",
+    [
+        (0.03, 0.20, "The flatness draft accepts more than the random draft: τ +0.10 (paired 95% interval +0.03 to +0.20)."),
+        (-0.20, -0.03, "The flatness draft accepts less than the random draft: τ −0.10 (paired 95% interval −0.20 to −0.03)."),
+        (-0.03, 0.20, "No difference seen between the flatness draft and the random draft: τ +0.10 "
+         "(paired 95% interval −0.03 to +0.20)."),
+        (0.0, 0.20, "No difference seen between the flatness draft and the random draft: τ +0.10 "
+         "(paired 95% interval +0.00 to +0.20)."),
+        (None, None, "flatness and random cannot be compared: nothing was verified on the same prompts."),
+    ],
+)  # fmt: skip
+def test_verdict_says_what_the_interval_allows(low, high, expected):
+    difference = 0.1 if low is None or high > 0 else -0.1
+    assert verdict({"a": "flatness", "b": "random", "tau_difference": difference, "low": low, "high": high}) == expected
+
+
+def test_example_tokens_are_shaded_by_tenths_of_flatness(run, page):
+    files = read_run(run)
+    deciles = np.quantile(files.token_flatness, np.arange(1, 10) / 10)
+    text = files.texts[0]
+    shaded = re.findall(r'<span class="h(\d)">', page.split('<div class="tokens">')[1].split("</div>")[0])
+    assert [int(level) for level in shaded] == [int(np.sum(f > deciles)) for f in text["flatness"] if f is not None]
+
+
+def test_same_run_same_page(run, page, tmp_path):
+    again = write_report(run, tmp_path / "deep" / "again.html")
+    assert again.read_text(encoding="utf-8") == page
+    assert list(again.parent.iterdir()) == [again]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json", "summary.json", "scores.parquet", "token_scores.parquet", "texts.json",
+        "arms/flatness/selection.json", "arms/random/metrics.jsonl", "arms/full/report.json",
+    ],
+)  # fmt: skip
+def test_missing_file_is_named(run, tmp_path, name):
+    copy = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("report.html"))
+    (copy / name).unlink()
+    with pytest.raises(FileNotFoundError, match=re.escape(str(copy / name))):
+        write_report(copy)
+    assert not (copy / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    "name, damage, message",
+    [
+        ("summary.json", lambda text: text[:-9], "summary.json: damaged JSON"),
+        ("summary.json", lambda text: text.replace('"seconds"', '"minutes"'), "summary.json: no field seconds"),
+        ("summary.json", lambda text: text.replace('"arm": "random"', '"arm": "entropy"'), "no arm random"),
+        ("arms/full/report.json", lambda text: text.replace('"alpha_low"', '"alpha_lo"'), "report.json: no field alpha_low"),
+        ("arms/full/metrics.jsonl", lambda text: text + '{"step": 1', "metrics.jsonl:"),
+        ("texts.json", lambda text: text.replace('"<|im_start|>", ', "", 1), "pieces but"),
+    ],
+)
+def test_damaged_file_is_named(run, tmp_path, name, damage, message):
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / name).write_text(damage((copy / name).read_text()))
+    with pytest.raises(ValueError, match=message):
+        write_report(copy)
+
+
+def test_cut_parquet_file_is_named(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / "scores.parquet").write_bytes((copy / "scores.parquet").read_bytes()[:-20])
+    with pytest.raises(ValueError, match="scores.parquet: not a whole Parquet file"):
+        write_report(copy)
+
+
+def test_figures_that_do_not_exist_are_dashes(run, tmp_path):
+    """One arm, sampled, nothing held out, and a draft that never got anywhere: no verdict, no panel without data."""
+    copy = shutil.copytree(run, tmp_path / "run")
+    nothing = {f"{name}{end}": None for name in ("tau", "tau_macro", "speedup") for end in ("", "_low", "_high")}
+    _change(copy / "config.json", {"arms": ["full"], "temperature": 1.0, "held_out_share": 0.0})
+    rows = json.loads((copy / "summary.json").read_text())["arms"]
+    _change(copy / "summary.json", {"arms": [rows[0] | nothing], "differences": []})
+    report = json.loads((copy / "arms/full/report.json").read_text())
+    sources = {source: record | {"tau": None, "tau_low": None, "tau_high": None} for source, record in report["per_source"].items()}
+    gone = {name: [None] * GAMMA for name in ("alpha", "alpha_low", "alpha_high")}
+    _change(copy / "arms/full/report.json", nothing | gone | {"same_text_share": None, "per_source": sources})
+    metrics = copy / "arms/full/metrics.jsonl"
+    metrics.write_text("".join(line for line in metrics.read_text().splitlines(True) if "held_out" not in line))
+    page = write_report(copy).read_text(encoding="utf-8")
+    assert 'class="verdict"' not in page and "Paired differences" not in page and "Held-out agreement" not in page
+    assert page.count("not measured") == 2  # τ and speedup, of the one arm
+    assert "no samples were held out" in page
+    assert "nan" not in re.sub(r"<svg.*?</svg>", "", page, flags=re.DOTALL).lower()
+
+
+def _change(path: Path, values: dict) -> None:
+    _write_json(path, json.loads(path.read_text()) | values)
+
+
+def test_costs_compare_with_full_only_where_there_is_one(run):
+    files = read_run(run)
+    sentences = costs(files.arms, {"score": 41.5})
+    assert sentences[0] == (
+        "The flatness arm trained on 51% of the samples that full did, 51% of the counted tokens, and took 51% of its "
+        "training time."
+    )
+    assert "41.5 s" in sentences[-1]
+    assert costs(files.arms[1:], {"score": 41.5}) == []
+
+
+def test_many_sources_share_one_colour():
+    names = [f"source {i:02d}" for i in range(20)] + ["source 19"] * 5
+    groups, colours = panel.source_groups(names)
+    assert len(colours) == len(panel.SOURCE_COLOURS) + 1 and list(colours)[-1] == panel.OTHER
+    assert "source 19" in colours and np.sum(groups == panel.OTHER) == 13
+
+
+def test_arms_and_sources_never_share_a_colour():
+    arms = [colour for colour, _, _ in panel.ARM_STYLES.values()]
+    assert len({*arms, *panel.SOURCE_COLOURS, panel.OTHER_COLOUR}) == len(arms) + len(panel.SOURCE_COLOURS) + 1
+    assert set(panel.ARM_STYLES) == {"full", *typing.get_args(Metric)}

@@ -1,10 +1,17 @@
 """Toy models for tests: small enough for seconds, odd enough (grouped heads, untied head) to catch mix-ups."""
 
+import json
+
 import jax
+import numpy as np
+from safetensors.numpy import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from jsfdd.models.architecture import DecoderConfig, Rope
 from jsfdd.models.draft import draft_config, init_draft
 from jsfdd.models.target import init_params
+from jsfdd.weights.load import Target
 
 
 def toy_config(vocab_size=64, **changes) -> DecoderConfig:
@@ -36,3 +43,67 @@ def toy_target(seed=0, sharpness=3.0, **changes):
 def toy_draft(config, seed=1):
     draft = draft_config(config)
     return draft, init_draft(draft, jax.random.key(seed))
+
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def toy_tokenizer():
+    """One token a byte, and ChatML's two special tokens: 258 in all."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({character: i for i, character in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken("<|im_start|>", special=True), AddedToken("<|im_end|>", special=True)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=CHATML, eos_token="<|im_end|>")
+
+
+def loaded_target(seed=0) -> Target:
+    """A toy target as `load_target` would give it."""
+    config, params = toy_target(seed, vocab_size=258, max_position=1024)
+    return Target(config, params, toy_tokenizer(), "toy", f"toy-{seed}", (257,))
+
+
+def write_target(directory, seed=0):
+    """A toy target as a Hugging Face directory with tokenizer and template: what `--target DIR` takes."""
+    target = loaded_target(seed)
+    c, p = target.config, target.params
+    tensors = {
+        "model.embed_tokens.weight": p["embed"]["embedding"],
+        "model.norm.weight": p["norm"]["scale"],
+        "lm_head.weight": p["head"]["kernel"].T,
+    }
+    layer_names = {
+        "input_layernorm": p["layers"]["input_norm"]["scale"],
+        "post_attention_layernorm": p["layers"]["mlp_norm"]["scale"],
+        **{f"self_attn.{n}": p["layers"]["attention"][n]["kernel"] for n in ("q_proj", "k_proj", "v_proj", "o_proj")},
+        **{f"mlp.{n}": p["layers"]["mlp"][n]["kernel"] for n in ("gate_proj", "up_proj", "down_proj")},
+    }
+    for name, stacked in layer_names.items():
+        for i in range(c.num_layers):
+            tensors[f"model.layers.{i}.{name}.weight"] = stacked[i].T
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file({name: np.ascontiguousarray(value, np.float32) for name, value in tensors.items()}, directory / "model.safetensors")
+    settings = dict(
+        model_type="llama",
+        architectures=["LlamaForCausalLM"],
+        vocab_size=c.vocab_size,
+        hidden_size=c.hidden_size,
+        intermediate_size=c.intermediate_size,
+        num_hidden_layers=c.num_layers,
+        num_attention_heads=c.num_heads,
+        num_key_value_heads=c.num_kv_heads,
+        head_dim=c.head_dim,
+        max_position_embeddings=c.max_position,
+        rms_norm_eps=c.rms_norm_eps,
+        rope_theta=c.rope.theta,
+        hidden_act="silu",
+        tie_word_embeddings=False,
+        eos_token_id=257,
+    )
+    (directory / "config.json").write_text(json.dumps(settings))
+    target.tokenizer.save_pretrained(directory)
+    return directory

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,18 +18,25 @@ from scipy.stats import spearmanr
 
 from jsfdd.evaluation import plots
 from jsfdd.evaluation.intervals import RESAMPLES
+from jsfdd.evaluation.panel import ARM_STYLES, source_groups
 from jsfdd.evaluation.run_files import Arm, RunFiles, read_run
+from jsfdd.files import written_whole
 
 _NO_VALUE = "–"
 _SHOWN_PIECES = 360  # of an example text: about a screen
 _SHOWN_IDS = 8
+_SKIPPED = {  # summary.json's lists of skipped conversations
+    "no_counted": "without a counted token",
+    "special_text": "with the text of a special token in a message",
+    "refused": "that the chat template refuses",
+}
 _HEAT = tuple(round(0.02 + 0.072 * level, 3) for level in range(10))  # opacity of each tenth of token flatness
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
     """Draw the page of a finished run and return where it is: `out`, or report.html in the run's directory.
 
-    The same run gives the same page, byte for byte. It is written aside and renamed: a page is whole or absent.
+    The same run gives the same page, byte for byte; it is there whole or not at all.
 
     Raises:
       FileNotFoundError, ValueError: a file of the run is missing, damaged or lacks a field; the message names it.
@@ -41,12 +47,8 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     finished = datetime.datetime.fromtimestamp((run / "summary.json").stat().st_mtime, datetime.UTC)
     page = render(files, date=f"{finished.day} {finished:%B %Y}")
     out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(out.name + ".partial")
-    with aside.open("w", encoding="utf-8") as stream:
-        stream.write(page)
-        stream.flush()
-        os.fsync(stream.fileno())
-    aside.replace(out)
+    with written_whole(out) as aside:
+        aside.write_text(page, encoding="utf-8")
     return out
 
 
@@ -67,7 +69,7 @@ def render(files: RunFiles, date: str) -> str:
         config=files.config,
         summary=files.summary,
         arms=files.arms,
-        arm_legend=[(arm.name, *plots.ARM_STYLES[arm.name][::2]) for arm in files.arms],
+        arm_legend=[(arm.name, *ARM_STYLES[arm.name][::2]) for arm in files.arms],
         n_prompts=files.arms[0].report["n_prompts"],
         resamples=RESAMPLES,
         heat=_HEAT,
@@ -102,16 +104,15 @@ def _result(files: RunFiles) -> dict:
 
 
 def _flatness(files: RunFiles) -> dict:
-    scored = files.scores["num_tokens"] > 0
-    flatness, entropy = (files.scores[name][scored] for name in ("flatness", "entropy"))
-    groups, colours = plots.source_groups(files.scores["source"][scored])
+    scored = files.scores.num_tokens > 0
+    flatness, entropy = files.scores.flatness[scored], files.scores.entropy[scored]
+    groups, colours = source_groups(np.array(files.scores.sources, object)[scored])
     size = files.summary["target"]["vocab_size"]
-    thresholds = [a.selection["threshold"] for a in files.arms if a.name == "flatness"]
-    threshold = thresholds[0] if thresholds and files.config.unit == "sample" else None
+    thresholds = [a.selection.threshold for a in files.arms if a.name == "flatness" and a.selection.unit == "sample"]
     return {
         "flatness_panels": _safe(
             [
-                plots.source_histogram("Sample flatness", flatness, groups, colours, size, threshold),
+                plots.source_histogram("Sample flatness", flatness, groups, colours, size, *thresholds),
                 plots.flatness_against_entropy("Flatness and entropy, samples", flatness, entropy, groups, colours, size),
             ]
         ),
@@ -132,10 +133,10 @@ def _flatness(files: RunFiles) -> dict:
 
 
 def _selection(files: RunFiles) -> dict:
-    scored = files.scores["num_tokens"] > 0
-    lengths = files.scores["num_tokens"][scored]
-    kept = {arm.name: np.array([i in arm.kept for i in files.scores["id"][scored]], bool) for arm in files.arms}
-    groups, colours = plots.source_groups(files.scores["source"][scored])
+    scored = files.scores.num_tokens > 0
+    lengths = files.scores.num_tokens[scored]
+    kept = {arm.name: np.array([name in arm.kept for name in files.scores.ids])[scored] for arm in files.arms}
+    groups, colours = source_groups(np.array(files.scores.sources, object)[scored])
     counts = [int(np.sum(groups == name)) for name in colours]
     shares = {arm: [float(np.mean(rows[groups == name])) for name in colours] for arm, rows in kept.items()}
     panels = [plots.kept_shares("Kept, by source", list(colours), counts, shares)]
@@ -158,12 +159,8 @@ def _selection(files: RunFiles) -> dict:
 
 
 def _example(text: dict, arms: Sequence[Arm], deciles: np.ndarray) -> dict:
-    """A text for the heat map: (piece, tenth of flatness or None) each.
-
-    A score at t is of the distribution of token t+1 (the index rule), and a reader wants to know how open the choice of
-    the token before his eyes was: so a piece is shaded by the score before it.
-    """
-    levels = [None] + [None if f is None else int(np.searchsorted(deciles, f)) for f in text["flatness"]][:-1]
+    """A text for the heat map: its pieces, each with the tenth that its flatness is in, or None."""
+    levels = [None if f is None else int(np.searchsorted(deciles, f)) for f in text["flatness"]]
     counted = [f for f in text["flatness"] if f is not None]
     return {
         "id": text["id"],
@@ -190,7 +187,7 @@ def _training(files: RunFiles) -> dict:
             "training_caption": caption.format(files.config.log_every, "; no samples were held out"),
         }
     share = percent(files.config.held_out_share)
-    dashed = f"; dashed: after each epoch, on the {share} of samples that were held out, never trained"
+    dashed = f"; dashed: after each epoch, on the held-out {share} of samples"
     return {
         "training_panels": _safe(
             [
@@ -265,15 +262,18 @@ def costs(arms: Sequence[Arm], seconds: dict[str, float]) -> list[str]:
 
 
 def _selection_sentences(files: RunFiles) -> list[str]:
-    data = files.summary["data"]
+    data, share = files.summary["data"], files.config.held_out_share
     parts = [f"{whole(len(arm.kept))} in {arm.name}" for arm in files.arms]
     sentences = [f"Of {whole(data['kept'])} scored samples the arms kept {_listed(parts)}."]
-    if data["dropped"]:
-        shown = ", ".join(data["dropped"][:_SHOWN_IDS]) + (", …" if len(data["dropped"]) > _SHOWN_IDS else "")
-        sentences.append(f"{whole(len(data['dropped']))} without a counted token went to no arm ({shown}).")
+    if share:
+        sentences.append(f"About {percent(share)} of them are held out: no arm trains on these.")
+    for field, reason in _SKIPPED.items():
+        if ids := data[field]:
+            shown = ", ".join(ids[:_SHOWN_IDS]) + (", …" if len(ids) > _SHOWN_IDS else "")
+            sentences.append(f"Skipped before scoring: {whole(len(ids))} {reason} ({shown}).")
     sentences.append(
-        f"{whole(data['truncated'])} conversations were cut at {whole(files.config.max_length)} tokens; "
-        f"{percent(data['padding_share'])} of what the target read was padding."
+        f"Cut at {whole(files.config.max_length)} tokens: {whole(len(data['truncated']))}. Of all that the target read, "
+        f"{percent(data['padding_share'])} was padding."
     )
     return sentences
 
@@ -336,7 +336,7 @@ def _spearman(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _glyph(arm: str) -> Markup:
-    colour, _, glyph = plots.ARM_STYLES[arm]
+    colour, _, glyph = ARM_STYLES[arm]
     return Markup('<i style="color:{}">{}</i> ').format(colour, glyph)
 
 

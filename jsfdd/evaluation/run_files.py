@@ -7,15 +7,15 @@ silent gap would look like a result.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 
 from jsfdd.config import RunConfig
+from jsfdd.files import read_json
+from jsfdd.selection.sfdd import Selection, read_selection
+from jsfdd.selection.table import ScoreTable, read_scores, read_token_scores
 from jsfdd.training.log import read_lines
 
 _REMEDY = "finish the run with `jsfdd run` (it continues where it stopped), or give another --run"
@@ -29,8 +29,6 @@ _REPORT_KEYS = (
     "baseline_tokens_per_second", "n_prompts", "same_text_share", "compile_seconds", "per_source", "examples",
 )  # fmt: skip
 _TEXT_KEYS = ("id", "source", "pieces", "flatness")
-_SCORE_COLUMNS = ("id", "source", "num_tokens", "flatness", "entropy")
-_TOKEN_COLUMNS = ("id", "counted", "flatness", "entropy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,15 +38,15 @@ class Arm:
     Attributes:
       name: "full", or the metric that selected its samples.
       row: its row of summary.json.
-      selection: its selection.json.
-      kept: ids of the samples it was trained on.
+      selection: what it keeps; samples that are held out are not trained on.
+      kept: ids of the selection.
       training, held_out: lines of metrics.jsonl, by kind, in order of steps.
       report: its report.json, the evaluation.
     """
 
     name: str
     row: dict
-    selection: dict
+    selection: Selection
     kept: frozenset[str]
     training: list[dict]
     held_out: list[dict]
@@ -62,15 +60,16 @@ class RunFiles:
     Attributes:
       config: the run's options.
       summary: summary.json.
-      scores: column -> array[N], one entry a sample; flatness and entropy (nats) are NaN where num_tokens is 0.
+      scores: of all samples; NaN where a sample has no counted token.
       token_flatness, token_entropy: float32 over the counted tokens of all samples.
-      texts: example samples: {"id", "source", "pieces": [T] str, "flatness": [T] float or None}.
+      texts: example samples: {"id", "source", "pieces": [T] str, "flatness": [T] float or None}; a piece goes with the
+        flatness of the distribution that it was drawn from, None where that does not count.
       arms: in the order of the config.
     """
 
     config: RunConfig
     summary: dict
-    scores: dict[str, np.ndarray]
+    scores: ScoreTable
     token_flatness: np.ndarray
     token_entropy: np.ndarray
     texts: list[dict]
@@ -82,24 +81,19 @@ def read_run(run: Path) -> RunFiles:
 
     Raises:
       FileNotFoundError: a file is missing; the message names it.
-      ValueError: a file is damaged or lacks a field or column; the message names both.
+      ValueError: a file is damaged or lacks a field; the message names both.
     """
     run = Path(run)
-    config = RunConfig.from_json(_json(run / "config.json"))
-    summary = _record(_json(run / "summary.json"), _SUMMARY_KEYS, run / "summary.json")
-    rows = {_record(row, _ROW_KEYS, run / "summary.json")["arm"]: row for row in summary["arms"]}
-    scores = {name: column.to_numpy() for name, column in _columns(run / "scores.parquet", _SCORE_COLUMNS).items()}
-    tokens = _columns(run / "token_scores.parquet", _TOKEN_COLUMNS)
-    counted = tokens["counted"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    flatness, entropy = (tokens[name].combine_chunks().flatten().to_numpy() for name in ("flatness", "entropy"))
-    if not len(counted) == len(flatness) == len(entropy):
-        raise ValueError(f"{run / 'token_scores.parquet'}: columns counted, flatness and entropy differ in length; {_REMEDY}")
+    config = RunConfig.from_json(_read(run / "config.json"))
+    summary = _read(run / "summary.json", _SUMMARY_KEYS)
+    rows = {_with_keys(row, _ROW_KEYS, run / "summary.json")["arm"]: row for row in summary["arms"]}
+    tokens = read_token_scores(_existing(run / "token_scores.parquet")).values()
     return RunFiles(
         config=config,
         summary=summary,
-        scores=scores,
-        token_flatness=flatness[counted],
-        token_entropy=entropy[counted],
+        scores=read_scores(_existing(run / "scores.parquet")),
+        token_flatness=np.concatenate([row.flatness[row.counted] for row in tokens]),
+        token_entropy=np.concatenate([row.entropy[row.counted] for row in tokens]),
         texts=_texts(run / "texts.json"),
         arms=[_arm(run, name, rows) for name in config.arms],
     )
@@ -107,38 +101,32 @@ def read_run(run: Path) -> RunFiles:
 
 def _arm(run: Path, name: str, rows: dict[str, dict]) -> Arm:
     if name not in rows:
-        raise ValueError(f"{run / 'summary.json'}: arm {name} of config.json is missing; {_REMEDY}")
+        raise ValueError(f"{run / 'summary.json'}: no arm {name}, which config.json has; {_REMEDY}")
     directory = run / "arms" / name
-    selection = _record(_json(directory / "selection.json"), ("ids",), directory / "selection.json")
+    selection = read_selection(_existing(directory / "selection.json"))
     lines = read_lines(_existing(directory / "metrics.jsonl"))
-    report = _record(_json(directory / "report.json"), _REPORT_KEYS, directory / "report.json")
     return Arm(
         name=name,
         row=rows[name],
         selection=selection,
-        kept=frozenset(selection["ids"]),
+        kept=frozenset(selection.ids),
         training=[line for line in lines if "loss" in line],
         held_out=[line for line in lines if "held_out" in line],
-        report=report,
+        report=_read(directory / "report.json", _REPORT_KEYS),
     )
 
 
 def _texts(path: Path) -> list[dict]:
-    texts = [_record(text, _TEXT_KEYS, path) for text in _json(path)]
+    texts = [_with_keys(text, _TEXT_KEYS, path) for text in _read(path)]
     for text in texts:
-        if len(text["pieces"]) != len(text["flatness"]):
-            raise ValueError(
-                f"{path}: sample {text['id']}: {len(text['pieces'])} pieces but {len(text['flatness'])} flatness values; "
-                f"{_REMEDY}"
-            )
+        pieces, values = len(text["pieces"]), len(text["flatness"])
+        if pieces != values:
+            raise ValueError(f"{path}: sample {text['id']}: {pieces} pieces but {values} flatness values; {_REMEDY}")
     return texts
 
 
-def _json(path: Path):
-    try:
-        return json.loads(_existing(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg}); {_REMEDY}") from None
+def _read(path: Path, keys: Iterable[str] = ()):
+    return _with_keys(read_json(_existing(path)), keys, path)
 
 
 def _existing(path: Path) -> Path:
@@ -147,18 +135,7 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _columns(path: Path, names: Iterable[str]) -> dict[str, pyarrow.ChunkedArray]:
-    try:
-        table = pyarrow.parquet.read_table(_existing(path))
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path}: not a whole Parquet file ({error}); {_REMEDY}") from None
-    missing = [name for name in names if name not in table.column_names]
-    if missing:
-        raise ValueError(f"{path}: no column {', '.join(missing)}; {_REMEDY}")
-    return {name: table[name] for name in names}
-
-
-def _record(record: dict, keys: Iterable[str], path: Path) -> dict:
+def _with_keys(record, keys: Iterable[str], path: Path):
     missing = [key for key in keys if key not in record]
     if missing:
         raise ValueError(f"{path}: no field {', '.join(missing)}; {_REMEDY}")

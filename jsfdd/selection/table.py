@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +13,12 @@ import pyarrow
 import pyarrow.parquet
 from jaxtyping import Bool, Float, Int
 
-from jsfdd.selection.atomic import write_atomically
+from jsfdd.selection.artifacts import write_atomically
 
 METRICS = ("flatness", "flatness_median", "entropy", "top1", "margin", "energy", "ppl")
 COLUMNS = ("id", "source", "num_tokens", *METRICS)
+_TOKEN_METRICS = ("counted", "flatness", "entropy")
+_IN_PART = "token_"  # a part holds samples and tokens in one file, where "flatness" would be both
 _IDENTITY = b"jsfdd_identity"
 _REMEDY = "delete it and score again"
 
@@ -57,22 +61,42 @@ class ScoreTable:
     tokens: tuple[TokenRow, ...] | None = None
 
 
+def join(tables: Sequence[ScoreTable], ids: Sequence[str]) -> ScoreTable:
+    """One table of the rows of several (at least one, all of one identity), in the order of `ids`."""
+    row_of_id = {name: row for row, name in enumerate(itertools.chain.from_iterable(table.ids for table in tables))}
+    rows = [row_of_id[name] for name in ids]
+
+    def gathered(values: Sequence) -> tuple:
+        joined = list(itertools.chain.from_iterable(values))
+        return tuple(joined[row] for row in rows)
+
+    return ScoreTable(
+        ids=tuple(ids),
+        sources=gathered([table.sources for table in tables]),
+        identity=tables[0].identity,
+        tokens=None if tables[0].tokens is None else gathered([table.tokens for table in tables]),
+        **{name: np.concatenate([getattr(table, name) for table in tables])[rows] for name in ("num_tokens", *METRICS)},
+    )
+
+
 def write_scores(path: Path, table: ScoreTable) -> None:
     """Write scores.parquet, atomic: one row a sample, the identity in the file's metadata; not the per-token scores."""
-    columns = {"id": pyarrow.array(table.ids, pyarrow.string()), "source": pyarrow.array(table.sources, pyarrow.string())}
-    columns |= {name: pyarrow.array(getattr(table, name)) for name in ("num_tokens", *METRICS)}
-    _write(path, columns, table.identity)
+    _write(path, _sample_columns(table), table.identity)
 
 
 def write_token_scores(path: Path, table: ScoreTable) -> None:
-    """Write token_scores.parquet, atomic: id, and of all T tokens the lists counted, flatness and entropy (nats)."""
-    columns = {"id": pyarrow.array(table.ids, pyarrow.string())}
-    columns |= {name: _lists([getattr(row, name) for row in table.tokens]) for name in ("counted", "flatness", "entropy")}
-    _write(path, columns, table.identity)
+    """Write token_scores.parquet, atomic: id, and lists over all T tokens: counted, flatness, entropy (nats)."""
+    _write(path, {"id": pyarrow.array(table.ids, pyarrow.string()), **_token_columns(table, "")}, table.identity)
+
+
+def write_part(path: Path, table: ScoreTable) -> None:
+    """Write all of a table, per-token scores included, into one file, atomic; `read_scores` reads it."""
+    tokens = {} if table.tokens is None else _token_columns(table, _IN_PART)
+    _write(path, {**_sample_columns(table), **tokens}, table.identity)
 
 
 def read_scores(path: Path) -> ScoreTable:
-    """Read scores.parquet.
+    """Read scores.parquet or a part.
 
     Raises:
       FileNotFoundError: there is none.
@@ -85,19 +109,46 @@ def read_scores(path: Path) -> ScoreTable:
         raise ValueError(f"{path}: an id occurs more than once; {_REMEDY}")
     numbers = {name: table[name].to_numpy() for name in ("num_tokens", *METRICS)}
     for name, values in numbers.items():
-        expected = np.int32 if name == "num_tokens" else np.float64
+        expected = np.dtype(np.int32 if name == "num_tokens" else np.float64)
         if values.dtype != expected:
-            raise ValueError(f"{path}: column {name} is {values.dtype}, not {np.dtype(expected)}; {_REMEDY}")
-    identity = json.loads(table.schema.metadata[_IDENTITY])
-    return ScoreTable(ids=ids, sources=tuple(table["source"].to_pylist()), identity=identity, **numbers)
+            raise ValueError(f"{path}: column {name} is {values.dtype}, not {expected}; {_REMEDY}")
+    return ScoreTable(
+        ids=ids,
+        sources=tuple(table["source"].to_pylist()),
+        identity=json.loads(table.schema.metadata[_IDENTITY]),
+        tokens=_token_rows(table, _IN_PART) if _IN_PART + _TOKEN_METRICS[0] in table.column_names else None,
+        **numbers,
+    )
 
 
 def read_token_scores(path: Path) -> dict[str, TokenRow]:
     """Read token_scores.parquet: sample id -> its scores. Errors as in `read_scores`."""
-    path = Path(path)
-    table = _read(path, ("id", "counted", "flatness", "entropy"))
-    lists = [_arrays(table[name]) for name in ("counted", "flatness", "entropy")]
-    return {name: TokenRow(*row) for name, *row in zip(table["id"].to_pylist(), *lists, strict=True)}
+    table = _read(Path(path), ("id", *_TOKEN_METRICS))
+    return dict(zip(table["id"].to_pylist(), _token_rows(table, ""), strict=True))
+
+
+def _sample_columns(table: ScoreTable) -> dict[str, pyarrow.Array]:
+    columns = {"id": pyarrow.array(table.ids, pyarrow.string()), "source": pyarrow.array(table.sources, pyarrow.string())}
+    return columns | {name: pyarrow.array(getattr(table, name)) for name in ("num_tokens", *METRICS)}
+
+
+def _token_columns(table: ScoreTable, prefix: str) -> dict[str, pyarrow.Array]:
+    ends = np.cumsum([0, *(len(row.counted) for row in table.tokens)])
+    return {
+        prefix + name: pyarrow.LargeListArray.from_arrays(
+            ends, pyarrow.array(np.concatenate([getattr(row, name) for row in table.tokens]))
+        )
+        for name in _TOKEN_METRICS
+    }
+
+
+def _token_rows(table: pyarrow.Table, prefix: str) -> tuple[TokenRow, ...]:
+    columns = []
+    for name in _TOKEN_METRICS:
+        lists = table[prefix + name].combine_chunks()
+        ends = np.cumsum(lists.value_lengths().to_numpy())
+        columns.append(np.split(lists.flatten().to_numpy(zero_copy_only=False), ends[:-1]))
+    return tuple(TokenRow(*row) for row in zip(*columns, strict=True))
 
 
 def _write(path: Path, columns: dict[str, pyarrow.Array], identity: dict) -> None:
@@ -105,7 +156,7 @@ def _write(path: Path, columns: dict[str, pyarrow.Array], identity: dict) -> Non
     write_atomically(Path(path), lambda stream: pyarrow.parquet.write_table(table, stream))
 
 
-def _read(path: Path, columns: tuple[str, ...]) -> pyarrow.Table:
+def _read(path: Path, columns: Sequence[str]) -> pyarrow.Table:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; run `jsfdd score` first, or check the path")
     try:
@@ -117,14 +168,3 @@ def _read(path: Path, columns: tuple[str, ...]) -> pyarrow.Table:
         what = f"has no column {', '.join(missing)}" if missing else "was not written by jsfdd"
         raise ValueError(f"{path}: {what}; {_REMEDY}")
     return table
-
-
-def _lists(arrays: list[np.ndarray]) -> pyarrow.Array:
-    offsets = np.concatenate([[0], np.cumsum([len(array) for array in arrays])]).astype(np.int64)
-    return pyarrow.LargeListArray.from_arrays(offsets, pyarrow.array(np.concatenate(arrays)))
-
-
-def _arrays(column: pyarrow.ChunkedArray) -> list[np.ndarray]:
-    rows = column.combine_chunks()
-    values, ends = rows.flatten().to_numpy(zero_copy_only=False), rows.value_lengths().to_numpy().cumsum()
-    return np.split(values, ends[:-1])

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jsfdd.config import TrainingOptions
+from jsfdd.selection.artifacts import write_atomically
 from jsfdd.training.loss import LossSums
 
 
@@ -56,12 +57,8 @@ def drop_after(path: Path, step: int) -> None:
         return
     whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
     lines = [line for line in _parse(whole, path) if line["step"] <= step]
-    aside = path.with_name(path.name + ".tmp")
-    with aside.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    write_atomically(path, lambda stream: stream.write(text.encode()))
 
 
 def read_lines(path: Path) -> list[dict]:

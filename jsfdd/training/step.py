@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from jsfdd.config import TrainingOptions
@@ -93,7 +93,6 @@ def make_train_step(
         )
         return new, StepMetrics(sums, optax.tree.norm(gradient))
 
-    # The next step takes this one's state: were its placement left to the compiler, that one would compile once more.
     return jax.jit(train_step, donate_argnames=("state",))
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,7 @@ from jsfdd.mesh import num_data_shards, replicate, shard_rows, to_host
 from jsfdd.models.architecture import DecoderConfig
 from jsfdd.models.draft import DraftConfig, draft_config
 from jsfdd.records import DraftBatch, Sample, TrainState
+from jsfdd.selection.artifacts import differences
 from jsfdd.training.log import append_line, drop_after, mean_figures, read_lines
 from jsfdd.training.loss import borrowed
 from jsfdd.training.step import (
@@ -43,7 +45,13 @@ from jsfdd.weights import checkpoint
 METRICS = "metrics.jsonl"
 TIMINGS = "timings.jsonl"
 _STEPS_AHEAD = 2
+_STORE_AGAIN = "the store belongs to other data or another template: delete it and store again"
 _HELD_OUT_SALT = "jsfdd held out: "
+
+_COLUMNS = (
+    TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"),
+    TimeRemainingColumn(),
+)  # fmt: skip
 
 HiddenStates = Mapping[str, np.ndarray]  # sample id -> [T, D], float32 or bfloat16
 Probe = Callable[[dict, int], dict]  # (draft params, step) -> figures; runs at the end of every epoch
@@ -98,6 +106,7 @@ def train(
     identity: dict,
     shapes: Sequence[Shape] | None = None,
     probe: Probe | None = None,
+    progress: bool = True,
 ) -> TrainResult:
     """Train a draft on `samples`, or continue or just return the run that `config.out` already holds.
 
@@ -110,9 +119,10 @@ def train(
         only continued with the same identity, options, samples and shapes.
       shapes: batch shapes, if several runs should share programs; chosen for `samples` and `held_out` otherwise.
       probe: called at the end of every epoch; its figures are logged.
+      progress: show a bar.
 
     Raises:
-      ValueError: no token counts, a sample's hidden states are misshapen, or `config.out` holds another run.
+      ValueError: no token counts, a sample's hidden states are missing or misshapen, or `config.out` holds another run.
       FloatingPointError: a loss or gradient is not finite; names the step and the samples of its batch.
     """
     draft = draft_config(target_config, config.fc_bias)
@@ -140,21 +150,27 @@ def train(
     with checkpoint.open_checkpoints(config.out) as checkpoints:
         start = checkpoint.latest_step(checkpoints) or 0
         if start:
-            state = checkpoint.restore(checkpoints, start, state, identity)
+            changed = differences(checkpoint.read_identity(checkpoints, start), json.loads(json.dumps(identity)))
+            if changed:
+                raise ValueError(
+                    f"{config.out}: holds a run that was trained on other inputs or options ({changed}); continue it with "
+                    "the same ones, or choose another --out"
+                )
+            state = checkpoint.restore(checkpoints, start, state)
         drop_after(metrics_path, start)
         drop_after(timings_path, start)
 
         pending: list[tuple[int, BatchPlan, StepMetrics]] = []  # steps since the last line, their figures on the device
         clock = time.perf_counter()
-        with _progress() as progress:
-            bar = progress.add_task("train", total=len(plans), completed=start, figures="")
+        with Progress(*_COLUMNS, disable=not progress) as bars:
+            bar = bars.add_task("train", total=len(plans), completed=start, figures="")
             for step, (epoch, plan) in enumerate(plans[start:], start + 1):
                 batch = shard_rows(_draft_batch([samples[i] for i in plan.indices], plan.shape, store), mesh)
                 state, metrics = train_step(frozen, state, batch)
                 pending.append((step, plan, metrics))
                 if len(pending) > _STEPS_AHEAD:  # else batches would queue on the device for as long as no one looks
                     jax.block_until_ready(pending[-_STEPS_AHEAD][2])
-                progress.advance(bar)
+                bars.advance(bar)
                 epoch_ends = step == len(plans) or plans[step][0] != epoch
                 save = step % config.save_every == 0 or step == len(plans)
                 # A checkpoint ends a line too: figures that still await theirs are not part of it.
@@ -163,7 +179,7 @@ def train(
                 if line_ends:
                     figures = _checked_figures(pending, samples, config)
                     pending = []
-                    progress.update(bar, figures=f"loss {figures['loss']:.3f}  agreement {figures['agreement']:.3f}")
+                    bars.update(bar, figures=f"loss {figures['loss']:.3f}  agreement {figures['agreement']:.3f}")
                     line = {"step": step, "epoch": epoch, **figures, "learning_rate": float(learning_rate(step - 1))}
                     append_line(metrics_path, {**line, "tokens": int(tokens_until[step - 1])})
                 if epoch_ends:
@@ -196,12 +212,14 @@ def _loss_tokens(sample: Sample) -> int:
 
 
 def _draft_batch(samples: Sequence[Sample], shape: Shape, store: HiddenStates) -> DraftBatch:
-    hidden = [store[sample.id] for sample in samples]
-    for sample, rows in zip(samples, hidden, strict=True):
-        if len(rows) != len(sample.tokens):
+    hidden = []
+    for sample in samples:
+        if sample.id not in store:
+            raise ValueError(f"sample {sample.id}: no stored hidden states; {_STORE_AGAIN}")
+        hidden.append(store[sample.id])
+        if len(hidden[-1]) != len(sample.tokens):
             raise ValueError(
-                f"sample {sample.id}: {len(rows)} stored hidden states for {len(sample.tokens)} tokens; the store belongs to "
-                "other data or another template: delete it and score again"
+                f"sample {sample.id}: {len(hidden[-1])} stored hidden states for {len(sample.tokens)} tokens; {_STORE_AGAIN}"
             )
     batch = pad_batch(samples, shape)
     return DraftBatch(batch.tokens, batch.counted, pad_rows(hidden, shape))
@@ -259,10 +277,3 @@ def _digest(samples: Sequence[Sample]) -> str:
         sha.update(np.ascontiguousarray(sample.tokens, np.int32).tobytes())
         sha.update(np.ascontiguousarray(sample.assistant_mask, bool).tobytes())
     return sha.hexdigest()
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"),
-        TimeRemainingColumn(),
-    )

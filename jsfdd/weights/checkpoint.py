@@ -43,7 +43,7 @@ def save(checkpoints: ocp.CheckpointManager, state: TrainState, draft_config: Dr
     """Save `state` under its own step; whole when this returns.
 
     Args:
-      identity: JSON-ready; what the run's bits depend on. `restore` refuses to go on with another one.
+      identity: JSON-ready; what the run's bits depend on, for `read_identity`.
     """
     rest = state._replace(params=None)._asdict()
     checkpoints.save(
@@ -56,20 +56,13 @@ def save(checkpoints: ocp.CheckpointManager, state: TrainState, draft_config: Dr
     )
 
 
-def restore(checkpoints: ocp.CheckpointManager, step: int, like: TrainState, identity: dict) -> TrainState:
-    """The state saved at `step`, with the structure, dtypes and placement of `like`.
+def read_identity(checkpoints: ocp.CheckpointManager, step: int) -> dict:
+    """The identity saved at `step`, as it comes back from JSON. ValueError if the checkpoint is damaged."""
+    return _read(checkpoints, step, info=ocp.args.JsonRestore())["info"]["identity"]
 
-    Raises:
-      ValueError: the checkpoint belongs to a run with another identity (the message names what differs), or is damaged.
-    """
-    where = Path(checkpoints.directory) / str(step)
-    saved = _read(checkpoints, step, info=ocp.args.JsonRestore())["info"]["identity"]
-    changed = _differences(saved, json.loads(json.dumps(identity)))
-    if changed:
-        raise ValueError(
-            f"{where}: this run was started with other inputs, so it cannot continue ({'; '.join(changed)}); "
-            "use the same ones or another --out"
-        )
+
+def restore(checkpoints: ocp.CheckpointManager, step: int, like: TrainState) -> TrainState:
+    """The state saved at `step`, with the structure, dtypes and placement of `like`. ValueError if it is damaged."""
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
     found = _read(
         checkpoints,
@@ -127,7 +120,7 @@ def _dataclass_from_json(cls, values: dict, where: Path):
 
     def convert(kind, value):
         for nested in (DecoderConfig, Rope):
-            if value is not None and (kind is nested or nested in typing.get_args(kind)):
+            if kind is nested or (nested in typing.get_args(kind) and value is not None):
                 return _dataclass_from_json(nested, value, where)
         return tuple(value) if isinstance(value, list) else value
 
@@ -141,15 +134,3 @@ def _read(checkpoints: ocp.CheckpointManager, step: int, **items):
     except (ValueError, KeyError, OSError) as error:
         where = Path(checkpoints.directory) / str(step)
         raise ValueError(f"{where}: damaged checkpoint; delete it to fall back on an earlier one ({error})") from error
-
-
-def _differences(saved: dict, now: dict, prefix: str = "") -> list[str]:
-    """"name: saved → now" for every leaf of two nested dicts that differs."""
-    found = []
-    for name in sorted(set(saved) | set(now)):
-        before, after = saved.get(name), now.get(name)
-        if isinstance(before, dict) and isinstance(after, dict):
-            found += _differences(before, after, f"{prefix}{name}.")
-        elif before != after:
-            found.append(f"{prefix}{name}: {before} → {after}")
-    return found

@@ -72,9 +72,9 @@ def fill_params(
 ) -> dict:
     """The params tree of `config` (layout: `models/target.py`), its layers stacked on a leading axis L.
 
-    Host memory peaks at the tree plus one leaf: a leaf is allocated whole, filled tensor by tensor and handed to JAX
-    before the next. Norm scales stay float32 whatever `dtype`: they are tiny, the norm computes in float32, and
-    Gemma's 1 + w would lose bits in bfloat16.
+    Host memory peaks at the tree plus one leaf and one tensor: a leaf is allocated whole, filled tensor by tensor and
+    handed to JAX before the next. Norm scales stay float32 whatever `dtype`: they are tiny, the norm computes in
+    float32, and Gemma's 1 + w would lose bits in bfloat16.
 
     Args:
       names: leaf (see `stored_shapes`) -> tensor name, with "{}" for the layer number.

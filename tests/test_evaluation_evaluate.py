@@ -1,0 +1,104 @@
+"""What a report says is what was decoded."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from toy import loaded_target, toy_draft
+
+from jsfdd.evaluation.evaluate import compare, evaluate
+from jsfdd.evaluation.intervals import interval, resample_ratios, tau_difference
+from jsfdd.mesh import make_mesh
+from jsfdd.records import Prompt
+
+PROMPTS = [Prompt(f"p{i}", "even" if i % 2 == 0 else "odd", ("hi" * (i + 1),)) for i in range(5)]
+PROMPTS.append(Prompt("two", "odd", ("first turn", "second turn")))
+OPTIONS = dict(temperature=0.0, num_draft_tokens=2, max_new_tokens=12, batch_size=4, seed=0)
+
+
+@pytest.fixture(scope="module")
+def reports():
+    target = loaded_target()
+    draft, params = toy_draft(target.config)
+    other = jax.tree.map(lambda x: x * 0.5, params)
+    return evaluate(target, {"a": (draft, params), "b": (draft, other)}, PROMPTS, make_mesh(data=2), **OPTIONS)
+
+
+def test_counts_agree(reports):
+    for report in reports.values():
+        steps = sum(report["accept_counts"])
+        emitted = sum(count * (i + 1) for i, count in enumerate(report["accept_counts"]))
+        assert report["n_steps"] == steps == sum(p["steps"] for p in report["prompts"])
+        assert emitted == sum(p["emitted"] for p in report["prompts"])
+        assert report["tau"] == pytest.approx(emitted / steps) and report["l"] == pytest.approx(report["tau"] - 1)
+        macro = np.mean([p["emitted"] / p["steps"] for p in report["prompts"] if p["steps"]])
+        assert report["tau_macro"] == pytest.approx(macro)
+        accepted = np.array(report["accept_counts"])
+        assert report["alpha"][0] == pytest.approx(accepted[1:].sum() / steps, abs=0.05)  # stop tokens apart
+        assert report["tau_low"] <= report["tau"] <= report["tau_high"]
+
+
+def test_greedy_text_is_the_baselines(reports):
+    """Toy logits are far apart; two equal texts a prompt is what lossless means."""
+    assert all(report["same_text_share"] == 1.0 for report in reports.values())
+
+
+def test_every_prompt_and_source_is_there(reports):
+    report = reports["a"]
+    assert [p["id"] for p in report["prompts"]] == [p.id for p in PROMPTS]
+    assert {source: row["n_prompts"] for source, row in report["per_source"].items()} == {"even": 3, "odd": 3}
+    # Two turns make about twice the steps of one: both were decoded.
+    steps = [p["steps"] for p in report["prompts"]]
+    assert steps[-1] > 1.2 * np.mean(steps[:-1])
+    assert report["tokens_per_second"] > 0 and report["compile_seconds"] > 0
+
+
+def test_comparison_is_paired(reports):
+    (row,) = compare(reports, seed=0)
+    assert (row["a"], row["b"]) == ("b", "a")
+    assert row["tau_difference"] == pytest.approx(reports["b"]["tau"] - reports["a"]["tau"])
+    (same,) = compare({"x": reports["a"], "y": reports["a"]}, seed=0)
+    assert (same["tau_difference"], same["low"], same["high"]) == (0, 0, 0)
+
+
+def test_a_prompt_too_long_for_the_context_is_refused_before_decoding():
+    target = loaded_target()
+    draft, params = toy_draft(target.config)
+    long = [Prompt("long", "x", ("a" * 1020,))]
+    with pytest.raises(ValueError, match="prompt long: .* context of 1024"):
+        evaluate(target, {"d": (draft, params)}, long, make_mesh(data=1), **OPTIONS)
+
+
+def test_a_draft_of_another_target_is_refused():
+    target = loaded_target()
+    draft, params = toy_draft(dataclasses.replace(target.config, vocab_size=300))
+    with pytest.raises(ValueError, match="vocab_size is 300, but the target toy has 258"):
+        evaluate(target, {"d": (draft, params)}, PROMPTS, make_mesh(data=1), **OPTIONS)
+
+
+def test_intervals_cover():
+    """95% intervals of a ratio of totals hold the truth about 95% of the time (binomial bounds over 300 data sets)."""
+    rng = np.random.default_rng(0)
+    hits = 0
+    for trial in range(300):
+        steps = rng.integers(5, 40, (60, 1))
+        emitted = steps + rng.binomial(steps * 3, 0.2)
+        low, high = interval(resample_ratios(emitted, steps, trial)[:, 0])
+        hits += low <= 1.6 <= high
+    assert 0.90 * 300 <= hits <= 0.985 * 300
+
+
+def test_paired_difference_is_tighter_than_two_intervals():
+    rng = np.random.default_rng(1)
+    steps = rng.integers(10, 40, 80)
+    base = steps * rng.uniform(1, 3, 80)
+    a, b = base * 1.02, base
+    row = tau_difference(a, steps, b, steps, seed=0)
+    assert 0 < row["low"] < row["tau_difference"] < row["high"]
+    low, high = interval(resample_ratios(b[:, None], steps[:, None], 0)[:, 0])
+    assert high - low > 5 * (row["high"] - row["low"])
+
+
+def test_ratios_that_do_not_exist_are_none():
+    assert interval(resample_ratios(np.zeros((4, 1)), np.zeros((4, 1)), 0)[:, 0]) == (None, None)

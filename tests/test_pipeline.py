@@ -1,0 +1,148 @@
+"""Every stage on a toy target in seconds: the whole loop, run twice, stage by stage, and from Python."""
+
+import json
+
+import numpy as np
+import pytest
+from toy import write_target
+
+from jsfdd import pipeline
+from jsfdd.config import EvaluateConfig, ExportConfig, RunConfig, ScoreConfig, SelectConfig, TrainConfig
+from jsfdd.files import read_json
+from jsfdd.selection.sfdd import read_selection
+from jsfdd.selection.table import read_scores
+from jsfdd.weights.eagle import read_draft
+
+WORDS = "the cat sat on a mat and saw one red bird fly over two green hills".split()
+
+
+def _chats(path, count=24):
+    rng = np.random.default_rng(0)
+    with path.open("w") as file:
+        for i in range(count):
+            text = [" ".join(rng.choice(WORDS, 3 + i % 5)) for _ in range(2)]
+            messages = [{"role": "user", "content": text[0]}, {"role": "assistant", "content": text[1]}]
+            file.write(json.dumps({"id": f"c{i}", "source": "ab"[i % 2], "messages": messages}) + "\n")
+    return path
+
+
+def _prompts(path):
+    rows = [{"id": f"p{i}", "source": "x", "turns": [WORDS[i]]} for i in range(5)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    return str(write_target(folder / "target")), _chats(folder / "chats.jsonl"), _prompts(folder / "prompts.jsonl")
+
+
+def _run_config(inputs, out, **changes):
+    target, data, prompts = inputs
+    values = dict(
+        target=target, data=(data,), prompts=(prompts,), out=out, max_length=128, batch_tokens=512, epochs=2, held_out_share=0.2,
+        max_new_tokens=8, num_draft_tokens=2, batch_size=4,
+    )  # fmt: skip
+    return RunConfig(**(values | changes))
+
+
+@pytest.fixture(scope="module")
+def finished(inputs, tmp_path_factory):
+    config = _run_config(inputs, tmp_path_factory.mktemp("run") / "out")
+    return config, pipeline.run(config)
+
+
+def test_the_summary_tells_what_the_artifacts_hold(finished):
+    config, summary = finished
+    assert [row["arm"] for row in summary["arms"]] == ["full", "flatness", "random"]
+    table = read_scores(config.out / "scores.parquet")
+    assert len(table.ids) == 24 == summary["data"]["kept"]
+    for row in summary["arms"]:
+        arm = config.out / "arms" / row["arm"]
+        kept = read_selection(arm / "selection.json").ids
+        assert len(kept) == (24 if row["arm"] == "full" else 12)
+        assert row["counted_tokens"] == sum(n for i, n in zip(table.ids, table.num_tokens) if i in set(kept))
+        assert row["tau"] == read_json(arm / "report.json")["tau"] >= 1
+        assert read_json(arm / "report.json")["same_text_share"] == 1.0
+        draft, _ = read_draft(arm / "draft")
+        assert draft.decoder.hidden_size == 32
+    assert {(d["a"], d["b"]) for d in summary["differences"]} == {("flatness", "full"), ("random", "full"), ("random", "flatness")}
+    page = (config.out / "report.html").read_text()
+    assert "flatness" in page and "<script>" not in page
+
+
+def test_flatness_arm_keeps_the_flattest(finished):
+    config, _ = finished
+    table = read_scores(config.out / "scores.parquet")
+    flatness = dict(zip(table.ids, table.flatness))
+    kept = set(read_selection(config.out / "arms" / "flatness" / "selection.json").ids)
+    assert min(flatness[i] for i in kept) >= max(flatness[i] for i in flatness if i not in kept)
+
+
+def test_a_second_run_computes_nothing(finished, monkeypatch, capsys):
+    config, summary = finished
+    monkeypatch.setattr(pipeline, "load", lambda *_: pytest.fail("loaded the target again"))
+    before = {path: path.stat().st_mtime_ns for path in config.out.rglob("*") if path.is_file()}
+    assert pipeline.run(config) == summary
+    assert {path: path.stat().st_mtime_ns for path in config.out.rglob("*") if path.is_file()} == before
+    assert "finished before" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_continues_to_the_same_result(inputs, finished, tmp_path, monkeypatch):
+    """Stopped after scoring, after the first arm and before the summary, it ends with the same drafts."""
+    config = _run_config(inputs, tmp_path / "out")
+    for stop in ("select", "export", "_summary"):
+        with monkeypatch.context() as patch:
+            patch.setattr(pipeline, stop, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                pipeline.run(config)
+    again = pipeline.run(config)
+    whole = finished[1]
+    for row, other in zip(again["arms"], whole["arms"]):
+        for name in ("arm", "samples", "steps", "tau", "held_out"):
+            assert row[name] == other[name]
+    for arm in config.arms:
+        _, params = read_draft(config.out / "arms" / arm / "draft")
+        _, expected = read_draft(finished[0].out / "arms" / arm / "draft")
+        assert np.array_equal(params["fc"]["kernel"], expected["fc"]["kernel"])
+
+
+def test_changed_options_or_inputs_are_refused_by_name(inputs, finished):
+    config, _ = finished
+    with pytest.raises(ValueError, match="epochs: 2 → 3.*choose another --out"):
+        pipeline.run(_run_config(inputs, config.out, epochs=3))
+    with inputs[1].open("a") as file:
+        file.write("\n")
+    with pytest.raises(ValueError, match=r"chats.jsonl: \w+ → \w+"):
+        pipeline.run(config)
+
+
+def test_stage_by_stage(inputs, tmp_path):
+    """The README's ten lines; hidden states are stored for the kept and the held-out samples alone."""
+    target, data, prompts = inputs
+    shared = dict(target=target, data=(data,), max_length=128, batch_tokens=512)
+    pipeline.score(ScoreConfig(**shared, out=tmp_path))
+    chosen = pipeline.select(SelectConfig(scores=tmp_path / "scores.parquet", retain_ratio=0.25, out=tmp_path))
+    result = pipeline.train(
+        TrainConfig(**shared, selection=tmp_path / "selection.json", epochs=1, held_out_share=0.1, out=tmp_path / "draft")
+    )
+    assert len(chosen.ids) == 6 and result.samples <= 6
+    stored = {name for shard in read_json(tmp_path / "draft" / "hidden" / "manifest.json")["shards"] for name, _ in shard["samples"]}
+    assert set(chosen.ids) <= stored and len(stored) < 14
+    pipeline.export(ExportConfig(draft=tmp_path / "draft", out=tmp_path / "exported"))
+    config = EvaluateConfig(
+        target=target, draft=tmp_path / "exported", prompts=(prompts,), out=tmp_path / "eval", max_new_tokens=8, num_draft_tokens=2
+    )
+    report = pipeline.evaluate(config)
+    assert report == {k: v for k, v in read_json(tmp_path / "eval" / "report.json").items() if k != "config"}
+
+
+def test_a_selection_of_other_data_is_refused(inputs, tmp_path):
+    target, data, _ = inputs
+    shared = dict(target=target, data=(data,), max_length=128, batch_tokens=512)
+    pipeline.score(ScoreConfig(**shared, out=tmp_path))
+    pipeline.select(SelectConfig(scores=tmp_path / "scores.parquet", out=tmp_path))
+    other = _chats(tmp_path / "other.jsonl", count=4)
+    with pytest.raises(ValueError, match="the data lacks .* of the samples"):
+        pipeline.train(TrainConfig(**(shared | {"data": (other,)}), selection=tmp_path / "selection.json", out=tmp_path / "draft"))

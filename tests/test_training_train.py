@@ -1,0 +1,202 @@
+"""The loop: it learns, it resumes to the same bits after SIGKILL, it refuses what it cannot continue."""
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jsfdd.config import TrainConfig
+from jsfdd.mesh import make_mesh
+from jsfdd.models.target import Decoder
+from jsfdd.records import Sample
+from jsfdd.training.log import read_lines
+from jsfdd.training.train import METRICS, TIMINGS, split_held_out, train
+from jsfdd.weights.checkpoint import load_draft
+from toy import toy_target
+
+
+@functools.cache
+def toy_data():
+    """(target config, target params, samples, hidden states in bfloat16) of 120 two-turn chats of 20 to 40 tokens."""
+    config, params = toy_target()
+    random = np.random.default_rng(0)
+    samples, tokens = [], random.integers(0, 8, (120, 40)).astype(np.int32)
+    hidden = jax.jit(Decoder(config).apply)({"params": params}, tokens).astype(jnp.bfloat16)
+    for number in range(120):
+        length = int(random.integers(20, 41))
+        assistant = np.arange(length) % 20 >= 6
+        samples.append(Sample(f"chat-{number}", "toy", tokens[number, :length], assistant))
+    return config, params, samples, {s.id: np.asarray(h)[: len(s.tokens)] for s, h in zip(samples, hidden)}
+
+
+def run(out, store=None, **changes):
+    """Train on the toy data; `identity` and `probe` pass through, other changes are options."""
+    config, params, samples, hidden = toy_data()
+    arguments = {name: changes.pop(name) for name in ("identity", "probe", "samples") if name in changes}
+    values = dict(
+        target="toy", data=("chats.jsonl",), out=Path(out), batch_tokens=1024, held_out_share=0.2, learning_rate=3e-3,
+        epochs=3, log_every=3, save_every=5,
+    )  # fmt: skip
+    options = TrainConfig(**(values | changes))
+    train_samples, held_out = split_held_out(arguments.pop("samples", samples), options.held_out_share)
+    arguments = {"identity": {"target": "toy"}} | arguments
+    return train(
+        config, params, train_samples, held_out, store or hidden, options, make_mesh(), progress=False, **arguments
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(result, directory) of one uninterrupted run."""
+    directory = tmp_path_factory.mktemp("finished")
+    return run(directory), directory
+
+
+def test_loss_falls_and_held_out_agreement_rises(tmp_path):
+    result = run(tmp_path, epochs=6, learning_rate=1e-2, batch_tokens=512)
+    lines = read_lines(tmp_path / METRICS)
+    steps = [line for line in lines if "loss" in line]
+    held_out = [line["held_out"] for line in lines if "held_out" in line]
+    assert steps[-1]["loss"] < 0.6 * steps[0]["loss"]
+    assert len(held_out) == 6 and held_out[-1] == result.held_out
+    assert held_out[-1]["agreement"] > held_out[0]["agreement"] + 0.1
+    assert held_out[-1]["acceptance"] > held_out[0]["acceptance"] + 0.1
+    assert 0 < held_out[-1]["kl"] < held_out[0]["kl"]
+
+
+class KilledAtStep(dict):
+    """Hidden states that kill the process, as a power cut would, when the samples of some batch are asked for."""
+
+    def __init__(self, hidden, reads):
+        super().__init__(hidden)
+        self.reads_left = reads
+
+    def __getitem__(self, key):
+        self.reads_left -= 1
+        if self.reads_left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(key)
+
+
+def train_until_killed(directory, reads):
+    run(directory, store=KilledAtStep(toy_data()[3], int(reads)))
+
+
+def test_killed_run_continues_to_the_same_bits(finished, tmp_path):
+    result, directory = finished
+    code = "import conftest, sys, test_training_train as test; test.train_until_killed(*sys.argv[1:])"
+    child = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path), "250"],
+        cwd=Path(__file__).parent,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+    )
+    assert child.returncode == -signal.SIGKILL, child.stderr.decode()
+    saved = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+    reached = read_lines(tmp_path / METRICS)[-1]["step"]
+    assert 0 < saved[-1] < reached < result.steps, "the kill must come after a checkpoint and after later lines"
+
+    with (tmp_path / METRICS).open("a") as file:
+        file.write('{"step": 9')  # as if the kill had cut a line
+    (tmp_path / "checkpoints" / "99.orbax-checkpoint-tmp" / "params").mkdir(parents=True)  # … or a checkpoint
+    resumed = run(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, _bits(resumed.state), _bits(result.state))
+    assert (tmp_path / METRICS).read_bytes() == (directory / METRICS).read_bytes()
+    assert resumed.tokens == result.tokens and resumed.held_out == result.held_out
+    steps = [line["step"] for line in read_lines(tmp_path / TIMINGS)]
+    assert steps == [line["step"] for line in read_lines(directory / TIMINGS)]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == sorted(
+        path.name for path in (directory / "checkpoints").iterdir()
+    )
+
+
+def _bits(state):
+    return jax.device_get(state._replace(key=jax.random.key_data(state.key)))
+
+
+def test_finished_run_is_returned_not_repeated(finished):
+    result, directory = finished
+    before = {path: path.read_bytes() for path in (directory / METRICS, directory / TIMINGS)}
+    again = run(directory, store={"nothing": "is read"})
+    jax.tree.map(np.testing.assert_array_equal, _bits(again.state), _bits(result.state))
+    assert again.seconds == result.seconds and again.held_out == result.held_out
+    assert {path: path.read_bytes() for path in before} == before
+    assert load_draft(directory)[0] == result.draft
+
+
+def test_lines_say_what_happened(finished):
+    result, directory = finished
+    lines = [line for line in read_lines(directory / METRICS) if "loss" in line]
+    _, _, samples, _ = toy_data()
+    train_samples, held_out = split_held_out(samples, 0.2)
+    assert lines[-1]["step"] == result.steps and lines[-1]["tokens"] == result.tokens
+    assert result.tokens == 3 * sum(int(sample.counted[1:].sum()) for sample in train_samples)
+    # A line ends at every third step, at every checkpoint and at every epoch's end.
+    per_epoch = result.steps // 3
+    ends = {*range(3, result.steps + 1, 3), *range(5, result.steps + 1, 5), per_epoch, 2 * per_epoch, 3 * per_epoch}
+    assert [line["step"] for line in lines] == sorted(ends)
+    assert all(0 <= line[name] <= 1 for line in lines for name in ("agreement", "acceptance"))
+    assert lines[0]["learning_rate"] > lines[-1]["learning_rate"] == pytest.approx(3e-4)
+
+
+def test_other_inputs_are_refused_by_name(finished):
+    _, directory = finished
+    for changes, named in (
+        ({"learning_rate": 1e-3}, "options.learning_rate: found 0.003, expected 0.001"),
+        ({"seed": 1}, "options.seed: found 0, expected 1"),
+        ({"identity": {"target": "other"}}, "target: found 'toy', expected 'other'"),
+        ({"samples": toy_data()[2][:-9]}, "samples: "),
+    ):
+        with pytest.raises(ValueError, match="other inputs or options") as error:
+            run(directory, **changes)
+        assert named in str(error.value) and str(directory) in str(error.value)
+
+
+def test_not_a_number_names_step_and_samples(tmp_path):
+    hidden = dict(toy_data()[3])
+    train_samples, _ = split_held_out(toy_data()[2], 0.2)
+    hidden[train_samples[5].id] = np.full_like(hidden[train_samples[5].id], np.nan)
+    with pytest.raises(FloatingPointError, match=rf"step [1-4]: .*{train_samples[5].id}[,)]"):
+        run(tmp_path, store=hidden)
+    assert not any((tmp_path / "checkpoints").iterdir())
+
+
+def test_bad_inputs_are_errors(tmp_path):
+    _, _, samples, hidden = toy_data()
+    hidden = {name: rows[1:] for name, rows in hidden.items()}
+    with pytest.raises(ValueError, match=r"sample chat-\d+: \d+ stored hidden states for \d+ tokens"):
+        run(tmp_path, store=hidden)
+    with pytest.raises(ValueError, match=r"sample chat-\d+: no stored hidden states"):
+        run(tmp_path, store={"other": hidden["chat-0"]})
+    silent = [Sample(s.id, s.source, s.tokens, np.zeros(len(s.tokens), bool)) for s in samples]
+    with pytest.raises(ValueError, match="no token to train on"):
+        run(tmp_path, samples=silent)
+
+
+def test_probe_sees_every_epoch(tmp_path):
+    seen = []
+
+    def probe(params, step):
+        seen.append((step, sorted(params)))
+        return {"tau": 1.5}
+
+    result = run(tmp_path, epochs=2, held_out_share=0.0, probe=probe)
+    assert seen == [(result.steps // 2, ["fc", "layer"]), (result.steps, ["fc", "layer"])]
+    assert [line["probe"] for line in read_lines(tmp_path / METRICS) if "probe" in line] == [{"tau": 1.5}] * 2
+    assert result.held_out == {}
+
+
+def test_held_out_side_depends_on_the_id_alone():
+    samples = [Sample(str(number), "s", np.zeros(1, np.int32), np.zeros(1, bool)) for number in range(4000)]
+    train_samples, held_out = split_held_out(samples, 0.05)
+    assert 140 < len(held_out) < 260 and len(train_samples) + len(held_out) == 4000
+    assert split_held_out(samples[::-2], 0.05)[1] == [s for s in samples[::-2] if s in held_out]
+    assert {s.id for s in held_out} < {s.id for s in split_held_out(samples, 0.1)[1]}
+    assert split_held_out(samples, 0.0)[1] == []
