@@ -1,6 +1,7 @@
 """The report page, from a small synthetic run directory."""
 
 import html.parser
+import itertools
 import json
 import re
 import shutil
@@ -11,8 +12,8 @@ import numpy as np
 import pytest
 
 from jsfdd.config import Metric, RunConfig
-from jsfdd.evaluation import panel
-from jsfdd.evaluation.report import costs, verdict, write_report
+from jsfdd.evaluation import panel, plots
+from jsfdd.evaluation.report import costs, spearman, verdict, write_report
 from jsfdd.evaluation.run_files import read_run
 from jsfdd.selection.sfdd import Selection, write_selection
 from jsfdd.selection.table import ScoreTable, TokenRow, write_scores, write_token_scores
@@ -21,7 +22,7 @@ VOCAB = 49152
 HOSTILE = '<script>alert("x")</script>'
 SOURCES = ("code", "explain", "maths", "summarise", HOSTILE)
 ARMS = {"full": (1.00, 2.31), "flatness": (0.51, 2.24), "random": (0.50, 2.12)}  # share of tokens, τ
-WORDS = ("The", " sky", " looks", " blue", " because", " air", " scatters", " short", " waves", ".", "\n", " A", " sum", " of")
+WORDS = "The| sky| looks| blue| because| air| scatters| short| waves|.|\n| A| sum| of".split("|")
 GAMMA = 4
 
 
@@ -50,7 +51,7 @@ def write_run(run: Path, *, num_samples: int = 60, num_prompts: int = 20, seed: 
         _write_metrics(directory / "metrics.jsonl", steps, tau, rng)
         report = _report(tau, num_prompts, rng)
         _write_json(directory / "report.json", report)
-        tokens = round(share * sum(len(s["flatness"]) for s in samples.values()))
+        tokens = round(share * sum(s["row"].counted.sum() for s in samples.values()))
         rows.append(
             {"arm": arm, "samples": len(kept[arm]), "tokens": 2 * tokens, "counted_tokens": tokens, "steps": steps}
             | {"train_seconds": 96.0 * share, "held_out": {"loss": 1.0, "agreement": 0.6, "acceptance": 0.5}}
@@ -92,13 +93,17 @@ def _write_scores(run: Path, num_samples: int, rng) -> dict[str, dict]:
         flatness = np.where(counted, np.minimum(np.sqrt(choices / VOCAB), 1), 0).astype(np.float32)
         entropy = np.where(counted, np.log(choices) * rng.uniform(1.0, 1.5, counted.shape), 0).astype(np.float32)
         mean = float(flatness[counted].mean()) if length else -1.0
-        samples[f"s-{i:03d}"] = {"source": source, "counted": counted, "flatness": flatness, "entropy": entropy, "mean": mean}
-    rows = tuple(TokenRow(s["counted"], s["flatness"], s["entropy"]) for s in samples.values())
-    means = {name: np.array([_mean(getattr(row, name)[row.counted]) for row in rows]) for name in ("flatness", "entropy")}
-    unused = dict.fromkeys(("flatness_median", "top1", "margin", "energy", "ppl"), means["flatness"])
+        samples[f"s-{i:03d}"] = {"source": source, "row": TokenRow(counted, flatness, entropy), "mean": mean}
+    rows = tuple(s["row"] for s in samples.values())
+    flatness, entropy = (
+        np.array([_mean(getattr(row, name)[row.counted]) for row in rows]) for name in ("flatness", "entropy")
+    )
+    others = dict.fromkeys(("flatness_median", "top1", "margin", "energy", "ppl"), flatness)  # no report reads them
     num_tokens = np.array([row.counted.sum() for row in rows], np.int32)
     sources = tuple(s["source"] for s in samples.values())
-    table = ScoreTable(tuple(samples), sources, num_tokens, identity={}, tokens=rows, **means, **unused)
+    table = ScoreTable(
+        tuple(samples), sources, num_tokens, flatness=flatness, entropy=entropy, identity={}, tokens=rows, **others
+    )
     write_scores(run / "scores.parquet", table)
     write_token_scores(run / "token_scores.parquet", table)
     return samples
@@ -110,9 +115,10 @@ def _mean(values: np.ndarray) -> float:
 
 def _text(name: str, sample: dict) -> dict:
     pieces = ["<|im_start|>", "user", "\n", HOSTILE, " Why", "?", "<|im_end|>", "\n", "<|im_start|>", "assistant"]
-    pieces += [WORDS[i % len(WORDS)] for i in range(len(sample["counted"]) - 10)]
-    flatness = [None, *(float(f) if c else None for f, c in zip(sample["flatness"][:-1], sample["counted"]))]
-    return {"id": name, "source": sample["source"], "pieces": pieces, "flatness": flatness}
+    row = sample["row"]
+    pieces += [WORDS[i % len(WORDS)] for i in range(len(row.counted) - 10)]
+    scores = [float(f) if c else None for f, c in zip(row.flatness, row.counted, strict=True)]
+    return {"id": name, "source": sample["source"], "pieces": pieces, "flatness": [None, *scores[:-1]]}
 
 
 def _write_metrics(path: Path, steps: int, tau: float, rng) -> None:
@@ -122,7 +128,8 @@ def _write_metrics(path: Path, steps: int, tau: float, rng) -> None:
         loss = 0.35 + 1.4 * np.exp(-5 * done) + 0.05 * rng.standard_normal()
         lines.append({"step": step, "epoch": int(9.99 * done), "loss": loss, "agreement": 0.5, "acceptance": 0.4})
         if step % (steps // 10) < 10:
-            shares = {"agreement": 0.25 * tau * (1 - np.exp(-4 * done)), "acceptance": 0.2 * tau * (1 - np.exp(-4 * done))}
+            learned = tau * (1 - np.exp(-4 * done))
+            shares = {"agreement": 0.25 * learned, "acceptance": 0.2 * learned}
             lines.append({"step": step, "epoch": int(9.99 * done), "held_out": {"loss": float(loss) + 0.1, **shares}})
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -130,12 +137,13 @@ def _write_metrics(path: Path, steps: int, tau: float, rng) -> None:
 def _report(tau: float, num_prompts: int, rng) -> dict:
     alpha = [(tau - 1) / tau * 0.95**i for i in range(GAMMA)]
     reached = 1000 * np.cumprod([1.0, *alpha])
-    per_source = {s: _around("tau", tau + 0.1 * i, 0.2) | {"n_prompts": num_prompts // len(SOURCES)} for i, s in enumerate(SOURCES)}
+    each = {"n_prompts": num_prompts // len(SOURCES)}
+    per_source = {source: _around("tau", tau + 0.1 * i, 0.2) | each for i, source in enumerate(SOURCES)}
     return {
         **_around("tau", tau, 0.11), **_around("tau_macro", tau + 0.03, 0.12), **_around("speedup", 0.8 * tau, 0.06),
-        **_around("tokens_per_second", 31.0 * tau, 2.0), **_around("baseline_tokens_per_second", 38.7, 1.0), "l": tau - 1,
+        **_around("tokens_per_second", 31 * tau, 2), **_around("baseline_tokens_per_second", 38.7, 1), "l": tau - 1,
         "alpha": alpha, "alpha_low": [a - 0.04 for a in alpha], "alpha_high": [a + 0.04 for a in alpha],
-        "accept_counts": [*(int(a - b) for a, b in zip(reached, reached[1:])), int(reached[-1])],
+        "accept_counts": [*(int(a - b) for a, b in itertools.pairwise(reached)), int(reached[-1])],
         "n_prompts": num_prompts, "same_text_share": 1.0, "compile_seconds": 12.5, "per_source": per_source,
         "examples": [{"id": "p1", "prompt": f"Explain {HOSTILE}", "text": "A tag & nothing more."}],
     }  # fmt: skip
@@ -179,7 +187,7 @@ class _Page(html.parser.HTMLParser):
 def test_every_section_is_there_with_its_panels(page):
     parsed = _Page(page)
     sections = [attributes["id"] for tag, attributes in parsed.elements if tag == "section"]
-    assert sections == ["result", "flatness", "selection", "training", "acceptance", "timings", "configuration", "glossary"]
+    assert sections == "result flatness selection training acceptance timings configuration glossary".split()
     labels = [attributes["aria-label"] for tag, attributes in parsed.elements if tag == "svg"]
     assert labels == [
         "τ by arm", "Paired differences of τ", "Speedup by arm", "τ for the training it took",
@@ -214,13 +222,10 @@ def test_text_from_data_is_escaped(page):
 
 def test_result_table_shows_what_was_measured(page):
     rows = re.findall(r"<tr><td>.*?</tr>", page, re.DOTALL)[:3]
-    cells = [[re.sub(r"<[^>]+>", " ", cell).split() for cell in re.findall(r"<td>(.*?)</td>", row, re.DOTALL)] for row in rows]
-    assert cells[1][0] == ["■", "flatness"]
-    assert cells[1][1] == ["30"]
-    assert cells[1][4] == ["49.0"]
-    assert cells[1][5] == ["2.24", "2.13", "to", "2.35"]
-    assert cells[1][6] == ["1.24"]
-    assert cells[1][7] == ["1.79", "1.73", "to", "1.85"]
+    cells = [re.sub(r"<[^>]+>", " ", cell).split() for cell in re.findall(r"<td>(.*?)</td>", rows[1], re.DOTALL)]
+    assert cells[:2] == [["■", "flatness"], ["30"]]
+    assert cells[4:7] == [["49.0"], ["2.24", "2.13", "to", "2.35"], ["1.24"]]
+    assert cells[7] == ["1.79", "1.73", "to", "1.85"]
 
 
 def test_verdicts_of_the_page_put_the_metric_first(page):
@@ -235,18 +240,29 @@ def test_verdicts_of_the_page_put_the_metric_first(page):
 @pytest.mark.parametrize(
     "low, high, expected",
     [
-        (0.03, 0.20, "The flatness draft accepts more than the random draft: τ +0.10 (paired 95% interval +0.03 to +0.20)."),
-        (-0.20, -0.03, "The flatness draft accepts less than the random draft: τ −0.10 (paired 95% interval −0.20 to −0.03)."),
-        (-0.03, 0.20, "No difference seen between the flatness draft and the random draft: τ +0.10 "
-         "(paired 95% interval −0.03 to +0.20)."),
-        (0.0, 0.20, "No difference seen between the flatness draft and the random draft: τ +0.10 "
-         "(paired 95% interval +0.00 to +0.20)."),
+        (
+            0.03,
+            0.2,
+            "The flatness draft accepts more than the random draft: τ +0.10 (paired 95% interval +0.03 to +0.20)",
+        ),
+        (-0.2, -0.03, "The flatness draft accepts less than the random draft: τ −0.10 (paired 95% interval −0.20 to"),
+        (
+            -0.03,
+            0.20,
+            "No difference seen between the flatness draft and the random draft: τ +0.10 (paired 95% interval",
+        ),
+        (
+            0.0,
+            0.2,
+            "No difference seen between the flatness draft and the random draft: τ +0.10 (paired 95% interval 0.00",
+        ),
         (None, None, "flatness and random cannot be compared: nothing was verified on the same prompts."),
     ],
-)  # fmt: skip
+)
 def test_verdict_says_what_the_interval_allows(low, high, expected):
     difference = 0.1 if low is None or high > 0 else -0.1
-    assert verdict({"a": "flatness", "b": "random", "tau_difference": difference, "low": low, "high": high}) == expected
+    said = verdict({"a": "flatness", "b": "random", "tau_difference": difference, "low": low, "high": high})
+    assert said.startswith(expected)
 
 
 def test_example_tokens_are_shaded_by_tenths_of_flatness(run, page):
@@ -284,7 +300,11 @@ def test_missing_file_is_named(run, tmp_path, name):
         ("summary.json", lambda text: text[:-9], "summary.json: damaged JSON"),
         ("summary.json", lambda text: text.replace('"seconds"', '"minutes"'), "summary.json: no field seconds"),
         ("summary.json", lambda text: text.replace('"arm": "random"', '"arm": "entropy"'), "no arm random"),
-        ("arms/full/report.json", lambda text: text.replace('"alpha_low"', '"alpha_lo"'), "report.json: no field alpha_low"),
+        (
+            "arms/full/report.json",
+            lambda text: text.replace('"alpha_low"', '"alph"'),
+            "report.json: no field alpha_low",
+        ),
         ("arms/full/metrics.jsonl", lambda text: text + '{"step": 1', "metrics.jsonl:"),
         ("texts.json", lambda text: text.replace('"<|im_start|>", ', "", 1), "pieces but"),
     ],
@@ -309,9 +329,11 @@ def test_figures_that_do_not_exist_are_dashes(run, tmp_path):
     nothing = {f"{name}{end}": None for name in ("tau", "tau_macro", "speedup") for end in ("", "_low", "_high")}
     _change(copy / "config.json", {"arms": ["full"], "temperature": 1.0, "held_out_share": 0.0})
     rows = json.loads((copy / "summary.json").read_text())["arms"]
-    _change(copy / "summary.json", {"arms": [rows[0] | nothing], "differences": []})
+    target = {"name": "models/tiny", "fingerprint": "0", "vocab_size": VOCAB}
+    _change(copy / "summary.json", {"arms": [rows[0] | nothing], "differences": [], "target": target})
     report = json.loads((copy / "arms/full/report.json").read_text())
-    sources = {source: record | {"tau": None, "tau_low": None, "tau_high": None} for source, record in report["per_source"].items()}
+    no_tau = {"tau": None, "tau_low": None, "tau_high": None}
+    sources = {source: record | no_tau for source, record in report["per_source"].items()}
     gone = {name: [None] * GAMMA for name in ("alpha", "alpha_low", "alpha_high")}
     _change(copy / "arms/full/report.json", nothing | gone | {"same_text_share": None, "per_source": sources})
     metrics = copy / "arms/full/metrics.jsonl"
@@ -320,6 +342,7 @@ def test_figures_that_do_not_exist_are_dashes(run, tmp_path):
     assert 'class="verdict"' not in page and "Paired differences" not in page and "Held-out agreement" not in page
     assert page.count("not measured") == 2  # τ and speedup, of the one arm
     assert "no samples were held out" in page
+    assert "<title>Drafts for tiny</title>" in page
     assert "nan" not in re.sub(r"<svg.*?</svg>", "", page, flags=re.DOTALL).lower()
 
 
@@ -336,6 +359,20 @@ def test_costs_compare_with_full_only_where_there_is_one(run):
     )
     assert "41.5 s" in sentences[-1]
     assert costs(files.arms[1:], {"score": 41.5}) == []
+
+
+def test_ticks_are_plain_numbers_with_a_small_vocabulary_too():
+    svg = plots.token_histogram("Token flatness", np.geomspace(0.07, 0.3, 50), vocab_size=258)
+    labels = sorted(re.findall(r"<text [^>]*>([^<]*)</text>", svg))
+    ticks = ["0.1", "0.2", "1", "1", "2", "5", "10", "20"]  # of flatness, tokens and choices
+    assert labels == sorted([*ticks, "token flatness", "tokens", "effective number of choices", "Token flatness"])
+
+
+def test_spearman_of_ties_and_of_a_constant():
+    # Ranks 1, 2.5, 2.5, 4 and 1, 3, 2, 4: 4.5 / sqrt(4.5 * 5).
+    assert np.isclose(spearman(np.array([1, 20, 20, 300]), np.array([1, 3, 2, 4])), (4.5 / 5) ** 0.5)
+    assert np.isclose(spearman(np.array([1.0, 2, 3]), np.array([9.0, 4, 1])), -1)
+    assert np.isnan(spearman(np.array([1.0, 1, 1]), np.array([1.0, 2, 3])))
 
 
 def test_many_sources_share_one_colour():

@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 
 WIDE, NARROW = 416, 272  # CSS pixels: two or three panels side by side
 
-# An arm keeps its colour and marker in every panel and every report. Any two of the colours are at least ΔE 14 apart (the
-# first three 31) for normal, protan, deutan and tritan vision (Machado 2009); markers tell arms apart on grey paper.
+# An arm keeps its colour and marker in every panel and every report. Any two of the colours are at least ΔE 14 apart
+# (the first three 31) to normal, protan, deutan and tritan eyes (Machado 2009); markers tell arms apart on grey paper.
 ARM_STYLES = {
     "full": ("#0072B2", "o", "●"),
     "flatness": ("#D55E00", "s", "■"),
@@ -75,7 +75,7 @@ def source_groups(sources: Sequence[str]) -> tuple[np.ndarray, dict[str, str]]:
     """(label of each sample, label -> colour): the commonest sources by name, the rest as one."""
     ranked = [name for name, _ in collections.Counter(sorted(sources)).most_common()]
     shown = sorted(ranked[: len(SOURCE_COLOURS)])
-    colours = dict(zip(shown, SOURCE_COLOURS))
+    colours = dict(zip(shown, SOURCE_COLOURS, strict=False))
     if len(ranked) > len(shown):
         colours[OTHER] = OTHER_COLOUR
     return np.array([name if name in colours else OTHER for name in sources], object), colours
@@ -143,6 +143,7 @@ def log_flatness_axis(ax: Axes, low: float, high: float) -> None:
     ax.set_xlim(low, high)
     ticks = [t for t in (m * 10.0**e for e in range(-4, 1) for m in (1, 2, 5)) if low <= t <= high]
     ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    ax.minorticks_off()
     ax.set_xlabel("token flatness")
 
 

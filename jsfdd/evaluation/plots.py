@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import matplotlib as mpl
 import numpy as np
@@ -48,8 +48,8 @@ def arm_dot(arm: Arm, record: dict, name: str) -> Dot:
 
 
 @mpl.rc_context(STYLE)
-def intervals(title: str, dots: Sequence[Dot], reference: float, unit: str, *, form: str = "{:.2f}") -> str:
-    """Dots with intervals, one a line, values written beside them; a line marks `reference`, which is always in view."""
+def intervals(title: str, dots: Sequence[Dot], reference: float, unit: str, text: Callable[[float], str]) -> str:
+    """Dots with intervals, one a line, their values beside them; a dashed line marks `reference`, always in view."""
     figure, ax = new_axes(title, WIDE, 66 + 27 * len(dots))
     known = [dot for dot in dots if dot.value is not None]
     for y, dot in enumerate(dots):
@@ -58,7 +58,7 @@ def intervals(title: str, dots: Sequence[Dot], reference: float, unit: str, *, f
             continue
         _interval_mark(ax, dot, dot.value, y)
         ax.annotate(
-            form.format(dot.value).replace("-", "−"), (dot.high if dot.high is not None else dot.value, y),
+            text(dot.value), (dot.high if dot.high is not None else dot.value, y),
             (7, 0), textcoords="offset points", va="center", fontweight="bold",
         )  # fmt: skip
     edges = [reference, *(x for dot in known for x in (dot.value, dot.low, dot.high) if x is not None)]
@@ -85,7 +85,6 @@ def cost_and_gain(title: str, arms: Sequence[Arm]) -> str:
         if dot.low is not None:
             ax.plot([x, x], [dot.low, dot.high], color=dot.colour, linewidth=2, alpha=0.55)
         ax.plot([x], [dot.value], dot.marker, color=dot.colour, markersize=7)
-        ax.annotate(arm.name, (x, dot.value), (8, 3), textcoords="offset points", fontweight="bold")
     ax.set_xlim(0, 1.25 * max(arm.row["train_seconds"] for arm in arms))
     ax.margins(y=0.25)
     ax.set_xlabel("seconds of training")
@@ -96,7 +95,12 @@ def cost_and_gain(title: str, arms: Sequence[Arm]) -> str:
 
 @mpl.rc_context(STYLE)
 def source_histogram(
-    title: str, values: np.ndarray, groups: np.ndarray, colours: dict[str, str], vocab_size: int, threshold: float | None = None
+    title: str,
+    values: np.ndarray,
+    groups: np.ndarray,
+    colours: dict[str, str],
+    vocab_size: int,
+    threshold: float | None = None,
 ) -> str:
     """Sample flatness, stacked by source; the arrow marks what the flatness arm keeps."""
     figure, ax = new_axes(title, WIDE, 270)
@@ -115,7 +119,9 @@ def source_histogram(
         )  # fmt: skip
     ax.set_xlim(max(0.0, edges[0]), edges[-1])
     ax.set_xlabel("sample flatness")
+    ax.xaxis.set_major_formatter("{x:g}")
     ax.set_ylabel("samples")
+    ax.yaxis.get_major_locator().set_params(integer=True)
     ax.grid(axis="y")
     choices_axis(ax, vocab_size)
     return to_svg(figure, title)
@@ -134,6 +140,7 @@ def flatness_against_entropy(
     )  # fmt: skip
     ax.set_xlim(left=max(0.0, ax.get_xlim()[0]))
     ax.set_xlabel("sample flatness")
+    ax.xaxis.set_major_formatter("{x:g}")
     ax.set_ylabel("mean entropy, nats")
     ax.grid()
     choices_axis(ax, vocab_size)
@@ -151,7 +158,6 @@ def token_histogram(title: str, flatness: np.ndarray, vocab_size: int) -> str:
     ax.set_yscale("log")
     decades = [10**e for e in range(10) if 10**e <= ax.get_ylim()[1]]
     ax.set_yticks(decades, [f"{n:,}" for n in decades])
-    ax.minorticks_off()
     log_flatness_axis(ax, low, high)
     ax.set_ylabel("tokens")
     ax.grid(axis="y")
@@ -192,9 +198,13 @@ def kept_shares(title: str, groups: Sequence[str], counts: Sequence[int], shares
     for k, (arm, values) in enumerate(shares.items()):
         y = np.arange(len(groups)) + (k - (len(shares) - 1) / 2) * thickness
         ax.barh(y, 100 * np.asarray(values), thickness * 0.86, color=ARM_STYLES[arm][0], linewidth=0)
-        for at, value in zip(y, values):
-            ax.annotate(f"{100 * value:.0f}", (100 * value, at), (4, 0), textcoords="offset points", va="center", fontsize=9)
-    ax.set_yticks(range(len(groups)), [f"{short(group)} ({count})" for group, count in zip(groups, counts)])
+        for at, value in zip(y, values, strict=True):
+            ax.annotate(
+                f"{100 * value:.0f}", (100 * value, at), (4, 0), textcoords="offset points", va="center", fontsize=9
+            )
+    ax.set_yticks(
+        range(len(groups)), [f"{short(group)} ({count})" for group, count in zip(groups, counts, strict=True)]
+    )
     ax.set_ylim(len(groups) - 0.45, -0.55)
     ax.set_xlim(0, 112)
     ax.set_xlabel("% of its samples")
@@ -215,19 +225,22 @@ def length_histogram(title: str, kept: np.ndarray, dropped: np.ndarray, arm: str
     ax.hist(dropped, edges, histtype="step", color=INK, linewidth=1.3)
     ax.set_xlabel("counted tokens")
     ax.set_ylabel("samples")
+    ax.yaxis.get_major_locator().set_params(integer=True)
     ax.grid(axis="y")
     return to_svg(figure, title)
 
 
 @mpl.rc_context(STYLE)
-def curves(title: str, series: dict[str, tuple[Sequence[float], Sequence[float]]], *, dashed=None, percent: bool = False) -> str:
+def curves(
+    title: str, series: dict[str, tuple[Sequence[float], Sequence[float]]], *, dashed=None, percent: bool = False
+) -> str:
     """One line an arm over training steps; `dashed` holds a second set of lines in the same colours."""
     figure, ax = new_axes(title, NARROW, 250)
     for style, lines in (("-", series), ((0, (3, 1.5)), dashed or {})):
         for arm, (steps, values) in lines.items():
             colour, marker, _ = ARM_STYLES[arm]
             values = (100 if percent else 1) * np.asarray(values, float)
-            ax.plot(steps, values, linestyle=style, color=colour, marker=marker, markevery=[-1], markersize=5.5, linewidth=1.5)
+            ax.plot(steps, values, linestyle=style, color=colour, marker=marker, markevery=[-1], markersize=5.5)
     ax.set_xlabel("step")
     ax.set_xlim(left=0)
     ax.grid(axis="y")
@@ -284,7 +297,9 @@ def tau_by_source(title: str, arms: Sequence[Arm]) -> str:
     for y in range(1, len(sources)):
         ax.axhline(y - 0.5, color=RULE, linewidth=0.8)
     ax.axvline(1, color=MUTED, linewidth=1, linestyle=(0, (2, 2)))
-    ax.set_yticks(range(len(sources)), [f"{short(source)} ({count})" for source, count in zip(sources, counts)])
+    ax.set_yticks(
+        range(len(sources)), [f"{short(source)} ({count})" for source, count in zip(sources, counts, strict=True)]
+    )
     ax.set_ylim(len(sources) - 0.5, -0.5)
     ax.set_xlim(left=0.95)
     ax.set_xlabel("tokens per verification")

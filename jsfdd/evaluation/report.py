@@ -14,7 +14,6 @@ from pathlib import Path
 import jinja2
 import numpy as np
 from markupsafe import Markup
-from scipy.stats import spearmanr
 
 from jsfdd.evaluation import plots
 from jsfdd.evaluation.intervals import RESAMPLES
@@ -64,7 +63,7 @@ def render(files: RunFiles, date: str) -> str:
     environment.filters |= {f.__name__: f for f in (decimals, whole, percent, significant)}
     environment.globals["glyph"] = _glyph
     return environment.get_template("report.html").render(
-        title=f"Drafts for {files.summary['target']['name']}",
+        title=f"Drafts for {Path(files.summary['target']['name']).name}",
         date=date,
         config=files.config,
         summary=files.summary,
@@ -88,12 +87,12 @@ def render(files: RunFiles, date: str) -> str:
 
 def _result(files: RunFiles) -> dict:
     differences = sorted(map(_oriented, files.summary["differences"]), key=lambda d: (_rank(d["a"]), -_rank(d["b"])))
-    panels = [plots.intervals("τ by arm", [plots.arm_dot(a, a.row, "tau") for a in files.arms], 1, "tokens per verification")]
+    taus, speedups = ([plots.arm_dot(a, a.row, name) for a in files.arms] for name in ("tau", "speedup"))
+    panels = [plots.intervals("τ by arm", taus, 1, "tokens per verification", decimals)]
     if differences:
         dots = [plots.Dot(f"{d['a']} − {d['b']}", d["tau_difference"], d["low"], d["high"]) for d in differences]
-        panels.append(plots.intervals("Paired differences of τ", dots, 0, "tokens per verification", form="{:+.2f}"))
-    speedups = [plots.arm_dot(a, a.row, "speedup") for a in files.arms]
-    panels.append(plots.intervals("Speedup by arm", speedups, 1, "× autoregressive tokens per second"))
+        panels.append(plots.intervals("Paired differences of τ", dots, 0, "tokens per verification", signed))
+    panels.append(plots.intervals("Speedup by arm", speedups, 1, "× autoregressive tokens per second", decimals))
     panels.append(plots.cost_and_gain("τ for the training it took", files.arms))
     return {
         "result_panels": _safe(panels),
@@ -113,7 +112,9 @@ def _flatness(files: RunFiles) -> dict:
         "flatness_panels": _safe(
             [
                 plots.source_histogram("Sample flatness", flatness, groups, colours, size, *thresholds),
-                plots.flatness_against_entropy("Flatness and entropy, samples", flatness, entropy, groups, colours, size),
+                plots.flatness_against_entropy(
+                    "Flatness and entropy, samples", flatness, entropy, groups, colours, size
+                ),
             ]
         ),
         "token_panels": _safe(
@@ -126,8 +127,8 @@ def _flatness(files: RunFiles) -> dict:
         "n_scored": int(scored.sum()),
         "n_unscored": int((~scored).sum()),
         "n_counted": len(files.token_flatness),
-        "spearman_samples": _spearman(flatness, entropy),
-        "spearman_tokens": _spearman(files.token_flatness, files.token_entropy),
+        "spearman_samples": spearman(flatness, entropy),
+        "spearman_tokens": spearman(files.token_flatness, files.token_entropy),
         "certain_share": float(np.mean(size * files.token_flatness.astype(float) ** 2 < 2)),
     }
 
@@ -145,8 +146,8 @@ def _selection(files: RunFiles) -> dict:
         if not rows.all():
             panels.append(plots.length_histogram(f"Lengths, {arm}", lengths[rows], lengths[~rows], arm))
             notes.append(
-                f"{arm}: kept samples (filled) have a median of {whole(np.median(lengths[rows]))} counted tokens, dropped "
-                f"ones (outline) {whole(np.median(lengths[~rows]))}."
+                f"{arm}: kept samples (filled) have a median of {whole(np.median(lengths[rows]))} counted tokens, "
+                f"dropped ones (outline) {whole(np.median(lengths[~rows]))}."
             )
     deciles = np.quantile(files.token_flatness, np.arange(1, 10) / 10)
     return {
@@ -167,7 +168,7 @@ def _example(text: dict, arms: Sequence[Arm], deciles: np.ndarray) -> dict:
         "source": text["source"],
         "sample_flatness": float(np.mean(counted)) if counted else None,
         "arms": [(arm.name, text["id"] in arm.kept) for arm in arms],
-        "tokens": list(zip(text["pieces"], levels))[:_SHOWN_PIECES],
+        "tokens": list(zip(text["pieces"], levels, strict=True))[:_SHOWN_PIECES],
         "omitted": max(0, len(text["pieces"]) - _SHOWN_PIECES),
     }
 
@@ -177,8 +178,8 @@ def _training(files: RunFiles) -> dict:
         return {a.name: ([x["step"] for x in a.training], [x[name] for x in a.training]) for a in files.arms}
 
     def held_out(name):
-        lines = {a.name: ([x["step"] for x in a.held_out], [x["held_out"][name] for x in a.held_out]) for a in files.arms}
-        return {arm: line for arm, line in lines.items() if line[0]}
+        logs = {a.name: a.held_out for a in files.arms if a.held_out}
+        return {arm: ([x["step"] for x in log], [x["held_out"][name] for x in log]) for arm, log in logs.items()}
 
     caption = "Loss: mean over the counted tokens of {} steps{}."
     if not held_out("loss"):
@@ -258,7 +259,8 @@ def costs(arms: Sequence[Arm], seconds: dict[str, float]) -> list[str]:
         f"{percent(row['train_seconds'] / full['train_seconds'])} of its training time."
         for name, row in rows.items()
     ]
-    return [*sentences, f"Scoring, which every selection but random needs, took {decimals(seconds['score'], 1)} s on top, once."]
+    scoring = f"Scoring, which every selection but random needs, took {decimals(seconds['score'], 1)} s on top, once."
+    return [*sentences, scoring]
 
 
 def _selection_sentences(files: RunFiles) -> list[str]:
@@ -272,8 +274,8 @@ def _selection_sentences(files: RunFiles) -> list[str]:
             shown = ", ".join(ids[:_SHOWN_IDS]) + (", …" if len(ids) > _SHOWN_IDS else "")
             sentences.append(f"Skipped before scoring: {whole(len(ids))} {reason} ({shown}).")
     sentences.append(
-        f"Cut at {whole(files.config.max_length)} tokens: {whole(len(data['truncated']))}. Of all that the target read, "
-        f"{percent(data['padding_share'])} was padding."
+        f"Cut at {whole(files.config.max_length)} tokens: {whole(len(data['truncated']))}. "
+        f"Of all that the target read, {percent(data['padding_share'])} was padding."
     )
     return sentences
 
@@ -307,8 +309,9 @@ def decimals(x: float | None, digits: int = 2) -> str:
 
 
 def signed(x: float) -> str:
-    """+0.12 or −0.12."""
-    return f"{x:+.2f}".replace("-", "−")
+    """+0.12 or −0.12; 0.00 has no sign."""
+    text = f"{x:+.2f}".replace("-", "−")
+    return text if text[1:] != "0.00" else "0.00"
 
 
 def whole(x: float) -> str:
@@ -328,11 +331,17 @@ def significant(x: float | None) -> str:
     return _NO_VALUE if x is None else f"{x:.3g}"
 
 
-def _spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Rank correlation; NaN, without a warning, where one side is constant."""
-    if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Rank correlation; NaN where one side is constant."""
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
         return math.nan
-    return float(spearmanr(a, b).statistic)
+    return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """From 1; equal values share the mean of theirs."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
 
 def _glyph(arm: str) -> Markup:

@@ -123,7 +123,7 @@ class HiddenWriter:
             self.close()
         elif self._open is not None:  # it may be cut short, and the disk may be full: give its place back
             self._open.close()
-            self._aside.unlink()
+            self._aside.unlink(missing_ok=True)
 
     @property
     def _aside(self) -> Path:

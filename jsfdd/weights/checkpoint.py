@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import typing
 from pathlib import Path
 
@@ -28,10 +29,13 @@ _KEPT = 2
 
 def open_checkpoints(run: Path) -> ocp.CheckpointManager:
     """The checkpoints of the run in directory `run`, made if missing; the last two are kept. Close it after use."""
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=_KEPT, create=True, cleanup_tmp_directories=True, enable_async_checkpointing=False
-    )
-    return ocp.CheckpointManager((run / DIRECTORY).absolute(), options=options)
+    directory = (run / DIRECTORY).absolute()
+    # Orbax's own clean-up runs in a thread that it only waits for at the next save, and two of them trip over each other.
+    for left in directory.glob("*"):
+        if ocp.utils.is_tmp_checkpoint(left) and jax.process_index() == 0:
+            shutil.rmtree(left)
+    options = ocp.CheckpointManagerOptions(max_to_keep=_KEPT, create=True, enable_async_checkpointing=False)
+    return ocp.CheckpointManager(directory, options=options)
 
 
 def latest_step(checkpoints: ocp.CheckpointManager) -> int | None:
