@@ -143,7 +143,7 @@ def _generate(config: options.GenerateConfig) -> None:
     import jax.numpy as jnp
 
     from jsfdd.data.template import render_prompt
-    from jsfdd.decoding.generate import DecodeSetup
+    from jsfdd.decoding.generate import DecodeSetup, prepare_params
     from jsfdd.decoding.stream import stream_answer
     from jsfdd.evaluation.evaluate import check_draft
     from jsfdd.pipeline import load_draft
@@ -153,11 +153,10 @@ def _generate(config: options.GenerateConfig) -> None:
         raise ValueError("--prompt is empty; give the user's message")
     drafted = None if config.draft is None else load_draft(config.draft)
     target = load_target(config.target, jnp.dtype(config.dtype))
-    params = {"target": target.params}
-    draft = None
-    if drafted is not None:
-        draft, params["draft"] = drafted
+    draft, draft_params = drafted or (None, None)
+    if draft is not None:
         check_draft(target, draft, str(config.draft))
+    params = prepare_params(target.params, draft_params)
     depth = config.num_draft_tokens if draft else 0
     setup = DecodeSetup(target.config, draft, depth, config.max_new_tokens, target.stop_tokens)
     prompt = render_prompt(target.tokenizer, [{"role": "user", "content": config.prompt}])

@@ -8,9 +8,18 @@ import numpy as np
 import pytest
 from toy import toy_draft, toy_target
 
-from jsfdd.decoding.generate import DecodeSetup, PromptBatch, count_step, generate, make_generate, make_stream
+from jsfdd.decoding import generate as generate_module
+from jsfdd.decoding.generate import (
+    DecodeSetup,
+    PromptBatch,
+    count_step,
+    generate,
+    make_generate,
+    make_stream,
+    prepare_params,
+)
 from jsfdd.mesh import make_mesh
-from jsfdd.models.target import Decoder, head_logits
+from jsfdd.models.target import head_logits, hidden_states
 from jsfdd.records import DecodeStats
 
 GREEDY = jnp.float32(0)
@@ -27,7 +36,7 @@ def _prompts(lengths=LENGTHS, width=12, vocab=64, seed=5):
 
 def _slow_greedy(config, params, prompt, num_tokens):
     """The obvious decoder: the whole sequence again for every token. Returns tokens and the top-2 gap of each choice."""
-    forward = jax.jit(lambda tokens: head_logits(config, params, Decoder(config).apply({"params": params}, tokens)))
+    forward = jax.jit(lambda tokens: head_logits(config, params, hidden_states(config, params, tokens)))
     tokens, gaps = list(prompt), []
     for _ in range(num_tokens):
         padded = np.zeros((1, 32), np.int32)  # one shape, one compilation; padding comes last and is never looked at
@@ -49,7 +58,7 @@ def _run(setup, params, prompts, temperature=GREEDY):
 def models():
     config, target = toy_target()
     draft, draft_params = toy_draft(config)
-    return config, draft, {"target": target, "draft": draft_params}
+    return config, draft, prepare_params(target, draft_params)
 
 
 def _good_draft(config, params):
@@ -78,7 +87,7 @@ def test_greedy_speculative_equals_autoregressive(models, depth, which):
     config, draft, params = models
     if which == "good draft":
         # A target that repeats its input's argmax chain often: layers damped, so that h_{t+1} ≈ embedding of x_{t+1}.
-        params = {"target": params["target"], "draft": _good_draft(config, params)}
+        params = params | {"draft": _good_draft(config, params)}
     prompts = _prompts()
     plain = _run(DecodeSetup(config, None, 0, 24, ()), params, prompts)
     fast = _run(DecodeSetup(config, draft, depth, 24, ()), params, prompts)
@@ -102,7 +111,7 @@ def test_a_perfect_draft_is_always_accepted():
     draft, draft_params = toy_draft(config)
     draft_params = jax.tree.map(jnp.zeros_like, draft_params)
     draft_params["fc"]["kernel"] = draft_params["fc"]["kernel"].at[: config.hidden_size].set(jnp.eye(config.hidden_size))
-    out = _run(DecodeSetup(config, draft, 4, 21, ()), {"target": target, "draft": draft_params}, _prompts())
+    out = _run(DecodeSetup(config, draft, 4, 21, ()), prepare_params(target, draft_params), _prompts())
     assert np.array_equal(out.stats.accept_counts[:, 4], [4] * 4)  # 20 tokens after the first: 4 steps of 5
     assert np.asarray(out.stats.accept_counts[:, :4]).sum() == 0
     assert np.array_equal(out.stats.accepted, out.stats.reached)
@@ -174,10 +183,10 @@ def test_sampled_text_has_the_targets_distribution(depth):
     config, target = toy_target(seed=2, sharpness=1.5, vocab_size=vocab, num_layers=1, hidden_size=16)
     draft, draft_params = toy_draft(config)
     setup = DecodeSetup(config, draft if depth else None, depth, 3, ())
-    params, prompt = {"target": target, "draft": draft_params}, [1, 4, 2]
+    params, prompt = prepare_params(target, draft_params), [1, 4, 2]
 
     texts = np.array([[*prompt, a, b] for a in range(vocab) for b in range(vocab)], np.int32)
-    probs = jax.nn.softmax(head_logits(config, target, Decoder(config).apply({"params": target}, texts)))
+    probs = jax.nn.softmax(head_logits(config, target, hidden_states(config, target, texts)))
     after = np.asarray(probs, np.float64).reshape(vocab, vocab, 5, vocab)  # [a, b, position, next]
     joint = after[0, 0, 2][:, None, None] * after[:, 0, 3][:, :, None] * after[:, :, 4]
     decode = make_generate(setup, make_mesh(data=2))
@@ -196,12 +205,12 @@ def test_sampled_text_has_the_targets_distribution(depth):
 def test_traces_once_per_shape(models, monkeypatch):
     config, draft, params = models
     traces = []
-    original = Decoder.decode
-    monkeypatch.setattr(Decoder, "decode", lambda self, *a, **k: traces.append(1) or original(self, *a, **k))
-    decode = make_generate(DecodeSetup(config, draft, 2, 8, ()), make_mesh(data=1))
-    decode((params, GREEDY), _prompts())
+    original = generate_module.decode
+    monkeypatch.setattr(generate_module, "decode", lambda *a: traces.append(1) or original(*a))
+    run = make_generate(DecodeSetup(config, draft, 2, 8, ()), make_mesh(data=1))
+    run((params, GREEDY), _prompts())
     before = len(traces)
-    decode((params, jnp.float32(0.8)), _prompts(seed=6))
+    run((params, jnp.float32(0.8)), _prompts(seed=6))
     assert len(traces) == before > 0
 
 

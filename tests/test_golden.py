@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jsfdd.models.target import Decoder, head_logits
+from jsfdd.models.target import head_logits, hidden_states
 from jsfdd.weights import huggingface, load
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -27,7 +27,7 @@ def relative_error(got, expected) -> float:
 
 
 def run(config, params, tokens):
-    hidden = jax.jit(lambda p, t: Decoder(config).apply({"params": p}, t))(params, jnp.asarray(tokens))
+    hidden = jax.jit(lambda p, t: hidden_states(config, p, t))(params, jnp.asarray(tokens))
     return hidden, head_logits(config, params, hidden)
 
 

@@ -1,4 +1,4 @@
-"""The decoder against itself: cached against whole, scanned against plain, and rotations against their definition."""
+"""The decoder against itself: cached against whole, scanned against looped, and rotations against their definition."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from jsfdd.models.architecture import Rope
 from jsfdd.models.counted import fold_counted
 from jsfdd.models.draft import Draft, draft_config
 from jsfdd.models.layers import cached_view, empty_cache, rope_frequencies, rope_table, rotate
-from jsfdd.models.target import Decoder, embed_tokens, head_logits
+from jsfdd.models.target import decode, embed_tokens, head_logits, hidden_states, unstack_layers
 
 VARIANTS = {
     "llama": {},
@@ -41,8 +41,8 @@ def _tokens(batch=2, length=12, vocab=64):
 def test_one_by_one_equals_whole(name):
     config, params = toy_target(**VARIANTS[name])
     tokens = _tokens()
-    whole = Decoder(config).apply({"params": params}, tokens)
-    step = jax.jit(lambda cache, t: Decoder(config).apply({"params": params}, t, cached_view(cache, 1), cache, method="decode"))
+    whole = hidden_states(config, params, tokens)
+    step = jax.jit(lambda cache, t: decode(config, params, t, cached_view(cache, 1), cache))
     cache, pieces = empty_cache(config, 2, 16), []
     for t in range(12):
         hidden, cache = step(cache, tokens[:, t : t + 1])
@@ -52,18 +52,32 @@ def test_one_by_one_equals_whole(name):
     assert np.abs(whole).max() > 0.1
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_loop_over_unstacked_layers_equals_the_scan(name):
+    config, params = toy_target(**VARIANTS[name])
+    cache = empty_cache(config, 2, 16)._replace(length=jnp.array([2, 3]))
+    tokens = _tokens(length=3)
+    results = [
+        jax.jit(lambda p: decode(config, p, tokens, cached_view(cache, 3), cache))(p) for p in (params, unstack_layers(params))
+    ]
+    assert jax.tree.all(jax.tree.map(lambda a, b: np.allclose(a, b, atol=1e-5), *results))
+
+
 def test_rows_continue_at_their_own_lengths_and_roll_back():
     """Two rows of different lengths take three tokens, drop two of them, and go on as if they had never come."""
     config, params = toy_target()
     tokens = _tokens(length=12)
-    decode = lambda cache, new: Decoder(config).apply({"params": params}, new, cached_view(cache, new.shape[1]), cache, method="decode")  # noqa: E731
-    _, cache = decode(empty_cache(config, 2, 16), tokens[:, :6])
+
+    def read(cache, new):
+        return decode(config, params, new, cached_view(cache, new.shape[1]), cache)
+
+    _, cache = read(empty_cache(config, 2, 16), tokens[:, :6])
     cache = cache._replace(length=jnp.array([4, 6]))  # right-padded prompts of 4 and 6 tokens
-    _, cache = decode(cache, jnp.array([[1, 2, 3], [4, 5, 6]]))
+    _, cache = read(cache, jnp.array([[1, 2, 3], [4, 5, 6]]))
     cache = cache._replace(length=cache.length + 1)
-    hidden, _ = decode(cache, jnp.array([[7], [8]]))
+    hidden, _ = read(cache, jnp.array([[7], [8]]))
     for row, prefix in enumerate([[*tokens[0, :4], 1, 7], [*tokens[1, :6], 4, 8]]):
-        alone = Decoder(config).apply({"params": params}, jnp.array([prefix]))
+        alone = hidden_states(config, params, jnp.array([prefix]))
         assert np.allclose(hidden[row, 0], alone[0, -1], atol=2e-5)
 
 
@@ -71,16 +85,16 @@ def test_right_padding_changes_nothing():
     config, params = toy_target()
     tokens = _tokens()
     padded = jnp.concatenate([tokens, jnp.full((2, 5), 9)], axis=1)
-    whole = Decoder(config).apply({"params": params}, padded)
-    assert np.allclose(whole[:, :12], Decoder(config).apply({"params": params}, tokens), atol=1e-5)
+    whole = hidden_states(config, params, padded)
+    assert np.allclose(whole[:, :12], hidden_states(config, params, tokens), atol=1e-5)
 
 
 def test_sliding_window_forgets():
     """With windows of 4 in 2 layers a token reaches 6 back; 7 back it changes nothing."""
     config, params = toy_target(**VARIANTS["mistral"])
     tokens = _tokens(batch=1)
-    hidden = Decoder(config).apply({"params": params}, tokens)
-    changed = Decoder(config).apply({"params": params}, tokens.at[0, 0].set((tokens[0, 0] + 1) % 64))
+    hidden = hidden_states(config, params, tokens)
+    changed = hidden_states(config, params, tokens.at[0, 0].set((tokens[0, 0] + 1) % 64))
     same = np.abs(np.asarray(hidden - changed))[0].max(axis=1) == 0
     assert same.tolist() == [False] * 7 + [True] * 5
 

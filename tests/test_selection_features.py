@@ -11,17 +11,14 @@ import numpy as np
 import pytest
 
 from jsfdd.mesh import make_mesh
-from jsfdd.models.architecture import DecoderConfig, Rope
-from jsfdd.models.target import Decoder, init_params
+from jsfdd.models.target import hidden_states, init_params
 from jsfdd.records import Sample
 from jsfdd.selection import features
 from jsfdd.selection.features import HiddenStore, HiddenWriter, store_hidden
+from toy import toy_config
 
 WIDTH = 16
-CONFIG = DecoderConfig(
-    family="llama", vocab_size=97, hidden_size=WIDTH, intermediate_size=32, num_layers=1, num_heads=2, num_kv_heads=2,
-    head_dim=8, max_position=512, rms_norm_eps=1e-5, rope=Rope(theta=1e4), tie_embeddings=True,
-)  # fmt: skip
+CONFIG = toy_config(vocab_size=97, hidden_size=WIDTH, num_layers=1)
 PARAMS = init_params(CONFIG, jax.random.key(0))
 IDENTITY = {"target": {"fingerprint": "aa"}, "lengths": (1, 2)}
 
@@ -185,7 +182,7 @@ def make_samples():
 
 @jax.jit
 def forward(tokens):
-    return Decoder(CONFIG).apply({"params": PARAMS}, tokens)
+    return hidden_states(CONFIG, PARAMS, tokens)
 
 
 def hidden_alone(tokens):

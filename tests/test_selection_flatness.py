@@ -12,23 +12,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jsfdd.models.architecture import DecoderConfig, Rope
-from jsfdd.models.target import Decoder, head_logits, init_params
+from jsfdd.models.target import head_logits, hidden_states, init_params
 from jsfdd.records import Sample, TokenScores
 from jsfdd.selection.flatness import effective_choices, score_hidden, token_scores
+from toy import toy_config
 
-CONFIG = DecoderConfig(
-    family="llama", vocab_size=300, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4, num_kv_heads=2,
-    head_dim=8, max_position=64, rms_norm_eps=1e-5, rope=Rope(theta=1e4), tie_embeddings=True,
-)  # fmt: skip
+CONFIG = toy_config(vocab_size=300, tie_embeddings=True)
 
 
+PARAMS = init_params(CONFIG, jax.random.key(0))
 jitted_scores = jax.jit(token_scores)
 
 
 @jax.jit
-def forward(params, tokens):
-    return Decoder(CONFIG).apply({"params": params}, tokens)
+def forward(tokens):
+    return hidden_states(CONFIG, PARAMS, tokens)
 
 
 def by_definition(logits, next_token) -> TokenScores:
@@ -163,13 +161,12 @@ def test_shapes_in_front_of_the_vocabulary_stay():
 
 @pytest.mark.parametrize("block", [1, 4, 64])
 def test_score_hidden_scores_counted_tokens_and_no_others(block):
-    params = init_params(CONFIG, jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (3, 10), 0, CONFIG.vocab_size)
-    hidden = forward(params, tokens)
+    hidden = forward(tokens)
     counted = jax.random.bernoulli(jax.random.key(2), 0.4, (3, 10))
-    scored = jax.jit(lambda *a: score_hidden(CONFIG, params, *a, block))
+    scored = jax.jit(lambda *a: score_hidden(CONFIG, PARAMS, *a, block))
     found = scored(hidden, tokens, counted)
-    expected = token_scores(head_logits(CONFIG, params, hidden), tokens)
+    expected = token_scores(head_logits(CONFIG, PARAMS, hidden), tokens)
     for name in TokenScores._fields:
         values = np.asarray(getattr(found, name))
         np.testing.assert_allclose(values, np.where(counted, getattr(expected, name), 0), rtol=1e-4, atol=1e-5)
@@ -198,11 +195,10 @@ def test_index_rule_on_five_tokens():
     tokens = np.array([3, 1, 4, 2, 5], np.int32)
     sample = Sample("s", "test", tokens, np.array([False, False, True, True, True]))
     assert sample.counted.tolist() == [False, False, True, True, False]
-    params = init_params(CONFIG, jax.random.key(0))
-    hidden = forward(params, jnp.asarray(tokens)[None, :])
+    hidden = forward(jnp.asarray(tokens)[None, :])
     next_tokens = jnp.array([[1, 4, 2, 5, 0]])
-    found = score_hidden(CONFIG, params, hidden, next_tokens, jnp.asarray(sample.counted)[None, :], 8)
-    logits = head_logits(CONFIG, params, hidden)[0]
+    found = score_hidden(CONFIG, PARAMS, hidden, next_tokens, jnp.asarray(sample.counted)[None, :], 8)
+    logits = head_logits(CONFIG, PARAMS, hidden)[0]
     of_b, of_e = by_definition(logits[2:3], [2]), by_definition(logits[3:4], [5])
     for name in TokenScores._fields:
         expected = [0, 0, getattr(of_b, name)[0], getattr(of_e, name)[0], 0]

@@ -12,19 +12,16 @@ from jax.sharding import PartitionSpec as P
 
 from jsfdd.data.batches import Shape, pad_batch
 from jsfdd.mesh import make_mesh, replicate, shard_rows, to_host
-from jsfdd.models.architecture import DecoderConfig, Rope
-from jsfdd.models.target import Decoder, head_logits, init_params
+from jsfdd.models.target import head_logits, hidden_states, init_params
 from jsfdd.records import Sample, TokenScores
 from jsfdd.selection import score as score_module
 from jsfdd.selection.features import HiddenStore, HiddenWriter
 from jsfdd.selection.flatness import score_hidden, token_scores
 from jsfdd.selection.score import make_score_step, score_samples
 from jsfdd.selection.table import METRICS, read_scores, read_token_scores, write_scores, write_token_scores
+from toy import toy_config
 
-CONFIG = DecoderConfig(
-    family="llama", vocab_size=97, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4, num_kv_heads=2,
-    head_dim=8, max_position=512, rms_norm_eps=1e-5, rope=Rope(theta=1e4), tie_embeddings=False,
-)  # fmt: skip
+CONFIG = toy_config(vocab_size=97)
 PARAMS = init_params(CONFIG, jax.random.key(0))
 
 
@@ -53,12 +50,12 @@ def pad_tokens(sample):
 
 @jax.jit
 def hidden_alone(tokens):
-    return Decoder(CONFIG).apply({"params": PARAMS}, tokens)
+    return hidden_states(CONFIG, PARAMS, tokens)
 
 
 @jax.jit
 def scores_of_all(tokens):
-    logits = head_logits(CONFIG, PARAMS, Decoder(CONFIG).apply({"params": PARAMS}, tokens))[0]
+    logits = head_logits(CONFIG, PARAMS, hidden_states(CONFIG, PARAMS, tokens))[0]
     return token_scores(logits, jnp.roll(tokens[0], -1))
 
 
@@ -141,7 +138,7 @@ def test_map_over_devices_equals_pmap_and_one_device():
     one_scores, one_hidden = to_host(make_score_step(CONFIG, make_mesh(data=1), block=16, with_hidden=True)(PARAMS, batch))
 
     def of_two_rows(params, tokens, counted):
-        hidden = Decoder(CONFIG).apply({"params": params}, tokens)
+        hidden = hidden_states(CONFIG, params, tokens)
         return score_hidden(CONFIG, params, hidden, jnp.pad(tokens[:, 1:], ((0, 0), (0, 1))), counted, 16), hidden
 
     by_pmap = jax.pmap(of_two_rows, in_axes=(None, 0, 0))(

@@ -10,9 +10,9 @@ import scipy.special
 
 from jsfdd.config import TrainConfig
 from jsfdd.models.draft import Draft, draft_config, init_draft
-from jsfdd.models.target import Decoder, embed_tokens, head_logits, init_params
+from jsfdd.models.target import embed_tokens, head_logits, hidden_states, init_params
 from jsfdd.records import DraftBatch, Sample
-from jsfdd.training.loss import borrowed, head_matrix, hidden_noise, loss_sums, token_loss
+from jsfdd.training.loss import borrow, hidden_noise, loss_sums, token_loss
 from toy import toy_config
 
 TOY = toy_config(vocab_size=37, tie_embeddings=True)
@@ -29,7 +29,7 @@ def toy(config):
     random = np.random.default_rng(0)
     tokens = random.integers(0, config.vocab_size, (3, 9)).astype(np.int32)
     counted = random.random((3, 9)) < 0.6
-    return params, draft, draft_params, DraftBatch(tokens, counted, jax.jit(Decoder(config).apply)({"params": params}, tokens))
+    return params, draft, draft_params, DraftBatch(tokens, counted, jax.jit(hidden_states, static_argnums=0)(config, params, tokens))
 
 
 def slow_sums(draft_params, params, batch, config, draft, options):
@@ -60,7 +60,7 @@ def test_loss_and_gradient_equal_the_slow_twin(config, block):
 
     def fast(draft_params):
         sums = loss_sums(
-            draft_params, borrowed(params), batch, None,
+            draft_params, borrow(config, params), batch, None,
             target_config=config, draft_config=draft, options=OPTIONS, block=block,
         )  # fmt: skip
         return sums.total, sums
@@ -86,7 +86,7 @@ def test_gradient_in_float64_equals_finite_differences():
         counted = np.array([True, False, True, True, False])
 
         def cross_entropy(predicted):
-            return token_loss(0, 2, jnp.asarray(matrix), predicted, jnp.asarray(truth), jnp.asarray(counted)).cross_entropy
+            return token_loss(2, jnp.asarray(matrix), predicted, jnp.asarray(truth), jnp.asarray(counted)).cross_entropy
 
         def exact(predicted):
             p = scipy.special.softmax(truth @ matrix.T, axis=1)
@@ -106,7 +106,7 @@ def test_extreme_logits_stay_finite_and_exact():
     truth, predicted = jnp.array([[3e4], [0.0]]), jnp.array([[-3e4], [0.0]])
 
     def total(predicted):
-        sums = token_loss(0, 2, matrix, predicted, truth, jnp.array([True, True]))
+        sums = token_loss(2, matrix, predicted, truth, jnp.array([True, True]))
         return sums.cross_entropy, sums
 
     gradient, sums = jax.jit(jax.grad(total, has_aux=True))(predicted)
@@ -128,7 +128,7 @@ def test_the_first_answer_token_and_the_prompt_do_not_count():
     @jax.jit
     def sums(batch):
         return loss_sums(
-            draft_params, params, batch, None, target_config=TOY, draft_config=draft, options=OPTIONS, block=4
+            draft_params, borrow(TOY, params), batch, None, target_config=TOY, draft_config=draft, options=OPTIONS, block=4
         )
 
     assert sums(batch).tokens.counted == 2  # at t = 1 and 2 the draft guesses x_3 and x_4; x_2 is the target's own
@@ -139,11 +139,11 @@ def test_the_first_answer_token_and_the_prompt_do_not_count():
 
 
 def test_no_counted_token_means_zero_loss_and_gradient():
-    matrix, vocab_axis = head_matrix(TOY, toy(TOY)[0])
+    head = borrow(TOY, toy(TOY)[0]).embedding
     rows = jnp.ones((4, 32))
 
     def total(predicted):
-        sums = token_loss(vocab_axis, 2, matrix, predicted, rows, jnp.zeros(4, bool))
+        sums = token_loss(2, head, predicted, rows, jnp.zeros(4, bool))
         return sums.cross_entropy, sums
 
     gradient, sums = jax.jit(jax.grad(total, has_aux=True))(2 * rows)

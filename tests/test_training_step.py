@@ -9,8 +9,9 @@ import pytest
 from jsfdd.config import TrainConfig
 from jsfdd.mesh import make_mesh, replicate, shard_rows
 from jsfdd.models.draft import draft_config
-from jsfdd.models.target import Decoder, init_params
+from jsfdd.models.target import hidden_states, init_params
 from jsfdd.records import DraftBatch
+from jsfdd.training.loss import borrow
 from jsfdd.training.step import init_state, learning_rate_schedule, make_optimizer, make_train_step
 from toy import toy_config
 
@@ -25,6 +26,10 @@ def target():
     return jax.jit(init_params, static_argnums=0)(CONFIG, jax.random.key(0))
 
 
+def frozen_on(mesh):
+    return replicate(borrow(CONFIG, target()), mesh)
+
+
 @functools.cache
 def compiled_step(devices):
     mesh = make_mesh(data=devices)
@@ -36,13 +41,13 @@ def batch(rows=4, length=12):
     tokens = random.integers(0, CONFIG.vocab_size, (rows, length)).astype(np.int32)
     counted = random.random((rows, length)) < 0.5
     counted[:, -1] = False
-    return DraftBatch(tokens, counted, np.asarray(jax.jit(Decoder(CONFIG).apply)({"params": target()}, tokens)))
+    return DraftBatch(tokens, counted, np.asarray(jax.jit(hidden_states, static_argnums=0)(CONFIG, target(), tokens)))
 
 
 def run(batch, devices=1, steps=2):
     """(params, metrics) after some steps on the same batch."""
     step, mesh = compiled_step(devices)
-    state, frozen = replicate(init_state(DRAFT, OPTIMIZER, seed=0), mesh), replicate(target(), mesh)
+    state, frozen = replicate(init_state(DRAFT, OPTIMIZER, seed=0), mesh), frozen_on(mesh)
     for _ in range(steps):
         state, metrics = step(frozen, state, shard_rows(batch, mesh))
     return jax.device_get((state.params, metrics))
@@ -95,7 +100,7 @@ def test_step_traces_once_per_shape_and_takes_over_its_state():
 
     mesh = make_mesh(data=4)
     step = make_train_step(CONFIG, DRAFT, OPTIMIZER._replace(update=counted_update), mesh, OPTIONS)
-    state, frozen = replicate(init_state(DRAFT, OPTIMIZER, seed=0), mesh), replicate(target(), mesh)
+    state, frozen = replicate(init_state(DRAFT, OPTIMIZER, seed=0), mesh), frozen_on(mesh)
     first = state.params["fc"]["kernel"]
     for length in (12, 12, 12, 14, 14, 12):
         state, _ = step(frozen, state, shard_rows(batch(length=length), mesh))
@@ -106,7 +111,7 @@ def test_step_traces_once_per_shape_and_takes_over_its_state():
 
 def test_devices_talk_once_a_step():
     step, mesh = compiled_step(4)
-    state, frozen = replicate(init_state(DRAFT, OPTIMIZER, seed=0), mesh), replicate(target(), mesh)
+    state, frozen = replicate(init_state(DRAFT, OPTIMIZER, seed=0), mesh), frozen_on(mesh)
     text = step.lower(frozen, state, shard_rows(batch(), mesh)).compile().as_text()
     assert text.count(" all-reduce(") + text.count(" all-reduce-start(") == 1
     assert "all-gather" not in text and "all-to-all" not in text
@@ -122,7 +127,7 @@ def test_noise_changes_from_step_to_step_and_can_be_switched_off():
         state, losses = replicate(init_state(DRAFT, OPTIMIZER, seed=0), mesh), set()
         for number in range(3):  # the same parameters each time: only the noise can differ
             fresh = replicate(init_state(DRAFT, OPTIMIZER, seed=0), mesh)._replace(step=state.step)
-            state, metrics = step(target(), fresh, batch())
+            state, metrics = step(frozen_on(mesh), fresh, batch())
             losses.add(float(metrics.sums.total))
         assert len(losses) == number_of_losses
 

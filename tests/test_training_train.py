@@ -14,7 +14,7 @@ import pytest
 
 from jsfdd.config import TrainConfig
 from jsfdd.mesh import make_mesh
-from jsfdd.models.target import Decoder
+from jsfdd.models.target import hidden_states
 from jsfdd.records import Sample
 from jsfdd.training.log import read_lines
 from jsfdd.training.train import METRICS, TIMINGS, split_held_out, train
@@ -28,7 +28,7 @@ def toy_data():
     config, params = toy_target()
     random = np.random.default_rng(0)
     samples, tokens = [], random.integers(0, 8, (120, 40)).astype(np.int32)
-    hidden = jax.jit(Decoder(config).apply)({"params": params}, tokens).astype(jnp.bfloat16)
+    hidden = jax.jit(hidden_states, static_argnums=0)(config, params, tokens).astype(jnp.bfloat16)
     for number in range(120):
         length = int(random.integers(20, 41))
         assistant = np.arange(length) % 20 >= 6

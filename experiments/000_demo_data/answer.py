@@ -16,7 +16,7 @@ import numpy as np
 
 from jsfdd.data.chat import read_prompts
 from jsfdd.data.template import render_prompt
-from jsfdd.decoding.generate import DecodeSetup, PromptBatch, make_generate
+from jsfdd.decoding.generate import DecodeSetup, PromptBatch, make_generate, prepare_params
 from jsfdd.mesh import make_mesh
 from jsfdd.weights.load import load_target
 
@@ -43,6 +43,7 @@ def main():
     prompts = read_prompts([args.prompts])
     setup = DecodeSetup(target.config, None, 0, args.max_new_tokens, target.stop_tokens)
     decode = make_generate(setup, make_mesh(data=1))
+    params = prepare_params(target.params)
     messages = [[] for _ in prompts]
     start = time.perf_counter()
     for turn in range(max(len(p.turns) for p in prompts)):
@@ -61,7 +62,7 @@ def main():
             base = jax.random.fold_in(jax.random.key(args.seed), turn)
             keys = jax.vmap(lambda i, base=base: jax.random.fold_in(base, i))(jnp.arange(args.batch_size) + first)
             batch = PromptBatch(jnp.asarray(tokens), jnp.asarray(lengths), keys)
-            out = decode(({"target": target.params}, jnp.float32(args.temperature)), batch)
+            out = decode((params, jnp.float32(args.temperature)), batch)
             for k, i in enumerate(chosen):
                 answer = np.asarray(out.tokens[k, : out.lengths[k]])
                 text = target.tokenizer.decode(answer, skip_special_tokens=True).strip()

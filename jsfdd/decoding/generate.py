@@ -28,7 +28,7 @@ from jsfdd.mesh import map_over_devices
 from jsfdd.models.architecture import DecoderConfig
 from jsfdd.models.draft import Draft, DraftConfig
 from jsfdd.models.layers import cached_view, empty_cache
-from jsfdd.models.target import Decoder, embed_tokens, head_logits
+from jsfdd.models.target import decode, embed_tokens, head_logits, unstack_layers
 from jsfdd.records import DecodeStats, Generation, KVCache
 
 
@@ -86,14 +86,22 @@ class Emitted(NamedTuple):
     active: Bool[Array, " B"]
 
 
+def prepare_params(target_params: dict, draft_params: dict | None = None) -> dict:
+    """{"target": for prompts, "stepping": the target again, for steps of few rows, "draft": if there is one}.
+
+    Prompts and steps want different layouts on a CPU (see `unstack_layers`); elsewhere both names are one tree.
+    """
+    stepping = unstack_layers(target_params) if jax.default_backend() == "cpu" else target_params
+    params = {"target": target_params, "stepping": stepping}
+    return params if draft_params is None else params | {"draft": draft_params}
+
+
 def prefill(setup: DecodeSetup, params: dict, batch: PromptBatch, temperature: Float[Array, ""]) -> DecodeState:
     """Read the prompts, draw each row's first token from the target, and show the draft all true pairs."""
     rows, width = batch.tokens.shape
     dtype = params["target"]["norm"]["scale"].dtype
     cache = empty_cache(setup.target, rows, setup.cache_slots(width), dtype)
-    hidden, cache = Decoder(setup.target).apply(
-        {"params": params["target"]}, batch.tokens, cached_view(cache, width), cache, method="decode"
-    )
+    hidden, cache = decode(setup.target, params["target"], batch.tokens, cached_view(cache, width), cache)
     row, last = jnp.arange(rows), jnp.maximum(batch.lengths - 1, 0)
     logits = head_logits(setup.target, params["target"], hidden[row, last])
     first = draw(_keys_at(batch.keys, batch.lengths), logits, temperature)
@@ -124,13 +132,8 @@ def speculative_step(
     draft_tokens, draft_logits, draft_cache = _propose(setup, params, state, keys, temperature)
 
     block = jnp.concatenate([state.last_token[:, None], draft_tokens], axis=1)
-    hidden, target_cache = Decoder(setup.target).apply(
-        {"params": params["target"]},
-        block,
-        cached_view(state.target_cache, depth + 1),
-        state.target_cache,
-        method="decode",
-    )
+    view = cached_view(state.target_cache, depth + 1)
+    hidden, target_cache = decode(setup.target, params["stepping"], block, view, state.target_cache)
     target_logits = head_logits(setup.target, params["target"], hidden)
     verdict = verify(_purpose(keys, depth), draft_tokens, draft_logits, target_logits, temperature)
 
@@ -195,7 +198,7 @@ def count_step(stats: DecodeStats, emitted: Emitted) -> DecodeStats:
 def make_generate(setup: DecodeSetup, mesh: Mesh) -> Callable[[tuple[dict, Any], PromptBatch], Generation]:
     """Compile `generate((params, temperature), batch)`: rows split over devices, each device stopping by itself.
 
-    `params` is {"target": …, "draft": …}, the draft's absent without one. A new (B, P) shape compiles anew.
+    `params` is what `prepare_params` returns. A new (B, P) shape compiles anew.
     """
 
     def run(everywhere, batch):

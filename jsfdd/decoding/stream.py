@@ -33,7 +33,7 @@ def stream_answer(
     """Decode one prompt, calling `show` with the tokens of each step as they come.
 
     Args:
-      params: {"target": …, "draft": …}, the draft's absent without one.
+      params: from `prepare_params`.
       prompt: token ids, as `render_prompt` gives them.
     """
     start, step = make_stream(setup)

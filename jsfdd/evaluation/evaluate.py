@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 
 from jsfdd.data.batches import pad_rows
 from jsfdd.data.template import render_prompt
-from jsfdd.decoding.generate import DecodeSetup, PromptBatch, make_generate
+from jsfdd.decoding.generate import DecodeSetup, PromptBatch, make_generate, prepare_params
 from jsfdd.evaluation.intervals import interval, resample_ratios, tau_difference
 from jsfdd.mesh import describe_hardware, num_data_shards, to_host
 from jsfdd.models.draft import DraftConfig
@@ -104,13 +104,14 @@ def evaluate(
     shards = num_data_shards(mesh)
     batch_size = -(-batch_size // shards) * shards
     plain = make_generate(DecodeSetup(target.config, None, 0, max_new_tokens, target.stop_tokens), mesh)
-    programs = {BASELINE: _Program({"target": target.params}, plain, 0)}
+    target_params = prepare_params(target.params)
+    programs = {BASELINE: _Program(target_params, plain, 0)}
     for config in {config for config, _ in drafts.values()}:
         setup = DecodeSetup(target.config, config, num_draft_tokens, max_new_tokens, target.stop_tokens)
         decode = make_generate(setup, mesh)
         for name, (own, params) in drafts.items():
             if own == config:
-                programs[name] = _Program({"target": target.params, "draft": params}, decode, num_draft_tokens)
+                programs[name] = _Program(target_params | {"draft": params}, decode, num_draft_tokens)
 
     answers = {
         name: Answers([[] for _ in prompts], [[] for _ in prompts], *_zero_counts(len(prompts), program), [], [])

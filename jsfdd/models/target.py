@@ -1,10 +1,13 @@
-"""The target: one decoder for every supported family, its layers stacked and scanned.
+"""The target: one decoder for every supported family, as pure functions of its parameters.
 
-    hidden        = Decoder(config).apply({"params": params}, tokens)                       # score, train
-    hidden, cache = Decoder(config).apply({"params": params}, tokens, view, cache, method="decode")
+    hidden        = hidden_states(config, params, tokens)             # whole sequences: score, train
+    hidden, cache = decode(config, params, tokens, view, cache)       # tokens that continue a cache: generate
     logits        = head_logits(config, params, hidden)
 
 `hidden` is the last hidden state *after* the final norm: what the head reads and what an EAGLE draft is fed.
+
+`params["layers"]` is one tree whose leaves are stacked over layers, and the layers are a scan: one layer to compile.
+`unstack_layers` turns it into a tuple of trees, one a layer, and the scan into a plain loop; see there when that pays.
 """
 
 from __future__ import annotations
@@ -19,78 +22,57 @@ from jsfdd.models.layers import DecoderLayer, RMSNorm, View, causal_view, rope_t
 from jsfdd.records import KVCache
 
 
-class _ScannedLayer(nn.Module):
-    """One step of the scan over layers: picks the layer's mask and rotation, carries activations and cache."""
+def hidden_states(config: DecoderConfig, params: dict, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Hidden states of whole sequences from position 0; right padding is harmless."""
+    hidden, _ = decode(config, params, tokens, causal_view(*tokens.shape), None)
+    return hidden
 
-    config: DecoderConfig
 
-    def setup(self):
-        self.layer = DecoderLayer(self.config)
-        nn.share_scope(self, self.layer)  # params["layers"]["attention"], not params["layers"]["layer"]["attention"]
+def decode(
+    config: DecoderConfig, params: dict, tokens: Int[Array, "B T"], view: View, cache: KVCache | None
+) -> tuple[Float[Array, "B T D"], KVCache | None]:
+    """Hidden states of new tokens, and `cache` with their keys and values in slots length … length + T − 1.
 
-    def __call__(self, carry, layer, slides, contexts, start):
+    `cache.length` is left as it was: the caller decides how many of the new tokens to keep. Without a cache the tokens
+    see only each other.
+    """
+    keys, values, start = (None, None, None) if cache is None else (cache.k, cache.v, cache.length)
+    full, local = _contexts(config, view)
+
+    def layer(carry, layer_params, number, slides):
         x, keys, values = carry
-        full, local = contexts
         # A scan has one body for all layers, so layers that differ in window or rotation choose by a flag.
-        context = full if local is None else jax.tree.map(lambda a, b: jnp.where(slides, b, a), full, local)
-        table, mask = context
-        return self.layer(x, table, mask, keys, values, layer, start), None
+        table, mask = full if local is None else jax.tree.map(lambda a, b: jnp.where(slides, b, a), full, local)
+        return DecoderLayer(config).apply({"params": layer_params}, x, table, mask, keys, values, number, start)
+
+    carry = embed_tokens(config, params, tokens), keys, values
+    slides = config.sliding_layers or (False,) * config.num_layers
+    if isinstance(params["layers"], tuple):
+        for number, layer_params in enumerate(params["layers"]):
+            carry = layer(carry, layer_params, number, slides[number])
+    else:
+        per_layer = (params["layers"], jnp.arange(config.num_layers), jnp.array(slides))
+        carry, _ = jax.lax.scan(lambda carry, xs: (layer(carry, *xs), None), carry, per_layer)
+    x, keys, values = carry
+    hidden = RMSNorm(config.rms_norm_eps).apply({"params": params["norm"]}, x)
+    return hidden, None if cache is None else KVCache(keys, values, cache.length)
 
 
-class Decoder(nn.Module):
-    """Decoder-only transformer without its head (see `head_logits`)."""
+def unstack_layers(params: dict) -> dict:
+    """The same parameters with `layers` as a tuple of one tree a layer: a copy of the layers' weights.
 
-    config: DecoderConfig
-
-    def setup(self):
-        cfg = self.config
-        self.embed = nn.Embed(cfg.vocab_size, cfg.hidden_size)
-        scanned = nn.scan(
-            _ScannedLayer,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, 0, nn.broadcast, nn.broadcast),
-            length=cfg.num_layers,
-        )
-        self.layers = scanned(cfg)
-        self.norm = RMSNorm(cfg.rms_norm_eps)
-        if not cfg.tie_embeddings:
-            self.head = nn.Dense(cfg.vocab_size, use_bias=False)
-
-    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Hidden states of whole sequences from position 0; right padding is harmless."""
-        hidden, _ = self.decode(tokens, causal_view(*tokens.shape), None)
-        return hidden
-
-    def decode(self, tokens: Int[Array, "B T"], view: View, cache: KVCache | None):
-        """Hidden states [B,T,D] of new tokens, and `cache` with their keys and values in slots length … length+T−1.
-
-        `cache.length` is left as it was: the caller decides how many of the new tokens to keep.
-        """
-        cfg = self.config
-        x = self.embed(tokens) * jnp.asarray(cfg.embedding_scale, self.embed.embedding.dtype)
-        keys, values, start = (None, None, None) if cache is None else (cache.k, cache.v, cache.length)
-        slides = jnp.array(cfg.sliding_layers or (False,) * cfg.num_layers)
-        carry, _ = self.layers(
-            (x, keys, values), jnp.arange(cfg.num_layers), slides, self._contexts(view), start
-        )
-        x, keys, values = carry
-        hidden = self.norm(x)
-        return hidden, None if cache is None else KVCache(keys, values, cache.length)
-
-    def _contexts(self, view: View):
-        """(rotation table, mask) of full layers and, where some layers slide, of sliding ones."""
-        cfg = self.config
-        full = rope_table(view.positions, cfg.rope, cfg.head_dim), view.mask
-        if not any(cfg.sliding_layers):
-            return full, None
-        distance = view.positions[:, :, None] - view.key_positions[:, None, :]
-        rope = cfg.local_rope or cfg.rope
-        return full, (rope_table(view.positions, rope, cfg.head_dim), view.mask & (distance < cfg.sliding_window))
+    On a CPU a scan first copies each layer's weights out of the stack, which at a few rows takes longer than the
+    multiplication that follows; one-row decoding of SmolLM2 takes half the time without it. It is paid for with twice
+    the memory and a compilation that grows with the number of layers, so accelerators, which read the stack in place,
+    and long sequences, which hide the copy, keep the scan.
+    """
+    layers = params["layers"]
+    count = jax.tree.leaves(layers)[0].shape[0]
+    return {**params, "layers": tuple(jax.tree.map(lambda x, i=i: x[i], layers) for i in range(count))}
 
 
 def embed_tokens(config: DecoderConfig, params: dict, tokens: Int[Array, "*shape"]) -> Float[Array, "*shape D"]:
-    """The target's token embeddings, scaled as the target scales them: what the draft borrows as input."""
+    """The target's token embeddings, scaled as the target scales them; the draft borrows them as its input."""
     embedding = params["embed"]["embedding"]
     return embedding[tokens] * jnp.asarray(config.embedding_scale, embedding.dtype)
 
@@ -111,9 +93,30 @@ def head_logits(config: DecoderConfig, params: dict, hidden: Float[Array, "*shap
 
 def init_params(config: DecoderConfig, key: Array) -> dict:
     """Random parameters in the layout that the loaders of `weights/` fill. For tests and shape work."""
-    decoder = Decoder(config)
-    params = decoder.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+    embed_key, head_key, *layer_keys = jax.random.split(key, config.num_layers + 2)
+    x = jnp.zeros((1, 2, config.hidden_size))
+    view = causal_view(1, 2)
+    table = rope_table(view.positions, config.rope, config.head_dim)
+
+    def init_layer(layer_key):
+        return DecoderLayer(config).init(layer_key, x, table, view.mask, None, None, 0, None)["params"]
+
+    params = {
+        "embed": {"embedding": nn.initializers.normal(1.0)(embed_key, (config.vocab_size, config.hidden_size))},
+        "layers": jax.vmap(init_layer)(jnp.stack(layer_keys)),
+        "norm": {"scale": jnp.ones(config.hidden_size)},
+    }
     if not config.tie_embeddings:
-        shape = (config.hidden_size, config.vocab_size)
-        params = {**params, "head": {"kernel": nn.initializers.lecun_normal()(key, shape)}}
+        kernel = nn.initializers.lecun_normal()(head_key, (config.hidden_size, config.vocab_size))
+        params["head"] = {"kernel": kernel}
     return params
+
+
+def _contexts(config: DecoderConfig, view: View):
+    """(rotation table, mask) of full layers and, where some layers slide, of sliding ones."""
+    full = rope_table(view.positions, config.rope, config.head_dim), view.mask
+    if not any(config.sliding_layers):
+        return full, None
+    distance = view.positions[:, :, None] - view.key_positions[:, None, :]
+    local_rope = config.local_rope or config.rope
+    return full, (rope_table(view.positions, local_rope, config.head_dim), view.mask & (distance < config.sliding_window))

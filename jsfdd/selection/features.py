@@ -28,7 +28,7 @@ from jax.sharding import Mesh
 from jsfdd.data.batches import choose_shapes, make_batches
 from jsfdd.mesh import map_over_devices, num_data_shards
 from jsfdd.models.architecture import DecoderConfig
-from jsfdd.models.target import Decoder
+from jsfdd.models.target import hidden_states
 from jsfdd.records import Batch, Sample
 from jsfdd.selection.artifacts import differences, publish, sync, write_atomically
 from jsfdd.selection.run import run_batches
@@ -195,7 +195,7 @@ def make_hidden_step(config: DecoderConfig, mesh: Mesh, dtype: Literal["bfloat16
     """Compile `(params, Batch) -> hidden [B, T, D]` in `dtype`, after the final norm. Traces once a shape; build it once."""
 
     def step(params: dict, batch: Batch):
-        return Decoder(config).apply({"params": params}, batch.tokens).astype(dtype)
+        return hidden_states(config, params, batch.tokens).astype(dtype)
 
     return map_over_devices(step, mesh)
 

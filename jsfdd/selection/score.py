@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jsfdd.data.batches import BatchPlan, choose_shapes, make_batches
 from jsfdd.mesh import map_over_devices, num_data_shards
 from jsfdd.models.architecture import DecoderConfig
-from jsfdd.models.target import Decoder
+from jsfdd.models.target import hidden_states
 from jsfdd.records import Batch, Sample, TokenScores
 from jsfdd.selection.artifacts import differences
 from jsfdd.selection.features import HiddenWriter
@@ -52,7 +52,7 @@ def make_score_step(config: DecoderConfig, mesh: Mesh, block: int, with_hidden: 
     """
 
     def step(params: dict, batch: Batch) -> tuple[TokenScores, jax.Array | None]:
-        hidden = Decoder(config).apply({"params": params}, batch.tokens)
+        hidden = hidden_states(config, params, batch.tokens)
         next_tokens = jnp.pad(batch.tokens[:, 1:], ((0, 0), (0, 1)))
         scores = score_hidden(config, params, hidden, next_tokens, batch.counted, block)
         return scores, hidden if with_hidden else None

@@ -49,14 +49,25 @@ class LossSums(NamedTuple):
     tokens: TokenSums
 
 
-def borrowed(target_params: dict) -> dict:
-    """The part of the target that its draft borrows: embedding and head."""
-    return {name: target_params[name] for name in ("embed", "head") if name in target_params}
+class Borrowed(NamedTuple):
+    """The part of the target that its draft borrows and leaves as it is, both matrices [V, D]."""
+
+    embedding: Float[Array, "V D"]
+    head: Float[Array, "V D"] | None  # None where the embedding serves as head
+
+
+def borrow(config: DecoderConfig, target_params: dict) -> Borrowed:
+    """What the draft needs of a target. A head of its own, stored as [D, V], is copied into [V, D].
+
+    That costs memory once, and saves XLA's CPU backend a transposition in every block of every step.
+    """
+    head = None if config.tie_embeddings else target_params["head"]["kernel"].T
+    return Borrowed(target_params["embed"]["embedding"], head)
 
 
 def loss_sums(
     draft_params: dict,
-    target_params: dict,
+    frozen: Borrowed,
     batch: DraftBatch,
     noise_keys: Array | None,
     *,
@@ -68,25 +79,22 @@ def loss_sums(
     """The loss of a batch, summed over the tokens that count (records.py: the EAGLE pairing); float32.
 
     Args:
-      target_params: `borrowed(…)` or all of the target.
+      frozen: from `borrow`.
       noise_keys: one key per row for the noise on the input, or None for none, as in evaluation.
       block: how many tokens meet the vocabulary at a time.
     """
     hidden = batch.hidden.astype(jnp.float32)
-    embedding = embed_tokens(target_config, target_params, batch.tokens[:, 1:]).astype(jnp.float32)
+    embedding = embed_tokens(target_config, {"embed": {"embedding": frozen.embedding}}, batch.tokens[:, 1:])
     inputs, truth = hidden[:, :-1], hidden[:, 1:]
     counted = batch.counted[:, 1:]
     if noise_keys is not None and options.hidden_noise:
         inputs = inputs + hidden_noise(noise_keys, batch.counted, inputs.shape[2], options.hidden_noise)
-    predicted = Draft(draft_config).apply({"params": draft_params}, embedding, inputs)
+    predicted = Draft(draft_config).apply({"params": draft_params}, embedding.astype(jnp.float32), inputs)
 
     distance = jnp.mean(optax.losses.huber_loss(predicted, truth), axis=-1)
     hidden_loss = jnp.sum(jnp.where(counted, distance, 0.0))
-    matrix, vocab_axis = head_matrix(target_config, target_params)
-    width = predicted.shape[-1]
-    tokens = token_loss(
-        vocab_axis, block, matrix, predicted.reshape(-1, width), truth.reshape(-1, width), counted.reshape(-1)
-    )
+    head, width = frozen.embedding if frozen.head is None else frozen.head, predicted.shape[-1]
+    tokens = token_loss(block, head, predicted.reshape(-1, width), truth.reshape(-1, width), counted.reshape(-1))
     total = options.hidden_weight * hidden_loss + options.token_weight * tokens.cross_entropy
     return LossSums(total, hidden_loss, tokens)
 
@@ -104,55 +112,46 @@ def hidden_noise(
     return (u - 0.5) * (scale * 512.0 / ends)[:, None, None]
 
 
-def head_matrix(config: DecoderConfig, params: dict) -> tuple[Array, int]:
-    """The head's matrix as it is stored, and which of its axes is the vocabulary: no transposed copy is made."""
-    if config.tie_embeddings:
-        return params["embed"]["embedding"], 0
-    return params["head"]["kernel"], 1
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def token_loss(
-    vocab_axis: int,
     block: int,
-    matrix: Array,
+    head: Float[Array, "V D"],
     predicted: Float[Array, "R D"],
     truth: Float[Array, "R D"],
     counted: Bool[Array, " R"],
 ) -> TokenSums:
     """Cross entropy between the distributions of `truth` (p) and `predicted` (q), and what goes with it.
 
-    Only `cross_entropy` has a gradient, and only with respect to `predicted`: the target is frozen.
-
-    Args:
-      vocab_axis, matrix: from `head_matrix`. The matrix products are in its dtype, all else in float32.
+    Only `cross_entropy` has a gradient, and only with respect to `predicted`: the target is frozen. The matrix products
+    are in the head's dtype, all else in float32.
     """
-    return _visit_tokens(vocab_axis, block, matrix, predicted, truth, counted, with_gradient=False)[0]
+    return _visit_tokens(block, head, predicted, truth, counted, with_gradient=False)[0]
 
 
-def _token_loss_forward(vocab_axis, block, matrix, predicted, truth, counted):
-    return _visit_tokens(vocab_axis, block, matrix, predicted, truth, counted, with_gradient=True)
+def _token_loss_forward(block, head, predicted, truth, counted):
+    return _visit_tokens(block, head, predicted, truth, counted, with_gradient=True)
 
 
-def _token_loss_backward(vocab_axis, block, gradient, cotangent: TokenSums):
+def _token_loss_backward(block, gradient, cotangent: TokenSums):
     return None, gradient * cotangent.cross_entropy, None, None
 
 
 token_loss.defvjp(_token_loss_forward, _token_loss_backward)
 
 
-def _visit_tokens(vocab_axis, block, matrix, predicted, truth, counted, with_gradient):
+def _visit_tokens(block, head, predicted, truth, counted, with_gradient):
     """(TokenSums, d cross_entropy / d predicted [R,D], or [0,D] unless asked for).
 
     Logits are [V, block] with the vocabulary on the *leading* axis: sums and maxima over it then run in step for all
     the block's tokens, which XLA's CPU backend vectorises, and over a trailing axis does not.
     """
-    width = predicted.shape[1]
+
+    def product(a, b, axis_a, axis_b):
+        contract = (((axis_a,), (axis_b,)), ((), ()))
+        return jax.lax.dot_general(a.astype(head.dtype), b.astype(head.dtype), contract, preferred_element_type=jnp.float32)
 
     def logits(rows, hidden):
-        picked = hidden.at[rows].get(mode="fill", fill_value=0.0).astype(matrix.dtype)
-        contract = (((1 - vocab_axis,), (1,)), ((), ()))
-        return jax.lax.dot_general(matrix, picked, contract, preferred_element_type=jnp.float32)
+        return product(head, hidden.at[rows].get(mode="fill", fill_value=0.0), 1, 1)
 
     def visit(rows, carry):
         sums, gradient = carry
@@ -172,10 +171,9 @@ def _visit_tokens(vocab_axis, block, matrix, predicted, truth, counted, with_gra
         )
         sums = jax.tree.map(lambda total, each: total + jnp.sum(jnp.where(valid, each, 0.0)), sums, of_block)
         if with_gradient:
-            contract = (((0,), (vocab_axis,)), ((), ()))
-            of_rows = jax.lax.dot_general(gap.astype(matrix.dtype), matrix, contract, preferred_element_type=jnp.float32)
-            gradient = gradient.at[rows].set(of_rows, mode="drop")
+            gradient = gradient.at[rows].set(product(gap, head, 0, 0), mode="drop")
         return sums, gradient
 
+    rows = len(predicted) if with_gradient else 0
     zeros = TokenSums(*(jnp.zeros(()) for _ in TokenSums._fields))
-    return fold_counted(counted, block, visit, (zeros, jnp.zeros((len(predicted) if with_gradient else 0, width))))
+    return fold_counted(counted, block, visit, (zeros, jnp.zeros((rows, predicted.shape[1]))))

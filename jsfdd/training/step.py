@@ -1,7 +1,7 @@
 """The compiled parts of training: one optimizer step, and the same figures without one for held-out samples.
 
     step = make_train_step(target_config, draft_config, optimizer, mesh, options)
-    state, metrics = step(target_params, state, batch)
+    state, metrics = step(borrow(target_config, target_params), state, batch)
 
 The batch's rows are split over the mesh; every device adds up its own tokens' losses and gradients, one all-reduce adds
 up the devices', and only then is anything divided by the number of tokens. So a token weighs the same wherever it lies.
@@ -24,7 +24,7 @@ from jsfdd.mesh import sum_over_devices
 from jsfdd.models.architecture import DecoderConfig
 from jsfdd.models.draft import DraftConfig, init_draft
 from jsfdd.records import DraftBatch, TrainState
-from jsfdd.training.loss import LossSums, borrowed, loss_sums
+from jsfdd.training.loss import Borrowed, LossSums, loss_sums
 
 
 class StepMetrics(NamedTuple):
@@ -64,28 +64,28 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     options: TrainingOptions,
-) -> Callable[[dict, TrainState, DraftBatch], tuple[TrainState, StepMetrics]]:
-    """The compiled step. It compiles once per batch shape and takes over `state`'s buffers: use the returned one.
+) -> Callable[[Borrowed, TrainState, DraftBatch], tuple[TrainState, StepMetrics]]:
+    """The compiled `(frozen, state, batch) -> (state, metrics)`; `frozen` is from `loss.borrow`.
 
-    `target_params` needs only what `loss.borrowed` picks; the batch's rows must be a multiple of the data shards.
+    It compiles once per batch shape and takes over `state`'s buffers: use the returned one. The batch's rows must be a
+    multiple of the data shards.
     """
     loss = _loss(target_config, draft_config, mesh, options)
 
     def gradient_sums(params, batch, noise_keys):
         def total(draft_params):
-            sums = loss(draft_params, params["target"], batch, noise_keys)
+            sums = loss(draft_params, params["frozen"], batch, noise_keys)
             return sums.total, sums
 
         return jax.grad(total, has_aux=True)(params["draft"])
 
     over_devices = sum_over_devices(gradient_sums, mesh, num_sharded=2)
 
-    def train_step(target_params: dict, state: TrainState, batch: DraftBatch):
+    def train_step(frozen: Borrowed, state: TrainState, batch: DraftBatch):
         # One key per row and step: the noise does not depend on how rows are spread over devices.
         rows = jnp.arange(batch.tokens.shape[0])
         noise_keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(state.key, state.step), rows)
-        params = {"draft": state.params, "target": borrowed(target_params)}
-        gradient, sums = over_devices(params, batch, noise_keys)
+        gradient, sums = over_devices({"draft": state.params, "frozen": frozen}, batch, noise_keys)
         gradient = jax.tree.map(lambda g: g / jnp.maximum(sums.tokens.counted, 1.0), gradient)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         new = state._replace(
@@ -98,17 +98,17 @@ def make_train_step(
 
 def make_evaluate_step(
     target_config: DecoderConfig, draft_config: DraftConfig, mesh: Mesh, options: TrainingOptions
-) -> Callable[[dict, dict, DraftBatch], LossSums]:
-    """The compiled `(target_params, draft_params, batch) -> LossSums`, without noise or gradient."""
+) -> Callable[[Borrowed, dict, DraftBatch], LossSums]:
+    """The compiled `(frozen, draft_params, batch) -> LossSums`, without noise or gradient."""
     loss = _loss(target_config, draft_config, mesh, options)
 
     def sums(params, batch):
-        return loss(params["draft"], params["target"], batch, None)
+        return loss(params["draft"], params["frozen"], batch, None)
 
     over_devices = sum_over_devices(sums, mesh)
 
-    def evaluate_step(target_params: dict, draft_params: dict, batch: DraftBatch):
-        return over_devices({"draft": draft_params, "target": borrowed(target_params)}, batch)
+    def evaluate_step(frozen: Borrowed, draft_params: dict, batch: DraftBatch):
+        return over_devices({"draft": draft_params, "frozen": frozen}, batch)
 
     return jax.jit(evaluate_step)
 

@@ -31,7 +31,7 @@ from jsfdd.models.draft import DraftConfig, draft_config
 from jsfdd.records import DraftBatch, Sample, TrainState
 from jsfdd.selection.artifacts import differences
 from jsfdd.training.log import append_line, drop_after, mean_figures, read_lines
-from jsfdd.training.loss import borrowed
+from jsfdd.training.loss import Borrowed, borrow
 from jsfdd.training.step import (
     StepMetrics,
     init_state,
@@ -142,7 +142,7 @@ def train(
     learning_rate = learning_rate_schedule(config, len(plans))
     train_step = make_train_step(target_config, draft, optimizer, mesh, config)
     held_out_figures = _make_held_out_figures(target_config, draft, held_out, store, config, mesh, shapes)
-    frozen = replicate(borrowed(target_params), mesh)
+    frozen = replicate(borrow(target_config, target_params), mesh)
     state = replicate(init_state(draft, optimizer, config.seed), mesh)
     identity = {**identity, **_identity(samples, held_out, shapes, config)}
 
@@ -246,7 +246,7 @@ def _make_held_out_figures(target_config, draft, held_out, store, config, mesh, 
     evaluate_step = make_evaluate_step(target_config, draft, mesh, config)
     plans = make_batches([len(sample.tokens) for sample in held_out], shapes)
 
-    def figures(frozen: dict, draft_params: dict) -> dict[str, float]:
+    def figures(frozen: Borrowed, draft_params: dict) -> dict[str, float]:
         sums = []
         for plan in plans:
             batch = shard_rows(_draft_batch([held_out[i] for i in plan.indices], plan.shape, store), mesh)
