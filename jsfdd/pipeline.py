@@ -188,6 +188,7 @@ def run(config: RunConfig) -> dict:
         console.print(f"{config.out}: finished before; nothing to compute")
     else:
         _run_stages(config)
+    if not (config.out / "report.html").exists():
         write_report(config.out)
     summary = read_json(config.out / "summary.json")
     _print_summary(summary, config)
@@ -221,7 +222,8 @@ def _run_stages(config: RunConfig) -> None:
                 config, scores=config.out / "scores.parquet", metric=metric, retain_ratio=ratio, out=directory
             )
         )
-    needed = {sample.id: sample for arm in selections.values() for side in _sides(loaded.samples, arm, config.held_out_share) for sample in side}
+    sides = {arm: _sides(loaded.samples, selection, config.held_out_share) for arm, selection in selections.items()}
+    needed = {sample.id: sample for kept, held_out in sides.values() for sample in (*kept, *held_out)}
     with clock.stage("hidden"):
         store = _store_hidden(loaded, list(needed.values()), store_dir, config.batch_tokens)
 
@@ -236,7 +238,8 @@ def _run_stages(config: RunConfig) -> None:
     with clock.stage("evaluate"):
         reports = _evaluate_arms(config, loaded, arms, prompts)
     write_json(config.out / "texts.json", _example_texts(loaded, table, selections))
-    summary = _summary(config, loaded, selections, trained, reports, clock.seconds)
+    kept = {arm: side[0] for arm, side in sides.items()}
+    summary = _summary(config, loaded, kept, trained, reports, clock.seconds)
     write_json(config.out / "summary.json", summary)
 
 
@@ -327,19 +330,23 @@ class _StageClock:
 
 
 def _summary(
-    config: RunConfig, loaded: Loaded, selections: dict[str, Selection], trained: dict, reports: dict[str, dict], seconds: dict
+    config: RunConfig,
+    loaded: Loaded,
+    kept: dict[str, list[Sample]],
+    trained: dict[str, training.TrainResult],
+    reports: dict[str, dict],
+    seconds: dict[str, float],
 ) -> dict:
+    """Everything that the run's table says; tokens are those of the samples trained on, as often as they are in the data."""
     lengths = [len(sample.tokens) for sample in loaded.samples]
-    by_id = {sample.id: sample for sample in loaded.samples}
     rows = []
     for arm, result in trained.items():
-        ids = selections[arm].ids
         rows.append(
             {
                 "arm": arm,
-                "samples": result.samples,
-                "tokens": sum(len(by_id[i].tokens) for i in ids),
-                "counted_tokens": sum(int(by_id[i].counted.sum()) for i in ids),
+                "samples": len(kept[arm]),
+                "tokens": sum(len(sample.tokens) for sample in kept[arm]),
+                "counted_tokens": sum(int(sample.counted.sum()) for sample in kept[arm]),
                 "train_seconds": result.seconds,
                 "steps": result.steps,
                 "held_out": result.held_out,

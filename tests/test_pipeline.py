@@ -4,13 +4,16 @@ import json
 
 import numpy as np
 import pytest
-from toy import write_target
+from toy import toy_tokenizer, write_target
 
 from jsfdd import pipeline
 from jsfdd.config import EvaluateConfig, ExportConfig, RunConfig, ScoreConfig, SelectConfig, TrainConfig
+from jsfdd.data.chat import read_chats
+from jsfdd.data.template import tokenize_chats
 from jsfdd.files import read_json
 from jsfdd.selection.sfdd import read_selection
 from jsfdd.selection.table import read_scores
+from jsfdd.training.train import split_held_out
 from jsfdd.weights.eagle import read_draft
 
 WORDS = "the cat sat on a mat and saw one red bird fly over two green hills".split()
@@ -58,11 +61,17 @@ def test_the_summary_tells_what_the_artifacts_hold(finished):
     assert [row["arm"] for row in summary["arms"]] == ["full", "flatness", "random"]
     table = read_scores(config.out / "scores.parquet")
     assert len(table.ids) == 24 == summary["data"]["kept"]
+    samples, _ = tokenize_chats(read_chats(config.data), toy_tokenizer(), 128)
+    held_out = {sample.id for sample in split_held_out(samples, config.held_out_share)[1]}
+    assert 0 < len(held_out) < 12
     for row in summary["arms"]:
         arm = config.out / "arms" / row["arm"]
         kept = read_selection(arm / "selection.json").ids
         assert len(kept) == (24 if row["arm"] == "full" else 12)
-        assert row["counted_tokens"] == sum(n for i, n in zip(table.ids, table.num_tokens) if i in set(kept))
+        # The table counts what was trained on: the selection without what is held out.
+        trained = set(kept) - held_out
+        assert row["samples"] == len(trained)
+        assert row["counted_tokens"] == sum(n for i, n in zip(table.ids, table.num_tokens) if i in trained)
         assert row["tau"] == read_json(arm / "report.json")["tau"] >= 1
         assert read_json(arm / "report.json")["same_text_share"] == 1.0
         draft, _ = read_draft(arm / "draft")

@@ -193,13 +193,13 @@ def test_a_killed_run_continues_to_the_same_bits(monkeypatch, tmp_path, table):
     with monkeypatch.context() as patch:
         kill_after(patch, 2)
         with pytest.raises(Killed):
-            score(parts_dir=tmp_path, per_token=True, seconds_per_part=0)
+            score(parts_dir=tmp_path, per_token=True, seconds_per_part=0.0)
     assert len(list(tmp_path.iterdir())) == 2
     (tmp_path / "part-00002.parquet.tmp").write_bytes(b"cut sho")
     calls = []
     original = score_module._summarise
     monkeypatch.setattr(score_module, "_summarise", lambda batch, *a: calls.extend(s.id for s in batch) or original(batch, *a))
-    resumed = score(parts_dir=tmp_path, per_token=True, seconds_per_part=0)
+    resumed = score(parts_dir=tmp_path, per_token=True, seconds_per_part=0.0)
     assert_equal_tables(resumed, table)
     for a, b in zip(resumed.tokens, table.tokens):
         np.testing.assert_array_equal(a.flatness, b.flatness)
@@ -211,12 +211,12 @@ def test_a_killed_run_continues_to_the_same_bits(monkeypatch, tmp_path, table):
 
 
 def test_many_batches_share_a_part(tmp_path):
-    score(parts_dir=tmp_path, seconds_per_part=3600)
+    score(parts_dir=tmp_path, seconds_per_part=3600.0)
     assert not list(tmp_path.iterdir())
 
 
 def test_parts_of_another_run_are_refused(tmp_path):
-    score(parts_dir=tmp_path, seconds_per_part=0, identity={"target": {"name": "toy", "fingerprint": "aa"}})
+    score(parts_dir=tmp_path, seconds_per_part=0.0, identity={"target": {"name": "toy", "fingerprint": "aa"}})
     with pytest.raises(ValueError, match=r"part-00000.*target.fingerprint: found 'aa', expected 'bb'.*delete"):
         score(parts_dir=tmp_path, identity={"target": {"name": "toy", "fingerprint": "bb"}})
     changed = [dataclasses.replace(SAMPLES[0], tokens=SAMPLES[0].tokens[::-1].copy()), *SAMPLES[1:]]
@@ -225,13 +225,13 @@ def test_parts_of_another_run_are_refused(tmp_path):
 
 
 def test_a_damaged_part_is_named(tmp_path):
-    score(parts_dir=tmp_path, seconds_per_part=0)
+    score(parts_dir=tmp_path, seconds_per_part=0.0)
     path = tmp_path / "part-00001.parquet"
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(ValueError, match=r"part-00001\.parquet: not a whole Parquet file.*delete it"):
         score(parts_dir=tmp_path)
     path.unlink()
-    assert_equal_tables(score(parts_dir=tmp_path, seconds_per_part=0), score())
+    assert_equal_tables(score(parts_dir=tmp_path, seconds_per_part=0.0), score())
 
 
 def test_a_broken_target_names_the_sample():
@@ -244,7 +244,7 @@ def test_a_broken_target_names_the_sample():
 
 def test_hidden_states_can_be_stored_in_the_same_pass(tmp_path, table):
     with HiddenWriter(tmp_path / "hidden", CONFIG.hidden_size, "float32", {"t": 1}) as writer:
-        found = score(hidden_writer=writer, parts_dir=tmp_path / "parts", seconds_per_part=0)
+        found = score(hidden_writer=writer, parts_dir=tmp_path / "parts", seconds_per_part=0.0)
     assert_equal_tables(found, table)
     store = HiddenStore.open(tmp_path / "hidden", {"t": 1}, verify=True)
     assert set(store) == {sample.id for sample in SAMPLES}

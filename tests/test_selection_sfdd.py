@@ -104,7 +104,7 @@ def test_bad_options_are_named():
     table = make_table(["a", "b"])
     for options, message in [
         ({"metric": "flat"}, "metric 'flat' is unknown; choose from flatness"),
-        ({"metric": "flatness", "retain_ratio": 0}, "retain_ratio is 0"),
+        ({"metric": "flatness", "retain_ratio": 0.0}, "retain_ratio is 0.0"),
         ({"metric": "flatness", "retain_ratio": float("nan")}, "retain_ratio is nan"),
         ({"metric": "flatness", "unit": "token"}, "unit 'token' is unknown"),
     ]:
@@ -137,7 +137,7 @@ def test_scores_hash_sees_every_score():
     ({"ids": []}, "no id is kept"),
     ({"ids": [1, 2]}, "ids that are not strings: 1, 2"),
     ({"ids": "abc"}, "ids is 'abc', of the wrong type"),
-    ({"retain_ratio": 2}, "retain_ratio is 2"),
+    ({"retain_ratio": 2.0}, "retain_ratio is 2.0"),
     ({"seed": True}, "seed is True, of the wrong type"),
     ({"more": 1}, "needs exactly .*; found .*more"),
 ])  # fmt: skip
