@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all: written aside, flushed to the disk, then renamed."""
+"""Files that are there whole or not at all, and identities that say what a file belongs to."""
 
 from __future__ import annotations
 
@@ -13,17 +13,27 @@ from pathlib import Path
 def written_whole(path: str | Path) -> Iterator[Path]:
     """A path to write to in place of `path`; on leaving, its file takes the place of `path` in one step.
 
-    If the block raises, or the process dies, `path` is what it was before.
+    If the block raises, or the process dies, `path` is what it was before; a dead process may leave `path`.tmp, which
+    the next write replaces.
     """
     path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    aside = path.with_name(path.name + ".tmp")
     try:
         yield aside
-        with aside.open("rb") as stream:
-            os.fsync(stream.fileno())
+        _sync(aside)  # the data before the name: a rename must not overtake it
         aside.replace(path)
+        _sync(path.parent)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Bring a file's data, or a directory's names, to the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: str | Path, value) -> None:
@@ -39,3 +49,21 @@ def read_json(path: str | Path):
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: damaged JSON ({error}); delete the file and run the stage again") from error
+
+
+def plain(value):
+    """What JSON makes of a value: tuples become lists, keys strings. Identities are compared in this form."""
+    return json.loads(json.dumps(value))
+
+
+def differences(found: dict, expected: dict, prefix: str = "") -> str:
+    """What differs between two JSON-ready identities, for an error: "key: found …, expected …; …"; empty if nothing."""
+    parts = []
+    for key in sorted(found.keys() | expected.keys()):
+        ours, theirs = expected.get(key), found.get(key)
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            nested = differences(theirs, ours, f"{prefix}{key}.")
+            parts += [nested] if nested else []
+        elif ours != theirs:
+            parts.append(f"{prefix}{key}: found {theirs!r}, expected {ours!r}")
+    return "; ".join(parts)

@@ -39,7 +39,7 @@ from jsfdd.data.chat import read_chats, read_prompts
 from jsfdd.data.template import TokenizeSummary, tokenize_chats
 from jsfdd.evaluation import evaluate as evaluation
 from jsfdd.evaluation.report import write_report
-from jsfdd.files import read_json, write_json
+from jsfdd.files import differences, read_json, write_json
 from jsfdd.mesh import describe_hardware, make_mesh, num_data_shards
 from jsfdd.models.draft import DraftConfig
 from jsfdd.records import Sample
@@ -296,19 +296,12 @@ def _claim(config: RunConfig) -> None:
     claim = {
         "config": config.to_json(),
         "inputs": {str(path): sha256(path) for path in (*config.data, *config.prompts)},
-        "jsfdd": importlib.metadata.version("jsfdd"),
     }
     path = config.out / "run.json"
     if path.exists():
-        before = read_json(path)
-        changed = [
-            f"{name}: {before[part].get(name)} → {now}"
-            for part in ("config", "inputs")
-            for name, now in claim[part].items()
-            if before[part].get(name) != now
-        ]
+        changed = differences(read_json(path), claim)
         if changed:
-            raise ValueError(f"{config.out} holds a run with other inputs ({'; '.join(changed)}); choose another --out")
+            raise ValueError(f"{config.out} holds another run ({changed}); choose another --out")
         return
     write_json(config.out / "config.json", config.to_json())
     write_json(path, claim)

@@ -16,6 +16,8 @@ Host records are frozen dataclasses of numpy arrays; device records are NamedTup
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,6 +46,16 @@ class Sample:
         counted = np.zeros(len(self.tokens), bool)
         counted[:-1] = self.assistant_mask[:-1] & self.assistant_mask[1:]
         return counted
+
+
+def samples_digest(samples: Sequence[Sample]) -> str:
+    """sha256 hex of ids, tokens and masks, in order: what a result from these samples depends on."""
+    sha = hashlib.sha256()
+    for sample in samples:
+        sha.update(f"{sample.id}\0{len(sample.tokens)}\0".encode())
+        sha.update(np.ascontiguousarray(sample.tokens, np.int32).tobytes())
+        sha.update(np.ascontiguousarray(sample.assistant_mask, bool).tobytes())
+    return sha.hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The loop: speculative decoding is autoregressive decoding, whatever the draft, the batch or the devices."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -212,6 +213,23 @@ def test_traces_once_per_shape(models, monkeypatch):
     before = len(traces)
     run((params, jnp.float32(0.8)), _prompts(seed=6))
     assert len(traces) == before > 0
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_the_compiled_loop_never_copies_a_cache(models, depth):
+    """Inside the loop's body a cache is only ever updated in place: no copy or transpose of its shape."""
+    config, draft, params = models
+    setup = DecodeSetup(config, draft if depth else None, depth, 8, ())
+    text = make_generate(setup, make_mesh(data=1)).lower((params, GREEDY), _prompts()).compile().as_text()
+    cache = rf"f32\[[12],4,2,{setup.cache_slots(12)},8\]"
+    assert re.search(rf"while\(.*|{cache}.* scatter\(", text)
+    computation, copies = "", []
+    for line in text.splitlines():
+        computation = line if line.endswith("{") else computation
+        if re.search(cache + r"\S* (copy|transpose)\(", line) and not computation.startswith("ENTRY"):
+            copies.append(line.strip())
+    # ENTRY makes the caches once; everything that a step does is in computations that the loop calls.
+    assert not copies
 
 
 def test_setup_refuses_draft_tokens_without_a_draft(models):

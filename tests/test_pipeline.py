@@ -119,11 +119,11 @@ def test_an_interrupted_run_continues_to_the_same_result(inputs, finished, tmp_p
 
 def test_changed_options_or_inputs_are_refused_by_name(inputs, finished):
     config, _ = finished
-    with pytest.raises(ValueError, match="epochs: 2 → 3.*choose another --out"):
+    with pytest.raises(ValueError, match="config.epochs: found 2, expected 3.*choose another --out"):
         pipeline.run(_run_config(inputs, config.out, epochs=3))
     with inputs[1].open("a") as file:
         file.write("\n")
-    with pytest.raises(ValueError, match=r"chats.jsonl: \w+ → \w+"):
+    with pytest.raises(ValueError, match="chats.jsonl: found"):
         pipeline.run(config)
 
 

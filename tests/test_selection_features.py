@@ -88,7 +88,7 @@ def test_a_kill_between_shard_and_manifest_is_harmless(tmp_path, monkeypatch):
         with HiddenWriter(tmp_path, WIDTH, "float32", IDENTITY, SHARD_BYTES) as writer:
             writer.add("s1", HIDDEN["s1"])
             writer.add("s0", HIDDEN["s0"])
-            monkeypatch.setattr(features, "write_atomically", killed)
+            monkeypatch.setattr(features, "written_whole", killed)
             writer.close()
     monkeypatch.undo()
     assert (tmp_path / "shard-00000.bin").exists()

@@ -195,7 +195,7 @@ def test_a_killed_run_continues_to_the_same_bits(monkeypatch, tmp_path, table):
         with pytest.raises(Killed):
             score(parts_dir=tmp_path, per_token=True, seconds_per_part=0.0)
     assert len(list(tmp_path.iterdir())) == 2
-    (tmp_path / "part-00002.parquet.tmp").write_bytes(b"cut sho")
+    (tmp_path / ".part-00002.parquet.1.partial").write_bytes(b"cut sho")
     calls = []
     original = score_module._summarise
     monkeypatch.setattr(score_module, "_summarise", lambda batch, *a: calls.extend(s.id for s in batch) or original(batch, *a))

@@ -14,18 +14,20 @@ import pytest
 
 from jsfdd.config import TrainConfig
 from jsfdd.mesh import make_mesh
-from jsfdd.models.target import hidden_states
+from jsfdd.models.target import hidden_states, init_params
 from jsfdd.records import Sample
 from jsfdd.training.log import read_lines
 from jsfdd.training.train import METRICS, TIMINGS, split_held_out, train
 from jsfdd.weights.checkpoint import load_draft
-from toy import toy_target
+from toy import toy_config
 
 
 @functools.cache
 def toy_data():
     """(target config, target params, samples, hidden states in bfloat16) of 120 two-turn chats of 20 to 40 tokens."""
-    config, params = toy_target()
+    config = toy_config()
+    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
+    params["norm"]["scale"] *= 3.0  # spreads the logits
     random = np.random.default_rng(0)
     samples, tokens = [], random.integers(0, 8, (120, 40)).astype(np.int32)
     hidden = jax.jit(hidden_states, static_argnums=0)(config, params, tokens).astype(jnp.bfloat16)

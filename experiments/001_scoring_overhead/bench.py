@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jsfdd.mesh import describe_hardware
 from jsfdd.models.architecture import DecoderConfig, Rope
 from jsfdd.models.counted import fold_counted
-from jsfdd.models.target import Decoder, head_logits, init_params
+from jsfdd.models.target import head_logits, hidden_states, init_params
 from jsfdd.selection.flatness import score_hidden, token_scores
 from jsfdd.weights.load import load_target
 
@@ -72,7 +72,7 @@ def over_blocks(config, statistic, block, params, hidden, tokens):
 
 
 def forward(config, then, params, tokens):
-    return then(params, Decoder(config).apply({"params": params}, tokens), tokens)
+    return then(params, hidden_states(config, params, tokens), tokens)
 
 
 def measure(programs: dict, repeats: int) -> dict:
@@ -112,7 +112,7 @@ def main():
         config, params, name = target.config, target.params, target.name
     length = min(256, arguments.tokens)
     tokens = jax.random.randint(jax.random.key(1), (arguments.tokens // length, length), 0, config.vocab_size)
-    hidden = jax.jit(lambda params, tokens: Decoder(config).apply({"params": params}, tokens))(params, tokens)
+    hidden = jax.jit(functools.partial(hidden_states, config))(params, tokens)
     counted = jnp.ones(tokens.shape, bool)
     results = {
         "target": name, "tokens": tokens.size, "repeats": arguments.repeats, "hardware": describe_hardware(), "blocks": {}

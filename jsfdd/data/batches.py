@@ -136,7 +136,7 @@ def pad_batch(samples: Sequence[Sample], shape: Shape) -> Batch:
 
 
 def pad_rows(
-    rows: Sequence[Shaped[np.ndarray, "_ *feature"]], shape: tuple[int, int]
+    rows: Sequence[Shaped[np.ndarray, _ *feature]], shape: tuple[int, int]
 ) -> Shaped[np.ndarray, "B T *feature"]:
     """Any per-token arrays (at least one), each [T_i, …] of one dtype, zero-padded to [rows, length, …]."""
     padded = np.zeros((*shape, *rows[0].shape[1:]), rows[0].dtype)

@@ -46,4 +46,5 @@ def tau_difference(
     a = resample_ratios(emitted_a[:, None], steps_a[:, None], seed)
     b = resample_ratios(emitted_b[:, None], steps_b[:, None], seed)
     low, high = interval((a - b)[:, 0])
-    return {"tau_difference": float(emitted_a.sum() / steps_a.sum() - emitted_b.sum() / steps_b.sum()), "low": low, "high": high}
+    difference = emitted_a.sum() / steps_a.sum() - emitted_b.sum() / steps_b.sum()
+    return {"tau_difference": float(difference), "low": low, "high": high}

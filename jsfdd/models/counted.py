@@ -17,7 +17,9 @@ from jaxtyping import Array, Bool, Int
 Carry = TypeVar("Carry")
 
 
-def fold_counted(counted: Bool[Array, " R"], block: int, visit: Callable[[Int[Array, " block"], Carry], Carry], carry: Carry) -> Carry:
+def fold_counted(
+    counted: Bool[Array, " R"], block: int, visit: Callable[[Int[Array, " block"], Carry], Carry], carry: Carry
+) -> Carry:
     """`carry = visit(rows, carry)` for each block of row numbers where `counted` is True.
 
     The last block is filled up with R, one past the end: read such rows with `mode="fill"` and write them with

@@ -84,7 +84,9 @@ def rope_frequencies(rope: Rope, head_dim: int) -> tuple[np.ndarray, float]:
     return freq.astype(np.float32), scale
 
 
-def rope_table(positions: Int[Array, "B T"], rope: Rope, head_dim: int) -> tuple[Float[Array, "B T 1 h"], Float[Array, "B T 1 h"]]:
+def rope_table(
+    positions: Int[Array, "B T"], rope: Rope, head_dim: int
+) -> tuple[Float[Array, "B T 1 h"], Float[Array, "B T 1 h"]]:
     """cos and sin of every position's angles, float32[B, T, 1, H/2], ready to multiply per-head vectors."""
     freq, scale = rope_frequencies(rope, head_dim)
     angles = positions[:, :, None, None].astype(jnp.float32) * jnp.asarray(freq)[None, None, None, :]

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,15 +23,15 @@ from typing import Literal
 
 import ml_dtypes
 import numpy as np
-from jaxtyping import Float
 from jax.sharding import Mesh
+from jaxtyping import Float
 
 from jsfdd.data.batches import choose_shapes, make_batches
+from jsfdd.files import differences, plain, written_whole
 from jsfdd.mesh import map_over_devices, num_data_shards
 from jsfdd.models.architecture import DecoderConfig
 from jsfdd.models.target import hidden_states
 from jsfdd.records import Batch, Sample
-from jsfdd.selection.artifacts import differences, publish, sync, write_atomically
 from jsfdd.selection.run import run_batches
 
 MANIFEST = "manifest.json"
@@ -65,7 +66,7 @@ class HiddenWriter:
     ):
         self._directory, self._dtype, self._shard_bytes = Path(directory), _DTYPES[dtype], shard_bytes
         self._directory.mkdir(parents=True, exist_ok=True)
-        self._manifest = {"dtype": dtype, "hidden_size": hidden_size, "identity": _plain(identity), "shards": []}
+        self._manifest = {"dtype": dtype, "hidden_size": hidden_size, "identity": plain(identity), "shards": []}
         if (self._directory / MANIFEST).exists():
             found = _read_manifest(self._directory)
             _check_belongs(self._directory, found, self._manifest)
@@ -132,16 +133,17 @@ class HiddenWriter:
     def _close_shard(self) -> None:
         number = max((int(shard["file"][6:-4]) for shard in self._manifest["shards"]), default=-1) + 1
         name = f"shard-{number:05d}.bin"
-        sync(self._open)
+        self._open.flush()
+        os.fsync(self._open.fileno())
         self._open.close()
-        publish(self._aside, self._directory / name)
+        self._aside.replace(self._directory / name)
         self._manifest["shards"].append({"file": name, "sha256": self._sha.hexdigest(), "samples": self._samples})
         self._write_manifest()
         self._open, self._samples, self._sha = None, [], hashlib.sha256()
 
     def _write_manifest(self) -> None:
-        text = json.dumps(self._manifest).encode()
-        write_atomically(self._directory / MANIFEST, lambda stream: stream.write(text))
+        with written_whole(self._directory / MANIFEST) as aside:
+            aside.write_text(json.dumps(self._manifest), encoding="utf-8")
 
 
 class HiddenStore(Mapping[str, np.ndarray]):
@@ -165,7 +167,7 @@ class HiddenStore(Mapping[str, np.ndarray]):
         """
         directory = Path(directory)
         manifest = _read_manifest(directory)
-        _check_belongs(directory, manifest, {**manifest, "identity": _plain(identity)})
+        _check_belongs(directory, manifest, {**manifest, "identity": plain(identity)})
         places = {}
         for shard in manifest["shards"]:
             path = directory / shard["file"]
@@ -264,8 +266,3 @@ def _check_belongs(directory: Path, found: dict, expected: dict) -> None:
     different = differences(*({**manifest, "shards": None} for manifest in (found, expected)))
     if different:
         raise ValueError(f"{directory}: hidden states of another run ({different}); {_DELETE_ALL}")
-
-
-def _plain(identity: dict) -> dict:
-    """The identity as it comes back from JSON: tuples are lists there."""
-    return json.loads(json.dumps(identity))

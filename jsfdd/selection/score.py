@@ -6,8 +6,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,11 +16,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jsfdd.data.batches import BatchPlan, choose_shapes, make_batches
+from jsfdd.files import differences, plain
 from jsfdd.mesh import map_over_devices, num_data_shards
 from jsfdd.models.architecture import DecoderConfig
 from jsfdd.models.target import hidden_states
-from jsfdd.records import Batch, Sample, TokenScores
-from jsfdd.selection.artifacts import differences
+from jsfdd.records import Batch, Sample, TokenScores, samples_digest
 from jsfdd.selection.features import HiddenWriter
 from jsfdd.selection.flatness import score_hidden
 from jsfdd.selection.run import run_batches
@@ -102,8 +100,8 @@ def score_samples(
     shards = num_data_shards(mesh)
     plans = make_batches(lengths, choose_shapes(lengths, batch_tokens, shards))
     # Batches of other shapes round differently, so parts are only continued with the same ones.
-    identity = json.loads(json.dumps(identity)) | {
-        "samples": _digest(samples), "batch_tokens": batch_tokens, "data_shards": shards, "per_token": per_token
+    identity = plain(identity) | {
+        "samples": samples_digest(samples), "batch_tokens": batch_tokens, "data_shards": shards, "per_token": per_token
     }  # fmt: skip
     parts = {} if parts_dir is None else _read_parts(parts_dir, identity)
     scored = {name for part in parts.values() for name in part.ids}
@@ -181,13 +179,3 @@ def _write_part(directory: Path, parts: dict[int, ScoreTable], tables: Sequence[
     number = max(parts, default=-1) + 1
     parts[number] = join(tables, [name for table in tables for name in table.ids])
     write_part(directory / f"part-{number:05d}.parquet", parts[number])
-
-
-def _digest(samples: Sequence[Sample]) -> str:
-    """sha256 of ids, tokens and masks, in order."""
-    sha = hashlib.sha256()
-    for sample in samples:
-        sha.update(f"{sample.id}\0{len(sample.tokens)}\0".encode())
-        sha.update(np.ascontiguousarray(sample.tokens, np.int32).tobytes())
-        sha.update(np.ascontiguousarray(sample.assistant_mask, bool).tobytes())
-    return sha.hexdigest()

@@ -21,8 +21,8 @@ import numpy as np
 from jaxtyping import Float
 
 from jsfdd.config import Metric
+from jsfdd.files import write_json
 from jsfdd.records import Sample
-from jsfdd.selection.artifacts import write_atomically
 from jsfdd.selection.table import ScoreTable
 
 Unit = Literal["sample", "batch"]
@@ -124,8 +124,7 @@ def selected_samples(selection: Selection, samples: Sequence[Sample]) -> list[Sa
 
 def write_selection(path: Path, selection: Selection) -> None:
     """Write selection.json, atomic."""
-    text = json.dumps(dataclasses.asdict(selection), ensure_ascii=False, indent=1) + "\n"
-    write_atomically(Path(path), lambda stream: stream.write(text.encode()))
+    write_json(path, dataclasses.asdict(selection))
 
 
 def read_selection(path: Path) -> Selection:

@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 from jaxtyping import Bool, Float, Int
 
-from jsfdd.selection.artifacts import write_atomically
+from jsfdd.files import written_whole
 
 METRICS = ("flatness", "flatness_median", "entropy", "top1", "margin", "energy", "ppl")
 COLUMNS = ("id", "source", "num_tokens", *METRICS)
@@ -153,7 +153,8 @@ def _token_rows(table: pyarrow.Table, prefix: str) -> tuple[TokenRow, ...]:
 
 def _write(path: Path, columns: dict[str, pyarrow.Array], identity: dict) -> None:
     table = pyarrow.table(columns).replace_schema_metadata({_IDENTITY: json.dumps(identity, sort_keys=True)})
-    write_atomically(Path(path), lambda stream: pyarrow.parquet.write_table(table, stream))
+    with written_whole(path) as aside:
+        pyarrow.parquet.write_table(table, aside)
 
 
 def _read(path: Path, columns: Sequence[str]) -> pyarrow.Table:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jsfdd.config import TrainingOptions
-from jsfdd.selection.artifacts import write_atomically
+from jsfdd.files import written_whole
 from jsfdd.training.loss import LossSums
 
 
@@ -58,7 +58,8 @@ def drop_after(path: Path, step: int) -> None:
     whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
     lines = [line for line in _parse(whole, path) if line["step"] <= step]
     text = "".join(json.dumps(line) + "\n" for line in lines)
-    write_atomically(path, lambda stream: stream.write(text.encode()))
+    with written_whole(path) as aside:
+        aside.write_text(text, encoding="utf-8")
 
 
 def read_lines(path: Path) -> list[dict]:

@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -25,11 +23,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from jsfdd.config import Seeded, TrainConfig, TrainingOptions
 from jsfdd.data.batches import BatchPlan, Shape, choose_shapes, epoch_batches, make_batches, pad_batch, pad_rows
+from jsfdd.files import differences, plain
 from jsfdd.mesh import num_data_shards, replicate, shard_rows, to_host
 from jsfdd.models.architecture import DecoderConfig
 from jsfdd.models.draft import DraftConfig, draft_config
-from jsfdd.records import DraftBatch, Sample, TrainState
-from jsfdd.selection.artifacts import differences
+from jsfdd.records import DraftBatch, Sample, TrainState, samples_digest
 from jsfdd.training.log import append_line, drop_after, mean_figures, read_lines
 from jsfdd.training.loss import Borrowed, borrow
 from jsfdd.training.step import (
@@ -150,7 +148,7 @@ def train(
     with checkpoint.open_checkpoints(config.out) as checkpoints:
         start = checkpoint.latest_step(checkpoints) or 0
         if start:
-            changed = differences(checkpoint.read_identity(checkpoints, start), json.loads(json.dumps(identity)))
+            changed = differences(checkpoint.read_identity(checkpoints, start), plain(identity))
             if changed:
                 raise ValueError(
                     f"{config.out}: holds a run that was trained on other inputs or options ({changed}); continue it with "
@@ -263,17 +261,7 @@ def _identity(
     names = [field.name for kind in (TrainingOptions, Seeded) for field in dataclasses.fields(kind)]
     return {
         "options": {name: getattr(config, name) for name in names},
-        "samples": _digest(samples),
-        "held_out": _digest(held_out),
+        "samples": samples_digest(samples),
+        "held_out": samples_digest(held_out),
         "shapes": [list(shape) for shape in shapes],
     }
-
-
-def _digest(samples: Sequence[Sample]) -> str:
-    """sha256 of ids, tokens and masks, in order."""
-    sha = hashlib.sha256()
-    for sample in samples:
-        sha.update(f"{sample.id}\0{len(sample.tokens)}\0".encode())
-        sha.update(np.ascontiguousarray(sample.tokens, np.int32).tobytes())
-        sha.update(np.ascontiguousarray(sample.assistant_mask, bool).tobytes())
-    return sha.hexdigest()
