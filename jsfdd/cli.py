@@ -120,7 +120,7 @@ def demo_run(config: DemoConfig) -> options.RunConfig:
         out=config.out,
         seed=config.seed,
         max_length=384,
-        batch_tokens=2048,
+        batch_tokens=1024,
         epochs=4,
         learning_rate=1e-3,
         held_out_share=0.08,

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from toy import toy_config
 
 from jsfdd.mesh import make_mesh
 from jsfdd.models.target import hidden_states, init_params
 from jsfdd.records import Sample
 from jsfdd.selection import features
 from jsfdd.selection.features import HiddenStore, HiddenWriter, store_hidden
-from toy import toy_config
 
 WIDTH = 16
 CONFIG = toy_config(vocab_size=97, hidden_size=WIDTH, num_layers=1)
@@ -56,7 +56,8 @@ def test_what_goes_in_comes_out(tmp_path, dtype, kind):
     assert_whole(tmp_path, dtype=kind)
     shards = sorted(path.name for path in tmp_path.glob("*.bin"))
     assert shards == ["shard-00000.bin", "shard-00001.bin"]
-    assert sum(path.stat().st_size for path in tmp_path.glob("*.bin")) == sum(h.size for h in HIDDEN.values()) * kind(0).itemsize
+    size = sum(path.stat().st_size for path in tmp_path.glob("*.bin"))
+    assert size == sum(hidden.size for hidden in HIDDEN.values()) * np.dtype(kind).itemsize
     store = HiddenStore.open(tmp_path, IDENTITY)
     with pytest.raises(KeyError):
         store["none"]

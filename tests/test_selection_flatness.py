@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toy import toy_config
 
 from jsfdd.models.target import head_logits, hidden_states, init_params
 from jsfdd.records import Sample, TokenScores
 from jsfdd.selection.flatness import effective_choices, score_hidden, token_scores
-from toy import toy_config
 
 CONFIG = toy_config(vocab_size=300, tie_embeddings=True)
 PARAMS = init_params(CONFIG, jax.random.key(0))
@@ -177,7 +177,8 @@ def test_memory_of_score_hidden_does_not_grow_with_tokens_times_vocabulary():
     params = init_params(config, jax.random.key(0))
 
     def temporary_bytes(length):
-        shapes = [jax.ShapeDtypeStruct((4, length, *rest), kind) for rest, kind in (((32,), "float32"), ((), "int32"), ((), "bool"))]
+        kinds = [((32,), "float32"), ((), "int32"), ((), "bool")]
+        shapes = [jax.ShapeDtypeStruct((4, length, *rest), kind) for rest, kind in kinds]
         program = jax.jit(lambda *a: score_hidden(config, params, *a, 16)).lower(*shapes).compile()
         return program.memory_analysis().temp_size_in_bytes
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from toy import toy_config
 
 from jsfdd.data.batches import Shape, pad_batch
 from jsfdd.mesh import make_mesh, replicate, shard_rows, to_host
@@ -19,7 +20,6 @@ from jsfdd.selection.features import HiddenStore, HiddenWriter
 from jsfdd.selection.flatness import score_hidden, token_scores
 from jsfdd.selection.score import make_score_step, score_samples
 from jsfdd.selection.table import METRICS, read_scores, read_token_scores, write_scores, write_token_scores
-from toy import toy_config
 
 CONFIG = toy_config(vocab_size=97)
 PARAMS = init_params(CONFIG, jax.random.key(0))
@@ -167,8 +167,8 @@ def test_a_shape_is_traced_once(monkeypatch):
     original = score_module.score_hidden
     monkeypatch.setattr(score_module, "score_hidden", lambda *a: traced.append(a[3].shape) or original(*a))
     step = make_score_step(CONFIG, make_mesh(data=1), block=16)
-    for samples, shape in [(SAMPLES[:2], (2, 160)), (SAMPLES[4:5], (2, 160)), (SAMPLES[:4], (4, 160)), (SAMPLES[2:4], (2, 160))]:
-        step(PARAMS, pad_batch(samples, Shape(*shape)))
+    for first, last, rows in [(0, 2, 2), (4, 5, 2), (0, 4, 4), (2, 4, 2)]:
+        step(PARAMS, pad_batch(SAMPLES[first:last], Shape(rows, 160)))
     assert traced == [(2, 160), (4, 160)]
 
 
@@ -195,7 +195,7 @@ def test_a_killed_run_continues_to_the_same_bits(monkeypatch, tmp_path, table):
         with pytest.raises(Killed):
             score(parts_dir=tmp_path, per_token=True, seconds_per_part=0.0)
     assert len(list(tmp_path.iterdir())) == 2
-    (tmp_path / ".part-00002.parquet.1.partial").write_bytes(b"cut sho")
+    (tmp_path / "part-00002.parquet.tmp").write_bytes(b"cut sho")
     calls = []
     original = score_module._summarise
     monkeypatch.setattr(score_module, "_summarise", lambda batch, *a: calls.extend(s.id for s in batch) or original(batch, *a))

@@ -45,7 +45,9 @@ def test_the_metrics_are_those_of_the_options():
     assert set(typing.get_args(typing.get_type_hints(RunConfig)["unit"])) == {"sample", "batch"}
 
 
-@pytest.mark.parametrize("number, ratio, kept", [(10, 0.5, 5), (5, 0.5, 3), (3, 0.5, 2), (10, 0.01, 1), (7, 1.0, 7), (10, 0.34, 3)])
+@pytest.mark.parametrize(
+    "number, ratio, kept", [(10, 0.5, 5), (5, 0.5, 3), (3, 0.5, 2), (10, 0.01, 1), (7, 1.0, 7), (10, 0.34, 3)]
+)
 def test_number_kept_is_the_rounded_share_and_at_least_one(number, ratio, kept):
     table = make_table([f"s{i}" for i in range(number)])
     assert select(table, "flatness", ratio).ids == tuple(f"s{i}" for i in range(number - kept, number))

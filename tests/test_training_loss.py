@@ -29,7 +29,8 @@ def toy(config):
     random = np.random.default_rng(0)
     tokens = random.integers(0, config.vocab_size, (3, 9)).astype(np.int32)
     counted = random.random((3, 9)) < 0.6
-    return params, draft, draft_params, DraftBatch(tokens, counted, jax.jit(hidden_states, static_argnums=0)(config, params, tokens))
+    hidden = jax.jit(hidden_states, static_argnums=0)(config, params, tokens)
+    return params, draft, draft_params, DraftBatch(tokens, counted, hidden)
 
 
 def slow_sums(draft_params, params, batch, config, draft, options):
@@ -37,7 +38,8 @@ def slow_sums(draft_params, params, batch, config, draft, options):
     embedding = embed_tokens(config, params, jnp.asarray(batch.tokens))
     predicted = Draft(draft).apply({"params": draft_params}, embedding[:, 1:], batch.hidden[:, :-1])
     true = batch.hidden[:, 1:]
-    p, log_q = jax.nn.softmax(head_logits(config, params, true)), jax.nn.log_softmax(head_logits(config, params, predicted))
+    p = jax.nn.softmax(head_logits(config, params, true))
+    log_q = jax.nn.log_softmax(head_logits(config, params, predicted))
     error = jnp.abs(predicted - true)
     hidden_loss = jnp.mean(jnp.where(error < 1, 0.5 * error**2, error - 0.5), axis=-1)
     cross_entropy = -jnp.sum(p * log_q, axis=-1)
@@ -128,8 +130,9 @@ def test_the_first_answer_token_and_the_prompt_do_not_count():
     @jax.jit
     def sums(batch):
         return loss_sums(
-            draft_params, borrow(TOY, params), batch, None, target_config=TOY, draft_config=draft, options=OPTIONS, block=4
-        )
+            draft_params, borrow(TOY, params), batch, None,
+            target_config=TOY, draft_config=draft, options=OPTIONS, block=4,
+        )  # fmt: skip
 
     assert sums(batch).tokens.counted == 2  # at t = 1 and 2 the draft guesses x_3 and x_4; x_2 is the target's own
     # The loss at t = 2 compares with h_3; nothing reads h_4, h_5 or x_4, x_5.

@@ -17,7 +17,7 @@ from jsfdd.mesh import describe_hardware
 from jsfdd.models.architecture import DecoderConfig, Rope
 from jsfdd.models.counted import fold_counted
 from jsfdd.models.target import head_logits, hidden_states, init_params
-from jsfdd.selection.flatness import score_hidden, token_scores
+from jsfdd.selection.flatness import score_hidden
 from jsfdd.weights.load import load_target
 
 TINY = DecoderConfig(
@@ -29,12 +29,6 @@ TINY = DecoderConfig(
 def next_logit(logits, next_token):
     """The least use of the logits: the bare head."""
     return jnp.take_along_axis(logits, next_token[:, None], axis=-1)[:, 0]
-
-
-def product(logits, next_token):
-    """What `token_scores` computes."""
-    scores = token_scores(logits, next_token)
-    return sum(scores)
 
 
 def plain_sums(logits, next_token):
@@ -69,6 +63,11 @@ def over_blocks(config, statistic, block, params, hidden, tokens):
 
     counted = jnp.ones(rows_of_tokens.shape, bool)
     return fold_counted(counted, block, visit, jnp.zeros(rows_of_tokens.shape))
+
+
+def scored(config, block, params, hidden, tokens):
+    """The product, with every token counted."""
+    return score_hidden(config, params, hidden, tokens, jnp.ones(tokens.shape, bool), block)
 
 
 def forward(config, then, params, tokens):
@@ -113,14 +112,12 @@ def main():
     length = min(256, arguments.tokens)
     tokens = jax.random.randint(jax.random.key(1), (arguments.tokens // length, length), 0, config.vocab_size)
     hidden = jax.jit(functools.partial(hidden_states, config))(params, tokens)
-    counted = jnp.ones(tokens.shape, bool)
     results = {
-        "target": name, "tokens": tokens.size, "repeats": arguments.repeats, "hardware": describe_hardware(), "blocks": {}
+        "target": name, "tokens": tokens.size, "repeats": arguments.repeats, "hardware": describe_hardware(), "blocks": {},
     }  # fmt: skip
     for block in arguments.blocks:
         bare = functools.partial(over_blocks, config, next_logit, block)
-        scored = lambda params, hidden, tokens: score_hidden(config, params, hidden, tokens, counted, block)  # noqa: E731
-        heads = {"bare": bare, "product": scored}
+        heads = {"bare": bare, "product": functools.partial(scored, config, block)}
         for statistic in (plain_sums, two_logsumexps, softmax_cosine):
             heads[statistic.__name__] = functools.partial(over_blocks, config, statistic, block)
         head = measure({n: compiled(f, params, hidden, tokens) for n, f in heads.items()}, arguments.repeats)

@@ -86,7 +86,7 @@ class HiddenWriter:
         return self._stored
 
     def add(self, sample_id: str, hidden: Float[np.ndarray, "T D"]) -> None:
-        """Append the hidden states of a sample that is not there yet. ValueError if they are misshapen or not finite."""
+        """Append a new sample's hidden states. ValueError if it is not new, or they are misshapen or not finite."""
         if sample_id in self._stored:
             raise ValueError(f"sample {sample_id} is already in {self._directory}")
         hidden = np.ascontiguousarray(hidden, self._dtype)
@@ -174,7 +174,8 @@ class HiddenStore(Mapping[str, np.ndarray]):
             if not path.exists():
                 raise FileNotFoundError(f"{path}: missing; store again, which computes its samples anew")
             _check_size(directory, manifest, shard)
-            rows = np.asarray(np.memmap(path, _DTYPES[manifest["dtype"]], mode="r")).reshape(-1, manifest["hidden_size"])
+            rows = np.asarray(np.memmap(path, _DTYPES[manifest["dtype"]], mode="r"))
+            rows = rows.reshape(-1, manifest["hidden_size"])
             if verify and hashlib.sha256(rows.view(np.uint8)).hexdigest() != shard["sha256"]:
                 raise ValueError(f"{path}: its checksum is wrong; {_DELETE_SHARD}")
             start = 0
@@ -194,7 +195,7 @@ class HiddenStore(Mapping[str, np.ndarray]):
 
 
 def make_hidden_step(config: DecoderConfig, mesh: Mesh, dtype: Literal["bfloat16", "float32"]) -> Callable:
-    """Compile `(params, Batch) -> hidden [B, T, D]` in `dtype`, after the final norm. Traces once a shape; build it once."""
+    """Compile `(params, Batch) -> hidden [B, T, D]` in `dtype`, after the final norm. Build it once."""
 
     def step(params: dict, batch: Batch):
         return hidden_states(config, params, batch.tokens).astype(dtype)

@@ -16,6 +16,8 @@ Rényi entropy of order 2. `effective_choices` undoes the √V, and so compares 
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -52,9 +54,7 @@ def token_scores(logits: Float[Array, "*shape V"], next_token: Int[Array, "*shap
     e = _computed_once(jnp.exp(below))
     s = jnp.sum(e, axis=-1)
     r = jnp.sum(e * e, axis=-1)
-    # Where e^{z−m} underflows to 0 the product must too, even for z = −inf. On a CPU the product with ones takes half
-    # the time of the sum of a product of two arrays; elsewhere the compiler makes it that sum.
-    w = jnp.matmul(jnp.maximum(below, -1e4) * e, jnp.ones(vocab), precision="highest")
+    w = _sum_of_products(jnp.maximum(below, -1e4), e)  # where e is 0 so must the product be, even for z = −inf
     z_next = jnp.take_along_axis(z, next_token.reshape(-1, 1), axis=-1)[:, 0]
     log_s = jnp.log(s)
     scores = TokenScores(
@@ -125,6 +125,16 @@ def _two_largest(z: Float[Array, "rows V"]) -> tuple[Float[Array, " rows"], Floa
 def _max_without(x: Float[Array, "rows n"], place: Int[Array, " rows"]) -> Float[Array, " rows"]:
     """Each row's maximum over all but one of its entries."""
     return jnp.max(jnp.where(jnp.arange(x.shape[1])[None, :] == place[:, None], -jnp.inf, x), axis=-1)
+
+
+def _sum_of_products(x: Float[Array, "rows V"], y: Float[Array, "rows V"]) -> Float[Array, " rows"]:
+    """jnp.sum(x * y, axis=-1), in the form that XLA's CPU backend takes a quarter of the time for.
+
+    There the plain sum leaves its fast path, and a sum of quarters keeps three quarters of the products in registers.
+    """
+    parts = math.gcd(x.shape[-1], 4)
+    folded = sum(jnp.split(x * y, parts, axis=-1))
+    return jnp.matmul(folded, jnp.ones(folded.shape[-1]), precision="highest")
 
 
 def _computed_once(x: Array) -> Array:

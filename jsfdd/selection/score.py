@@ -170,7 +170,7 @@ def _read_parts(directory: Path, identity: dict) -> dict[int, ScoreTable]:
         part = read_scores(path)
         different = differences(part.identity, identity)
         if different:
-            raise ValueError(f"{path}: scores of another run ({different}); delete {directory}, or choose another --out")
+            raise ValueError(f"{path}: scores of another run ({different}); delete {directory} or choose another --out")
         parts[int(path.stem.removeprefix("part-"))] = part
     return parts
 

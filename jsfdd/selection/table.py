@@ -128,8 +128,11 @@ def read_token_scores(path: Path) -> dict[str, TokenRow]:
 
 
 def _sample_columns(table: ScoreTable) -> dict[str, pyarrow.Array]:
-    columns = {"id": pyarrow.array(table.ids, pyarrow.string()), "source": pyarrow.array(table.sources, pyarrow.string())}
-    return columns | {name: pyarrow.array(getattr(table, name)) for name in ("num_tokens", *METRICS)}
+    return {
+        "id": pyarrow.array(table.ids, pyarrow.string()),
+        "source": pyarrow.array(table.sources, pyarrow.string()),
+        **{name: pyarrow.array(getattr(table, name)) for name in ("num_tokens", *METRICS)},
+    }
 
 
 def _token_columns(table: ScoreTable, prefix: str) -> dict[str, pyarrow.Array]:

@@ -1,4 +1,4 @@
-"""metrics.jsonl and timings.jsonl: what happened at which step, so that a resumed run's file is the uninterrupted run's.
+"""metrics.jsonl and timings.jsonl: what happened at which step; a resumed run's file is the uninterrupted run's.
 
     {"step": 20, "epoch": 0, "loss": …, "hidden_loss": …, "token_loss": …, …}      the steps since the line before
     {"step": 58, "epoch": 0, "held_out": {…}, "probe": {…}}                        the end of an epoch
@@ -19,12 +19,14 @@ from jsfdd.config import TrainingOptions
 from jsfdd.files import written_whole
 from jsfdd.training.loss import LossSums
 
+_REMEDY = "delete this run's directory and train again"
+
 
 def mean_figures(batches: Sequence[LossSums], options: TrainingOptions) -> dict[str, float]:
     """Means per counted token over several batches' sums (host scalars); all 0 if no token counts.
 
-    `loss` weighs `hidden_loss` (SmoothL1) and `token_loss` (cross entropy, nats) as training does; `kl` is token_loss less
-    the target's own entropy; `agreement` and `acceptance` are shares in [0, 1].
+    `loss` weighs `hidden_loss` (SmoothL1) and `token_loss` (cross entropy, nats) as training does; `kl` is token_loss
+    less the target's own entropy; `agreement` and `acceptance` are shares in [0, 1].
     """
 
     def total(values) -> float:
@@ -73,8 +75,8 @@ def _parse(text: str, path: Path) -> list[dict]:
         try:
             line = json.loads(row)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: not JSON ({error}); delete this run's directory and train again") from None
+            raise ValueError(f"{path}:{number}: not JSON ({error}); {_REMEDY}") from None
         if not isinstance(line, dict) or not isinstance(line.get("step"), int):
-            raise ValueError(f"{path}:{number}: a line without a step; delete this run's directory and train again")
+            raise ValueError(f"{path}:{number}: a line without a step; {_REMEDY}")
         lines.append(line)
     return lines

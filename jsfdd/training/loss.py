@@ -5,8 +5,8 @@ For every position t that counts, with h the target's hidden states and g_t = dr
     loss_t = hidden_weight · mean_D SmoothL1(g_t − h_{t+1}) + token_weight · H(p_t, q_t)
     p_t = softmax(head(h_{t+1})),   q_t = softmax(head(g_t)),   H(p, q) = −Σ_v p_v log q_v
 
-(arXiv 2401.15077 §4.2, with the weights 1.0 and 0.1 of its code). Everything here returns *sums* over counted tokens, so
-that devices can add theirs up before anyone divides.
+(arXiv 2401.15077 §4.2, with the weights 1.0 and 0.1 of its code). Everything here returns *sums* over counted tokens,
+so that devices can add theirs up before anyone divides.
 
 The head dominates: it is 85-90% of a step's arithmetic. `token_loss` visits only the tokens that count, a block at a
 time, and its gradient with respect to g, (q − p) @ headᵀ, is worked out in the forward pass while p and q are at hand.
@@ -147,8 +147,8 @@ def _visit_tokens(block, head, predicted, truth, counted, with_gradient):
     """
 
     def product(a, b, axis_a, axis_b):
-        contract = (((axis_a,), (axis_b,)), ((), ()))
-        return jax.lax.dot_general(a.astype(head.dtype), b.astype(head.dtype), contract, preferred_element_type=jnp.float32)
+        a, b, contract = a.astype(head.dtype), b.astype(head.dtype), (((axis_a,), (axis_b,)), ((), ()))
+        return jax.lax.dot_general(a, b, contract, preferred_element_type=jnp.float32)
 
     def logits(rows, hidden):
         return product(head, hidden.at[rows].get(mode="fill", fill_value=0.0), 1, 1)

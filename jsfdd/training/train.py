@@ -113,7 +113,7 @@ def train(
       samples, held_out: two sides of `split_held_out`, of `samples` only the selected.
       store: hidden states of both, after the target's final norm.
       config: `config.out` receives checkpoints/, metrics.jsonl and timings.jsonl.
-      identity: JSON-ready; what else the result depends on (the target's fingerprint, the selection's hash, …). A run is
+      identity: JSON-ready; what else the result depends on (the target's fingerprint, the data's hash, …). A run is
         only continued with the same identity, options, samples and shapes.
       shapes: batch shapes, if several runs should share programs; chosen for `samples` and `held_out` otherwise.
       probe: called at the end of every epoch; its figures are logged.
@@ -151,8 +151,8 @@ def train(
             changed = differences(checkpoint.read_identity(checkpoints, start), plain(identity))
             if changed:
                 raise ValueError(
-                    f"{config.out}: holds a run that was trained on other inputs or options ({changed}); continue it with "
-                    "the same ones, or choose another --out"
+                    f"{config.out}: holds a run that was trained on other inputs or options ({changed}); continue it "
+                    "with the same ones, or choose another --out"
                 )
             state = checkpoint.restore(checkpoints, start, state)
         drop_after(metrics_path, start)
@@ -215,10 +215,9 @@ def _draft_batch(samples: Sequence[Sample], shape: Shape, store: HiddenStates) -
         if sample.id not in store:
             raise ValueError(f"sample {sample.id}: no stored hidden states; {_STORE_AGAIN}")
         hidden.append(store[sample.id])
-        if len(hidden[-1]) != len(sample.tokens):
-            raise ValueError(
-                f"sample {sample.id}: {len(hidden[-1])} stored hidden states for {len(sample.tokens)} tokens; {_STORE_AGAIN}"
-            )
+        found, expected = len(hidden[-1]), len(sample.tokens)
+        if found != expected:
+            raise ValueError(f"sample {sample.id}: {found} stored hidden states for {expected} tokens; {_STORE_AGAIN}")
     batch = pad_batch(samples, shape)
     return DraftBatch(batch.tokens, batch.counted, pad_rows(hidden, shape))
 

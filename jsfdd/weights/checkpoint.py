@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: all that a killed run needs to go on to the same bits. The only file that imports Orbax.
+"""Checkpoints of a training run: all that a killed run needs to go on to the same bits. Only this file imports Orbax.
 
     OUT/checkpoints/400/params   the draft's parameters: all that a reader of the finished draft needs
     OUT/checkpoints/400/rest     optimizer state, step and key
@@ -30,7 +30,7 @@ _KEPT = 2
 def open_checkpoints(run: Path) -> ocp.CheckpointManager:
     """The checkpoints of the run in directory `run`, made if missing; the last two are kept. Close it after use."""
     directory = (run / DIRECTORY).absolute()
-    # Orbax's own clean-up runs in a thread that it only waits for at the next save, and two of them trip over each other.
+    # Orbax's own clean-up runs in a thread that it only waits for at the next save, and two of them can collide.
     for left in directory.glob("*"):
         if ocp.utils.is_tmp_checkpoint(left) and jax.process_index() == 0:
             shutil.rmtree(left)
@@ -120,7 +120,7 @@ def _dataclass_from_json(cls, values: dict, where: Path):
     kinds = typing.get_type_hints(cls)
     if not isinstance(values, dict) or set(values) != set(kinds):
         found = sorted(values) if isinstance(values, dict) else values
-        raise ValueError(f"{where}: {cls.__name__} needs exactly {sorted(kinds)}, found {found}; another version wrote it")
+        raise ValueError(f"{where}: {cls.__name__} needs exactly {sorted(kinds)}, found {found}: another version's")
 
     def convert(kind, value):
         for nested in (DecoderConfig, Rope):
@@ -132,7 +132,7 @@ def _dataclass_from_json(cls, values: dict, where: Path):
 
 
 def _read(checkpoints: ocp.CheckpointManager, step: int, **items):
-    """Items of one step; what Orbax raises for a directory that was copied or deleted in part becomes one ValueError."""
+    """Items of one step; whatever Orbax raises for a directory that is there in part becomes one ValueError."""
     try:
         return checkpoints.restore(step, args=ocp.args.Composite(**items))
     except (ValueError, KeyError, OSError) as error:
