@@ -121,11 +121,11 @@ def demo_run(config: DemoConfig) -> options.RunConfig:
         seed=config.seed,
         max_length=384,
         batch_tokens=1024,
-        epochs=4,
+        epochs=3,
         learning_rate=1e-3,
         held_out_share=0.08,
         num_draft_tokens=3,
-        max_new_tokens=48,
+        max_new_tokens=32,
     )
 
 

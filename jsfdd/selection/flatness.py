@@ -94,15 +94,15 @@ def score_hidden(
     """
     hidden_rows, next_rows = hidden.reshape(-1, hidden.shape[-1]), next_tokens.reshape(-1)
 
-    def visit(rows: Int[Array, " block"], scores: TokenScores) -> TokenScores:
+    def visit(rows: Int[Array, " block"], scores: Float[Array, "R metrics"]) -> Float[Array, "R metrics"]:
         # The rows that fill up the last block read zeros, and their scores are dropped.
         logits = head_logits(config, params, hidden_rows.at[rows].get(mode="fill", fill_value=0))
         visited = token_scores(logits, next_rows.at[rows].get(mode="fill", fill_value=0))
-        return jax.tree.map(lambda all_rows, new: all_rows.at[rows].set(new, mode="drop"), scores, visited)
+        return scores.at[rows].set(jnp.stack(visited, axis=-1), mode="drop")
 
-    nothing = TokenScores(*[jnp.zeros(next_rows.shape, jnp.float32) for _ in TokenScores._fields])
+    nothing = jnp.zeros((next_rows.shape[0], len(TokenScores._fields)), jnp.float32)
     scores = fold_counted(counted.reshape(-1), block, visit, nothing)
-    return jax.tree.map(lambda x: x.reshape(counted.shape), scores)
+    return TokenScores(*[scores[:, i].reshape(counted.shape) for i in range(scores.shape[1])])
 
 
 def _two_largest(z: Float[Array, "rows V"]) -> tuple[Float[Array, " rows"], Float[Array, " rows"]]:
