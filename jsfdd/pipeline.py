@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.metadata
-import shutil
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -91,7 +91,6 @@ def score(config: ScoreConfig, loaded: Loaded | None = None, writer: HiddenWrite
     """
     loaded = loaded or load(config)
     config.out.mkdir(parents=True, exist_ok=True)
-    parts = config.out / "scores.parts"
     table = score_samples(
         loaded.target.config,
         loaded.target.params,
@@ -99,14 +98,13 @@ def score(config: ScoreConfig, loaded: Loaded | None = None, writer: HiddenWrite
         loaded.mesh,
         batch_tokens=config.batch_tokens,
         identity=loaded.identity,
-        parts_dir=parts,
+        parts_dir=config.out / "scores.parts",
         per_token=config.per_token,
         hidden_writer=writer,
     )
     write_scores(config.out / "scores.parquet", table)
     if config.per_token:
         write_token_scores(config.out / "token_scores.parquet", table)
-    shutil.rmtree(parts)
     return table
 
 
@@ -200,7 +198,7 @@ def _run_stages(config: RunConfig) -> None:
     clock = _StageClock(config.out / "seconds.json")
     with clock.stage("load"):
         loaded = load(config)
-    console.print(f"{loaded.target.name}: {loaded.summary}")
+    console.print(f"{loaded.target.name}: {loaded.summary}", soft_wrap=True)
 
     score_config = ScoreConfig.taken_from(config, per_token=True)
     # Hidden states are only ever stored for samples that some draft trains on or is judged by. Where that is all of
@@ -392,9 +390,10 @@ def _example_texts(loaded: Loaded, table: ScoreTable, selections: dict[str, Sele
 
 
 def _print_summary(summary: dict, config: RunConfig) -> None:
-    table = Table(title=f"{summary['target']['name']}, temperature {config.temperature:g}, γ {config.num_draft_tokens}")
-    for name in ("arm", "samples", "answer tokens", "training s", "τ [95%]", "speedup [95%]"):
-        table.add_column(name, justify="left" if name == "arm" else "right")
+    """The table on stdout, where to look further on stderr."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("arm", "samples", "tokens", "train s", "τ [95%]", "speedup [95%]"):
+        table.add_column(name, justify="left" if name == "arm" else "right", no_wrap=True)
     for row in summary["arms"]:
         table.add_row(
             row["arm"],
@@ -402,10 +401,18 @@ def _print_summary(summary: dict, config: RunConfig) -> None:
             str(row["counted_tokens"]),
             f"{row['train_seconds']:.0f}",
             f"{row['tau']:.3f} [{row['tau_low']:.3f}, {row['tau_high']:.3f}]",
-            f"{row['speedup']:.2f}× [{row['speedup_low']:.2f}, {row['speedup_high']:.2f}]",
+            f"{row['speedup']:.2f} [{row['speedup_low']:.2f}, {row['speedup_high']:.2f}]",
         )
-    Console(highlight=False).print(table)
-    console.print(f"report: {config.out / 'report.html'}")
+    out = Console(highlight=False)
+    out.print(table)
+    for difference in summary["differences"]:
+        low, high = difference["low"], difference["high"]
+        seen = "no difference seen" if low <= 0 <= high else "higher" if low > 0 else "lower"
+        out.print(
+            f"τ of {difference['a']} minus {difference['b']}: {difference['tau_difference']:+.3f} "
+            f"[{low:+.3f}, {high:+.3f}], {seen}"
+        )
+    console.print(f"report: {config.out / 'report.html'}", soft_wrap=True)
 
 
 def sha256(path: Path) -> str:

@@ -75,7 +75,7 @@ def score_samples(
     """Score every sample, continuing from the parts that an interrupted call left in `parts_dir`.
 
     A sample's scores do not depend on what it is batched with, and the result is to the bit what one uninterrupted call
-    gives. The parts may be deleted once the table is written.
+    gives. The parts hold the whole table in the end, so a further call computes nothing.
 
     Args:
       config, params: the target.
@@ -125,6 +125,9 @@ def score_samples(
         if parts_dir is not None and fresh and time.monotonic() - last_part >= seconds_per_part:
             _write_part(parts_dir, parts, fresh)
             fresh, last_part = [], time.monotonic()
+    if parts_dir is not None and fresh:
+        _write_part(parts_dir, parts, fresh)
+        fresh = []
     return join([*parts.values(), *fresh], [sample.id for sample in samples])
 
 
