@@ -391,7 +391,7 @@ def _example_texts(loaded: Loaded, table: ScoreTable, selections: dict[str, Sele
 
 def _print_summary(summary: dict, config: RunConfig) -> None:
     """The table on stdout, where to look further on stderr."""
-    table = Table(box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for name in ("arm", "samples", "tokens", "train s", "τ [95%]", "speedup [95%]"):
         table.add_column(name, justify="left" if name == "arm" else "right", no_wrap=True)
     for row in summary["arms"]:

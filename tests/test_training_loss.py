@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
+from toy import toy_config
 
 from jsfdd.config import TrainConfig
 from jsfdd.models.draft import Draft, draft_config, init_draft
 from jsfdd.models.target import embed_tokens, head_logits, hidden_states, init_params
 from jsfdd.records import DraftBatch, Sample
 from jsfdd.training.loss import borrow, hidden_noise, loss_sums, token_loss
-from toy import toy_config
 
 TOY = toy_config(vocab_size=37, tie_embeddings=True)
 UNTIED = toy_config(vocab_size=37, embedding_scale=4.0)

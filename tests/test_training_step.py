@@ -5,6 +5,7 @@ import functools
 import jax
 import numpy as np
 import pytest
+from toy import toy_config
 
 from jsfdd.config import TrainConfig
 from jsfdd.mesh import make_mesh, replicate, shard_rows
@@ -13,7 +14,6 @@ from jsfdd.models.target import hidden_states, init_params
 from jsfdd.records import DraftBatch
 from jsfdd.training.loss import borrow
 from jsfdd.training.step import init_state, learning_rate_schedule, make_optimizer, make_train_step
-from toy import toy_config
 
 CONFIG = toy_config()
 DRAFT = draft_config(CONFIG)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from toy import toy_config
 
 from jsfdd.config import TrainConfig
 from jsfdd.mesh import make_mesh
@@ -19,7 +20,6 @@ from jsfdd.records import Sample
 from jsfdd.training.log import read_lines
 from jsfdd.training.train import METRICS, TIMINGS, split_held_out, train
 from jsfdd.weights.checkpoint import load_draft
-from toy import toy_config
 
 
 @functools.cache

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from toy import toy_config, toy_draft
 
 from jsfdd.mesh import make_mesh, replicate
 from jsfdd.models.architecture import Rope
 from jsfdd.models.draft import draft_config
 from jsfdd.records import TrainState
 from jsfdd.weights import checkpoint
-from toy import toy_config, toy_draft
 
 IDENTITY = {"target": "toy", "options": {"seed": 0, "shapes": [[4, 64]]}}
 

@@ -7,13 +7,13 @@ recomputed on every resample, which keeps the weight of long answers that the he
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Num
 
 RESAMPLES = 2000
 
 
 def resample_ratios(
-    numerators: Float[np.ndarray, "N K"], denominators: Float[np.ndarray, "N K"], seed: int
+    numerators: Num[np.ndarray, "N K"], denominators: Num[np.ndarray, "N K"], seed: int
 ) -> Float[np.ndarray, "R K"]:
     """Ratios of column totals, float64[RESAMPLES, K], over rows drawn with replacement.
 
@@ -36,10 +36,10 @@ def interval(values: Float[np.ndarray, " R"]) -> tuple[float, float] | tuple[Non
 
 
 def tau_difference(
-    emitted_a: Int[np.ndarray, " N"],
-    steps_a: Int[np.ndarray, " N"],
-    emitted_b: Int[np.ndarray, " N"],
-    steps_b: Int[np.ndarray, " N"],
+    emitted_a: Num[np.ndarray, " N"],
+    steps_a: Num[np.ndarray, " N"],
+    emitted_b: Num[np.ndarray, " N"],
+    steps_b: Num[np.ndarray, " N"],
     seed: int,
 ) -> dict:
     """τ_a − τ_b over the same prompts in the same order, with its paired 95% interval: {"tau_difference", "low", "high"}."""
