@@ -180,7 +180,7 @@ def _generate(config: options.GenerateConfig) -> None:
     result = stream_answer(setup, params, prompt, config.seed, config.temperature, show)
     text = target.tokenizer.decode(shown, skip_special_tokens=True)
     print(text[len(written) :])
-    tau = "" if result.tau is None else f"τ {result.tau:.2f}, "
+    tau = f"τ {result.tau:.2f}, " if draft is not None and result.tau is not None else ""
     rate = len(result.tokens) / result.seconds
     print(f"{tau}{len(result.tokens)} tokens, {rate:.1f} tokens/s", file=sys.stderr)
 

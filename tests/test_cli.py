@@ -84,7 +84,7 @@ def test_generate_streams_the_greedy_text(target, capsys):
     first = capsys.readouterr()
     assert main(arguments) == 0
     assert capsys.readouterr().out == first.out != "\n"
-    assert "tokens/s" in first.err and "τ" not in first.err.replace("τ 1.00", "")
+    assert "tokens/s" in first.err and "τ" not in first.err
     assert main([*arguments[:4], " ", *arguments[5:]]) == 2
     assert "--prompt is empty" in capsys.readouterr().err
 
