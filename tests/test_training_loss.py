@@ -75,8 +75,9 @@ def test_loss_and_gradient_equal_the_slow_twin(config, block):
     slow_gradient, expected = jax.jit(jax.grad(slow, has_aux=True))(draft_params)
     found = {"total": sums.total, "hidden_loss": sums.hidden_loss, **sums.tokens._asdict()}
     assert found.keys() == expected.keys()
+    # An entropy is the small difference of sums of logits in the hundreds, where float32 steps by 3e-5.
     for name, value in expected.items():
-        np.testing.assert_allclose(found[name], value, rtol=2e-6, err_msg=name)
+        np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=3e-5, err_msg=name)
     assert 0 < found["counted"] < batch.tokens.size
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), fast_gradient, slow_gradient)
 
