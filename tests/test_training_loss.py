@@ -79,7 +79,8 @@ def test_loss_and_gradient_equal_the_slow_twin(config, block):
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=3e-5, err_msg=name)
     assert 0 < found["counted"] < batch.tokens.size
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), fast_gradient, slow_gradient)
+    # Entries are sums that cancel: their rounding is that of the largest, about 6, not their own.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), fast_gradient, slow_gradient)
 
 
 def test_gradient_in_float64_equals_finite_differences():
