@@ -106,8 +106,6 @@ class DataOptions(_Options):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SelectionOptions(_Options):
-    metric: Metric = "flatness"
-    """Which score decides. Each metric keeps the end that stands for an uncertain target."""
     retain_ratio: float = 0.5
     """Share of the samples to keep."""
     unit: Literal["sample", "batch"] = "sample"
@@ -175,6 +173,8 @@ class SelectConfig(SelectionOptions, Seeded):
 
     scores: Path
     """scores.parquet, as `jsfdd score` wrote it."""
+    metric: Metric = "flatness"
+    """Which score decides. Each metric keeps the end that stands for an uncertain target."""
     out: Path
     """Directory for selection.json."""
 
