@@ -92,10 +92,11 @@ class TokenScores(NamedTuple):
 class KVCache(NamedTuple):
     """Keys and values of every layer. A row's valid slots are its first `length`: lowering it is a rollback.
 
-    Heads come before slots, so that one head's keys are one contiguous matrix.
+    One head's keys and values are each one contiguous matrix, the keys transposed: as the two products of attention
+    read them, so that a step rearranges nothing but its own few queries.
     """
 
-    k: Float[Array, "L B K S H"]
+    k: Float[Array, "L B K H S"]
     v: Float[Array, "L B K S H"]
     length: Int[Array, " B"]
 

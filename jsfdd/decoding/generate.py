@@ -8,8 +8,10 @@ pairs (h_t, x_{t+1}) for t < c; `draft_hidden` is the draft's output at the last
     commit   a accepted tokens and one more from the target; both caches keep a+1 of their new slots
     observe  the draft reads the pairs again with the *true* hidden states, ready for the next step
 
-Rolling back a rejected tail is lowering a length: nothing is copied. Without a draft G is 0, propose and observe fall
-away, and the same loop is plain autoregressive decoding: the baseline that every speedup is measured against.
+Draft tokens are a chain (`_chain_round`), sampled from q and judged by speculative sampling, or a tree (`_tree_round`), the
+draft's best guesses among which the target's own choice is looked up. Rolling back a rejected tail is lowering a length;
+of a tree the accepted path is first moved together. Without a draft the tree is its root, observe falls away, and the
+same loop is plain autoregressive decoding: the baseline that every speedup is measured against.
 """
 
 from __future__ import annotations
@@ -23,11 +25,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jsfdd.decoding.verify import draw, verify
+from jsfdd.decoding.tree import Tree, TreeShape, grow, keep_path, rerank, root_only, tree_view, walk
+from jsfdd.decoding.verify import Cutoff, draw, verify
 from jsfdd.mesh import map_over_devices
 from jsfdd.models.architecture import DecoderConfig
 from jsfdd.models.draft import Draft, DraftConfig
-from jsfdd.models.layers import cached_view, empty_cache
+from jsfdd.models.layers import View, cached_view, empty_cache
 from jsfdd.models.target import decode, embed_tokens, head_logits, unstack_layers
 from jsfdd.records import DecodeStats, Generation, KVCache
 
@@ -38,17 +41,25 @@ class DecodeSetup:
 
     target: DecoderConfig
     draft: DraftConfig | None
-    num_draft_tokens: int  # G
+    num_draft_tokens: int  # G: of a chain, or the depth of a tree
     max_new_tokens: int
     stop_tokens: tuple[int, ...]
+    tree: TreeShape | None = None  # None proposes a chain
+    cutoff: Cutoff = Cutoff()
 
     def __post_init__(self):
         if (self.draft is None) != (self.num_draft_tokens == 0):
             raise ValueError(f"num_draft_tokens={self.num_draft_tokens} with draft={self.draft}: both or neither")
+        if self.tree and self.tree.depth != self.num_draft_tokens:
+            raise ValueError(f"num_draft_tokens={self.num_draft_tokens} with a tree of depth {self.tree.depth}")
+        for name, top_k in (("tree's top-k", self.tree.top_k if self.tree else 0), ("top-k", self.cutoff.top_k)):
+            if top_k > self.target.vocab_size:
+                raise ValueError(f"{name} {top_k} exceeds the vocabulary of {self.target.vocab_size} tokens")
 
     def cache_slots(self, prompt_length: int) -> int:
         """Slots for a prompt bucket, its answer, and the draft tokens of a last step that starts one token short."""
-        return prompt_length + self.max_new_tokens + self.num_draft_tokens + 1
+        nodes = max(self.tree.nodes + 1, self.tree.draft_slots) if self.tree else self.num_draft_tokens + 1
+        return prompt_length + self.max_new_tokens + nodes
 
 
 class PromptBatch(NamedTuple):
@@ -104,7 +115,7 @@ def prefill(setup: DecodeSetup, params: dict, batch: PromptBatch, temperature: F
     hidden, cache = decode(setup.target, params["target"], batch.tokens, cached_view(cache, width), cache)
     row, last = jnp.arange(rows), jnp.maximum(batch.lengths - 1, 0)
     logits = head_logits(setup.target, params["target"], hidden[row, last])
-    first = draw(_keys_at(batch.keys, batch.lengths), logits, temperature)
+    first = draw(_keys_at(batch.keys, batch.lengths), logits, temperature, setup.cutoff)
     generated = jnp.zeros((rows, setup.max_new_tokens + setup.num_draft_tokens + 1), jnp.int32).at[:, 0].set(first)
     state = DecodeState(
         generated=generated,
@@ -127,39 +138,31 @@ def speculative_step(
     setup: DecodeSetup, params: dict, state: DecodeState, temperature: Float[Array, ""]
 ) -> tuple[DecodeState, Emitted]:
     """One verification: (state) -> (state, what was emitted). Rows that are done stay as they are."""
-    rows, depth = state.done.shape[0], setup.num_draft_tokens
-    keys = _keys_at(state.keys, state.target_cache.length + 1)
-    draft_tokens, draft_logits, draft_cache = _propose(setup, params, state, keys, temperature)
-
-    block = jnp.concatenate([state.last_token[:, None], draft_tokens], axis=1)
-    view = cached_view(state.target_cache, depth + 1)
-    hidden, target_cache = decode(setup.target, params["stepping"], block, view, state.target_cache)
-    target_logits = head_logits(setup.target, params["target"], hidden)
-    verdict = verify(_purpose(keys, depth), draft_tokens, draft_logits, target_logits, temperature)
+    chain = setup.draft is not None and setup.tree is None
+    round_ = (_chain_round if chain else _tree_round)(setup, params, state, temperature)
 
     # The emitted tokens: accepted ones, then the target's own, up to a stop token.
-    row, column = jnp.arange(rows), jnp.arange(depth + 1)[None, :]
-    tokens = jnp.concatenate([draft_tokens, verdict.next_token[:, None]], axis=1)
-    tokens = tokens.at[row, verdict.num_accepted].set(verdict.next_token)
-    stops = _is_stop(setup, tokens) & (column <= verdict.num_accepted[:, None])
+    row, column = jnp.arange(state.done.shape[0]), jnp.arange(setup.num_draft_tokens + 1)[None, :]
+    tokens, next_token = round_.tokens, round_.tokens[row, round_.num_accepted]
+    stops = _is_stop(setup, tokens) & (column <= round_.num_accepted[:, None])
     stopped = jnp.any(stops, axis=1)
-    count = jnp.where(stopped, jnp.argmax(stops, axis=1), verdict.num_accepted) + 1
+    count = jnp.where(stopped, jnp.argmax(stops, axis=1), round_.num_accepted) + 1
     count = jnp.where(state.done, 0, count)
-    accepted = jnp.minimum(verdict.num_accepted, count)
-    # The verdict at depth accepted+1 is known unless a stop token came first or the chain was at its end.
-    verified = jnp.where(count > verdict.num_accepted, jnp.minimum(accepted + 1, depth), accepted)
+    accepted = jnp.minimum(round_.num_accepted, count)
+    # Where a stop token came first, what lies behind it was not judged.
+    verified = jnp.where(count > round_.num_accepted, round_.num_judged, accepted)
     emitted = Emitted(tokens, count, accepted, jnp.where(state.done, 0, verified), ~state.done)
 
     num_generated = state.num_generated + count
     state = state._replace(
         generated=_write_rows(state.generated, tokens, state.num_generated, state.done),
         num_generated=num_generated,
-        last_token=jnp.where(state.done, state.last_token, verdict.next_token),
+        last_token=jnp.where(state.done, state.last_token, next_token),
         done=state.done | stopped | (num_generated >= setup.max_new_tokens),
-        target_cache=target_cache._replace(length=state.target_cache.length + count),
+        target_cache=round_.target_cache._replace(length=state.target_cache.length + count),
     )
     if setup.draft is not None:
-        state = _observe(setup, params, state._replace(draft_cache=draft_cache), hidden, tokens, count)
+        state = _observe(setup, params, state._replace(draft_cache=round_.draft_cache), round_.hidden, tokens, count)
     return state, emitted
 
 
@@ -220,35 +223,93 @@ def make_stream(setup: DecodeSetup):
     return jax.jit(start), jax.jit(step, donate_argnames=("state",))
 
 
-def _propose(setup: DecodeSetup, params: dict, state: DecodeState, keys, temperature):
-    """G draft tokens int32[B,G], the logits they were drawn from [B,G,V], and the draft cache they were written to."""
-    rows = state.done.shape[0]
-    if setup.draft is None:
-        empty = jnp.zeros((rows, 0, setup.target.vocab_size), jnp.float32)
-        return jnp.zeros((rows, 0), jnp.int32), empty, None
+class _Round(NamedTuple):
+    """One proposal and its verification, chain or tree. `tokens[:, :num_accepted + 1]` are the target's own choice.
 
-    def draw_at(depth, hidden):
+    `num_judged` draft depths were judged; `hidden` are the target's at the last committed and the accepted tokens. Both
+    caches have their old length; the accepted tokens' slots follow it.
+    """
+
+    tokens: Int[Array, "B G1"]
+    num_accepted: Int[Array, " B"]
+    num_judged: Int[Array, " B"]
+    hidden: Float[Array, "B G1 D"]
+    target_cache: KVCache
+    draft_cache: KVCache | None
+
+
+def _chain_round(setup: DecodeSetup, params: dict, state: DecodeState, temperature) -> _Round:
+    """G draft tokens, each drawn from q after the one before it, judged by speculative sampling."""
+    depth = setup.num_draft_tokens
+    keys = _keys_at(state.keys, state.target_cache.length + 1)
+
+    def draw_at(number, hidden):
         logits = head_logits(setup.target, params["target"], hidden)
-        return draw(_purpose(keys, depth), logits, temperature), logits
+        return draw(_purpose(keys, number), logits, temperature, setup.cutoff), logits
 
-    def deeper(carry, depth):
+    def deeper(carry, number):
         hidden, token, cache = carry
-        hidden, cache = _draft_forward(setup, params, cache, hidden[:, None], token[:, None])
+        view = cached_view(cache, 1)
+        hidden, cache = _draft_forward(setup, params, cache, view, hidden[:, None], token[:, None])
         cache = cache._replace(length=cache.length + 1)
-        token, logits = draw_at(depth, hidden[:, 0])
+        token, logits = draw_at(number, hidden[:, 0])
         return (hidden[:, 0], token, cache), (token, logits)
 
     first, first_logits = draw_at(0, state.draft_hidden)
     carry = (state.draft_hidden, first, state.draft_cache)
-    (_, _, cache), (tokens, logits) = jax.lax.scan(deeper, carry, jnp.arange(1, setup.num_draft_tokens))
-    tokens = jnp.concatenate([first[None], tokens]).swapaxes(0, 1)
-    logits = jnp.concatenate([first_logits[None], logits]).swapaxes(0, 1)
-    return tokens, logits, cache._replace(length=state.draft_cache.length)
+    (_, _, draft_cache), (tokens, logits) = jax.lax.scan(deeper, carry, jnp.arange(1, depth))
+    draft_tokens = jnp.concatenate([first[None], tokens]).swapaxes(0, 1)
+    draft_logits = jnp.concatenate([first_logits[None], logits]).swapaxes(0, 1)
+
+    block = jnp.concatenate([state.last_token[:, None], draft_tokens], axis=1)
+    view = cached_view(state.target_cache, depth + 1)
+    hidden, target_cache = decode(setup.target, params["stepping"], block, view, state.target_cache)
+    target_logits = head_logits(setup.target, params["target"], hidden)
+    verdict = verify(_purpose(keys, depth), draft_tokens, draft_logits, target_logits, temperature, setup.cutoff)
+    tokens = jnp.concatenate([draft_tokens, verdict.next_token[:, None]], axis=1)
+    tokens = tokens.at[jnp.arange(tokens.shape[0]), verdict.num_accepted].set(verdict.next_token)
+    judged = jnp.minimum(verdict.num_accepted + 1, depth)
+    return _Round(
+        tokens, verdict.num_accepted, judged, hidden, target_cache, draft_cache._replace(length=state.draft_cache.length)
+    )
+
+
+def _tree_round(setup: DecodeSetup, params: dict, state: DecodeState, temperature) -> _Round:
+    """A tree of the draft's best guesses, or without a draft its root alone; the target's own choices lead through it."""
+    tree, draft_cache = root_only(state.last_token), None
+    if setup.draft is not None:
+        tree, draft_cache = _grow_tree(setup, params, state)
+    view = tree_view(state.target_cache, tree)
+    hidden, target_cache = decode(setup.target, params["stepping"], tree.tokens, view, state.target_cache)
+    logits = head_logits(setup.target, params["target"], hidden)
+
+    def choose(level, logits):
+        return draw(_keys_at(state.keys, state.target_cache.length + 1 + level), logits, temperature, setup.cutoff)
+
+    path = walk(tree, setup.num_draft_tokens, logits, choose)
+    if setup.draft is not None:
+        hidden = jnp.take_along_axis(hidden, path.nodes[:, :, None], axis=1)
+        target_cache = keep_path(target_cache, path.nodes)
+    return _Round(path.tokens, path.num_accepted, path.num_accepted + path.went_on, hidden, target_cache, draft_cache)
+
+
+def _grow_tree(setup: DecodeSetup, params: dict, state: DecodeState) -> tuple[Tree, KVCache]:
+    """The draft's tree below the last committed token. Its probabilities are the draft's own, without a temperature."""
+
+    def forward(cache, view, hidden, tokens):
+        return _draft_forward(setup, params, cache, view, hidden, tokens)
+
+    def log_probs(hidden):
+        return jax.nn.log_softmax(head_logits(setup.target, params["target"], hidden), axis=-1)
+
+    proposals, cache = grow(setup.tree, state.draft_hidden, state.draft_cache, forward, log_probs)
+    return rerank(setup.tree, proposals, state.last_token), cache
 
 
 def _observe(setup: DecodeSetup, params: dict, state: DecodeState, hidden, next_tokens, count) -> DecodeState:
     """Show the draft the true pairs (hidden[:, i], next_tokens[:, i]), i < count; it keeps its output at the last one."""
-    output, cache = _draft_forward(setup, params, state.draft_cache, hidden, next_tokens)
+    view = cached_view(state.draft_cache, next_tokens.shape[1])
+    output, cache = _draft_forward(setup, params, state.draft_cache, view, hidden, next_tokens)
     rows = jnp.arange(count.shape[0])
     last = output[rows, jnp.maximum(count - 1, 0)]
     if state.draft_hidden is not None:  # after prefill there is nothing older to keep
@@ -256,16 +317,14 @@ def _observe(setup: DecodeSetup, params: dict, state: DecodeState, hidden, next_
     return state._replace(draft_cache=cache._replace(length=cache.length + count), draft_hidden=last)
 
 
-def _draft_forward(setup: DecodeSetup, params: dict, cache: KVCache, hidden, tokens):
-    """The draft over pairs (hidden [B,T,D], tokens int[B,T]) that continue its cache."""
+def _draft_forward(setup: DecodeSetup, params: dict, cache: KVCache, view: View, hidden, tokens):
+    """The draft over pairs (hidden [B,T,D], tokens int[B,T]) that continue its cache, seeing what the view shows."""
     embedding = embed_tokens(setup.target, params["target"], tokens)
-    return Draft(setup.draft).apply(
-        {"params": params["draft"]}, embedding, hidden, cached_view(cache, tokens.shape[1]), cache, method="decode"
-    )
+    return Draft(setup.draft).apply({"params": params["draft"]}, embedding, hidden, view, cache, method="decode")
 
 
 def _keys_at(keys, position):
-    """Each row's key for the verification that decides the token at `position`: no two steps share one."""
+    """Each row's key for the token at `position`: a chain's step splits it by purpose, all else draws that token with it."""
     return jax.vmap(jax.random.fold_in)(keys, position)
 
 

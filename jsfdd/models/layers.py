@@ -39,7 +39,7 @@ def causal_view(batch: int, length: int) -> View:
 
 def cached_view(cache: KVCache, num_new: int) -> View:
     """The view of `num_new` tokens that continue each row of `cache`, in slots length … length + num_new − 1."""
-    batch, slots = cache.k.shape[1], cache.k.shape[3]
+    batch, slots = cache.v.shape[1], cache.v.shape[3]
     positions = cache.length[:, None] + jnp.arange(num_new)[None, :]
     key_positions = jnp.broadcast_to(jnp.arange(slots), (batch, slots))
     return View(positions, key_positions, key_positions[:, None, :] <= positions[:, :, None])
@@ -47,8 +47,9 @@ def cached_view(cache: KVCache, num_new: int) -> View:
 
 def empty_cache(config: DecoderConfig, batch: int, slots: int, dtype=jnp.float32) -> KVCache:
     """A cache of `slots` places for each of `batch` rows, length 0."""
-    shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim)
-    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
+    heads = (config.num_layers, batch, config.num_kv_heads)
+    keys, values = jnp.zeros((*heads, config.head_dim, slots), dtype), jnp.zeros((*heads, slots, config.head_dim), dtype)
+    return KVCache(keys, values, jnp.zeros(batch, jnp.int32))
 
 
 def rope_frequencies(rope: Rope, head_dim: int) -> tuple[np.ndarray, float]:
@@ -100,16 +101,24 @@ def rotate(x: Float[Array, "B T heads H"], table) -> Float[Array, "B T heads H"]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def write_cache(cache: Float[Array, "L B K S H"], layer, new: Float[Array, "B T K H"], start: Int[Array, " B"]):
-    """`new` written into `layer` at each row's own slots, start[b] … start[b] + T − 1; slots past the end are dropped.
+def write_cache(
+    keys: Float[Array, "L B K H S"],
+    values: Float[Array, "L B K S H"],
+    layer,
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    start: Int[Array, " B"],
+):
+    """`k` and `v` written into `layer` at each row's own slots, start[b] … start[b] + T − 1; slots past the end are dropped.
 
     One scatter with the rows' and slots' numbers as indices updates the cache in place. A vmap of
     dynamic_update_slice over rows says the same, but XLA lays that scatter out row-first and copies the whole cache
     there and back in every layer: on a CPU 25 times slower at 16 rows.
     """
-    rows = jnp.arange(new.shape[0])[:, None]
-    slots = start[:, None] + jnp.arange(new.shape[1])[None, :]
-    return cache.at[layer, rows, :, slots].set(new.astype(cache.dtype), mode="drop")
+    rows = jnp.arange(k.shape[0])[:, None]
+    slots = start[:, None] + jnp.arange(k.shape[1])[None, :]
+    keys = keys.at[layer, rows, :, :, slots].set(k.astype(keys.dtype), mode="drop")
+    return keys, values.at[layer, rows, :, slots].set(v.astype(values.dtype), mode="drop")
 
 
 class RMSNorm(nn.Module):
@@ -133,7 +142,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x, table, mask, keys, values, layer, start):
-        """x [B,T,D], mask bool[B,T,S]; keys, values: a cache's arrays [L,B,K,S,H] or None. Returns (y, keys, values)."""
+        """x [B,T,D], mask bool[B,T,S]; keys, values: a `KVCache`'s arrays or None. Returns (y, keys, values)."""
         cfg = self.config
         batch, length = x.shape[:2]
         heads, kv_heads, dim = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
@@ -147,18 +156,23 @@ class Attention(nn.Module):
             q, k = RMSNorm(cfg.rms_norm_eps, name="q_norm")(q), RMSNorm(cfg.rms_norm_eps, name="k_norm")(k)
         q, k = rotate(q, table), rotate(k, table)
         if keys is None:
-            k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B,K,S,H], as the cache has them
+            k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)  # [B,K,H,S] and [B,K,S,H], as the cache has them
         else:
-            keys, values = write_cache(keys, layer, k, start), write_cache(values, layer, v, start)
+            keys, values = write_cache(keys, values, layer, k, v, start)
             k = jax.lax.dynamic_index_in_dim(keys, layer, keepdims=False)
             v = jax.lax.dynamic_index_in_dim(values, layer, keepdims=False)
 
         scale = dim**-0.5 if cfg.query_scale is None else cfg.query_scale
-        q = q.reshape(batch, length, kv_heads, heads // kv_heads, dim).transpose(0, 2, 3, 1, 4)
-        logits = jnp.einsum("bkrth,bksh->bkrts", q, k, preferred_element_type=jnp.float32) * scale
+        shared = heads // kv_heads
+        # The queries that share a key/value head are rows of one matrix: two plain batched products, nothing transposed
+        # but the queries and the result.
+        q = q.reshape(batch, length, kv_heads, shared, dim).transpose(0, 2, 3, 1, 4)
+        logits = jnp.matmul(q.reshape(batch, kv_heads, shared * length, dim), k, preferred_element_type=jnp.float32) * scale
+        logits = logits.reshape(batch, kv_heads, shared, length, k.shape[-1])
         logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-        y = jnp.einsum("bkrts,bksh->btkrh", weights, v).reshape(batch, length, heads * dim)
+        y = jnp.matmul(weights.reshape(batch, kv_heads, shared * length, k.shape[-1]), v)
+        y = y.reshape(batch, kv_heads, shared, length, dim).transpose(0, 3, 1, 2, 4).reshape(batch, length, heads * dim)
         return nn.Dense(cfg.hidden_size, use_bias=False, name="o_proj")(y), keys, values
 
 

@@ -1,0 +1,246 @@
+"""Dynamic draft trees (EAGLE-2, arXiv 2406.16858, section 4): grow, re-rank, verify, keep the accepted path.
+
+    grow    level by level: the `top_k` most probable paths so far are read by the draft, each proposes `top_k` next tokens
+    rerank  of all proposals the `nodes` most probable paths stay; a path's probability is the product of its tokens'
+    view    the target reads all nodes in one pass, each seeing the committed tokens and its own ancestors
+    walk    from the root, the target's own choice at each node leads to the child that holds it, until none does
+    keep    the accepted nodes' keys and values move next to the committed ones; nothing else of the cache is touched
+
+The children of a node are the draft's best tokens, not draws from it. Verifying them one after the other, each against
+what mass of p the earlier ones left, is then the same as drawing one token from p and looking whether it is among them: so
+`walk` draws as plain decoding does, with the same keys, and the text is plain decoding's own token for token at every
+temperature.
+
+Letters: n = top_k, M = nodes, N = M + 1 with the root, G = depth, P = proposals in all. Node 0 is the root, the last
+committed token; a parent's number is below its children's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jsfdd.models.layers import View
+from jsfdd.records import KVCache
+
+
+@dataclasses.dataclass(frozen=True)
+class TreeShape:
+    """A tree's fixed measures: at most `depth` tokens deep, `top_k` children a node, `nodes` draft tokens in all.
+
+    EAGLE-2's defaults are depth 5 to 7, top_k 10 and 60 nodes. `top_k=1` with `nodes=depth` is a greedy chain.
+    """
+
+    depth: int
+    top_k: int
+    nodes: int
+
+    def __post_init__(self):
+        if min(self.depth, self.top_k, self.nodes) < 1:
+            raise ValueError(f"a tree of depth {self.depth}, top-k {self.top_k} and {self.nodes} nodes: all must be 1 or more")
+        if self.nodes > self.num_proposals:
+            raise ValueError(
+                f"a tree of {self.nodes} nodes is larger than its depth allows: depth {self.depth} with top-k {self.top_k} "
+                f"proposes {self.num_proposals} tokens; take fewer nodes, or a greater depth or top-k"
+            )
+
+    @property
+    def num_proposals(self) -> int:
+        """P: n at the first level, n² at each deeper one."""
+        return self.top_k + (self.depth - 1) * self.top_k**2
+
+    @property
+    def draft_slots(self) -> int:
+        """Slots of the draft's cache that growing needs: one for each node it reads."""
+        return (self.depth - 1) * self.top_k
+
+
+class Proposals(NamedTuple):
+    """All that the draft proposed, level by level. A parent of −1 is the root."""
+
+    tokens: Int[Array, "B P"]
+    scores: Float[Array, "B P"]  # log-probability of the whole path
+    parents: Int[Array, "B P"]  # index of a proposal
+
+
+class Tree(NamedTuple):
+    """What the target verifies. `ancestors[b, i, j]`: node j is node i or above it."""
+
+    tokens: Int[Array, "B N"]
+    parents: Int[Array, "B N"]  # the root is its own
+    depths: Int[Array, "B N"]
+    ancestors: Bool[Array, "B N N"]
+
+
+class Path(NamedTuple):
+    """The target's way down a tree: `tokens[:, i]` is its choice at `nodes[:, i]`, for i ≤ `num_accepted`.
+
+    `went_on` is whether the last node had children at all, so that a draft token was judged there and rejected.
+    """
+
+    nodes: Int[Array, "B G1"]
+    tokens: Int[Array, "B G1"]
+    num_accepted: Int[Array, " B"]
+    went_on: Bool[Array, " B"]
+
+
+def root_only(tokens: Int[Array, " B"]) -> Tree:
+    """The tree without draft tokens: what plain decoding verifies."""
+    ones = tokens[:, None]
+    return Tree(ones, jnp.zeros_like(ones), jnp.zeros_like(ones), jnp.ones((*ones.shape, 1), bool))
+
+
+def grow(
+    shape: TreeShape,
+    root_hidden: Float[Array, "B D"],
+    cache: KVCache,
+    forward: Callable[[KVCache, View, Float[Array, "B n D"], Int[Array, "B n"]], tuple[Float[Array, "B n D"], KVCache]],
+    log_probs: Callable[[Float[Array, "B n D"]], Float[Array, "B n V"]],
+) -> tuple[Proposals, KVCache]:
+    """All proposals below the root, and the draft's cache with the nodes it read written after its `length`.
+
+    Args:
+      root_hidden: the draft's guess of the hidden state at the last committed token.
+      cache: the draft's; its `length` comes back as it was.
+      forward: the draft over pairs (hidden, token), under a view, written at the cache's length.
+      log_probs: the draft's log-probabilities of the token after a hidden state.
+    """
+    rows, width, slots = root_hidden.shape[0], shape.top_k, cache.v.shape[3]
+    start = cache.length
+    scores, tokens = jax.lax.top_k(log_probs(root_hidden[:, None])[:, 0], width)
+    first = Proposals(tokens.astype(jnp.int32), scores, jnp.full((rows, width), -1, jnp.int32))
+    if shape.depth == 1:
+        return first, cache
+
+    def level(carry, number):
+        tokens, scores, index, hidden, seen, cache = carry
+        # A node sees itself and its ancestors among the nodes read so far, and all that was committed.
+        own = number * width + jnp.arange(width)
+        seen = seen | (jnp.arange(shape.draft_slots)[None, None, :] == own[None, :, None])
+        view = _view_after(start, slots, jnp.broadcast_to(number, (rows, width)), seen, None)
+        hidden, cache = forward(cache._replace(length=start + number * width), view, hidden, tokens)
+        each, children = jax.lax.top_k(log_probs(hidden), width)
+        scores = (scores[:, :, None] + each).reshape(rows, -1)
+        children = children.astype(jnp.int32).reshape(rows, -1)
+        proposals = Proposals(children, scores, jnp.repeat(index, width, axis=1))
+        # The best of them, over all parents, are read next.
+        scores, chosen = jax.lax.top_k(scores, width)
+        parent = chosen // width
+        carry = (
+            _take(children, chosen),
+            scores,
+            width + number * width**2 + chosen,
+            jnp.take_along_axis(hidden, parent[:, :, None], axis=1),
+            jnp.take_along_axis(seen, parent[:, :, None], axis=1),
+            cache,
+        )
+        return carry, proposals
+
+    index = jnp.broadcast_to(jnp.arange(width), (rows, width))
+    hidden = jnp.broadcast_to(root_hidden[:, None], (rows, width, root_hidden.shape[1]))
+    seen = jnp.zeros((rows, width, shape.draft_slots), bool)
+    carry = (first.tokens, scores, index, hidden, seen, cache)
+    (*_, cache), deeper = jax.lax.scan(level, carry, jnp.arange(shape.depth - 1))
+    deeper = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(rows, -1), deeper)
+    proposals = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), first, deeper)
+    return proposals, cache._replace(length=start)
+
+
+def rerank(shape: TreeShape, proposals: Proposals, root_tokens: Int[Array, " B"]) -> Tree:
+    """The tree of the `nodes` best proposals. A path is never more probable than its parent, so none loses its parent."""
+    rows = root_tokens.shape[0]
+    _, chosen = jax.lax.top_k(proposals.scores, shape.nodes)  # of equals the earlier, so a parent before its child
+    chosen = jnp.sort(chosen, axis=1)
+    above = _take(proposals.parents, chosen)
+    number = jax.vmap(jnp.searchsorted)(chosen, above).astype(jnp.int32)
+    level = jnp.where(chosen < shape.top_k, 1, 2 + (chosen - shape.top_k) // shape.top_k**2).astype(jnp.int32)
+    root = jnp.zeros((rows, 1), jnp.int32)
+    parents = jnp.concatenate([root, jnp.where(above < 0, 0, number + 1)], axis=1)
+    return Tree(
+        tokens=jnp.concatenate([root_tokens[:, None], _take(proposals.tokens, chosen)], axis=1),
+        parents=parents,
+        depths=jnp.concatenate([root, level], axis=1),
+        ancestors=_ancestors(parents, shape.depth),
+    )
+
+
+def tree_view(cache: KVCache, tree: Tree) -> View:
+    """The view of a tree's nodes in slots length … length + N − 1: positions by depth, sight along ancestors only."""
+    return _view_after(cache.length, cache.v.shape[3], tree.depths, tree.ancestors, tree.depths)
+
+
+def walk(
+    tree: Tree,
+    depth: int,
+    logits: Float[Array, "B N V"],
+    choose: Callable[[Int[Array, ""], Float[Array, "B V"]], Int[Array, " B"]],
+) -> Path:
+    """Follow the target down the tree.
+
+    Args:
+      depth: G, the deepest that a node may lie.
+      logits: float32, the target's at each node.
+      choose: the target's own next token at a level (0 is the root's), from its logits there.
+    """
+    rows = jnp.arange(tree.tokens.shape[0])
+    numbers = jnp.arange(tree.tokens.shape[1])
+
+    def level(carry, number):
+        node, walking, num_accepted, went_on = carry
+        token = choose(number, logits[rows, node])
+        below = (tree.parents == node[:, None]) & (numbers > 0)[None, :]
+        held = below & (tree.tokens == token[:, None])
+        found = walking & jnp.any(held, axis=1)
+        went_on = jnp.where(walking, jnp.any(below, axis=1), went_on)
+        child = jnp.where(found, jnp.argmax(held, axis=1), node).astype(jnp.int32)
+        return (child, found, num_accepted + found, went_on), (node, token)
+
+    start = jnp.zeros(rows.shape, jnp.int32)
+    carry = (start, jnp.ones(rows.shape, bool), start, jnp.zeros(rows.shape, bool))
+    (_, _, num_accepted, went_on), (nodes, tokens) = jax.lax.scan(level, carry, jnp.arange(depth + 1))
+    return Path(nodes.swapaxes(0, 1), tokens.swapaxes(0, 1), num_accepted, went_on)
+
+
+def keep_path(cache: KVCache, nodes: Int[Array, "B G1"]) -> KVCache:
+    """The cache with the slots of `nodes`, numbered from its length, moved to length, length + 1, …: G + 1 slots a row."""
+    rows = jnp.arange(nodes.shape[0])[:, None]
+    old = cache.length[:, None] + nodes
+    new = cache.length[:, None] + jnp.arange(nodes.shape[1])[None, :]
+    return cache._replace(
+        k=cache.k.at[:, rows, :, :, new].set(cache.k[:, rows, :, :, old]),
+        v=cache.v.at[:, rows, :, new].set(cache.v[:, rows, :, old]),
+    )
+
+
+def _view_after(start, slots, depths, visible, slot_depths):
+    """The view of nodes written after `start`: they see every slot before it, and behind it what `visible` [B,n,R] says.
+
+    `slot_depths` [B,R] places the slots behind `start`; None where no one asks how far away a key is.
+    """
+    slot = jnp.arange(slots)[None, :]
+    behind = slot - start[:, None]
+    inside = (behind >= 0) & (behind < visible.shape[2])
+    behind = jnp.clip(behind, 0, visible.shape[2] - 1)
+    sight = jnp.take_along_axis(visible, behind[:, None, :], axis=2)
+    mask = (slot < start[:, None])[:, None, :] | (inside[:, None, :] & sight)
+    key_positions = jnp.broadcast_to(slot, inside.shape)
+    if slot_depths is not None:
+        key_positions = jnp.where(inside, start[:, None] + _take(slot_depths, behind), key_positions)
+    return View(start[:, None] + depths, key_positions, mask)
+
+
+def _ancestors(parents: Int[Array, "B N"], depth: int) -> Bool[Array, "B N N"]:
+    itself = jnp.eye(parents.shape[1], dtype=bool)[None]
+    seen = jnp.broadcast_to(itself, (parents.shape[0], *itself.shape[1:]))
+    for _ in range(depth):
+        seen = itself | jnp.take_along_axis(seen, parents[:, :, None], axis=1)
+    return seen
+
+
+def _take(values, index):
+    return jnp.take_along_axis(values, index, axis=1)
