@@ -94,16 +94,19 @@ def _run(config) -> None:
             result = pipeline.train(config)
             print(f"{result.steps} steps on {result.samples} samples in {result.seconds:.0f} s: {config.out}")
         case options.EvaluateConfig():
-            report = pipeline.evaluate(config)
-            print(
-                f"τ {report['tau']:.3f} [{report['tau_low']:.3f}, {report['tau_high']:.3f}], speedup "
-                f"{report['speedup']:.2f}×, n = {report['n_prompts']} prompts: {config.out / 'report.json'}"
-            )
+            from jsfdd.evaluation.evaluate import compare
+            from jsfdd.evaluation.table import print_evaluation
+
+            reports = pipeline.evaluate(config)
+            print_evaluation(reports, compare(reports, config.seed))
+            print(config.out)
         case options.ExportConfig():
             pipeline.export(config)
             print(f"{config.flavour} draft: {config.out}")
         case options.GenerateConfig():
-            _generate(config)
+            from jsfdd.answer import answer
+
+            answer(config)
         case options.ReportConfig():
             print(pipeline.report(config))
 
@@ -136,53 +139,6 @@ def _prepare_jax() -> None:
     if not jax.config.jax_compilation_cache_dir:
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jsfdd" / "xla"
         jax.config.update("jax_compilation_cache_dir", str(cache))
-
-
-def _generate(config: options.GenerateConfig) -> None:
-    """Print the answer as it comes; τ and tokens/s go to stderr, so that a pipe gets the text alone."""
-    import jax.numpy as jnp
-
-    from jsfdd.data.template import render_prompt
-    from jsfdd.decoding.generate import DecodeSetup, prepare_params
-    from jsfdd.decoding.stream import stream_answer
-    from jsfdd.evaluation.evaluate import check_draft
-    from jsfdd.pipeline import load_draft
-    from jsfdd.weights.load import load_target
-
-    if not config.prompt.strip():
-        raise ValueError("--prompt is empty; give the user's message")
-    drafted = None if config.draft is None else load_draft(config.draft)
-    target = load_target(config.target, jnp.dtype(config.dtype))
-    draft, draft_params = drafted or (None, None)
-    if draft is not None:
-        check_draft(target, draft, str(config.draft))
-    params = prepare_params(target.params, draft_params)
-    depth = config.num_draft_tokens if draft else 0
-    setup = DecodeSetup(target.config, draft, depth, config.max_new_tokens, target.stop_tokens)
-    prompt = render_prompt(target.tokenizer, [{"role": "user", "content": config.prompt}])
-    if len(prompt) + config.max_new_tokens > target.config.max_position:
-        raise ValueError(
-            f"--prompt: {len(prompt)} tokens and an answer of up to {config.max_new_tokens} exceed the context of "
-            f"{target.config.max_position} tokens; shorten it or lower --max-new-tokens"
-        )
-    shown: list[int] = []
-    written = ""
-
-    def show(tokens):
-        # A character can be spread over several tokens: print what is settled, hold back a broken end.
-        nonlocal written
-        shown.extend(tokens)
-        text = target.tokenizer.decode(shown, skip_special_tokens=True)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            print(text[len(written) :], end="", flush=True)
-            written = text
-
-    result = stream_answer(setup, params, prompt, config.seed, config.temperature, show)
-    text = target.tokenizer.decode(shown, skip_special_tokens=True)
-    print(text[len(written) :])
-    tau = f"τ {result.tau:.2f}, " if draft is not None and result.tau is not None else ""
-    rate = len(result.tokens) / result.seconds
-    print(f"{tau}{len(result.tokens)} tokens, {rate:.1f} tokens/s", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -32,9 +32,16 @@ _RULES = {
     "log_every": (lambda x: x >= 1, "1 or more"),
     "save_every": (lambda x: x >= 1, "1 or more"),
     "temperature": (lambda x: x >= 0, "0 (greedy) or more"),
+    "top_k": (lambda x: x >= 0, "0 (all tokens) or more"),
+    "top_p": (lambda x: 0 < x <= 1, "a share of the probability in (0, 1]"),
     "num_draft_tokens": (lambda x: 1 <= x <= 32, "from 1 to 32"),
+    "tree_nodes": (lambda x: 0 <= x <= 1024, "0 (a chain) or up to 1024 draft tokens"),
+    "tree_top_k": (lambda x: x >= 1, "1 or more"),
     "max_new_tokens": (lambda x: x >= 1, "1 or more"),
     "batch_size": (lambda x: x >= 1, "1 or more"),
+    "draft": (lambda x: x != (), "at least one draft"),
+    "probe_every": (lambda x: x >= 1, "1 or more"),
+    "probe_new_tokens": (lambda x: x >= 2, "2 or more: an answer's first token needs no draft"),
     "arms": (lambda x: len(x) > 0 and len(set(x)) == len(x), "one or more different arms"),
 }
 
@@ -142,10 +149,28 @@ class TrainingOptions(_Options):
 class DecodingOptions(_Options):
     temperature: float = 0.0
     """0 decodes greedily; above 0 samples from the target's distribution at this temperature."""
+    top_k: int = 0
+    """Above temperature 0, sample among the target's this many most probable tokens; 0 for all."""
+    top_p: float = 1.0
+    """Above temperature 0, sample among the fewest most probable tokens that together have this share of the probability."""
     num_draft_tokens: int = 4
-    """Draft tokens proposed per verification (γ)."""
+    """Draft tokens in a row (γ): the length of a chain, the depth of a tree."""
+    tree_nodes: int = 0
+    """Verify a tree of this many draft tokens (EAGLE-2 takes 60) instead of a chain, which is 0."""
+    tree_top_k: int = 10
+    """Children of a tree's node, and nodes that the draft reads per level."""
     max_new_tokens: int = 128
     """Longest answer, in tokens."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProbeOptions(_Options):
+    probe_prompts: tuple[Path, ...] = ()
+    """Prompt files, apart from those of the final evaluation: decode them during training and keep the draft of the best τ."""
+    probe_every: int = 200
+    """Steps between two such decodes; the last step always has one."""
+    probe_new_tokens: int = 64
+    """Longest answer of a probe, in tokens."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -180,7 +205,7 @@ class SelectConfig(SelectionOptions, Seeded):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig(TargetOptions, DataOptions, TrainingOptions, Seeded):
+class TrainConfig(TargetOptions, DataOptions, TrainingOptions, ProbeOptions, Seeded):
     """Train an EAGLE draft on the selected samples."""
 
     out: Path
@@ -193,12 +218,12 @@ class TrainConfig(TargetOptions, DataOptions, TrainingOptions, Seeded):
 class EvaluateConfig(TargetOptions, DecodingOptions, Seeded):
     """Measure acceptance and speed by real speculative decoding."""
 
-    draft: Path
-    """A training run's directory, its checkpoints/, or an exported draft."""
+    draft: tuple[Path, ...]
+    """Drafts, each a training run's directory, its checkpoints/, or an exported draft; several are compared in pairs."""
     prompts: tuple[Path, ...]
     """Prompt files: rows with "turns"; each turn's own answer feeds the next."""
     out: Path
-    """Directory for report.json."""
+    """Directory for report.json, or with several drafts for a directory of each and differences.json."""
     batch_size: int = 8
     """Prompts decoded together."""
 
@@ -225,11 +250,17 @@ class GenerateConfig(TargetOptions, DecodingOptions, Seeded):
     """A training run's directory, its checkpoints/, or an exported draft."""
     no_draft: bool = False
     """Decode without a draft, one token a step."""
+    show_accepted: bool = False
+    """Mark the tokens that the draft proposed: green on a terminal, in [brackets] elsewhere."""
 
     def __post_init__(self):
         super().__post_init__()
         if (self.draft is None) != self.no_draft:
             raise ValueError("give either --draft DIR or --no-draft")
+        if self.no_draft and self.show_accepted:
+            raise ValueError("--show-accepted marks a draft's tokens, and there are none with --no-draft")
+        if not self.prompt.strip():
+            raise ValueError("--prompt is empty; give the user's message")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,7 @@ from rich.table import Table
 
 from jsfdd.config import (
     DataOptions,
+    DecodingOptions,
     EvaluateConfig,
     ExportConfig,
     ReportConfig,
@@ -37,11 +38,15 @@ from jsfdd.config import (
 from jsfdd.data.batches import Shape, choose_shapes, make_batches, padding_share
 from jsfdd.data.chat import read_chats, read_prompts
 from jsfdd.data.template import TokenizeSummary, tokenize_chats
+from jsfdd.decoding.tree import TreeShape
+from jsfdd.decoding.verify import Cutoff
 from jsfdd.evaluation import evaluate as evaluation
+from jsfdd.evaluation.probe import make_probe
 from jsfdd.evaluation.report import write_report
+from jsfdd.evaluation.table import describe_difference
 from jsfdd.files import differences, read_json, write_json
 from jsfdd.mesh import describe_hardware, make_mesh, num_data_shards
-from jsfdd.models.draft import DraftConfig
+from jsfdd.models.draft import DraftConfig, draft_config
 from jsfdd.records import Sample
 from jsfdd.selection import features, sfdd
 from jsfdd.selection.features import HiddenStore, HiddenWriter
@@ -54,6 +59,7 @@ from jsfdd.weights.eagle import is_exported, read_draft, write_draft
 from jsfdd.weights.load import Target, load_target
 
 console = Console(stderr=True, highlight=False)
+_PROBE_DEPTH = 4
 
 
 class Loaded(NamedTuple):
@@ -136,20 +142,26 @@ def train(config: TrainConfig, loaded: Loaded | None = None, store: HiddenStore 
         store,
         config,
         loaded.mesh,
-        identity=loaded.identity,
+        identity=loaded.identity | _probe_identity(config),
         shapes=loaded.shapes,
+        probe=_make_probe(config, loaded) if config.probe_prompts else None,
     )
 
 
-def evaluate(config: EvaluateConfig) -> dict:
-    """`jsfdd evaluate`: writes report.json, returns it."""
+def evaluate(config: EvaluateConfig) -> dict[str, dict]:
+    """`jsfdd evaluate`: writes a report.json a draft (and differences.json), returns {draft's name: report}."""
+    tree_shape(config)
     prompts = read_prompts(config.prompts)
-    draft = load_draft(config.draft)
+    drafts = {name: load_draft(path) for name, path in _names(config.draft).items()}
     target = load_target(config.target, jnp.dtype(config.dtype))
-    report = _evaluate(config, target, {"draft": draft}, prompts, make_mesh())["draft"]
-    config.out.mkdir(parents=True, exist_ok=True)
-    write_json(config.out / "report.json", report | {"config": config.to_json()})
-    return report
+    reports = _evaluate(config, target, drafts, prompts, make_mesh())
+    for name, report in reports.items():
+        out = config.out / name if len(reports) > 1 else config.out
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "report.json", report | {"config": config.to_json()})
+    if len(reports) > 1:
+        write_json(config.out / "differences.json", evaluation.compare(reports, config.seed))
+    return reports
 
 
 def export(config: ExportConfig) -> None:
@@ -170,6 +182,22 @@ def load_draft(path: Path) -> tuple[DraftConfig, dict]:
         return read_draft(path)
     draft, params, _ = load_trained_draft(path)
     return draft, params
+
+
+def tree_shape(config: DecodingOptions) -> TreeShape | None:
+    """The tree that a config asks for, None for chains. ValueError if its depth cannot hold it."""
+    return TreeShape(config.num_draft_tokens, config.tree_top_k, config.tree_nodes) if config.tree_nodes else None
+
+
+def _names(drafts: Sequence[Path]) -> dict[str, Path]:
+    """Each draft under as much of its path's end as tells it from the others."""
+    if len(set(drafts)) < len(drafts):
+        raise ValueError(f"--draft: one draft is given twice: {', '.join(map(str, drafts))}")
+    for length in range(1, max(len(path.parts) for path in drafts) + 1):
+        names = ["-".join(path.parts[-length:]).strip("/") for path in drafts]
+        if len(set(names)) == len(names):
+            return dict(zip(names, drafts, strict=True))
+    raise ValueError(f"--draft: {', '.join(map(str, drafts))} cannot be told apart by name; rename one")
 
 
 # --- The whole loop ------------------------------------------------------------------------------------------------
@@ -247,9 +275,26 @@ def _evaluate_arms(config: RunConfig, loaded: Loaded, arms: dict[str, Path], pro
     if not all(path.exists() for path in paths.values()):
         drafts = {arm: load_draft(directory / "draft") for arm, directory in arms.items()}
         for arm, result in _evaluate(config, loaded.target, drafts, prompts, loaded.mesh).items():
-            own = EvaluateConfig.taken_from(config, draft=arms[arm] / "draft", out=arms[arm])
+            own = EvaluateConfig.taken_from(config, draft=(arms[arm] / "draft",), out=arms[arm])
             write_json(paths[arm], result | {"config": own.to_json()})
     return {arm: read_json(path) for arm, path in paths.items()}
+
+
+def _make_probe(config: TrainConfig, loaded: Loaded) -> training.Probe:
+    """A real decode of the probe prompts by the draft so far."""
+    prompts = read_prompts(config.probe_prompts)
+    draft = draft_config(loaded.target.config, config.fc_bias)
+    return make_probe(
+        loaded.target, draft, prompts, loaded.mesh, num_draft_tokens=_PROBE_DEPTH, max_new_tokens=config.probe_new_tokens
+    )
+
+
+def _probe_identity(config: TrainConfig) -> dict:
+    """What decides which draft is best, beside the training itself."""
+    if not config.probe_prompts:
+        return {}
+    files = [sha256(path) for path in config.probe_prompts]
+    return {"probe": {"prompts": files, "every": config.probe_every, "new_tokens": config.probe_new_tokens}}
 
 
 def _evaluate(config: EvaluateConfig | RunConfig, target: Target, drafts, prompts, mesh) -> dict[str, dict]:
@@ -264,6 +309,8 @@ def _evaluate(config: EvaluateConfig | RunConfig, target: Target, drafts, prompt
             max_new_tokens=config.max_new_tokens,
             batch_size=config.batch_size,
             seed=config.seed,
+            tree=tree_shape(config),
+            cutoff=Cutoff(config.top_k, config.top_p),
             progress=lambda done, total: status.update(f"decoding: batch {done} of {total}"),
         )
 
@@ -406,12 +453,7 @@ def _print_summary(summary: dict, config: RunConfig) -> None:
     out = Console(highlight=False)
     out.print(table)
     for difference in summary["differences"]:
-        low, high = difference["low"], difference["high"]
-        seen = "no difference seen" if low <= 0 <= high else "higher" if low > 0 else "lower"
-        out.print(
-            f"τ of {difference['a']} minus {difference['b']}: {difference['tau_difference']:+.3f} "
-            f"[{low:+.3f}, {high:+.3f}], {seen}"
-        )
+        out.print(describe_difference(difference))
     console.print(f"report: {config.out / 'report.html'}", soft_wrap=True)
 
 

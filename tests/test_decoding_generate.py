@@ -19,6 +19,8 @@ from jsfdd.decoding.generate import (
     make_stream,
     prepare_params,
 )
+from jsfdd.decoding.tree import TreeShape
+from jsfdd.decoding.verify import Cutoff, warp
 from jsfdd.mesh import make_mesh
 from jsfdd.models.target import head_logits, hidden_states
 from jsfdd.records import DecodeStats
@@ -32,7 +34,8 @@ def _prompts(lengths=LENGTHS, width=12, vocab=64, seed=5):
     tokens = np.zeros((len(lengths), width), np.int32)
     for row, length in enumerate(lengths):
         tokens[row, :length] = rng.integers(0, vocab, length)
-    return PromptBatch(jnp.asarray(tokens), jnp.asarray(lengths, jnp.int32), jax.random.split(jax.random.key(seed), len(lengths)))
+    keys = jax.random.split(jax.random.key(seed), len(lengths))
+    return PromptBatch(jnp.asarray(tokens), jnp.asarray(lengths, jnp.int32), keys)
 
 
 def _slow_greedy(config, params, prompt, num_tokens):
@@ -101,6 +104,42 @@ def test_greedy_speculative_equals_autoregressive(models, depth, which):
     assert np.all(np.asarray(emitted) <= np.asarray(fast.lengths) - 1 + depth)
 
 
+TREES = [TreeShape(1, 3, 3), TreeShape(4, 1, 4), TreeShape(3, 3, 9)]
+
+
+@pytest.mark.parametrize("tree", TREES, ids=str)
+@pytest.mark.parametrize("cutoff", [Cutoff(), Cutoff(top_k=9, top_p=0.8)], ids=str)
+def test_a_trees_text_is_plain_decodings_at_every_temperature(models, tree, cutoff):
+    """Sampled too: both draw the token at a position with that position's key, from the same distribution."""
+    config, draft, params = models
+    params, prompts = params | {"draft": _good_draft(config, params)}, _prompts()
+    for temperature in (0.0, 0.7, 1.0):
+        plain = _run(DecodeSetup(config, None, 0, 24, (), cutoff=cutoff), params, prompts, jnp.float32(temperature))
+        fast = _run(DecodeSetup(config, draft, tree.depth, 24, (), tree, cutoff), params, prompts, jnp.float32(temperature))
+        assert np.array_equal(plain.tokens, fast.tokens)
+        assert np.asarray(fast.stats.accepted).sum() > 0, "a draft that is never right would prove nothing"
+        emitted = np.asarray(fast.stats.accept_counts.sum(1) + fast.stats.accepted.sum(1))
+        assert np.all(emitted >= 23) and np.all(emitted <= 23 + tree.depth)
+
+
+def test_a_chain_is_a_tree_with_one_branch(models):
+    config, draft, params = models
+    params = params | {"draft": _good_draft(config, params)}
+    chain = _run(DecodeSetup(config, draft, 4, 24, ()), params, _prompts())
+    branch = _run(DecodeSetup(config, draft, 4, 24, (), TreeShape(4, 1, 4)), params, _prompts())
+    assert jax.tree.all(jax.tree.map(np.array_equal, chain, branch))
+
+
+def test_a_wider_tree_accepts_more(models):
+    """The same draft, three levels deep: each added branch can only find more of the target's choices."""
+    config, draft, params = models
+    params = params | {"draft": _good_draft(config, params)}
+    shapes = [TreeShape(3, 1, 3), TreeShape(3, 4, 12), TreeShape(3, 8, 60)]
+    outs = [_run(DecodeSetup(config, draft, 3, 48, (), shape), params, _prompts()) for shape in shapes]
+    steps = [int(out.stats.accept_counts.sum()) for out in outs]
+    assert steps[0] > steps[1] > steps[2]
+
+
 def test_a_perfect_draft_is_always_accepted():
     """A target that only looks at its last token's embedding, and a draft that computes just that."""
     config, target = toy_target(seed=3, num_layers=1)
@@ -138,7 +177,7 @@ def test_text_does_not_depend_on_batch_or_devices(models):
     temperature = jnp.float32(1.0)
     whole = _run(setup, params, prompts, temperature)
     for row in range(4):
-        alone = _run(setup, params, jax.tree.map(lambda x: x[row : row + 1], prompts), temperature)
+        alone = _run(setup, params, jax.tree.map(lambda x, row=row: x[row : row + 1], prompts), temperature)
         assert np.array_equal(alone.tokens[0], whole.tokens[row])
     spread = make_generate(setup, make_mesh())((params, temperature), prompts)
     assert np.array_equal(spread.tokens, whole.tokens)
@@ -159,9 +198,10 @@ def test_filler_rows_emit_nothing(models):
     assert np.array_equal(out.tokens[:4], _run(DecodeSetup(config, draft, 3, 16, ()), params, prompts).tokens)
 
 
-def test_streaming_equals_generate(models):
+@pytest.mark.parametrize("tree", [None, TreeShape(3, 3, 9)], ids=["chain", "tree"])
+def test_streaming_equals_generate(models, tree):
     config, draft, params = models
-    setup, prompts = DecodeSetup(config, draft, 3, 16, ()), _prompts()
+    setup, prompts = DecodeSetup(config, draft, 3, 16, (), tree), _prompts()
     start, step = make_stream(setup)
     state = start(params, prompts, GREEDY)
     pieces = [[int(t)] for t in state.last_token]
@@ -177,17 +217,27 @@ def test_streaming_equals_generate(models):
     assert jax.tree.all(jax.tree.map(np.array_equal, stats, whole.stats))
 
 
-@pytest.mark.parametrize("depth", [0, 2])
-def test_sampled_text_has_the_targets_distribution(depth):
-    """Two tokens after the first, over 100k sampled continuations of one prompt, against the exact joint."""
+SAMPLED = {
+    "plain": (0, None, Cutoff()),
+    "chain": (2, None, Cutoff()),
+    "tree": (2, TreeShape(2, 2, 4), Cutoff()),
+    "chain, top-k and top-p": (2, None, Cutoff(top_k=4, top_p=0.85)),
+    "tree, top-k and top-p": (2, TreeShape(2, 2, 4), Cutoff(top_k=4, top_p=0.85)),
+}
+
+
+@pytest.mark.parametrize("depth, tree, cutoff", SAMPLED.values(), ids=SAMPLED.keys())
+def test_sampled_text_has_the_targets_distribution(depth, tree, cutoff):
+    """Three tokens, over 100k sampled continuations of one prompt, against the exact joint of the warped target."""
     vocab, trials = 5, 100_000
     config, target = toy_target(seed=2, sharpness=1.5, vocab_size=vocab, num_layers=1, hidden_size=16)
     draft, draft_params = toy_draft(config)
-    setup = DecodeSetup(config, draft if depth else None, depth, 3, ())
+    setup = DecodeSetup(config, draft if depth else None, depth, 3, (), tree, cutoff)
     params, prompt = prepare_params(target, draft_params), [1, 4, 2]
 
     texts = np.array([[*prompt, a, b] for a in range(vocab) for b in range(vocab)], np.int32)
-    probs = jax.nn.softmax(head_logits(config, target, hidden_states(config, target, texts)))
+    logits = head_logits(config, target, hidden_states(config, target, texts))
+    probs = jax.nn.softmax(warp(logits, jnp.float32(1), cutoff))
     after = np.asarray(probs, np.float64).reshape(vocab, vocab, 5, vocab)  # [a, b, position, next]
     joint = after[0, 0, 2][:, None, None] * after[:, 0, 3][:, :, None] * after[:, :, 4]
     decode = make_generate(setup, make_mesh(data=2))
@@ -197,6 +247,7 @@ def test_sampled_text_has_the_targets_distribution(depth):
         batch = PromptBatch(jnp.tile(jnp.asarray([prompt], jnp.int32), (rows, 1)), jnp.full(rows, 3, jnp.int32), keys)
         out = np.asarray(decode((params, jnp.float32(1)), batch).tokens)
         np.add.at(counts, tuple(out.T), 1)
+    assert counts[joint == 0].sum() == 0
     cells = joint * trials > 5
     statistic = np.sum((counts[cells] - joint[cells] * trials) ** 2 / (joint[cells] * trials))
     freedom = cells.sum() - 1
@@ -215,18 +266,19 @@ def test_traces_once_per_shape(models, monkeypatch):
     assert len(traces) == before > 0
 
 
-@pytest.mark.parametrize("depth", [0, 2])
-def test_the_compiled_loop_never_copies_a_cache(models, depth):
-    """Inside the loop's body a cache is only ever updated in place: no copy or transpose of its shape."""
+@pytest.mark.parametrize("depth, tree", [(0, None), (2, None), (2, TreeShape(2, 3, 7))], ids=["plain", "chain", "tree"])
+def test_the_compiled_loop_never_copies_a_cache(models, depth, tree):
+    """Inside the loop's body a cache is only ever updated in place: no copy or transpose of its shape, or of a layer's part."""
     config, draft, params = models
-    setup = DecodeSetup(config, draft if depth else None, depth, 8, ())
+    setup = DecodeSetup(config, draft if depth else None, depth, 8, (), tree)
     text = make_generate(setup, make_mesh(data=1)).lower((params, GREEDY), _prompts()).compile().as_text()
-    cache = rf"f32\[[12],4,2,{setup.cache_slots(12)},8\]"
-    assert re.search(rf"while\(.*|{cache}.* scatter\(", text)
+    slots = setup.cache_slots(12)
+    cache = rf"f32\[(?:[12],)?(?:4,2|8),(?:8,{slots}|{slots},8)\]"
+    assert re.search(cache + r".* scatter\(", text)
     computation, copies = "", []
     for line in text.splitlines():
         computation = line if line.endswith("{") else computation
-        if re.search(cache + r"\S* (copy|transpose)\(", line) and not computation.startswith("ENTRY"):
+        if re.search(rf"= {cache}\S* (copy|transpose)\(", line) and not computation.startswith("ENTRY"):
             copies.append(line.strip())
     # ENTRY makes the caches once; everything that a step does is in computations that the loop calls.
     assert not copies
@@ -237,3 +289,13 @@ def test_setup_refuses_draft_tokens_without_a_draft(models):
     with pytest.raises(ValueError, match="num_draft_tokens=3"):
         DecodeSetup(config, None, 3, 8, ())
     assert dataclasses.replace(DecodeSetup(config, None, 0, 8, ()), max_new_tokens=4).cache_slots(10) == 15
+
+
+def test_setup_refuses_trees_that_do_not_fit(models):
+    config, draft, _ = models
+    with pytest.raises(ValueError, match="num_draft_tokens=3 with a tree of depth 2"):
+        DecodeSetup(config, draft, 3, 8, (), TreeShape(2, 2, 4))
+    with pytest.raises(ValueError, match="tree's top-k 65 exceeds the vocabulary of 64"):
+        DecodeSetup(config, draft, 2, 8, (), TreeShape(2, 65, 70))
+    with pytest.raises(ValueError, match="top-k 99 exceeds"):
+        DecodeSetup(config, draft, 2, 8, (), cutoff=Cutoff(top_k=99))

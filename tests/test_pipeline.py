@@ -141,9 +141,9 @@ def test_stage_by_stage(inputs, tmp_path):
     assert set(chosen.ids) <= stored and len(stored) < 14
     pipeline.export(ExportConfig(draft=tmp_path / "draft", out=tmp_path / "exported"))
     config = EvaluateConfig(
-        target=target, draft=tmp_path / "exported", prompts=(prompts,), out=tmp_path / "eval", max_new_tokens=8, num_draft_tokens=2
+        target=target, draft=(tmp_path / "exported",), prompts=(prompts,), out=tmp_path / "eval", max_new_tokens=8, num_draft_tokens=2
     )
-    report = pipeline.evaluate(config)
+    report = pipeline.evaluate(config)["exported"]
     assert report == {k: v for k, v in read_json(tmp_path / "eval" / "report.json").items() if k != "config"}
 
 

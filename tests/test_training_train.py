@@ -19,6 +19,7 @@ from jsfdd.models.target import hidden_states, init_params
 from jsfdd.records import Sample
 from jsfdd.training.log import read_lines
 from jsfdd.training.train import METRICS, TIMINGS, split_held_out, train
+from jsfdd.weights import checkpoint
 from jsfdd.weights.checkpoint import load_draft
 
 
@@ -182,17 +183,42 @@ def test_bad_inputs_are_errors(tmp_path):
         run(tmp_path, samples=silent)
 
 
-def test_probe_sees_every_epoch(tmp_path):
-    seen = []
+def _scripted_probe(taus, stop_at=None):
+    """A probe that reports τ from a list, by how often it was called; optionally dies like a killed run."""
+    calls = iter(range(len(taus)))
 
-    def probe(params, step):
-        seen.append((step, sorted(params)))
-        return {"tau": 1.5}
+    def probe(params):
+        call = next(calls)
+        if call == stop_at:
+            raise KeyboardInterrupt
+        return {"tau": taus[call], "n_steps": 7}
 
-    result = run(tmp_path, epochs=2, held_out_share=0.0, probe=probe)
-    assert seen == [(result.steps // 2, ["fc", "layer"]), (result.steps, ["fc", "layer"])]
-    assert [line["probe"] for line in read_lines(tmp_path / METRICS) if "probe" in line] == [{"tau": 1.5}] * 2
-    assert result.held_out == {}
+    return probe
+
+
+def test_the_draft_of_the_best_tau_is_kept(tmp_path):
+    result = run(tmp_path, held_out_share=0.0, probe_every=4, probe=_scripted_probe([1.1, 1.4, 1.2, 1.3, 1.0, 0.9]))
+    lines = [(line["step"], line["probe"]["tau"]) for line in read_lines(tmp_path / METRICS) if "probe" in line]
+    steps = [*range(4, result.steps, 4), result.steps]
+    assert lines == list(zip(steps, [1.1, 1.4, 1.2, 1.3, 1.0, 0.9]))
+    assert [path.name for path in (tmp_path / "best").iterdir()] == ["8"]
+    _, best, _ = checkpoint.load_draft(tmp_path)
+    _, last, _ = checkpoint.load_draft(tmp_path / "checkpoints")
+    assert jax.tree.all(jax.tree.map(np.array_equal, last, result.state.params))
+    assert not np.array_equal(best["fc"]["kernel"], last["fc"]["kernel"])
+
+
+def test_a_resumed_run_keeps_the_same_best(tmp_path):
+    """Killed at its third probe, behind a best at step 8, but its last checkpoint is of step 7: the best is found again."""
+    taus, options = [1.1, 1.4, 1.2, 1.3, 1.0, 0.9], dict(held_out_share=0.0, probe_every=4, save_every=7)
+    run(tmp_path / "whole", probe=_scripted_probe(taus), **options)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed", probe=_scripted_probe(taus, stop_at=2), **options)
+    assert [path.name for path in (tmp_path / "killed" / "best").iterdir()] == ["8"]
+    run(tmp_path / "killed", probe=_scripted_probe(taus[1:]), **options)
+    whole, killed = (checkpoint.load_draft(tmp_path / name)[1] for name in ("whole", "killed"))
+    assert jax.tree.all(jax.tree.map(np.array_equal, whole, killed))
+    assert (tmp_path / "whole" / METRICS).read_text() == (tmp_path / "killed" / METRICS).read_text()
 
 
 def test_held_out_side_depends_on_the_id_alone():

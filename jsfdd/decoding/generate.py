@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jsfdd.decoding.tree import Tree, TreeShape, grow, keep_path, rerank, root_only, tree_view, walk
-from jsfdd.decoding.verify import Cutoff, draw, verify
+from jsfdd.decoding.verify import EVERY_TOKEN, Cutoff, draw, verify
 from jsfdd.mesh import map_over_devices
 from jsfdd.models.architecture import DecoderConfig
 from jsfdd.models.draft import Draft, DraftConfig
@@ -45,7 +45,7 @@ class DecodeSetup:
     max_new_tokens: int
     stop_tokens: tuple[int, ...]
     tree: TreeShape | None = None  # None proposes a chain
-    cutoff: Cutoff = Cutoff()
+    cutoff: Cutoff = EVERY_TOKEN
 
     def __post_init__(self):
         if (self.draft is None) != (self.num_draft_tokens == 0):

@@ -28,9 +28,9 @@ def stream_answer(
     prompt: Sequence[int],
     seed: int,
     temperature: float,
-    show: Callable[[list[int]], None],
+    show: Callable[[list[int], int], None],
 ) -> StreamResult:
-    """Decode one prompt, calling `show` with the tokens of each step as they come.
+    """Decode one prompt, calling `show(tokens, accepted)` as each step comes: the first `accepted` are the draft's.
 
     Args:
       params: from `prepare_params`.
@@ -49,7 +49,7 @@ def stream_answer(
     begin = time.perf_counter()
     state = start(params, batch, scalar)
     answer = [int(state.last_token[0])]
-    show(answer)
+    show(answer, 0)
     steps = emitted_by_steps = 0
     while not bool(state.done[0]):
         state, emitted = step(params, state, scalar)
@@ -57,6 +57,6 @@ def stream_answer(
         new = [int(token) for token in emitted.tokens[0, :count]][: setup.max_new_tokens - len(answer)]
         steps, emitted_by_steps = steps + 1, emitted_by_steps + count
         answer += new
-        show(new)
+        show(new, int(emitted.accepted[0]))
     tau = emitted_by_steps / steps if steps else None
     return StreamResult(answer, steps, tau, time.perf_counter() - begin)

@@ -28,6 +28,9 @@ class Cutoff:
     """Of those the fewest that together have this share of the probability, and all as probable as the last of them."""
 
 
+EVERY_TOKEN = Cutoff()
+
+
 class Verdict(NamedTuple):
     """Outcome of one verification.
 
@@ -77,7 +80,7 @@ def _nucleus_edge(probs, top_p):
 
 
 def draw(
-    keys: Key[Array, " B"], logits: Float[Array, "B V"], temperature: Float[Array, ""], cutoff: Cutoff = Cutoff()
+    keys: Key[Array, " B"], logits: Float[Array, "B V"], temperature: Float[Array, ""], cutoff: Cutoff = EVERY_TOKEN
 ) -> Int[Array, " B"]:
     """One token a row: the argmax at temperature 0 (of equals the lowest id), else a sample of the warped distribution."""
 
@@ -94,7 +97,7 @@ def verify(
     draft_logits: Float[Array, "B G V"],
     target_logits: Float[Array, "B G1 V"],
     temperature: Float[Array, ""],
-    cutoff: Cutoff = Cutoff(),
+    cutoff: Cutoff = EVERY_TOKEN,
 ) -> Verdict:
     """Judge a chain of G draft tokens a row.
 

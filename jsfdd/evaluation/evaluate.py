@@ -1,7 +1,8 @@
 """`evaluate`: acceptance and speed by real speculative decoding of real prompts.
 
 Every batch of prompts is answered by the autoregressive baseline and by each draft, one right after the other, so that a
-machine that slows down slows all of them. Programs are compiled and run once on nothing before they are timed.
+machine that slows down slows all of them. Programs are compiled and run once on nothing before they are timed. A batch
+holds prompts of one source, so that a source has a speed of its own.
 
     τ (tau)   tokens emitted per target verification, the correction or bonus token included: total over total.
               `tau_macro` is the mean over prompts; `l` is τ − 1, the SFDD paper's measure.
@@ -23,17 +24,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jsfdd.data.batches import pad_rows
-from jsfdd.data.template import render_prompt
-from jsfdd.decoding.generate import DecodeSetup, PromptBatch, make_generate, prepare_params
+from jsfdd.decoding.generate import DecodeSetup, make_generate, prepare_params
+from jsfdd.decoding.tree import TreeShape
+from jsfdd.decoding.verify import EVERY_TOKEN, Cutoff
 from jsfdd.evaluation.intervals import interval, resample_ratios, tau_difference
+from jsfdd.evaluation.prompts import bucket_width, check_length, prompt_batch, render_turns
 from jsfdd.mesh import describe_hardware, num_data_shards, to_host
 from jsfdd.models.draft import DraftConfig
 from jsfdd.records import Prompt
 from jsfdd.weights.load import Target
 
 BASELINE = "autoregressive"
-_SHORTEST_BUCKET = 64
 
 
 class Answers(NamedTuple):
@@ -43,7 +44,7 @@ class Answers(NamedTuple):
       texts: [N][turns] answers as text.
       tokens: [N][turns] answers as int32 ids.
       accept_counts: int64[N, G+1]; reached, accepted: int64[N, G] (records.DecodeStats).
-      batch_tokens, batch_seconds: float64[batches], of each timed call.
+      batch_tokens, batch_seconds: float64[batches], of each timed call; batch_sources, whose prompts they were.
     """
 
     texts: list[list[str]]
@@ -53,6 +54,7 @@ class Answers(NamedTuple):
     accepted: np.ndarray
     batch_tokens: list[float]
     batch_seconds: list[float]
+    batch_sources: list[str]
 
     @property
     def steps(self) -> np.ndarray:
@@ -84,6 +86,8 @@ def evaluate(
     max_new_tokens: int,
     batch_size: int,
     seed: int,
+    tree: TreeShape | None = None,
+    cutoff: Cutoff = EVERY_TOKEN,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, dict]:
     """One report (DESIGN §5's report.json, without the config) per draft, all measured against one baseline run.
@@ -94,6 +98,8 @@ def evaluate(
       prompts: from `read_prompts`.
       mesh: rows are split over its "data" axis.
       batch_size: prompts decoded together, rounded up to the devices that share them.
+      tree: verify trees of this shape, of depth `num_draft_tokens`; chains otherwise.
+      cutoff: top-k and top-p, for drafts and baseline alike.
       progress: called with (batches done, batches in all).
 
     Raises:
@@ -103,24 +109,24 @@ def evaluate(
         check_draft(target, config, name)
     shards = num_data_shards(mesh)
     batch_size = -(-batch_size // shards) * shards
-    plain = make_generate(DecodeSetup(target.config, None, 0, max_new_tokens, target.stop_tokens), mesh)
+    plain = make_generate(DecodeSetup(target.config, None, 0, max_new_tokens, target.stop_tokens, cutoff=cutoff), mesh)
     target_params = prepare_params(target.params)
     programs = {BASELINE: _Program(target_params, plain, 0)}
     for config in {config for config, _ in drafts.values()}:
-        setup = DecodeSetup(target.config, config, num_draft_tokens, max_new_tokens, target.stop_tokens)
+        setup = DecodeSetup(target.config, config, num_draft_tokens, max_new_tokens, target.stop_tokens, tree, cutoff)
         decode = make_generate(setup, mesh)
         for name, (own, params) in drafts.items():
             if own == config:
                 programs[name] = _Program(target_params | {"draft": params}, decode, num_draft_tokens)
 
     answers = {
-        name: Answers([[] for _ in prompts], [[] for _ in prompts], *_zero_counts(len(prompts), program), [], [])
+        name: Answers([[] for _ in prompts], [[] for _ in prompts], *_zero_counts(len(prompts), program), [], [], [])
         for name, program in programs.items()
     }
     compile_seconds = _answer_all(target, programs, answers, prompts, temperature, max_new_tokens, batch_size, seed, progress)
-    return {
-        name: _report(prompts, answers[name], answers[BASELINE], compile_seconds, temperature, seed) for name in drafts
-    }
+    # Trees draw with plain decoding's own keys, so their text is its text at any temperature; sampled chains' need not be.
+    same_text = temperature == 0 or tree is not None
+    return {name: _report(prompts, answers[name], answers[BASELINE], compile_seconds, same_text, seed) for name in drafts}
 
 
 def compare(reports: dict[str, dict], seed: int) -> list[dict]:
@@ -138,7 +144,7 @@ def compare(reports: dict[str, dict], seed: int) -> list[dict]:
 def check_draft(target: Target, draft: DraftConfig, name: str) -> None:
     """Raise ValueError where a draft cannot be of this target, naming what differs."""
     own, wanted = draft.decoder, target.config
-    for field in ("vocab_size", "hidden_size"):
+    for field in ("vocab_size", "hidden_size", "rope"):
         if getattr(own, field) != getattr(wanted, field):
             raise ValueError(
                 f"draft {name}: {field} is {getattr(own, field)}, but the target {target.name} has "
@@ -152,21 +158,26 @@ def _answer_all(target, programs, answers, prompts, temperature, max_new_tokens,
     compile_seconds = 0.0
     turns = max(len(prompt.turns) for prompt in prompts)
     plan = [
-        (turn, [i for i, prompt in enumerate(prompts) if len(prompt.turns) > turn]) for turn in range(turns)
+        (turn, source, [i for i, prompt in enumerate(prompts) if prompt.source == source and len(prompt.turns) > turn])
+        for turn in range(turns)
+        for source in dict.fromkeys(prompt.source for prompt in prompts)
     ]
-    total = sum(-(-len(rows) // batch_size) for _, rows in plan)
+    total = sum(-(-len(rows) // batch_size) for _, _, rows in plan)
     done = 0
-    for turn, rows in plan:
-        ids = {name: [_render(target, prompts[i], answers[name].texts[i]) for i in rows] for name in programs}
+    # What is known to be too long is refused before anything is decoded; later turns are known as they come.
+    for prompt in prompts:
+        check_length(target, prompt, len(render_turns(target, prompt, [])), max_new_tokens)
+    for turn, source, rows in plan:
+        ids = {name: [render_turns(target, prompts[i], answers[name].texts[i]) for i in rows] for name in programs}
         longest = [max(len(ids[name][k]) for name in programs) for k in range(len(rows))]
         for k, length in enumerate(longest):
-            _check_length(target, prompts[rows[k]], length, max_new_tokens)
+            check_length(target, prompts[rows[k]], length, max_new_tokens)
         order = np.argsort(longest, kind="stable")
         for start in range(0, len(rows), batch_size):
             chosen = order[start : start + batch_size]
-            width = _bucket(max(longest[k] for k in chosen))
+            width = bucket_width(max(longest[k] for k in chosen))
             for name, program in programs.items():
-                batch = _prompt_batch([ids[name][k] for k in chosen], [rows[k] for k in chosen], batch_size, width, seed, turn)
+                batch = prompt_batch([ids[name][k] for k in chosen], [rows[k] for k in chosen], batch_size, width, seed, turn)
                 arguments = ((program.params, jnp.float32(temperature)), batch)
                 if (program.decode, width) not in ready:
                     begin = time.perf_counter()
@@ -178,13 +189,13 @@ def _answer_all(target, programs, answers, prompts, temperature, max_new_tokens,
                 begin = time.perf_counter()
                 out = to_host(program.decode(*arguments))
                 seconds = time.perf_counter() - begin
-                _keep(target, answers[name], [rows[k] for k in chosen], out, seconds)
+                _keep(target, answers[name], [rows[k] for k in chosen], out, seconds, source)
             done += 1
             progress(done, total)
     return compile_seconds
 
 
-def _keep(target: Target, answers: Answers, rows: Sequence[int], out, seconds: float) -> None:
+def _keep(target: Target, answers: Answers, rows: Sequence[int], out, seconds: float, source: str) -> None:
     """Add one batch's outcome to the answers of `rows`; the batch's filler rows come after them."""
     for k, row in enumerate(rows):
         tokens = out.tokens[k, : out.lengths[k]]
@@ -195,56 +206,37 @@ def _keep(target: Target, answers: Answers, rows: Sequence[int], out, seconds: f
         answers.accepted[row] += out.stats.accepted[k]
     answers.batch_tokens.append(float(out.lengths.sum()))
     answers.batch_seconds.append(seconds)
+    answers.batch_sources.append(source)
 
 
-def _report(prompts, answers: Answers, baseline: Answers, compile_seconds: float, temperature: float, seed: int) -> dict:
-    emitted, steps = answers.emitted, answers.steps
-    # A prompt whose answer ended with its first token was never verified: it has no τ of its own.
-    verified = steps > 0
-    per_prompt = emitted[verified] / steps[verified]
-    ones = np.ones((len(per_prompt), 1))
-    tau = resample_ratios(emitted[:, None], steps[:, None], seed)[:, 0]
-    tau_macro = resample_ratios(per_prompt[:, None], ones, seed)[:, 0]
-    alpha = resample_ratios(answers.accepted, answers.reached, seed)
-    depths = range(answers.reached.shape[1])
-    rate, rate_values = _rate(answers, seed)
-    base_rate, base_values = _rate(baseline, seed)
+def _report(prompts, answers: Answers, baseline: Answers, compile_seconds: float, same_text: bool, seed: int) -> dict:
     same = [
         all(np.array_equal(a, b) for a, b in zip(own, plain)) for own, plain in zip(answers.tokens, baseline.tokens)
     ]
-    sources = sorted({prompt.source for prompt in prompts})
-    rows_of = {source: np.array([prompt.source == source for prompt in prompts]) for source in sources}
+    everywhere = np.ones(len(prompts), bool)
+    rate, rate_values = _rate(answers, seed)
+    base_rate, base_values = _rate(baseline, seed)
     return {
-        **_with_interval("tau", float(emitted.sum() / steps.sum()) if steps.sum() else None, tau),
-        **_with_interval("tau_macro", float(per_prompt.mean()) if len(per_prompt) else None, tau_macro),
-        "l": float(emitted.sum() / steps.sum() - 1) if steps.sum() else None,
-        "alpha": [_share(answers.accepted[:, i].sum(), answers.reached[:, i].sum()) for i in depths],
-        "alpha_low": [interval(alpha[:, i])[0] for i in depths],
-        "alpha_high": [interval(alpha[:, i])[1] for i in depths],
-        "accept_counts": answers.accept_counts.sum(axis=0).tolist(),
+        **_acceptance(answers, everywhere, seed),
         **_with_interval("tokens_per_second", rate, rate_values),
         **_with_interval("baseline_tokens_per_second", base_rate, base_values),
         **_with_interval("speedup", rate / base_rate, rate_values / base_values),
-        "n_prompts": len(prompts),
         "n_tokens": int(sum(answers.batch_tokens)),
-        "n_steps": int(steps.sum()),
-        # Greedy answers equal the baseline's but where two logits tie within rounding; sampled ones need not.
-        "same_text_share": float(np.mean(same)) if temperature == 0 else None,
+        # But where two logits tie within rounding, and where sampling has keys of its own.
+        "same_text_share": float(np.mean(same)) if same_text else None,
         "compile_seconds": compile_seconds,
         "per_source": {
             source: {
-                **_with_interval(
-                    "tau",
-                    _share(emitted[rows].sum(), steps[rows].sum()),
-                    resample_ratios(emitted[rows][:, None], steps[rows][:, None], seed)[:, 0],
-                ),
-                "n_prompts": int(rows.sum()),
+                **_acceptance(answers, np.array([prompt.source == source for prompt in prompts]), seed),
+                "tokens_per_second": _rate(answers, seed, source)[0],
+                "baseline_tokens_per_second": _rate(baseline, seed, source)[0],
+                "speedup": _rate(answers, seed, source)[0] / _rate(baseline, seed, source)[0],
             }
-            for source, rows in rows_of.items()
+            for source in sorted({prompt.source for prompt in prompts})
         },
         "prompts": [
             {"id": prompt.id, "source": prompt.source, "emitted": int(e), "steps": int(s), "same_text": bool(t)}
-            for prompt, e, s, t in zip(prompts, emitted, steps, same)
+            for prompt, e, s, t in zip(prompts, answers.emitted, answers.steps, same)
         ],
         "examples": [
             {"id": prompt.id, "source": prompt.source, "prompt": prompt.turns[0], "text": texts[0]}
@@ -254,9 +246,35 @@ def _report(prompts, answers: Answers, baseline: Answers, compile_seconds: float
     }
 
 
-def _rate(answers: Answers, seed: int):
-    """tokens/s of all batches, and of resampled ones: a batch is what was timed, so it is what is resampled."""
-    tokens, seconds = np.array(answers.batch_tokens)[:, None], np.array(answers.batch_seconds)[:, None]
+def _acceptance(answers: Answers, rows: np.ndarray, seed: int) -> dict:
+    """Everything about acceptance, over the prompts that `rows` (bool[N]) picks."""
+    emitted, steps = answers.emitted[rows], answers.steps[rows]
+    reached, accepted = answers.reached[rows], answers.accepted[rows]
+    # A prompt whose answer ended with its first token was never verified: it has no τ of its own.
+    verified = steps > 0
+    per_prompt = emitted[verified] / steps[verified]
+    ones = np.ones((len(per_prompt), 1))
+    tau = resample_ratios(emitted[:, None], steps[:, None], seed)[:, 0]
+    tau_macro = resample_ratios(per_prompt[:, None], ones, seed)[:, 0] if len(per_prompt) else np.array([np.nan])
+    alpha = resample_ratios(accepted, reached, seed)
+    depths = range(reached.shape[1])
+    return {
+        **_with_interval("tau", _share(emitted.sum(), steps.sum()), tau),
+        **_with_interval("tau_macro", float(per_prompt.mean()) if len(per_prompt) else None, tau_macro),
+        "l": float(emitted.sum() / steps.sum() - 1) if steps.sum() else None,
+        "alpha": [_share(accepted[:, i].sum(), reached[:, i].sum()) for i in depths],
+        "alpha_low": [interval(alpha[:, i])[0] for i in depths],
+        "alpha_high": [interval(alpha[:, i])[1] for i in depths],
+        "accept_counts": answers.accept_counts[rows].sum(axis=0).tolist(),
+        "n_prompts": int(rows.sum()),
+        "n_steps": int(steps.sum()),
+    }
+
+
+def _rate(answers: Answers, seed: int, source: str | None = None):
+    """tokens/s of all batches (of one source), and of resampled ones: a batch is what was timed, so it is resampled."""
+    picked = [source is None or own == source for own in answers.batch_sources]
+    tokens, seconds = np.array(answers.batch_tokens)[picked, None], np.array(answers.batch_seconds)[picked, None]
     return float(tokens.sum() / seconds.sum()), resample_ratios(tokens, seconds, seed)[:, 0]
 
 
@@ -267,37 +285,6 @@ def _with_interval(name: str, value: float | None, resampled: np.ndarray) -> dic
 
 def _share(part, whole) -> float | None:
     return float(part / whole) if whole else None
-
-
-def _render(target: Target, prompt: Prompt, answers: list[str]) -> list[int]:
-    """Token ids of the conversation so far: the turns up to the one after the answers given."""
-    messages = []
-    for turn, answer in zip(prompt.turns, answers):
-        messages += [{"role": "user", "content": turn}, {"role": "assistant", "content": answer}]
-    return render_prompt(target.tokenizer, [*messages, {"role": "user", "content": prompt.turns[len(answers)]}])
-
-
-def _check_length(target: Target, prompt: Prompt, length: int, max_new_tokens: int) -> None:
-    if length + max_new_tokens > target.config.max_position:
-        raise ValueError(
-            f"prompt {prompt.id}: {length} tokens and an answer of up to {max_new_tokens} exceed the context of "
-            f"{target.config.max_position} tokens of {target.name}; shorten it or lower --max-new-tokens"
-        )
-
-
-def _bucket(length: int) -> int:
-    """The next power of two: few shapes, each compiled once; a prompt is read once, so its padding costs little."""
-    return max(_SHORTEST_BUCKET, 1 << (length - 1).bit_length())
-
-
-def _prompt_batch(ids, rows, batch_size, width, seed, turn) -> PromptBatch:
-    """`ids` padded to [batch_size, width]. A row's key is its prompt's own, so batching does not change sampled text."""
-    fill = batch_size - len(ids)
-    tokens = pad_rows([np.asarray(i, np.int32) for i in ids], (batch_size, width))
-    lengths = np.array([len(i) for i in ids] + [0] * fill, np.int32)
-    base = jax.random.fold_in(jax.random.key(seed), turn)
-    keys = jax.vmap(lambda row: jax.random.fold_in(base, row))(jnp.array(list(rows) + [0] * fill))
-    return PromptBatch(jnp.asarray(tokens), jnp.asarray(lengths), keys)
 
 
 def _zero_counts(num_prompts: int, program: _Program):

@@ -1,7 +1,8 @@
 """metrics.jsonl and timings.jsonl: what happened at which step; a resumed run's file is the uninterrupted run's.
 
     {"step": 20, "epoch": 0, "loss": …, "hidden_loss": …, "token_loss": …, …}      the steps since the line before
-    {"step": 58, "epoch": 0, "held_out": {…}, "probe": {…}}                        the end of an epoch
+    {"step": 58, "epoch": 0, "held_out": {…}}                                      the end of an epoch
+    {"step": 60, "epoch": 1, "probe": {"tau": …, …}}                               a real decode of a few prompts
 
 Wall-clock seconds can never repeat, so they have a file of their own. A run that continues at step s first drops the
 lines after step s: those steps will be run, and written, again.

@@ -52,7 +52,7 @@ _COLUMNS = (
 )  # fmt: skip
 
 HiddenStates = Mapping[str, np.ndarray]  # sample id -> [T, D], float32 or bfloat16
-Probe = Callable[[dict, int], dict]  # (draft params, step) -> figures; runs at the end of every epoch
+Probe = Callable[[dict], dict]  # draft params -> figures, among them "tau"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +116,8 @@ def train(
       identity: JSON-ready; what else the result depends on (the target's fingerprint, the data's hash, …). A run is
         only continued with the same identity, options, samples and shapes.
       shapes: batch shapes, if several runs should share programs; chosen for `samples` and `held_out` otherwise.
-      probe: called at the end of every epoch; its figures are logged.
+      probe: a real decode, every `config.probe_every` steps and after the last: its figures are logged, and the draft of the
+        best τ so far is kept beside the checkpoints.
       progress: show a bar.
 
     Raises:
@@ -157,6 +158,9 @@ def train(
             state = checkpoint.restore(checkpoints, start, state)
         drop_after(metrics_path, start)
         drop_after(timings_path, start)
+        checkpoint.drop_best_after(config.out, start)
+        earlier = read_lines(metrics_path) if metrics_path.exists() else []
+        best_tau = max((line["probe"]["tau"] for line in earlier if "probe" in line), default=0.0)
 
         pending: list[tuple[int, BatchPlan, StepMetrics]] = []  # steps since the last line, their figures on the device
         clock = time.perf_counter()
@@ -172,7 +176,8 @@ def train(
                 epoch_ends = step == len(plans) or plans[step][0] != epoch
                 save = step % config.save_every == 0 or step == len(plans)
                 # A checkpoint ends a line too: figures that still await theirs are not part of it.
-                line_ends = step % config.log_every == 0 or epoch_ends or save
+                probes = probe is not None and (step % config.probe_every == 0 or step == len(plans))
+                line_ends = step % config.log_every == 0 or epoch_ends or save or probes
 
                 if line_ends:
                     figures = _checked_figures(pending, samples, config)
@@ -180,11 +185,15 @@ def train(
                     bars.update(bar, figures=f"loss {figures['loss']:.3f}  agreement {figures['agreement']:.3f}")
                     line = {"step": step, "epoch": epoch, **figures, "learning_rate": float(learning_rate(step - 1))}
                     append_line(metrics_path, {**line, "tokens": int(tokens_until[step - 1])})
-                if epoch_ends:
-                    line = {"held_out": held_out_figures(frozen, state.params)} if held_out else {}
-                    line |= {"probe": probe(state.params, step)} if probe else {}
-                    if line:
-                        append_line(metrics_path, {"step": step, "epoch": epoch, **line})
+                if epoch_ends and held_out:
+                    figures = held_out_figures(frozen, state.params)
+                    append_line(metrics_path, {"step": step, "epoch": epoch, "held_out": figures})
+                if probes:
+                    figures = probe(state.params)
+                    if figures["tau"] > best_tau:
+                        best_tau = figures["tau"]
+                        checkpoint.save_best(config.out, state, draft, identity)
+                    append_line(metrics_path, {"step": step, "epoch": epoch, "probe": figures})
                 if line_ends:
                     now = time.perf_counter()
                     append_line(timings_path, {"step": step, "seconds": now - clock})

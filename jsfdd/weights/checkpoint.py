@@ -3,6 +3,7 @@
     OUT/checkpoints/400/params   the draft's parameters: all that a reader of the finished draft needs
     OUT/checkpoints/400/rest     optimizer state, step and key
     OUT/checkpoints/400/info     JSON: the draft's shape, and the run's identity
+    OUT/best/350/…               the same, of the step whose draft decoded best, where a run decodes while it trains
 
 Orbax writes a step's directory aside and renames it when all of it is written, so a directory named by a number is
 whole; what a killed run left behind is removed at the next start.
@@ -24,17 +25,33 @@ from jsfdd.models.draft import DraftConfig, init_draft
 from jsfdd.records import TrainState
 
 DIRECTORY = "checkpoints"
-_KEPT = 2
+BEST = "best"
 
 
 def open_checkpoints(run: Path) -> ocp.CheckpointManager:
     """The checkpoints of the run in directory `run`, made if missing; the last two are kept. Close it after use."""
-    directory = (run / DIRECTORY).absolute()
+    return _open((run / DIRECTORY).absolute(), kept=2)
+
+
+def save_best(run: Path, state: TrainState, draft_config: DraftConfig, identity: dict) -> None:
+    """Save `state` as the best so far, in the place of the one before it."""
+    with _open((run / BEST).absolute(), kept=1) as checkpoints:
+        save(checkpoints, state, draft_config, identity)
+
+
+def drop_best_after(run: Path, step: int) -> None:
+    """Forget a best draft of a later step: a run that continues at `step` will find it again."""
+    for directory in (run / BEST).glob("*"):
+        if directory.name.isdigit() and int(directory.name) > step:
+            shutil.rmtree(directory)
+
+
+def _open(directory: Path, kept: int) -> ocp.CheckpointManager:
     # Orbax's own clean-up runs in a thread that it only waits for at the next save, and two of them can collide.
     for left in directory.glob("*"):
         if ocp.utils.is_tmp_checkpoint(left) and jax.process_index() == 0:
             shutil.rmtree(left)
-    options = ocp.CheckpointManagerOptions(max_to_keep=_KEPT, create=True, enable_async_checkpointing=False)
+    options = ocp.CheckpointManagerOptions(max_to_keep=kept, create=True, enable_async_checkpointing=False)
     return ocp.CheckpointManager(directory, options=options)
 
 
@@ -78,17 +95,19 @@ def restore(checkpoints: ocp.CheckpointManager, step: int, like: TrainState) -> 
 
 
 def load_draft(path: str | Path) -> tuple[DraftConfig, dict, dict]:
-    """The draft of a training run's last checkpoint: its shape, its parameters on the first device, the run's identity.
+    """A training run's draft: its shape, its parameters on the first device, the run's identity.
 
     Args:
-      path: the run's directory or the checkpoints/ in it.
+      path: the run's directory, for the draft that decoded best where the run looked and the last one elsewhere; or the
+        checkpoints/ in it, for the last one.
 
     Raises:
       FileNotFoundError: there is no checkpoint.
       ValueError: the checkpoint is damaged, or of a draft that this version does not know.
     """
     path = Path(path)
-    directory = path / DIRECTORY if (path / DIRECTORY).is_dir() else path
+    within = [path / name for name in (BEST, DIRECTORY) if any((path / name).glob("[0-9]*"))]
+    directory = within[0] if within else path / DIRECTORY if (path / DIRECTORY).is_dir() else path
     if not directory.is_dir():
         raise FileNotFoundError(f"{path}: no such directory; give the --out of `jsfdd train` or the checkpoints/ in it")
     with ocp.CheckpointManager(directory.absolute(), options=ocp.CheckpointManagerOptions(create=False)) as checkpoints:
