@@ -209,6 +209,7 @@ def run(config: RunConfig) -> dict:
     A directory belongs to one config and one content of its inputs. A second call with the same ones finishes what is
     missing, or, where nothing is, reads the summary and computes nothing.
     """
+    tree_shape(config)
     _claim(config)
     if (config.out / "summary.json").exists():
         console.print(f"{config.out}: finished before; nothing to compute")

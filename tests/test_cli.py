@@ -1,12 +1,18 @@
 """The command line: what a wrong input looks like to a person, and what a right one prints."""
 
+import dataclasses
 import json
+import re
 
 import pytest
-from toy import write_target
+from toy import toy_draft, write_target
 
 from jsfdd import config as options
 from jsfdd.cli import _COMMANDS, main
+from jsfdd.files import read_json
+from jsfdd.models.architecture import Rope
+from jsfdd.weights.eagle import write_draft
+from jsfdd.weights.load import load_target
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +74,10 @@ def test_a_draft_that_is_not_there(tmp_path, capsys):
         (["generate", "--target", "smollm2", "--prompt", "x"], "--no-draft"),
         (["run", "--target", "t", "--data", "d", "--prompts", "p", "--out", "o", "--arms", "full", "flattest"], "flattest"),
         (["score", "--targett", "x"], "--target"),
+        (["generate", "--target", "t", "--prompt", " ", "--no-draft"], "--prompt is empty"),
+        (["generate", "--target", "t", "--prompt", "x", "--no-draft", "--show-accepted"], "--show-accepted"),
+        (["generate", "--target", "t", "--prompt", "x", "--no-draft", "--temperature", "-1"], "--temperature"),
+        (["generate", "--target", "t", "--prompt", "x", "--no-draft", "--top-p", "0"], "--top-p"),
     ],
 )
 def test_wrong_options_exit_with_2(arguments, word, capsys):
@@ -85,8 +95,75 @@ def test_generate_streams_the_greedy_text(target, capsys):
     assert main(arguments) == 0
     assert capsys.readouterr().out == first.out != "\n"
     assert "tokens/s" in first.err and "τ" not in first.err
-    assert main([*arguments[:4], " ", *arguments[5:]]) == 2
-    assert "--prompt is empty" in capsys.readouterr().err
+
+
+def test_a_tree_larger_than_its_depth_allows_is_refused_before_anything_is_read(tmp_path, capsys):
+    """Neither target nor draft nor prompts exist: the tree is looked at first."""
+    common = ["--target", "nowhere", "--draft", "nowhere", "--num-draft-tokens", "2", "--tree-nodes", "200"]
+    for command in (["generate", "--prompt", "x"], ["evaluate", "--prompts", "nowhere", "--out", str(tmp_path / "out")]):
+        assert main([*command, *common]) == 2
+        assert "depth 2 with top-k 10 proposes 110 tokens; take fewer nodes" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def _export_draft(target, directory, **changes):
+    config = load_target(target).config
+    draft, params = toy_draft(dataclasses.replace(config, **changes))
+    write_draft(directory, draft, params, "eagle")
+    return str(directory)
+
+
+def test_generate_marks_what_the_draft_proposed(tmp_path, target, capsys):
+    draft = _export_draft(target, tmp_path / "draft")
+    common = ["generate", "--target", target, "--prompt", "hello", "--max-new-tokens", "40"]
+    assert main([*common, "--no-draft"]) == 0
+    plain = capsys.readouterr().out
+    # As wide as the whole vocabulary of bytes, so that an untrained draft is right now and then.
+    tree = ["--draft", draft, "--num-draft-tokens", "2", "--tree-nodes", "150", "--tree-top-k", "100"]
+    assert main([*common, *tree]) == 0
+    unmarked = capsys.readouterr()
+    assert unmarked.out == plain and "τ" in unmarked.err
+    assert main([*common, *tree, "--show-accepted"]) == 0
+    marked = capsys.readouterr().out
+    assert re.sub(r"\[(.*?)\]", r"\1", marked, flags=re.DOTALL) == plain and marked != plain
+
+
+def test_evaluate_compares_drafts_and_prints_a_table(tmp_path, target, capsys):
+    drafts = [_export_draft(target, tmp_path / name) for name in ("first", "second")]
+    prompts = _file(tmp_path, "p.jsonl", *({"id": str(i), "source": "ab"[i % 2], "turns": ["hello"]} for i in range(4)))
+    arguments = ["evaluate", "--target", target, "--prompts", prompts, "--max-new-tokens", "6", "--num-draft-tokens", "2"]
+    assert main([*arguments, "--draft", *drafts, "--out", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    for word in ("first", "second", "τ [95%]", "α2", "0 first", "τ of second minus first: +0.000", "compiling"):
+        assert word in out
+    assert "…" not in out
+    (difference,) = read_json(tmp_path / "out" / "differences.json")
+    assert (difference["a"], difference["b"], difference["tau_difference"]) == ("second", "first", 0.0)
+    assert read_json(tmp_path / "out" / "first" / "report.json")["per_source"].keys() == {"a", "b"}
+    assert main([*arguments, "--draft", drafts[0], drafts[0], "--out", str(tmp_path / "again")]) == 2
+    assert "given twice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "turns, changes, words",
+    [
+        (["a" * 1100], {}, ["prompt p0", "exceed the context of 1024", "--max-new-tokens"]),
+        ([], {}, [":1:", "turns"]),
+        ([" "], {}, [":1:", "turns"]),
+        (["fine"], {"hidden_size": 16}, ["hidden_size is 16", "has 32"]),
+        (["fine"], {"vocab_size": 300}, ["vocab_size is 300", "has 258"]),
+        (["fine"], {"rope": Rope(5e5)}, ["rope is", "theta=500000"]),
+    ],
+    ids=["longer than the context", "no turn", "empty turn", "hidden size", "vocabulary", "rope"],
+)
+def test_prompts_and_drafts_that_do_not_fit(tmp_path, target, capsys, turns, changes, words):
+    draft = _export_draft(target, tmp_path / "draft", **changes)
+    prompts = _file(tmp_path, "p.jsonl", {"id": "p0", "source": "s", "turns": turns})
+    out = tmp_path / "out"
+    assert main(["evaluate", "--target", target, "--draft", draft, "--prompts", prompts, "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert all(word in error for word in words), error
+    assert not out.exists()
 
 
 def test_one_name_one_meaning():

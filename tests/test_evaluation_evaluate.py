@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from toy import loaded_target, toy_draft
 
+from jsfdd.decoding.tree import TreeShape
+from jsfdd.decoding.verify import Cutoff
 from jsfdd.evaluation.evaluate import compare, evaluate
 from jsfdd.evaluation.intervals import interval, resample_ratios, tau_difference
 from jsfdd.mesh import make_mesh
@@ -52,6 +54,34 @@ def test_every_prompt_and_source_is_there(reports):
     steps = [p["steps"] for p in report["prompts"]]
     assert steps[-1] > 1.2 * np.mean(steps[:-1])
     assert report["tokens_per_second"] > 0 and report["compile_seconds"] > 0
+
+
+def test_sources_add_up_to_the_whole(reports):
+    for report in reports.values():
+        parts = list(report["per_source"].values())
+        assert report["n_steps"] == sum(part["n_steps"] for part in parts)
+        assert report["accept_counts"] == np.sum([part["accept_counts"] for part in parts], axis=0).tolist()
+        for part in parts:
+            steps = sum(part["accept_counts"])
+            emitted = sum(count * (i + 1) for i, count in enumerate(part["accept_counts"]))
+            assert part["tau"] == pytest.approx(emitted / steps) and part["l"] == pytest.approx(part["tau"] - 1)
+            assert part["tau_macro_low"] <= part["tau_macro"] <= part["tau_macro_high"]
+            assert len(part["alpha"]) == 2 and all(a is None or 0 <= a <= 1 for a in part["alpha"])
+            assert part["speedup"] == pytest.approx(part["tokens_per_second"] / part["baseline_tokens_per_second"])
+        rates = [part["tokens_per_second"] for part in parts]
+        assert min(rates) <= report["tokens_per_second"] <= max(rates)
+
+
+def test_a_tree_accepts_more_than_a_chain_and_writes_the_same(reports):
+    target = loaded_target()
+    draft, params = toy_draft(target.config)
+    wide = evaluate(target, {"a": (draft, params)}, PROMPTS, make_mesh(data=2), tree=TreeShape(2, 50, 120), **OPTIONS)["a"]
+    assert wide["tau"] > reports["a"]["tau"] and wide["same_text_share"] == 1.0
+    sampled = evaluate(
+        target, {"a": (draft, params)}, PROMPTS, make_mesh(data=2), tree=TreeShape(2, 50, 120), cutoff=Cutoff(top_p=0.9),
+        **(OPTIONS | {"temperature": 1.0}),
+    )["a"]  # fmt: skip
+    assert sampled["same_text_share"] == 1.0
 
 
 def test_comparison_is_paired(reports):

@@ -1,5 +1,6 @@
 """Every stage on a toy target in seconds: the whole loop, run twice, stage by stage, and from Python."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -13,7 +14,8 @@ from jsfdd.data.template import tokenize_chats
 from jsfdd.files import read_json
 from jsfdd.selection.sfdd import read_selection
 from jsfdd.selection.table import read_scores
-from jsfdd.training.train import split_held_out
+from jsfdd.training.log import read_lines
+from jsfdd.training.train import METRICS, split_held_out
 from jsfdd.weights.eagle import read_draft
 
 WORDS = "the cat sat on a mat and saw one red bird fly over two green hills".split()
@@ -145,6 +147,29 @@ def test_stage_by_stage(inputs, tmp_path):
     )
     report = pipeline.evaluate(config)["exported"]
     assert report == {k: v for k, v in read_json(tmp_path / "eval" / "report.json").items() if k != "config"}
+
+
+def test_a_probe_decodes_while_training_and_its_best_draft_is_the_runs(inputs, tmp_path):
+    """A probe's τ is what `evaluate` says of the same draft, prompts and length, and the draft kept is that of the best."""
+    target, data, prompts = inputs
+    shared = dict(target=target, data=(data,), max_length=128, batch_tokens=512, held_out_share=0.0)
+    config = TrainConfig(
+        **shared, epochs=4, out=tmp_path / "draft", probe_prompts=(prompts,), probe_every=3, probe_new_tokens=16
+    )
+    steps = pipeline.train(config).steps
+    probes = {line["step"]: line["probe"] for line in read_lines(config.out / METRICS) if "probe" in line}
+    assert set(probes) == {*range(3, steps, 3), steps} and all(figures["tau"] >= 1 for figures in probes.values())
+    best = max(figures["tau"] for figures in probes.values())
+    first_best = min(step for step, figures in probes.items() if figures["tau"] == best)
+    assert [path.name for path in (config.out / "best").iterdir()] == [str(first_best)]
+    measured = EvaluateConfig(
+        target=target, draft=(config.out,), prompts=(prompts,), out=tmp_path / "eval", max_new_tokens=16, num_draft_tokens=4
+    )
+    report = pipeline.evaluate(measured)["draft"]
+    assert (report["tau"], report["n_steps"]) == (best, probes[first_best]["n_steps"])
+    assert report["alpha"] == probes[first_best]["alpha"]
+    with pytest.raises(ValueError, match="identity.*probe|probe.*new_tokens"):
+        pipeline.train(dataclasses.replace(config, probe_new_tokens=12))
 
 
 def test_a_selection_of_other_data_is_refused(inputs, tmp_path):

@@ -1,4 +1,4 @@
-"""What `jsfdd evaluate` prints: a row a source and one for all, a table a draft."""
+"""What `jsfdd evaluate` prints for each draft: speed and acceptance, a row a source and one for all."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from rich.table import Table
 
 def print_evaluation(reports: dict[str, dict], differences: list[dict]) -> None:
     """Reports of `evaluate` and differences of `compare`, as text on stdout."""
-    out = Console(highlight=False)
+    # A figure cut off is worse than a line that wraps.
+    out = Console(highlight=False, soft_wrap=True, width=max(Console().width, 100))
     for name, report in reports.items():
-        out.print(_table(name, report))
-        counts = "  ".join(f"{i}: {count}" for i, count in enumerate(report["accept_counts"]))
-        out.print(f"steps by accepted draft tokens: {counts}")
+        rows = {**report["per_source"], "all": report} if len(report["per_source"]) > 1 else {"all": report}
+        out.print(_speed(name, rows))
+        out.print(_acceptance(rows, len(report["alpha"])))
         share = report["same_text_share"]
         same = "" if share is None else f"; {share:.0%} of the answers are plain decoding's"
         out.print(f"speed without compiling, which took {report['compile_seconds']:.0f} s for all programs{same}")
@@ -30,11 +31,8 @@ def describe_difference(difference: dict) -> str:
     )
 
 
-def _table(name: str, report: dict) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title=name, title_justify="left")
-    for column in ("source", "prompts", "τ [95%]", "macro τ", "l", "α by depth", "tokens/s", "plain", "speedup"):
-        table.add_column(column, justify="left" if column == "source" else "right", no_wrap=True)
-    rows = {**report["per_source"], "all": report} if len(report["per_source"]) > 1 else {"all": report}
+def _speed(name: str, rows: dict[str, dict]) -> Table:
+    table = _table(name, "source", "prompts", "τ [95%]", "macro", "l", "tokens/s", "plain", "speedup")
     for source, row in rows.items():
         table.add_row(
             source,
@@ -42,11 +40,27 @@ def _table(name: str, report: dict) -> Table:
             _interval(row, "tau", 3),
             _number(row["tau_macro"], 3),
             _number(row["l"], 3),
-            " ".join(_number(alpha, 2) for alpha in row["alpha"]),
             f"{row['tokens_per_second']:.1f}",
             f"{row['baseline_tokens_per_second']:.1f}",
             f"{row['speedup']:.2f}",
         )
+    return table
+
+
+def _acceptance(rows: dict[str, dict], depth: int) -> Table:
+    """α at each depth, and the share of steps by how many draft tokens they accepted, from none to all."""
+    table = _table(None, "source", *(f"α{i + 1}" for i in range(depth)), "steps by accepted draft tokens, 0 first")
+    for source, row in rows.items():
+        steps = max(row["n_steps"], 1)
+        shares = " ".join(f"{count / steps:.0%}" for count in row["accept_counts"])
+        table.add_row(source, *(_number(alpha, 2) for alpha in row["alpha"]), shares)
+    return table
+
+
+def _table(title: str | None, *columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "source" else "right", no_wrap=True)
     return table
 
 

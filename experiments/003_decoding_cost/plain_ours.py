@@ -1,0 +1,32 @@
+"""Greedy plain decoding with jsfdd, batch 1: PROMPTS(json of token ids) NEW_TOKENS -> JSON on stdout. See compare.py."""
+
+import json
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jsfdd.decoding.generate import DecodeSetup, PromptBatch, make_generate, prepare_params
+from jsfdd.mesh import make_mesh
+from jsfdd.weights.load import load_target
+
+prompts, new_tokens = json.loads(open(sys.argv[1]).read()), int(sys.argv[2])
+target = load_target("smollm2")
+decode = make_generate(DecodeSetup(target.config, None, 0, new_tokens, ()), make_mesh())
+everywhere = prepare_params(target.params), jnp.float32(0)
+
+
+def run(ids):
+    tokens = np.zeros((1, 64), np.int32)
+    tokens[0, : len(ids)] = ids
+    batch = PromptBatch(jnp.asarray(tokens), jnp.array([len(ids)], jnp.int32), jax.random.key(0)[None])
+    begin = time.perf_counter()
+    answer = np.asarray(decode(everywhere, batch).tokens)[0].tolist()
+    return answer, time.perf_counter() - begin
+
+
+run(prompts[0])
+answers, seconds = zip(*(run(ids) for ids in prompts))
+print(json.dumps({"answers": answers, "seconds": seconds}))
