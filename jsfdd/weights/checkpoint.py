@@ -18,6 +18,8 @@ import typing
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from jsfdd.models.architecture import DecoderConfig, Rope
@@ -122,6 +124,8 @@ def load_draft(path: str | Path) -> tuple[DraftConfig, dict, dict]:
             jax.eval_shape(lambda: init_draft(config, jax.random.key(0))),
         )
         params = _read(checkpoints, step, params=ocp.args.StandardRestore(abstract))["params"]
+        # Orbax binds arrays to the device that it restores them to; decoding may spread them over others.
+        params = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), params)
     return config, params, info["identity"]
 
 
