@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jsfdd.decoding import verify as verify_module
-from jsfdd.decoding.verify import Verdict, draw, verify, verify_greedy, verify_sampled
+from jsfdd.decoding.verify import Cutoff, Verdict, draw, verify, verify_greedy, verify_sampled, warp
 
 TRIALS = 200_000
 V, G = 6, 2
@@ -141,3 +141,44 @@ def test_no_draft_tokens_is_a_plain_draw():
     judge = jax.vmap(lambda key: verify_module.verify_sampled(key, jnp.zeros(0, jnp.int32), jnp.zeros((0, 3)), p))
     seen = np.bincount(judge(keys).next_token, minlength=3) / 50_000
     assert np.abs(seen - np.asarray(p[0])).max() < 0.012
+
+
+def _slow_warp(logits, temperature, top_k, top_p):
+    """The definition, in float64 with a sort: probabilities of what may be sampled."""
+    z = np.asarray(logits, np.float64) / temperature
+    if top_k:
+        z = np.where(z >= np.sort(z)[-top_k], z, -np.inf)
+    p = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
+    order = np.argsort(-p, kind="stable")
+    needed = np.searchsorted(np.cumsum(p[order]), top_p - 1e-9) + 1 if top_p < 1 else len(p)
+    p = np.where(p >= p[order[min(needed, len(p)) - 1]], p, 0)
+    return p / p.sum()
+
+
+@pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (3, 1.0), (0, 0.6), (0, 0.999), (7, 0.8), (1, 0.5), (0, 1e-6), (50, 0.9)])
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
+def test_warp_is_its_definition(top_k, top_p, temperature):
+    logits = 3 * jax.random.normal(jax.random.key(8), (20, 50))
+    ours = jax.nn.softmax(warp(logits, jnp.float32(temperature), Cutoff(top_k, top_p)), axis=-1)
+    for row in range(20):
+        slow = _slow_warp(logits[row], temperature, top_k, top_p)
+        assert np.array_equal(np.asarray(ours[row]) > 0, slow > 0)
+        assert np.allclose(ours[row], slow, atol=1e-6)
+
+
+def test_tokens_that_tie_at_the_edge_stay_together():
+    logits = jnp.log(jnp.array([[0.4, 0.2, 0.2, 0.1, 0.1]]))
+    kept = [np.flatnonzero(np.isfinite(warp(logits, jnp.float32(1), c)[0])).tolist() for c in (Cutoff(2), Cutoff(0, 0.5))]
+    assert kept == [[0, 1, 2], [0, 1, 2]]
+
+
+def test_top_p_holds_the_share_it_promises():
+    """Over a real vocabulary's width: the kept mass reaches top_p, and would not without the least probable token kept."""
+    logits = 4 * jax.random.normal(jax.random.key(9), (4, 49_152))
+    p = np.asarray(jax.nn.softmax(logits, axis=-1), np.float64)
+    for top_p in (0.1, 0.5, 0.9, 0.99):
+        kept = np.isfinite(np.asarray(warp(logits, jnp.float32(1), Cutoff(0, top_p))))
+        for row in range(4):
+            mass, least = p[row][kept[row]].sum(), p[row][kept[row]].min()
+            assert mass >= top_p - 1e-5 and mass - least < top_p + 1e-5
+            assert p[row][~kept[row]].max() < least
