@@ -15,6 +15,7 @@ from typing import Literal
 
 Metric = Literal["flatness", "flatness_median", "entropy", "top1", "margin", "energy", "ppl", "random"]
 Flavour = Literal["eagle", "vllm"]
+MaskSpan = Literal["thinking", "tool_calls"]
 
 # Field name -> (test, what a good value is). Checked for every config that has the field.
 _RULES = {
@@ -104,9 +105,13 @@ class TargetOptions(_Options):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataOptions(_Options):
     data: tuple[Path, ...]
-    """Chat files: .jsonl or .json, each also .gz, in messages, ShareGPT or Alpaca form."""
+    """Chats: files (.jsonl or .json, each also .gz or .zst; .parquet), directories, patterns such as 'chats/*.jsonl', or
+    Hugging Face datasets (hf:NAME, hf:NAME:SPLIT). Rows are OpenAI messages, ShareGPT, Alpaca, or prompt and response."""
     max_length: int = 2048
     """Conversations are cut after this many tokens."""
+    mask_spans: tuple[MaskSpan, ...] = ()
+    """Parts of answers that are read but neither scored nor trained on: `thinking` (<think>…</think>), `tool_calls`. By
+    default all of an answer counts."""
     batch_tokens: int = 4096
     """Tokens in one batch, padding included: rows × length of a bucket."""
 
@@ -221,7 +226,7 @@ class EvaluateConfig(TargetOptions, DecodingOptions, Seeded):
     draft: tuple[Path, ...]
     """Drafts, each a training run's directory, its checkpoints/, or an exported draft; several are compared in pairs."""
     prompts: tuple[Path, ...]
-    """Prompt files: rows with "turns"; each turn's own answer feeds the next."""
+    """Prompts: files, directories or patterns as for --data; rows with "turns"; each turn's own answer feeds the next."""
     out: Path
     """Directory for report.json, or with several drafts for a directory of each and differences.json."""
     batch_size: int = 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -67,3 +68,11 @@ def differences(found: dict, expected: dict, prefix: str = "") -> str:
         elif ours != theirs:
             parts.append(f"{prefix}{key}: found {theirs!r}, expected {ours!r}")
     return "; ".join(parts)
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes, in hex. FileNotFoundError names a file that is not there."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; check the path")
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

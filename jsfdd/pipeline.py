@@ -36,7 +36,9 @@ from jsfdd.config import (
     TrainConfig,
 )
 from jsfdd.data.batches import Shape, choose_shapes, make_batches, padding_share
-from jsfdd.data.chat import read_chats, read_prompts
+from jsfdd.data.chat import read_chat_files, read_prompts
+from jsfdd.data.files import input_digests
+from jsfdd.data.summary import FileCounts, count_by_file, total
 from jsfdd.data.template import TokenizeSummary, tokenize_chats
 from jsfdd.decoding.tree import TreeShape
 from jsfdd.decoding.verify import Cutoff
@@ -58,7 +60,8 @@ from jsfdd.weights.checkpoint import load_draft as load_trained_draft
 from jsfdd.weights.eagle import is_exported, read_draft, write_draft
 from jsfdd.weights.load import Target, load_target
 
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, markup=False)
+_FILES_SHOWN = 40
 _PROBE_DEPTH = 4
 
 
@@ -69,25 +72,38 @@ class Loaded(NamedTuple):
     mesh: Mesh
     samples: list[Sample]
     summary: TokenizeSummary
+    files: list[FileCounts]  # what became of each input file's rows
     shapes: tuple[Shape, ...]
     identity: dict  # what every result from them depends on; JSON-ready
 
 
 def load(config: TargetOptions | DataOptions) -> Loaded:
     """The target and the tokenized chats that a config names."""
-    chats = read_chats(config.data)  # before the weights: a bad line should not cost a minute
+    found = read_chat_files(config.data)  # before the weights: a bad line should not cost a minute
     target = load_target(config.target, jnp.dtype(config.dtype))
-    samples, summary = tokenize_chats(chats, target.tokenizer, config.max_length)
+    samples, summary = tokenize_chats(found.chats, target.tokenizer, config.max_length, config.mask_spans)
+    files = count_by_file(found, summary)
+    show_counts(files)
     mesh = make_mesh()
     shapes = choose_shapes([len(s.tokens) for s in samples], config.batch_tokens, num_data_shards(mesh))
     identity = {
         "target": target.fingerprint,
         "template": hashlib.sha256(target.tokenizer.chat_template.encode()).hexdigest(),
-        "data": [sha256(path) for path in config.data],
+        "data": list(input_digests(config.data).values()),
         "max_length": config.max_length,
         "dtype": config.dtype,
     }
-    return Loaded(target, mesh, samples, summary, shapes, identity)
+    return Loaded(target, mesh, samples, summary, files, shapes, identity)
+
+
+def show_counts(files: Sequence[FileCounts]) -> None:
+    """One line a file on stderr, and their sums; of very many files only the first."""
+    for counts in files[:_FILES_SHOWN]:
+        console.print(str(counts), soft_wrap=True)
+    if len(files) > _FILES_SHOWN:
+        console.print(f"… and {len(files) - _FILES_SHOWN} more files")
+    if len(files) > 1:
+        console.print(str(total(files)), soft_wrap=True)
 
 
 def score(config: ScoreConfig, loaded: Loaded | None = None, writer: HiddenWriter | None = None) -> ScoreTable:
@@ -227,7 +243,6 @@ def _run_stages(config: RunConfig) -> None:
     clock = _StageClock(config.out / "seconds.json")
     with clock.stage("load"):
         loaded = load(config)
-    console.print(f"{loaded.target.name}: {loaded.summary}", soft_wrap=True)
 
     score_config = ScoreConfig.taken_from(config, per_token=True)
     # Hidden states are only ever stored for samples that some draft trains on or is judged by. Where that is all of
@@ -341,7 +356,7 @@ def _claim(config: RunConfig) -> None:
     config.out.mkdir(parents=True, exist_ok=True)
     claim = {
         "config": config.to_json(),
-        "inputs": {str(path): sha256(path) for path in (*config.data, *config.prompts)},
+        "inputs": input_digests((*config.data, *config.prompts)),
     }
     path = config.out / "run.json"
     if path.exists():
@@ -407,6 +422,8 @@ def _summary(
         },
         "data": dataclasses.asdict(loaded.summary)
         | {
+            "duplicates": total(loaded.files).duplicates,
+            "files": [dataclasses.asdict(counts) for counts in loaded.files],
             "tokens": sum(lengths),
             "counted_tokens": sum(int(sample.counted.sum()) for sample in loaded.samples),
             "padding_share": padding_share(plans, lengths),
@@ -456,11 +473,3 @@ def _print_summary(summary: dict, config: RunConfig) -> None:
     for difference in summary["differences"]:
         out.print(describe_difference(difference))
     console.print(f"report: {config.out / 'report.html'}", soft_wrap=True)
-
-
-def sha256(path: Path) -> str:
-    """Of a file's bytes, in hex."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; check the path")
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,12 +1,13 @@
-"""Reading chat and prompt files: the formats, and every way a file can be wrong."""
+"""Reading chat and prompt files: duplicates, ids, and every way a file or a row can be wrong."""
 
 import gzip
 import json
 
+import pyarrow as pa
 import pytest
 
-from jsfdd.data import chat
-from jsfdd.data.chat import read_chats, read_prompts
+from jsfdd.data import files
+from jsfdd.data.chat import read_chat_files, read_chats, read_prompts
 
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello 👋"}]
 ROW = {"id": "a", "source": "s", "messages": TURNS}
@@ -19,33 +20,10 @@ def write(path, *rows):
     return path
 
 
-@pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.jsonl.gz", "x.json.gz"])
-def test_formats_and_endings(tmp_path, name):
-    sharegpt = {
-        "id": 7,
-        "conversations": [
-            {"from": "system", "value": "S"},
-            {"from": "human", "value": "Q"},
-            {"from": "gpt", "value": ""},
-        ],
-    }
-    alpaca = {"instruction": "Add", "input": "1 2", "output": "3"}
-    without_input = {"instruction": "Say", "input": "", "output": "so"}
-    chats = read_chats([write(tmp_path / name, ROW, sharegpt, alpaca, without_input)])
-    assert [c.id for c in chats] == ["a", "7", "x-3", "x-4"]
-    assert [c.source for c in chats] == ["s", "x", "x", "x"]
-    assert [[(m["role"], m["content"]) for m in c.messages] for c in chats] == [
-        [("user", "Hi"), ("assistant", "Hello 👋")],
-        [("system", "S"), ("user", "Q"), ("assistant", "")],
-        [("user", "Add\n\n1 2"), ("assistant", "3")],
-        [("user", "Say"), ("assistant", "so")],
-    ]
-
-
 def test_lines_are_counted_with_blank_ones_and_a_byte_order_mark_is_no_text(tmp_path):
     path = tmp_path / "c.jsonl"
-    row = json.dumps({"messages": TURNS})
-    path.write_bytes(b"\xef\xbb\xbf" + f"{row}\n\n  \n{row}".encode())
+    row, other = json.dumps({"messages": TURNS}), json.dumps({"messages": TURNS * 2})
+    path.write_bytes(b"\xef\xbb\xbf" + f"{row}\n\n  \n{other}".encode())
     chats = read_chats([path])
     assert [c.id for c in chats] == ["c-1", "c-4"]
     assert chats[1].place == f"{path}:4"
@@ -61,12 +39,29 @@ def test_entries_of_a_list_are_placed_by_line_and_number(tmp_path):
         read_chats([path])
 
 
-def test_a_duplicate_id_names_both_places(tmp_path):
-    first, second = write(tmp_path / "one.jsonl", ROW), write(tmp_path / "two.jsonl", {"messages": TURNS}, ROW)
+def test_an_id_of_two_conversations_names_both_places(tmp_path):
+    first = write(tmp_path / "one.jsonl", ROW)
+    second = write(tmp_path / "two.jsonl", {"messages": TURNS * 2}, ROW | {"messages": TURNS * 3})
     with pytest.raises(ValueError, match=r"two\.jsonl:2: id 'a' was already used at .*one\.jsonl:1; make ids unique"):
         read_chats([first, second])
-    with pytest.raises(ValueError, match=r"one\.jsonl:1: id 'a' was already used at .*one\.jsonl:1"):
-        read_chats([first, first])
+    prompts = write(tmp_path / "p.jsonl", {"id": "a", "turns": ["x"]})
+    with pytest.raises(ValueError, match=r"p\.jsonl:1: id 'a' was already used at .*p\.jsonl:1"):
+        read_prompts([prompts, prompts])
+
+
+def test_duplicates_are_conversations_of_the_same_messages_in_any_file(tmp_path):
+    as_sharegpt = {"id": "other", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello 👋"}]}
+    almost = {"messages": [TURNS[0], {"role": "assistant", "content": "Hello 👋 "}]}
+    swapped = {"messages": [{"role": "assistant", "content": "Hi"}, {"role": "user", "content": "Hello 👋"}]}
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+    calls = [{"messages": [call]}, {"messages": [{**call, "tool_calls": [{"function": {"name": "g", "arguments": {}}}]}]}]
+    first = write(tmp_path / "one.jsonl", ROW, ROW, almost)
+    second = write(tmp_path / "two.jsonl", as_sharegpt, swapped, *calls, ROW)
+    found = read_chat_files([first, second])
+    assert [chat.id for chat in found.chats] == ["a", "one-3", "two-2", "two-3", "two-4"]
+    assert found.read == {str(first): 3, str(second): 5}
+    assert found.duplicates == {str(first): 1, str(second): 2}
+    assert [chat.file for chat in found.chats] == [str(first)] * 2 + [str(second)] * 3
 
 
 def message(role="user", content="Hi", **extra):
@@ -85,12 +80,26 @@ def message(role="user", content="Hi", **extra):
         ({"messages": TURNS[:1]}, "no assistant turn, .*; add an answer"),
         ({"messages": [{"content": "Hi"}]}, "message 1: 'role' is missing; add it"),
         ({"messages": [{"role": "user"}]}, "message 1: 'content' is missing; add it"),
-        (message(role="tool"), "message 1 has the unknown role 'tool'; use one of system, user, assistant"),
+        (message(role="robot"), "message 1 has the unknown role 'robot'; use one of system, user, assistant"),
+        (message(role="my number is " + "5" * 99), "the unknown role 'my number is 55555555555555555'; use"),
         (message(role=None), "message 1: 'role' is null; expected a string"),
         (message(content=None), "message 1: 'content' is null; expected a string"),
         (message(content=["Hi"]), "message 1: 'content' is a list; expected a string"),
         (message(content="\ud83d!"), "'content' holds half a surrogate pair at character 0; remove it"),
-        ({"conversations": [{"from": "bot", "value": ""}]}, "unknown role 'bot'; use one of system, human"),
+        ({"conversations": [{"from": "bot", "value": ""}]}, "unknown role 'bot'; use one of system, user, .*human"),
+        (message(content=[{"type": "image_url"}]), "message 1: part 1 is no text; only text"),
+        (message(content=[{"type": "text"}]), "message 1: part 1: 'text' is missing"),
+        (message("assistant", None, tool_calls=[]), "'content' is null"),
+        (message("assistant", None, tool_calls="f"), "'tool_calls' is a string; expected a list"),
+        (message("assistant", None, tool_calls=["f"]), "message 1: tool call 1 is a string; expected {'function'"),
+        (message("assistant", None, tool_calls=[{"function": {}}]), "message 1: tool call 1: 'name' is missing"),
+        (message("assistant", None, function_call={"name": "f", "arguments": 3}), "'arguments' is a number; expected"),
+        (message("tool", tool_call_id=3), "'tool_call_id' is a number; expected a string"),
+        ({"prompt": "Q"}, "one of 'response', 'completion'; found neither"),
+        ({"prompt": "Q", "response": "A", "completion": "A"}, "found 'response' and 'completion'"),
+        ({"prompt": 3, "response": "A"}, "'prompt' is a number; expected a string"),
+        ({"prompt": [], "response": "A"}, "the conversation is empty"),
+        (ROW | {"system": 3}, "'system' is a number; expected a string"),
         ({"instruction": "Q"}, "'output' is missing; add it"),
         ({"instruction": "Q", "input": 3, "output": ""}, "'input' is a number; expected a string"),
         (ROW | {"id": True}, "'id' is true or false; expected a string"),
@@ -105,6 +114,7 @@ def test_bad_rows_are_named(tmp_path, row, error):
 
 
 GOOD = json.dumps(ROW).encode()
+ZSTD = pa.compress(GOOD, "zstd", asbytes=True)
 
 
 @pytest.mark.parametrize(
@@ -117,10 +127,16 @@ GOOD = json.dumps(ROW).encode()
         ("f.jsonl", b"[" * 100_000, r"f.jsonl:1: malformed JSON"),
         ("f.jsonl", b'{"id": ' + b"1" * 10_000 + b"}", r"f.jsonl:1: malformed JSON .*limit"),
         ("f.jsonl", GOOD + b"\n{\xff}", r"f.jsonl:2: invalid UTF-8 at byte 1 .*; save the file as UTF-8"),
-        ("f.jsonl", gzip.compress(GOOD), r"f.jsonl:1: invalid UTF-8 .*; this is gzip data: add .gz"),
+        ("f.jsonl", gzip.compress(GOOD), r"f.jsonl:1: invalid UTF-8 .*; this is gz data: end the file's name in .gz"),
         ("f.jsonl.gz", GOOD, r"f.jsonl.gz:1: cannot be unpacked as gzip .*; copy the file again, or drop .gz"),
         ("f.jsonl.gz", gzip.compress(GOOD)[:-9], r"f.jsonl.gz:\d: cannot be unpacked as gzip"),
         ("f.jsonl.gz", gzip.compress(GOOD)[:-8] + bytes(8), r"f.jsonl.gz:\d: cannot be unpacked as gzip"),
+        ("f.jsonl", ZSTD, r"f.jsonl:1: invalid UTF-8 .*; this is zst data: end the file's name in .zst"),
+        ("f.jsonl.zst", GOOD, r"f.jsonl.zst:1: cannot be unpacked as zstd .*; copy the file again, or drop .zst"),
+        ("f.jsonl.zst", ZSTD[:-3], r"f.jsonl.zst:1: cannot be unpacked as zstd \(Truncated"),
+        ("f.jsonl.zst", b"", r"f.jsonl.zst: the file holds no rows"),
+        ("f.parquet", GOOD, r"f.parquet: cannot be read as Parquet .*; copy or write the file again"),
+        ("f.parquet.gz", GOOD, r"f.parquet.gz: unknown file ending"),
         ("f.json", GOOD + b"\n" + GOOD, r"f.json:1: a .json file holds one list .*\.jsonl"),
         ("f.json", b"", r"f.json:1: a .json file holds one list"),
         ("f.json", b"[" + GOOD, r"f.json:1: expected ',' or '\]' after entry 1; is the file cut off"),
@@ -143,12 +159,13 @@ def test_a_missing_file_is_named(tmp_path):
         read_chats([tmp_path / "gone.jsonl"])
 
 
-def test_gzip_that_unfolds_without_end_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(chat, "MAX_LINE_BYTES", 1 << 20)
-    monkeypatch.setattr(chat, "MAX_JSON_BYTES", 1 << 20)
-    for ending in ("jsonl.gz", "json.gz"):
+def test_what_unfolds_without_end_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MAX_LINE_BYTES", 1 << 20)
+    monkeypatch.setattr(files, "MAX_JSON_BYTES", 1 << 20)
+    for ending in ("jsonl.gz", "json.gz", "jsonl.zst", "json.zst"):
         path = tmp_path / f"bomb.{ending}"
-        path.write_bytes(gzip.compress(b" " * (1 << 24)))
+        data = b" " * (1 << 24)
+        path.write_bytes(gzip.compress(data) if ending.endswith("gz") else pa.compress(data, "zstd", asbytes=True))
         with pytest.raises(ValueError, match=r"bomb.*:1: longer than 1 MiB"):
             read_chats([path])
 

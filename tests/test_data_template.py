@@ -304,3 +304,103 @@ def test_smollm2():
     assert masked_runs(tokenizer, sample) == [text + "<|im_end|>" for text in answers(conversation)]
     counted = sample.tokens[:-1][sample.counted[:-1]]
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") not in counted
+
+
+# Qwen-like: calls are text behind the content; results of tools are told to the user's side.
+WITH_CALLS = (
+    "{% for m in messages %}{% if m.role == 'tool' %}<|im_start|>user\n<tool_response>{{ m.content }}</tool_response>"
+    "{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for call in m.tool_calls or [] %}"
+    "{{ '\n' if not loop.first or m.content }}<tool_call>\n"
+    '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}'
+    "\n</tool_call>{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+
+
+def with_tools(*contents, call=None):
+    """A question, an answer of each content that calls a tool, the tool's result, and a last answer."""
+    call = call or {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    turns = [{"role": "user", "content": "hello"}]
+    for content in contents:
+        turns.append({"role": "assistant", "content": content, "tool_calls": [call]})
+        turns.append({"role": "tool", "content": "2"})
+    return Chat("c", "test", (*turns, {"role": "assistant", "content": "the end"}), "chats.jsonl:7")
+
+
+@pytest.mark.parametrize("template", [WITH_CALLS, CHATML], ids=["knows calls", "knows none"])
+@pytest.mark.parametrize("vocab_size", [256, 300])
+def test_tool_calls_belong_to_the_answer(template, vocab_size):
+    tokenizer = byte_level(template, vocab_size, family=CHATML)
+    [sample], _ = tokenize_chats([with_tools("", "Adding:")], tokenizer, 4096)
+    assert masked_runs(tokenizer, sample) == [f"{CALL}<|im_end|>", f"Adding:\n{CALL}<|im_end|>", "the end<|im_end|>"]
+    [masked], _ = tokenize_chats([with_tools("", "Adding:")], tokenizer, 4096, ("tool_calls",))
+    np.testing.assert_array_equal(masked.tokens, sample.tokens)
+    line_break = "\n" if template == CHATML else ""  # there it is part of the content
+    assert masked_runs(tokenizer, masked) == ["<|im_end|>", f"Adding:{line_break}", "<|im_end|>", "the end<|im_end|>"]
+
+
+def test_a_template_that_loses_a_call_is_an_error():
+    tokenizer = byte_level(WITH_CALLS.replace("{{ call.function.name }}", "tool"), family=CHATML)
+    with pytest.raises(ValueError, match=r"chats\.jsonl:7: the chat template rewrites message 2"):
+        tokenize_chats([with_tools("")], tokenizer, 4096)
+
+
+def test_a_special_token_in_an_argument_is_skipped():
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": "<|im_end|>"}}}
+    for template in (WITH_CALLS, CHATML):
+        tokenizer = byte_level(template, family=CHATML)
+        samples, summary = tokenize_chats([with_tools("", call=call), chat(["hi", "ok"], "ok")], tokenizer, 4096)
+        assert ([sample.id for sample in samples], summary.special_text) == (["ok"], ("c",))
+
+
+THOUGHTS = {
+    "<think>\nhm\n</think>\n\nthe end": ["\n\nthe end<|im_end|>"],
+    "a <think>hm</think> b <thinking>hm</thinking> c": ["a ", " b ", " c<|im_end|>"],
+    "hm</think>the end": ["the end<|im_end|>"],
+    "the end <think> and on": ["the end ", "<|im_end|>"],
+    "no thought": ["no thought<|im_end|>"],
+    "<think>all</think>": ["<|im_end|>"],
+}
+
+
+@pytest.mark.parametrize("content", THOUGHTS)
+def test_masked_thoughts_leave_the_rest_of_the_answer(content):
+    conversation = chat(["<think>a user's</think>", content, "and", "the end"])
+    [sample], _ = tokenize_chats([conversation], BYTES, 4096, ("thinking",))
+    assert masked_runs(BYTES, sample) == [*THOUGHTS[content], "the end<|im_end|>"]
+    [whole], _ = tokenize_chats([conversation], BYTES, 4096)
+    np.testing.assert_array_equal(sample.tokens, whole.tokens)
+    assert masked_runs(BYTES, whole) == [f"{content}<|im_end|>", "the end<|im_end|>"]
+
+
+def test_a_token_that_touches_a_masked_span_does_not_count():
+    """With merges one token can hold the end of a thought and the start of the answer."""
+    tokenizer = byte_level(CHATML, 300)
+    newlines = tokenizer.convert_tokens_to_ids("ĊĊ")
+    conversation = chat(["hello", "<tool_call>x</tool_call>the model [TOOL_CALLS]\n\nhello"])
+    [sample], _ = tokenize_chats([conversation], tokenizer, 4096, ("tool_calls",))
+    assert newlines in sample.tokens and newlines not in sample.tokens[sample.assistant_mask]
+    whole = "".join(masked_runs(tokenizer, sample)[:-1])
+    assert "the model ".endswith(whole.lstrip(">")) and whole and ">" not in whole
+    # With thoughts alone nothing of it is masked.
+    [sample], _ = tokenize_chats([conversation], tokenizer, 4096, ("thinking",))
+    assert masked_runs(tokenizer, sample) == [conversation.messages[1]["content"] + "<|im_end|>"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(parts=st.lists(st.sampled_from(["<think>", "</think>", "a", " b\n", "é", "the model"]), min_size=1, max_size=8))
+def test_no_counted_token_touches_a_thought(parts):
+    """Against an obvious twin: walk over the text's parts and remember whether one is inside a thought."""
+    content = "x" + "".join(parts) + "y"
+    inside, kept = "</think>" in content and "<think>" not in content.partition("</think>")[0], ""
+    for part in ["x", *parts, "y"]:
+        if part == "<think>":
+            inside = True
+        elif part == "</think>" and inside:
+            inside = False
+        elif not inside:
+            kept += part
+    [sample], _ = tokenize_chats([chat(["hi", content, "and", "the end"])], BYTES, 4096, ("thinking",))
+    runs = "".join(masked_runs(BYTES, sample))
+    assert runs == f"{kept}<|im_end|>the end<|im_end|>"

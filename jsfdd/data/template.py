@@ -7,7 +7,11 @@ offsets, so the ids are those of `tokenizer.apply_chat_template` on the whole co
 The mask (records.Sample.assistant_mask) holds
   - every token with a character of an answer's content, as the template renders it (many templates trim it);
   - the answer's end-of-turn token: the added token (one outside the tokenizer's ordinary vocabulary) that the template
-    writes next, white space aside. A template that ends answers with plain text or with nothing has none.
+    writes next, white space aside. A template that ends answers with plain text or with nothing has none;
+and it does not hold any token with a character of a span that `mask_spans` names (`data.spans`).
+
+The assistant's tool calls are part of its answer. A template that knows none would drop them without a word, so for such
+a one they are written into the content, as `data.forms.text_of_calls` does.
 
 Special tokens come from templates only. A tokenizer reads "<|im_end|>" inside a content as the token itself, which
 would end a turn in mid-sentence; such conversations are skipped and counted (`TokenizeSummary.special_text`).
@@ -18,14 +22,18 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import json
 import re
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Sequence
 
 import jinja2
 import numpy as np
 from jaxtyping import Bool
 
+from jsfdd.config import MaskSpan
 from jsfdd.data.chat import Chat, Message
+from jsfdd.data.forms import text_of_calls
+from jsfdd.data.spans import excluded_spans
 from jsfdd.records import Sample
 
 _CHUNK = 256  # conversations per tokenizer call, which spreads them over the cores
@@ -62,13 +70,16 @@ class TokenizeSummary:
         )
 
 
-def tokenize_chats(chats: Sequence[Chat], tokenizer, max_length: int) -> tuple[list[Sample], TokenizeSummary]:
+def tokenize_chats(
+    chats: Sequence[Chat], tokenizer, max_length: int, mask_spans: Collection[MaskSpan] = ()
+) -> tuple[list[Sample], TokenizeSummary]:
     """Tokenizes conversations and marks the assistant's tokens, as the module's docstring says.
 
     Args:
       chats: the conversations; the samples keep their order.
       tokenizer: a fast transformers tokenizer with a chat template.
       max_length: samples are cut after this many tokens.
+      mask_spans: parts of answers that do not count.
 
     Returns:
       The samples (tokens int32[T], assistant_mask bool[T], T ≤ max_length, at least one counted token each) and what
@@ -82,12 +93,15 @@ def tokenize_chats(chats: Sequence[Chat], tokenizer, max_length: int) -> tuple[l
     added_tokens = tokenizer.added_tokens_decoder
     special_text = _any_of(token.content for token in added_tokens.values() if token.special)
     frame_of = functools.cache(functools.partial(_frame, tokenizer))
+    knows_calls = "tool_calls" in tokenizer.chat_template
 
     samples, skipped, truncated, refusal = [], {"no_counted": [], "special_text": [], "refused": []}, [], ""
     for begin in range(0, len(chats), _CHUNK):
         rendered = []
         for chat in chats[begin : begin + _CHUNK]:
-            if any(special_text.search(message["content"]) for message in chat.messages):
+            if not knows_calls:
+                chat = dataclasses.replace(chat, messages=tuple(map(_with_written_calls, chat.messages)))
+            if any(special_text.search(text) for message in chat.messages for text in _texts(message)):
                 skipped["special_text"].append(chat.id)
                 continue
             try:
@@ -96,10 +110,11 @@ def tokenize_chats(chats: Sequence[Chat], tokenizer, max_length: int) -> tuple[l
                 skipped["refused"].append(chat.id)
                 refusal = refusal or f"; the template refuses {chat.place}: {error}"
                 continue
-            rendered.append((chat, text, _answer_spans(tokenizer, frame_of, chat, text)))
-        for (chat, text, spans), encoding in zip(rendered, encode([text for _, text, _ in rendered])):
+            spans = _answer_spans(tokenizer, frame_of, chat, text)
+            rendered.append((chat, text, spans, _excluded(chat, text, spans, mask_spans)))
+        for (chat, text, spans, excluded), encoding in zip(rendered, encode([row[1] for row in rendered])):
             ids = encoding.ids  # builds the list at every access
-            mask = _assistant_mask(ids, encoding.offsets, text, spans, added_tokens)
+            mask = _assistant_mask(ids, encoding.offsets, text, spans, excluded, added_tokens)
             tokens = np.asarray(ids[:max_length], np.int32)
             sample = Sample(chat.id, chat.source, tokens, mask[:max_length])
             if not sample.counted.any():
@@ -156,6 +171,20 @@ def _offset_encoder(tokenizer) -> Callable[[list[str]], list]:
     return functools.partial(backend.encode_batch, add_special_tokens=False)
 
 
+def _with_written_calls(message: Message) -> Message:
+    """The message with its tool calls, if it has any, as text at the end of its content."""
+    if "tool_calls" not in message:
+        return message
+    parts = [part for part in (message["content"], text_of_calls(message["tool_calls"])) if part]
+    return Message(role=message["role"], content="\n".join(parts))
+
+
+def _texts(message: Message) -> list[str]:
+    """Everything in a message that a template may write."""
+    calls = [json.dumps(message["tool_calls"], ensure_ascii=False)] if "tool_calls" in message else []
+    return [message["content"], *calls]
+
+
 def _any_of(words: Iterable[str]) -> re.Pattern:
     """Matches any of the words; nothing where there are none."""
     return re.compile("|".join(map(re.escape, words)) or r"(?!)")
@@ -182,7 +211,9 @@ def _frame(tokenizer, roles: tuple[str, ...]) -> tuple[list[str], list[int]] | N
 def _answer_spans(tokenizer, frame_of, chat: Chat, text: str) -> list[_Span]:
     """Where each answer's content lies in the rendered conversation."""
     answers = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
-    frame = frame_of(tuple(message["role"] for message in chat.messages))
+    frame = None
+    if not any("tool_calls" in message for message in chat.messages):
+        frame = frame_of(tuple(message["role"] for message in chat.messages))
     span_of = frame and _fit_frame(*frame, chat.messages, text)
     if span_of:
         return [span_of[i] for i in answers]
@@ -211,10 +242,12 @@ def _find_answer(tokenizer, chat: Chat, index: int, text: str) -> _Span:
     """Where one answer lies when the template treats contents by what they are (as reasoning models' templates do).
 
     First with a stand-in for this content alone: what then differs from `text` is what the template made of it, and has
-    to be a piece of the content (an earlier turn without its thoughts). Else as the model would have generated it: all
-    that follows the generation prompt, which has to be the content up to white space.
+    to be a piece of the content (an earlier turn without its thoughts), or hold the content and the name of every tool
+    that is called. Else as the model would have generated it: all that follows the generation prompt, which has to be
+    the content up to white space.
     """
-    before_it, content = chat.messages[:index], chat.messages[index]["content"]
+    before_it, message = chat.messages[:index], chat.messages[index]
+    content, calls = message["content"], message.get("tool_calls")
     stand_in = _STAND_IN
     while stand_in in text:
         stand_in += "x"
@@ -222,9 +255,13 @@ def _find_answer(tokenizer, chat: Chat, index: int, text: str) -> _Span:
     try:
         head, found, tail = _render(tokenizer, (*before_it, replaced, *chat.messages[index + 1 :])).partition(stand_in)
         span = _between(text, head, tail)
-        if found and span and text[slice(*span)] in content:
+        if found and span and calls:
+            made = text[slice(*span)]
+            if content.strip() in made and all(call["function"]["name"] in made for call in calls):
+                return span
+        elif found and span and text[slice(*span)] in content:
             return span
-        if found and before_it:
+        if found and before_it and not calls:
             span = _between(text, _render(tokenizer, before_it, add_generation_prompt=True), tail)
             if span and "".join(text[slice(*span)].split()) == "".join(content.split()):
                 return span
@@ -242,15 +279,32 @@ def _between(text: str, head: str, tail: str) -> _Span | None:
     return (len(head), end) if len(head) <= end and text.startswith(head) and text.endswith(tail) else None
 
 
+def _excluded(chat: Chat, text: str, spans: Sequence[_Span], kinds: Collection[MaskSpan]) -> list[_Span]:
+    """Where in the rendered conversation the parts of answers lie that do not count."""
+    answers = [message for message in chat.messages if message["role"] == "assistant"]
+    return [
+        (begin + first, begin + last)
+        for message, (begin, end) in zip(answers, spans)
+        for first, last in excluded_spans(text[begin:end], message, kinds)
+    ]
+
+
 def _assistant_mask(
-    ids: Sequence[int], offsets: Sequence[_Span], text: str, spans: Sequence[_Span], added_tokens: Container[int]
+    ids: Sequence[int],
+    offsets: Sequence[_Span],
+    text: str,
+    spans: Sequence[_Span],
+    excluded: Sequence[_Span],
+    added_tokens: Container[int],
 ) -> Bool[np.ndarray, " T"]:
-    """True on the tokens of the spans and on the added token that closes each."""
+    """True on the tokens of the spans without those that touch an excluded one, and on the added token that closes each."""
     starts, ends = np.asarray(offsets, np.int64).reshape(-1, 2).T
     mask = np.zeros(len(ids), bool)
-    for begin, end in spans:
-        if begin < end:  # several byte-level tokens of one character all have that character's offsets
-            mask[np.searchsorted(ends, begin, "right") : np.searchsorted(starts, end, "left")] = True
+    for values, counts in ((spans, True), (excluded, False)):
+        for begin, end in values:
+            if begin < end:  # several byte-level tokens of one character all have that character's offsets
+                mask[np.searchsorted(ends, begin, "right") : np.searchsorted(starts, end, "left")] = counts
+    for _, end in spans:
         # A token may lie across the end (an end-of-turn token that takes in the spaces before it), so what counts is
         # what it covers beyond the content.
         for t in range(np.searchsorted(ends, end, "right"), len(ids)):

@@ -1,0 +1,54 @@
+"""Hugging Face datasets by name: `hf:NAME`, `hf:NAME:SPLIT`, `hf:NAME@CONFIG` or `hf:NAME@CONFIG:SPLIT`.
+
+They need the extra `datasets`, and the network or a copy in the library's cache. The split is "train" unless named. Only
+data is read: a dataset that needs a script of its own is refused by the library.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator
+
+_NAME = re.compile(r"hf:(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<config>[\w.-]+))?(:(?P<split>[\w.-]+))?")
+
+
+def is_dataset(name: str) -> bool:
+    """Whether a name of --data or --prompts means a dataset rather than a file."""
+    return name.startswith("hf:")
+
+
+def dataset_rows(name: str, columns: Collection[str] | None) -> Iterator[dict]:
+    """The rows of a dataset, in its order.
+
+    Args:
+      name: as in the module's docstring.
+      columns: those to read, as far as the dataset has them; all if None.
+
+    Raises ValueError if the name is malformed, the extra is missing, the dataset has no such config or split, or none of
+    the columns; FileNotFoundError if the dataset is neither in the cache nor within reach.
+    """
+    parts = _NAME.fullmatch(name)
+    if parts is None:
+        raise ValueError(f"{name}: a dataset is named hf:NAME, hf:NAME:SPLIT or hf:NAME@CONFIG:SPLIT")
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{name}: reading a Hugging Face dataset needs the package datasets; run: pip install 'jsfdd[datasets]'"
+        ) from error
+    try:
+        dataset = datasets.load_dataset(parts["name"], parts["config"], split=parts["split"] or "train")
+    except OSError as error:  # what the library and its HTTP client raise for everything out of reach
+        raise FileNotFoundError(
+            f"{name}: not in the cache, and the hub does not give it ({type(error).__name__}: {error}); check the name and the "
+            "network, log in for a gated dataset, or give a downloaded copy's .parquet or .jsonl files"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}; name another split or config: hf:NAME@CONFIG:SPLIT") from error
+    if columns is not None:
+        wanted = [column for column in dataset.column_names if column in columns]
+        if not wanted:
+            found = ", ".join(dataset.column_names)
+            raise ValueError(f"{name}: no column of {', '.join(sorted(columns))}; it has {found}")
+        dataset = dataset.select_columns(wanted)
+    return iter(dataset)
