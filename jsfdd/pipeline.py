@@ -49,6 +49,7 @@ from jsfdd.evaluation.table import describe_difference
 from jsfdd.files import differences, read_json, write_json
 from jsfdd.mesh import describe_hardware, make_mesh, num_data_shards
 from jsfdd.models.draft import DraftConfig, draft_config
+from jsfdd.progress import console, progress
 from jsfdd.records import Sample
 from jsfdd.selection import features, sfdd
 from jsfdd.selection.features import HiddenStore, HiddenWriter
@@ -60,7 +61,6 @@ from jsfdd.weights.checkpoint import load_draft as load_trained_draft
 from jsfdd.weights.eagle import is_exported, read_draft, write_draft
 from jsfdd.weights.load import Target, load_target
 
-console = Console(stderr=True, highlight=False, markup=False)
 _FILES_SHOWN = 40
 _PROBE_DEPTH = 4
 
@@ -99,11 +99,11 @@ def load(config: TargetOptions | DataOptions) -> Loaded:
 def show_counts(files: Sequence[FileCounts]) -> None:
     """One line a file on stderr, and their sums; of very many files only the first."""
     for counts in files[:_FILES_SHOWN]:
-        console.print(str(counts), soft_wrap=True)
+        console.print(str(counts))
     if len(files) > _FILES_SHOWN:
         console.print(f"… and {len(files) - _FILES_SHOWN} more files")
     if len(files) > 1:
-        console.print(str(total(files)), soft_wrap=True)
+        console.print(str(total(files)))
 
 
 def score(config: ScoreConfig, loaded: Loaded | None = None, writer: HiddenWriter | None = None) -> ScoreTable:
@@ -309,12 +309,12 @@ def _probe_identity(config: TrainConfig) -> dict:
     """What decides which draft is best, beside the training itself."""
     if not config.probe_prompts:
         return {}
-    files = [sha256(path) for path in config.probe_prompts]
+    files = list(input_digests(config.probe_prompts).values())
     return {"probe": {"prompts": files, "every": config.probe_every, "new_tokens": config.probe_new_tokens}}
 
 
 def _evaluate(config: EvaluateConfig | RunConfig, target: Target, drafts, prompts, mesh) -> dict[str, dict]:
-    with console.status("decoding") as status:
+    with progress("decode", "batches") as bar:
         return evaluation.evaluate(
             target,
             drafts,
@@ -327,7 +327,7 @@ def _evaluate(config: EvaluateConfig | RunConfig, target: Target, drafts, prompt
             seed=config.seed,
             tree=tree_shape(config),
             cutoff=Cutoff(config.top_k, config.top_p),
-            progress=lambda done, total: status.update(f"decoding: batch {done} of {total}"),
+            progress=bar.update,
         )
 
 
@@ -472,4 +472,4 @@ def _print_summary(summary: dict, config: RunConfig) -> None:
     out.print(table)
     for difference in summary["differences"]:
         out.print(describe_difference(difference))
-    console.print(f"report: {config.out / 'report.html'}", soft_wrap=True)
+    console.print(f"report: {config.out / 'report.html'}")

@@ -9,7 +9,7 @@ import jsfdd
 
 PACKAGE = Path(jsfdd.__file__).parent
 ROOMS = ["data", "models", "weights", "selection", "training", "decoding", "evaluation"]
-EVERYWHERE = {"config", "records", "mesh", "files"}
+EVERYWHERE = {"config", "records", "mesh", "files", "progress"}
 FORBIDDEN = {("training", "decoding")}  # a probe that decodes comes in as an argument
 
 

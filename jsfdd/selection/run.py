@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from jax.sharding import Mesh
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jsfdd.data.batches import BatchPlan, pad_batch
 from jsfdd.mesh import replicate, shard_rows, to_host
+from jsfdd.progress import progress as show_progress
 from jsfdd.records import Sample
 
 
@@ -34,14 +34,13 @@ def run_batches(
       finished: batches that an earlier call did.
       progress: show the bar, with the samples' tokens per second (no padding).
     """
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
-    with Progress(*columns, TimeRemainingColumn(), disable=not progress) as bar:
-        task = bar.add_task(label, total=finished + len(plans), completed=finished, rate="")
+    with show_progress(label, "batches", finished + len(plans), finished=finished, shown=progress) as bar:
         started, tokens = time.monotonic(), 0
-        for batch, results in _one_ahead(step, replicate(params, mesh), samples, plans, mesh):
+        batches = _one_ahead(step, replicate(params, mesh), samples, plans, mesh)
+        for done, (batch, results) in enumerate(batches, finished + 1):
             yield batch, results
             tokens += sum(len(sample.tokens) for sample in batch)
-            bar.update(task, advance=1, rate=f"{tokens / (time.monotonic() - started):,.0f} tokens/s")
+            bar.update(done, figures=f"{tokens / (time.monotonic() - started):,.0f} tokens/s")
 
 
 def _one_ahead(step: Callable, params: dict, samples: Sequence[Sample], plans: Sequence[BatchPlan], mesh: Mesh):

@@ -19,7 +19,6 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jsfdd.config import Seeded, TrainConfig, TrainingOptions
 from jsfdd.data.batches import BatchPlan, Shape, choose_shapes, epoch_batches, make_batches, pad_batch, pad_rows
@@ -27,6 +26,7 @@ from jsfdd.files import differences, plain
 from jsfdd.mesh import num_data_shards, replicate, shard_rows, to_host
 from jsfdd.models.architecture import DecoderConfig
 from jsfdd.models.draft import DraftConfig, draft_config
+from jsfdd.progress import progress as show_progress
 from jsfdd.records import DraftBatch, Sample, TrainState, samples_digest
 from jsfdd.training.log import append_line, drop_after, mean_figures, read_lines
 from jsfdd.training.loss import Borrowed, borrow
@@ -45,11 +45,6 @@ TIMINGS = "timings.jsonl"
 _STEPS_AHEAD = 2
 _STORE_AGAIN = "the store belongs to other data or another template: delete it and store again"
 _HELD_OUT_SALT = "jsfdd held out: "
-
-_COLUMNS = (
-    TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"),
-    TimeRemainingColumn(),
-)  # fmt: skip
 
 HiddenStates = Mapping[str, np.ndarray]  # sample id -> [T, D], float32 or bfloat16
 Probe = Callable[[dict], dict]  # draft params -> figures, among them "tau"
@@ -164,25 +159,25 @@ def train(
 
         pending: list[tuple[int, BatchPlan, StepMetrics]] = []  # steps since the last line, their figures on the device
         clock = time.perf_counter()
-        with Progress(*_COLUMNS, disable=not progress) as bars:
-            bar = bars.add_task("train", total=len(plans), completed=start, figures="")
+        with show_progress("train", "steps", len(plans), finished=start, shown=progress) as bar:
             for step, (epoch, plan) in enumerate(plans[start:], start + 1):
                 batch = shard_rows(_draft_batch([samples[i] for i in plan.indices], plan.shape, store), mesh)
                 state, metrics = train_step(frozen, state, batch)
                 pending.append((step, plan, metrics))
                 if len(pending) > _STEPS_AHEAD:  # else batches would queue on the device for as long as no one looks
                     jax.block_until_ready(pending[-_STEPS_AHEAD][2])
-                bars.advance(bar)
                 epoch_ends = step == len(plans) or plans[step][0] != epoch
                 save = step % config.save_every == 0 or step == len(plans)
                 # A checkpoint ends a line too: figures that still await theirs are not part of it.
                 probes = probe is not None and (step % config.probe_every == 0 or step == len(plans))
                 line_ends = step % config.log_every == 0 or epoch_ends or save or probes
 
-                if line_ends:
+                if not line_ends:
+                    bar.update(step)
+                else:
                     figures = _checked_figures(pending, samples, config)
                     pending = []
-                    bars.update(bar, figures=f"loss {figures['loss']:.3f}  agreement {figures['agreement']:.3f}")
+                    bar.update(step, figures=f"loss {figures['loss']:.3f}, agreement {figures['agreement']:.3f}")
                     line = {"step": step, "epoch": epoch, **figures, "learning_rate": float(learning_rate(step - 1))}
                     append_line(metrics_path, {**line, "tokens": int(tokens_until[step - 1])})
                 if epoch_ends and held_out:

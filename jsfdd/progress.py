@@ -1,0 +1,101 @@
+"""Progress on stderr: a bar with rate and remaining time on a terminal; elsewhere a plain line now and then.
+
+    with progress("score", "batches", total=40) as bar:
+        bar.update(1, figures="1,234 tokens/s")
+
+NO_COLOR takes the colours away, and TERM=dumb the bar.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+
+# Without a terminal: seconds between two lines, at most; and the share of the whole and the seconds that call for one
+# sooner.
+_SECONDS, _SHARE, _SECONDS_OF_SHARE = 10.0, 0.1, 1.0
+
+
+class Bar:
+    """One stage's progress. Made by `progress`."""
+
+    def __init__(self, label: str, unit: str, total: int | None, finished: int, bar: Progress | None, lines: bool = True):
+        self._label, self._unit, self._total, self._bar, self._lines = label, unit, total, bar, lines
+        self._first, self._done, self._figures = finished, finished, ""
+        self._started = self._shown_at = time.monotonic()
+        self._shown_done = finished
+        self._task = None if bar is None else bar.add_task(label, total=total, completed=finished, unit=unit, figures="")
+
+    def update(self, done: int, total: int | None = None, figures: str | None = None) -> None:
+        """Say how many units are done in all, and what else is known; None keeps what was said before."""
+        self._done, self._total = done, total or self._total
+        self._figures = self._figures if figures is None else figures
+        if self._bar is not None:
+            shown = ", ".join(filter(None, (self._rate(), self._figures)))
+            self._bar.update(self._task, completed=done, total=self._total, figures=shown)
+        elif self._lines and self._line_is_due():
+            self._shown_at, self._shown_done = time.monotonic(), done
+            console.print(self._line())
+
+    def _line_is_due(self) -> bool:
+        waited, total = time.monotonic() - self._shown_at, self._total or 0
+        if self._done == total:
+            return self._shown_done != total
+        return waited >= _SECONDS or waited >= _SECONDS_OF_SHARE and self._done - self._shown_done >= _SHARE * total
+
+    def _rate(self) -> str:
+        """Units a second since this call began."""
+        seconds, done = time.monotonic() - self._started, self._done - self._first
+        if not done or not seconds:
+            return ""
+        rate = done / seconds
+        return f"{rate:,.1f} {self._unit}/s" if rate >= 1 else f"{1 / rate:,.1f} s/{self._unit.removesuffix('s')}"
+
+    def _line(self) -> str:
+        seconds, done, total = time.monotonic() - self._started, self._done - self._first, self._total or 0
+        left = ""
+        if done and total > self._done:
+            left = f"{_duration(seconds / done * (total - self._done))} left"
+        elif total == self._done:
+            left = f"done in {_duration(seconds)}"
+        count = f"{self._label}: {self._done:,}/{total:,} {self._unit} ({self._done / max(total, 1):.0%})"
+        return ", ".join(filter(None, (count, self._rate(), self._figures, left)))
+
+
+@contextlib.contextmanager
+def progress(
+    label: str, unit: str, total: int | None = None, *, finished: int = 0, shown: bool = True
+) -> Iterator[Bar]:
+    """Show how far a stage is.
+
+    Args:
+      label: what is going on.
+      unit: what is counted, in the plural.
+      total: units in all, if known by now.
+      finished: how many an earlier call did.
+      shown: False shows nothing.
+    """
+    if not shown:
+        yield Bar(label, unit, total, finished, None, lines=False)
+    elif console.is_terminal and not console.is_dumb_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"))
+        with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
+            yield Bar(label, unit, total, finished, bar)
+    else:
+        yield Bar(label, unit, total, finished, None)
+
+
+def _duration(seconds: float) -> str:
+    """ "42 s", "3 min 20 s" or "2 h 05 min"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
