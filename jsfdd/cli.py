@@ -9,14 +9,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-import typing
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
-
-import tyro
 
 from jsfdd import config as options
+from jsfdd.parser import Command, CompletionConfig, Help, parse, print_completion
 
 # Wrong input reaches the command line as one of these; library code raises them with the remedy in the message.
 _INPUT_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
@@ -32,10 +30,6 @@ class DemoConfig:
     """Seeds every random choice."""
 
 
-def _command(kind, name):
-    return Annotated[kind, tyro.conf.subcommand(name, prefix_name=False)]
-
-
 _COMMANDS = {
     "score": options.ScoreConfig,
     "select": options.SelectConfig,
@@ -46,20 +40,82 @@ _COMMANDS = {
     "report": options.ReportConfig,
     "run": options.RunConfig,
     "demo": DemoConfig,
+    "completion": CompletionConfig,
 }
+# Those that take --dry-run and --json.
+_STAGES = ("score", "select", "train", "evaluate", "export", "run", "demo")
+
+_EXAMPLES = {
+    "score": """
+        jsfdd score --target smollm2 --data chats.jsonl --out scored
+        jsfdd score --target DIR --data 'chats/*.jsonl.zst' more/ hf:ORG/NAME:train --out scored --dry-run
+    """,
+    "select": """
+        jsfdd select --scores scored/scores.parquet --retain-ratio 0.5 --out scored
+        jsfdd select --scores scored/scores.parquet --metric random --seed 1 --out chance --json
+    """,
+    "train": """
+        jsfdd train --target smollm2 --data chats.jsonl --selection scored/selection.json --out draft
+        jsfdd train --target DIR --data chats/ --mask-spans thinking tool_calls --out draft --dry-run
+    """,
+    "evaluate": """
+        jsfdd evaluate --target smollm2 --draft draft --prompts prompts.jsonl --out evaluated
+        jsfdd evaluate --target smollm2 --draft draft --prompts prompts/ --out evaluated --json | jq .tau
+    """,
+    "export": """
+        jsfdd export --draft draft --flavour vllm --out draft-vllm
+    """,
+    "generate": """
+        jsfdd generate --target smollm2 --draft draft --prompt "Why is the sky blue?"
+        jsfdd generate --target smollm2 --no-draft --prompt "Why is the sky blue?" > answer.txt
+    """,
+    "report": """
+        jsfdd report --run run
+    """,
+    "run": """
+        jsfdd run --target smollm2 --data chats.jsonl --prompts prompts.jsonl --out run --dry-run
+        jsfdd run --target smollm2 --data chats.jsonl --prompts prompts.jsonl --arms full --out run
+    """,
+    "demo": """
+        jsfdd demo
+        jsfdd demo --seed 1 --out demo-seed-1
+    """,
+    "completion": """
+        jsfdd completion bash > ~/.local/share/bash-completion/completions/jsfdd
+        jsfdd completion zsh  > ~/.zfunc/_jsfdd      # a directory of your $fpath
+        jsfdd completion fish > ~/.config/fish/completions/jsfdd.fish
+    """,
+}
+
+_DESCRIPTION = "Cheap training of draft models for speculative decoding."
+
+_EPILOGUE = """
+The stages, in order: score chats by the flatness of the target's distributions, select the most
+valuable share, train a draft on it, evaluate its acceptance, export it for serving. All of them in
+one directory, for several selections at once: run.
+
+start here:
+  jsfdd demo                  all of it on a small model, on a CPU, in minutes
+  jsfdd COMMAND --help        options and examples of a command
+  jsfdd COMMAND … --dry-run   what a stage would do with these inputs
+
+exit codes:
+  0    done
+  2    wrong input or options; one line on stderr says which, and the remedy
+  130  interrupted; the same command continues where it stopped
+  Anything else is a fault of jsfdd and comes with a traceback.
+
+environment:
+  NO_COLOR=1          no colours
+  JSFDD_TRACEBACK=1   show where wrong input was noticed
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. The console script's entry point."""
+    examples = {name: f"example:\n{_indented(text)}\n" for name, text in _EXAMPLES.items()}
     try:
-        commands = tuple(_command(kind, name) for name, kind in _COMMANDS.items())
-        config = tyro.cli(
-            tyro.conf.OmitArgPrefixes[typing.Union[commands]],  # noqa: UP007 (a tuple of members)
-            args=arguments,
-            prog="jsfdd",
-            description="Cheap training of speculative-decoding draft models: score, select, train, evaluate, export.",
-        )
-        _run(config)
+        return _run(parse(_COMMANDS, _STAGES, Help(_DESCRIPTION, _EPILOGUE, examples), arguments))
     except _INPUT_ERRORS as error:
         if os.environ.get("JSFDD_TRACEBACK"):
             raise
@@ -68,47 +124,57 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("jsfdd: interrupted; the same command continues where it stopped", file=sys.stderr)
         return 130
-    return 0
 
 
-def _run(config) -> None:
-    """Call the stage of a config. JAX and the rooms are only imported here, so that --help answers at once."""
+def _indented(text: str) -> str:
+    return textwrap.indent(textwrap.dedent(text).strip(), "  ")
+
+
+def _run(command: Command) -> int:
+    """Carry a command out; returns the exit code.
+
+    JAX and the rooms are only imported here, so that --help answers at once.
+    """
+    config, output = command
+    if isinstance(config, CompletionConfig):
+        print_completion(_COMMANDS, _STAGES, config.shell)
+        return 0
     # Without torch transformers still gives what is used of it, but says so on every import.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     _prepare_jax()
-    from jsfdd import pipeline
+    from jsfdd import dry_run, pipeline, results
 
+    if isinstance(config, DemoConfig):
+        config = demo_run(config)
+    if output.dry_run:
+        results.show(dry_run.dry_run(config), output.json)
+        return 0
     match config:
-        case DemoConfig():
-            pipeline.run(demo_run(config))
         case options.RunConfig():
-            pipeline.run(config)
+            result = results.of_run(config, pipeline.run(config))
         case options.ScoreConfig():
-            table = pipeline.score(config)
-            print(f"{len(table.ids)} samples scored: {config.out / 'scores.parquet'}")
+            loaded = pipeline.load(config)
+            result = results.of_score(config, pipeline.score(config, loaded), loaded.files)
         case options.SelectConfig():
-            selection = pipeline.select(config)
-            kept, dropped = len(selection.ids), len(selection.dropped)
-            print(f"{kept} samples kept ({dropped} without a counted token): {config.out / 'selection.json'}")
+            result = results.of_select(config, pipeline.select(config))
         case options.TrainConfig():
-            result = pipeline.train(config)
-            print(f"{result.steps} steps on {result.samples} samples in {result.seconds:.0f} s: {config.out}")
+            loaded = pipeline.load(config)
+            result = results.of_train(config, pipeline.train(config, loaded), loaded.files)
         case options.EvaluateConfig():
-            from jsfdd.evaluation.evaluate import compare
-            from jsfdd.evaluation.table import print_evaluation
-
-            reports = pipeline.evaluate(config)
-            print_evaluation(reports, compare(reports, config.seed))
-            print(config.out)
+            result = results.of_evaluate(config, pipeline.evaluate(config))
         case options.ExportConfig():
             pipeline.export(config)
-            print(f"{config.flavour} draft: {config.out}")
+            result = results.of_export(config)
         case options.GenerateConfig():
             from jsfdd.answer import answer
 
             answer(config)
+            return 0
         case options.ReportConfig():
             print(pipeline.report(config))
+            return 0
+    results.show(result, output.json)
+    return 0
 
 
 def demo_run(config: DemoConfig) -> options.RunConfig:

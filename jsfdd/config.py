@@ -96,6 +96,8 @@ def _from_json(kind, value):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TargetOptions(_Options):
+    """The model that the draft is for."""
+
     target: str
     """The target model: a Hugging Face directory, a .gguf file, a hub name, or `smollm2` (the packaged demo model)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -104,6 +106,8 @@ class TargetOptions(_Options):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataOptions(_Options):
+    """The conversations, and how they are cut into batches."""
+
     data: tuple[Path, ...]
     """Chats: files (.jsonl or .json, each also .gz or .zst; .parquet), directories, patterns such as 'chats/*.jsonl', or
     Hugging Face datasets (hf:NAME, hf:NAME:SPLIT). Rows are OpenAI messages, ShareGPT, Alpaca, or prompt and response."""
@@ -118,6 +122,8 @@ class DataOptions(_Options):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SelectionOptions(_Options):
+    """What is kept of the scored samples."""
+
     retain_ratio: float = 0.5
     """Share of the samples to keep."""
     unit: Literal["sample", "batch"] = "sample"
@@ -126,6 +132,8 @@ class SelectionOptions(_Options):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingOptions(_Options):
+    """How the draft learns."""
+
     epochs: int = 10
     """Passes over the kept samples. The learning-rate schedule is scaled to the run's own number of steps."""
     learning_rate: float = 5e-4
@@ -152,6 +160,8 @@ class TrainingOptions(_Options):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodingOptions(_Options):
+    """How answers are decoded."""
+
     temperature: float = 0.0
     """0 decodes greedily; above 0 samples from the target's distribution at this temperature."""
     top_k: int = 0
@@ -180,6 +190,8 @@ class ProbeOptions(_Options):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Seeded(_Options):
+    """A seed."""
+
     seed: int = 0
     """Seeds every random choice of the command."""
 

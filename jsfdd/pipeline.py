@@ -19,9 +19,6 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from jsfdd.config import (
     DataOptions,
@@ -45,7 +42,6 @@ from jsfdd.decoding.verify import Cutoff
 from jsfdd.evaluation import evaluate as evaluation
 from jsfdd.evaluation.probe import make_probe
 from jsfdd.evaluation.report import write_report
-from jsfdd.evaluation.table import describe_difference
 from jsfdd.files import differences, read_json, write_json
 from jsfdd.mesh import describe_hardware, make_mesh, num_data_shards
 from jsfdd.models.draft import DraftConfig, draft_config
@@ -147,7 +143,7 @@ def train(config: TrainConfig, loaded: Loaded | None = None, store: HiddenStore 
     loaded = loaded or load(config)
     config.out.mkdir(parents=True, exist_ok=True)
     selection = None if config.selection is None else sfdd.read_selection(config.selection)
-    kept, held_out = _sides(loaded.samples, selection, config.held_out_share)
+    kept, held_out = sides(loaded.samples, selection, config.held_out_share)
     if store is None:
         store = _store_hidden(loaded, [*kept, *held_out], config.out / "hidden", config.batch_tokens)
     return training.train(
@@ -168,7 +164,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict]:
     """`jsfdd evaluate`: writes a report.json a draft (and differences.json), returns {draft's name: report}."""
     tree_shape(config)
     prompts = read_prompts(config.prompts)
-    drafts = {name: load_draft(path) for name, path in _names(config.draft).items()}
+    drafts = {name: load_draft(path) for name, path in names_of(config.draft).items()}
     target = load_target(config.target, jnp.dtype(config.dtype))
     reports = _evaluate(config, target, drafts, prompts, make_mesh())
     for name, report in reports.items():
@@ -205,7 +201,7 @@ def tree_shape(config: DecodingOptions) -> TreeShape | None:
     return TreeShape(config.num_draft_tokens, config.tree_top_k, config.tree_nodes) if config.tree_nodes else None
 
 
-def _names(drafts: Sequence[Path]) -> dict[str, Path]:
+def names_of(drafts: Sequence[Path]) -> dict[str, Path]:
     """Each draft under as much of its path's end as tells it from the others."""
     if len(set(drafts)) < len(drafts):
         raise ValueError(f"--draft: one draft is given twice: {', '.join(map(str, drafts))}")
@@ -233,9 +229,7 @@ def run(config: RunConfig) -> dict:
         _run_stages(config)
     if not (config.out / "report.html").exists():
         write_report(config.out)
-    summary = read_json(config.out / "summary.json")
-    _print_summary(summary, config)
-    return summary
+    return read_json(config.out / "summary.json")
 
 
 def _run_stages(config: RunConfig) -> None:
@@ -264,7 +258,7 @@ def _run_stages(config: RunConfig) -> None:
                 config, scores=config.out / "scores.parquet", metric=metric, retain_ratio=ratio, out=directory
             )
         )
-    sides = {arm: _sides(loaded.samples, selection, config.held_out_share) for arm, selection in selections.items()}
+    sides = {arm: sides(loaded.samples, selection, config.held_out_share) for arm, selection in selections.items()}
     needed = {sample.id: sample for kept, held_out in sides.values() for sample in (*kept, *held_out)}
     with clock.stage("hidden"):
         store = _store_hidden(loaded, list(needed.values()), store_dir, config.batch_tokens)
@@ -331,7 +325,7 @@ def _evaluate(config: EvaluateConfig | RunConfig, target: Target, drafts, prompt
         )
 
 
-def _sides(samples: Sequence[Sample], selection: Selection | None, share: float) -> tuple[list[Sample], list[Sample]]:
+def sides(samples: Sequence[Sample], selection: Selection | None, share: float) -> tuple[list[Sample], list[Sample]]:
     """(samples to train on, held-out samples): the selected ones of the training side, and the whole held-out side."""
     _, held_out = training.split_held_out(samples, share)
     out = {sample.id for sample in held_out}
@@ -351,21 +345,25 @@ def _store_hidden(loaded: Loaded, samples: Sequence[Sample], directory: Path, ba
     )
 
 
+def check_claim(config: RunConfig) -> dict:
+    """What run.json of this config and the present content of its inputs says.
+
+    Raises ValueError if the directory holds another run's.
+    """
+    claim = {"config": config.to_json(), "inputs": input_digests((*config.data, *config.prompts))}
+    path = config.out / "run.json"
+    if path.exists() and (changed := differences(read_json(path), claim)):
+        raise ValueError(f"{config.out} holds another run ({changed}); choose another --out")
+    return claim
+
+
 def _claim(config: RunConfig) -> None:
     """Make the run's directory this config's own, or find that it is already."""
+    claim = check_claim(config)
     config.out.mkdir(parents=True, exist_ok=True)
-    claim = {
-        "config": config.to_json(),
-        "inputs": input_digests((*config.data, *config.prompts)),
-    }
-    path = config.out / "run.json"
-    if path.exists():
-        changed = differences(read_json(path), claim)
-        if changed:
-            raise ValueError(f"{config.out} holds another run ({changed}); choose another --out")
-        return
-    write_json(config.out / "config.json", config.to_json())
-    write_json(path, claim)
+    if not (config.out / "run.json").exists():
+        write_json(config.out / "config.json", config.to_json())
+        write_json(config.out / "run.json", claim)
 
 
 class _StageClock:
@@ -452,24 +450,3 @@ def _example_texts(loaded: Loaded, table: ScoreTable, selections: dict[str, Sele
         pieces = [loaded.target.tokenizer.decode([token]) for token in sample.tokens]
         texts.append({"id": sample.id, "source": sample.source, "pieces": pieces, "flatness": shown})
     return texts
-
-
-def _print_summary(summary: dict, config: RunConfig) -> None:
-    """The table on stdout, where to look further on stderr."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for name in ("arm", "samples", "tokens", "train s", "τ [95%]", "speedup [95%]"):
-        table.add_column(name, justify="left" if name == "arm" else "right", no_wrap=True)
-    for row in summary["arms"]:
-        table.add_row(
-            row["arm"],
-            str(row["samples"]),
-            str(row["counted_tokens"]),
-            f"{row['train_seconds']:.0f}",
-            f"{row['tau']:.3f} [{row['tau_low']:.3f}, {row['tau_high']:.3f}]",
-            f"{row['speedup']:.2f} [{row['speedup_low']:.2f}, {row['speedup_high']:.2f}]",
-        )
-    out = Console(highlight=False)
-    out.print(table)
-    for difference in summary["differences"]:
-        out.print(describe_difference(difference))
-    console.print(f"report: {config.out / 'report.html'}")

@@ -55,7 +55,7 @@ class Bar:
         if not done or not seconds:
             return ""
         rate = done / seconds
-        return f"{rate:,.1f} {self._unit}/s" if rate >= 1 else f"{1 / rate:,.1f} s/{self._unit.removesuffix('s')}"
+        return f"{rate:,.1f} {self._unit}/s" if rate >= 1 else f"{1 / rate:,.1f} s each"
 
     def _line(self) -> str:
         seconds, done, total = time.monotonic() - self._started, self._done - self._first, self._total or 0

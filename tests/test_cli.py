@@ -1,16 +1,22 @@
 """The command line: what a wrong input looks like to a person, and what a right one prints."""
 
+import contextlib
 import dataclasses
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 from toy import toy_draft, write_target
 
+from jsfdd import cli
 from jsfdd import config as options
-from jsfdd.cli import _COMMANDS, main
+from jsfdd.cli import _COMMANDS, _STAGES, main
 from jsfdd.files import read_json
 from jsfdd.models.architecture import Rope
+from jsfdd.parser import field_docstrings
 from jsfdd.weights.eagle import write_draft
 from jsfdd.weights.load import load_target
 
@@ -81,11 +87,17 @@ def test_a_draft_that_is_not_there(tmp_path, capsys):
     ],
 )
 def test_wrong_options_exit_with_2(arguments, word, capsys):
-    with pytest.raises(SystemExit) as exit_info:
-        main(arguments)
-    assert exit_info.value.code == 2
+    assert _exit_code(arguments) == 2
     captured = capsys.readouterr()
-    assert word in captured.err + captured.out
+    assert word in captured.err and not captured.out
+
+
+def _exit_code(arguments):
+    """Of the process: `main` returns it, the parser raises it."""
+    try:
+        return main(arguments)
+    except SystemExit as stop:
+        return stop.code or 0
 
 
 def test_generate_streams_the_greedy_text(target, capsys):
@@ -177,12 +189,86 @@ def test_one_name_one_meaning():
     assert {"target", "retain_ratio", "num_draft_tokens"} <= set(seen)
 
 
-@pytest.mark.parametrize("kind", [options.RunConfig, options.TrainConfig, options.EvaluateConfig])
-def test_every_option_is_explained(kind, capsys):
-    command = next(name for name, value in _COMMANDS.items() if value is kind)
-    with pytest.raises(SystemExit) as exit_info:
-        main([command, "--help"])
-    assert exit_info.value.code == 0
-    text = capsys.readouterr().out
+@pytest.mark.parametrize("command", _COMMANDS)
+def test_help_explains_every_option_and_ends_with_examples(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    assert _exit_code([command, "--help"]) == 0
+    text, kind = capsys.readouterr().out, _COMMANDS[command]
+    assert text.split("example:")[1].strip().startswith(f"jsfdd {command}")
+    assert max(map(len, text.splitlines())) <= 100
+    helps = field_docstrings(kind)
     for name in kind.__dataclass_fields__:
-        assert "--" + name.replace("_", "-") in text
+        assert helps[name] and (command == "completion" or "--" + name.replace("_", "-") in text)
+    assert ("--dry-run" in text) == ("--json" in text) == (command in _STAGES)
+    assert "Options(" not in text and "None" not in text  # what dataclasses and tyro say by themselves
+
+
+def test_help_shows_groups_defaults_and_choices(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    _exit_code(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.replace("│", "").split())
+    for title in ("target options", "data options", "training options", "output options"):
+        assert title in text
+    for words in ("--epochs INT Passes over the kept samples.", "(default: 10)", "--data PATH … Chats:", "(default: 0)"):
+        assert words in text
+    assert "--fc-bias Give" in text and "--no-fc-bias" not in text
+    assert "--mask-spans {thinking,tool_calls} …" in text
+
+
+def test_help_of_the_command_documents_exit_codes(capsys):
+    assert _exit_code(["--help"]) == 0
+    text = capsys.readouterr().out
+    for words in ("exit codes:", "  0 ", "  2 ", "  130 ", "NO_COLOR", *_COMMANDS):
+        assert words in text
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_scripts_know_commands_and_options(shell, capsys):
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert "retain-ratio" in script and "evaluate" in script and "dry-run" in script
+    if shell == "bash":
+        checked = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True)
+        assert (checked.returncode, checked.stderr) == (0, "")
+
+
+def test_no_color():
+    """On a terminal the help is coloured, unless NO_COLOR says otherwise."""
+    code = "from jsfdd.cli import main; main(['completion', '--help'])"
+    for no_color, coloured in (("", True), ("1", False)):
+        reader, terminal = os.openpty()
+        environment = os.environ | {"NO_COLOR": no_color, "TERM": "xterm"}
+        process = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=terminal)
+        os.close(terminal)
+        shown = b""
+        with contextlib.suppress(OSError):  # how a terminal says that its other end is closed
+            while part := os.read(reader, 4096):
+                shown += part
+        os.close(reader)
+        assert process.wait() == 0 and b"Print a completion script" in shown
+        assert (b"\x1b[" in shown) == coloured
+
+
+def test_an_interrupt_exits_with_130(monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_run", interrupt)
+    assert main(["demo"]) == 130
+    assert "interrupted; the same command continues" in capsys.readouterr().err
+
+
+def test_scores_as_json(tmp_path, target, capsys):
+    """stdout is one line of JSON; what was read, kept and skipped is on stderr and in the JSON, without any text of a chat."""
+    question, answer = {"role": "user", "content": "I am Ada"}, {"role": "assistant", "content": "Hello Ada<|im_end|>"}
+    secret = {"messages": [question, answer]}
+    data = _file(tmp_path, "chats.jsonl", GOOD, GOOD, secret)
+    assert main(["score", "--target", target, "--data", data, "--out", str(tmp_path / "out"), "--json"]) == 0
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    assert captured.out.count("\n") == 1
+    assert (result["command"], result["samples"], result["scores"]) == ("score", 1, str(tmp_path / "out" / "scores.parquet"))
+    [counts] = result["files"]
+    assert (counts["read"], counts["kept"], counts["duplicates"], counts["special_text"]) == (3, 1, 1, 1)
+    assert f"{data}: 3 read, 1 kept; skipped: 1 duplicates, 1 with a special token's text" in captured.err
+    assert "Ada" not in captured.out + captured.err

@@ -58,7 +58,7 @@ def test_a_continued_stage_counts_its_rate_from_where_it_starts(monkeypatch, clo
     with progress("train", "steps", 1000, finished=900) as bar:
         clock[0] += 20
         bar.update(904)
-    assert stream.getvalue() == "train: 904/1,000 steps (90%), 5.0 s/step, 8 min 00 s left\n"
+    assert stream.getvalue() == "train: 904/1,000 steps (90%), 5.0 s each, 8 min 00 s left\n"
 
 
 def test_a_terminal_gets_a_bar_and_no_colour_none(monkeypatch):

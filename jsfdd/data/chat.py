@@ -41,7 +41,7 @@ class Chat:
     file: str = ""
 
 
-class ChatFiles(NamedTuple):
+class FoundChats(NamedTuple):
     """What `read_chat_files` found.
 
     Attributes:
@@ -60,7 +60,7 @@ def read_chats(names: Sequence[str | Path]) -> list[Chat]:
     return read_chat_files(names).chats
 
 
-def read_chat_files(names: Sequence[str | Path]) -> ChatFiles:
+def read_chat_files(names: Sequence[str | Path]) -> FoundChats:
     """Reads conversations, in the order of the files and of their rows.
 
     Args:
@@ -85,7 +85,7 @@ def read_chat_files(names: Sequence[str | Path]) -> ChatFiles:
         seen.add(digest)
         _check_id(row, place_of_id)
         chats.append(Chat(row.id, row.source, messages, row.place, row.file))
-    return ChatFiles(chats, dict(read), duplicates)
+    return FoundChats(chats, dict(read), duplicates)
 
 
 def read_prompts(names: Sequence[str | Path]) -> list[Prompt]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 
-from jsfdd.data.chat import ChatFiles
+from jsfdd.data.chat import FoundChats
 from jsfdd.data.template import TokenizeSummary
 
 # Field -> what it means behind a number.
@@ -46,7 +46,7 @@ class FileCounts:
         return f"{self.file}: {self.read:,} read, {self.kept:,} kept{cut}{ending}"
 
 
-def count_by_file(found: ChatFiles, summary: TokenizeSummary) -> list[FileCounts]:
+def count_by_file(found: FoundChats, summary: TokenizeSummary) -> list[FileCounts]:
     """The counts of every file, in the order of the files.
 
     Args:

@@ -7,10 +7,8 @@ from rich.console import Console
 from rich.table import Table
 
 
-def print_evaluation(reports: dict[str, dict], differences: list[dict]) -> None:
-    """Reports of `evaluate` and differences of `compare`, as text on stdout."""
-    # A figure cut off is worse than a line that wraps.
-    out = Console(highlight=False, soft_wrap=True, width=max(Console().width, 100))
+def print_evaluation(reports: dict[str, dict], differences: list[dict], out: Console) -> None:
+    """Reports of `evaluate` and differences of `compare`, as text."""
     for name, report in reports.items():
         rows = {**report["per_source"], "all": report} if len(report["per_source"]) > 1 else {"all": report}
         out.print(_speed(name, rows))

@@ -61,6 +61,17 @@ def load_target(name: str, dtype=jnp.float32) -> Target:
       ValueError: a file is corrupt, or the model needs what jsfdd does not compute; the message names file and value.
     """
     path = locate_target(name)
+    target = _without_params(name, path)
+    params = (huggingface if path.is_dir() else gguf).read_params(path, target.config, dtype)
+    return target._replace(params=params, fingerprint=fingerprint(path, target.config))
+
+
+def describe_target(name: str) -> Target:
+    """The target `name` without its weights: no parameters, an empty fingerprint. Errors as in `load_target`."""
+    return _without_params(name, locate_target(name, weights=False))
+
+
+def _without_params(name: str, path: Path) -> Target:
     config = _read_config(path)
     tokenizer = _read_tokenizer(path)
     # Added tokens may lie beyond the embedding (Gemma-3 1B's image token does); the vocabulary itself may not, and JAX
@@ -70,8 +81,7 @@ def load_target(name: str, dtype=jnp.float32) -> Target:
             f"{path}: its tokenizer has {tokenizer.vocab_size} tokens but the model embeds {config.vocab_size}: "
             "they do not belong together"
         )
-    params = (huggingface if path.is_dir() else gguf).read_params(path, config, dtype)
-    return Target(config, params, tokenizer, name, fingerprint(path, config), stop_tokens(path, tokenizer))
+    return Target(config, {}, tokenizer, name, "", stop_tokens(path, tokenizer))
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerFast:

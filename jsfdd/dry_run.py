@@ -1,0 +1,248 @@
+"""`--dry-run`: what a stage would do, found without running a model or writing a file.
+
+Inputs and options are read and checked as the stage itself does it (the target's weights are not read), so what is wrong
+with them is the same error with the same exit code.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from jsfdd import pipeline
+from jsfdd.config import (
+    DataOptions,
+    EvaluateConfig,
+    ExportConfig,
+    RunConfig,
+    ScoreConfig,
+    SelectConfig,
+    TargetOptions,
+    TrainConfig,
+)
+from jsfdd.data.batches import Shape, choose_shapes, epoch_batches, make_batches, padding_share
+from jsfdd.data.chat import read_chat_files, read_prompts
+from jsfdd.data.summary import FileCounts, count_by_file, total
+from jsfdd.data.template import tokenize_chats
+from jsfdd.evaluation.evaluate import check_draft
+from jsfdd.evaluation.prompts import check_length, render_turns
+from jsfdd.mesh import make_mesh, num_data_shards
+from jsfdd.records import Prompt, Sample
+from jsfdd.results import Result, counts_to_json
+from jsfdd.selection import sfdd
+from jsfdd.selection.table import read_scores
+from jsfdd.weights.load import Target, describe_target
+
+_BYTES_OF_HIDDEN = 2  # stored as bfloat16
+
+
+def dry_run(config) -> Result:
+    """What the stage of `config` would do; its errors are the stage's."""
+    match config:
+        case RunConfig():
+            return _run(config)
+        case ScoreConfig():
+            return _score(config)
+        case SelectConfig():
+            return _select(config)
+        case TrainConfig():
+            return _train(config)
+        case EvaluateConfig():
+            return _evaluate(config)
+        case ExportConfig():
+            return _export(config)
+    raise TypeError(f"{type(config).__name__} has no dry run")
+
+
+class _Inputs(NamedTuple):
+    target: Target  # without weights
+    samples: list[Sample]
+    files: list[FileCounts]
+    shapes: tuple[Shape, ...]
+    devices: int
+
+
+def _inputs(config: TargetOptions | DataOptions) -> _Inputs:
+    found = read_chat_files(config.data)
+    target = describe_target(config.target)
+    samples, summary = tokenize_chats(found.chats, target.tokenizer, config.max_length, config.mask_spans)
+    files = count_by_file(found, summary)
+    pipeline.show_counts(files)
+    devices = num_data_shards(make_mesh())
+    shapes = choose_shapes([len(sample.tokens) for sample in samples], config.batch_tokens, devices)
+    return _Inputs(target, samples, files, shapes, devices)
+
+
+def _score(config: ScoreConfig) -> Result:
+    inputs = _inputs(config)
+    values, words = _scoring(inputs)
+    files = ["scores.parquet", *(["token_scores.parquet"] if config.per_token else []), "scores.parts/"]
+    return _result("score", values, words, config.out, files, continues=config.out / "scores.parts")
+
+
+def _select(config: SelectConfig) -> Result:
+    selection = sfdd.select(
+        read_scores(config.scores), config.metric, config.retain_ratio, config.seed, config.unit
+    )
+    values = {"kept": len(selection.ids), "without_counted_token": len(selection.dropped), "threshold": selection.threshold}
+    words = [f"keep {_many(len(selection.ids), 'sample')}; {len(selection.dropped):,} without a counted token"]
+    return _result("select", values, words, config.out, ["selection.json"])
+
+
+def _train(config: TrainConfig) -> Result:
+    inputs = _inputs(config)
+    selection = None if config.selection is None else sfdd.read_selection(config.selection)
+    kept, held_out = pipeline.sides(inputs.samples, selection, config.held_out_share)
+    values, words = _training(config, inputs, kept, held_out)
+    values["hidden_bytes"], said = _hidden(inputs, [*kept, *held_out])
+    words.append(f"store {said}")
+    files = ["hidden/", "checkpoints/", "metrics.jsonl", "timings.jsonl"]
+    return _result("train", values, words, config.out, files, continues=config.out / "checkpoints")
+
+
+def _evaluate(config: EvaluateConfig) -> Result:
+    pipeline.tree_shape(config)
+    prompts = read_prompts(config.prompts)
+    drafts = {name: pipeline.load_draft(path)[0] for name, path in pipeline.names_of(config.draft).items()}
+    target = describe_target(config.target)
+    for name, draft in drafts.items():
+        check_draft(target, draft, name)
+    values, words = _decoding(config, target, prompts)
+    words = [f"{line}, for {_many(len(drafts), 'draft')}" for line in words]
+    several = [*(f"{name}/report.json" for name in drafts), "differences.json"]
+    files = several if len(drafts) > 1 else ["report.json"]
+    return _result("evaluate", values | {"drafts": list(drafts)}, words, config.out, files)
+
+
+def _export(config: ExportConfig) -> Result:
+    draft, _ = pipeline.load_draft(config.draft)
+    if config.out.exists():
+        raise FileExistsError(f"{config.out}: already there; choose another --out or remove it")
+    decoder = draft.decoder
+    values = {"flavour": config.flavour, "hidden_size": decoder.hidden_size, "vocab_size": decoder.vocab_size}
+    words = [f"write a draft of width {decoder.hidden_size:,} in the layout of {config.flavour}"]
+    return _result("export", values, words, config.out, ["config.json", "model.safetensors"])
+
+
+def _run(config: RunConfig) -> Result:
+    pipeline.check_claim(config)
+    prompts = read_prompts(config.prompts)
+    inputs = _inputs(config)
+    scoring, scoring_words = _scoring(inputs)
+    words = list(scoring_words)
+    kept, held_out = pipeline.sides(inputs.samples, None, config.held_out_share)
+    arms = {}
+    for arm in config.arms:
+        # Which samples an arm keeps is known when they are scored; how many, and so about how many steps, is known now.
+        ratio = 1.0 if arm == "full" else config.retain_ratio
+        values, said = _training(config, inputs, kept, held_out, ratio)
+        arms[arm] = values
+        words += [f"{arm}: {line}" for line in said]
+    hidden_bytes, said = _hidden(inputs, inputs.samples)
+    words.insert(len(scoring_words), f"store {'' if 'full' in arms else 'at most '}{said}")
+    decoding, said = _decoding(config, inputs.target, prompts)
+    words += [f"{line}, for {_many(len(arms), 'draft')}" for line in said]
+    files = ["scores.parquet", "token_scores.parquet", "hidden/", *(f"arms/{arm}/" for arm in arms)]
+    files += ["summary.json", "report.html"]
+    values = {"scoring": scoring, "hidden_bytes": hidden_bytes, "arms": arms, "decoding": decoding}
+    return _result("run", values, words, config.out, files, continues=config.out / "run.json")
+
+
+# --- The parts of a plan: (values, words) --------------------------------------------------------------------------
+
+
+def _scoring(inputs: _Inputs) -> tuple[dict, list[str]]:
+    lengths = [len(sample.tokens) for sample in inputs.samples]
+    plans = make_batches(lengths, inputs.shapes)
+    values = {
+        "files": counts_to_json(inputs.files),
+        "samples": len(lengths),
+        "skipped": total(inputs.files).read - len(lengths),
+        "tokens": sum(lengths),
+        "counted_tokens": _counted(inputs.samples),
+        "batches": len(plans),
+        "padding_share": padding_share(plans, lengths),
+        "devices": inputs.devices,
+    }
+    return values, [
+        f"score {_many(len(lengths), 'sample')} ({_many(values['skipped'], 'row')} skipped): {values['tokens']:,} tokens, "
+        f"{values['counted_tokens']:,} of them counted",
+        f"in {_many(len(plans), 'batch', 'es')}, {values['padding_share']:.0%} padding, on {_many(inputs.devices, 'device')}",
+    ]
+
+
+def _training(
+    config: TrainConfig | RunConfig, inputs: _Inputs, kept: Sequence[Sample], held_out: Sequence[Sample], share: float = 1.0
+) -> tuple[dict, list[str]]:
+    """Training on `kept`; with a `share` below 1 about what that share of them would take."""
+    lengths = [len(sample.tokens) for sample in kept]
+    steps = config.epochs * len(epoch_batches(lengths, inputs.shapes, config.seed, epoch=0))
+    samples = max(1, math.floor(share * len(kept) + 0.5))
+    values = {
+        "samples": samples,
+        "held_out": len(held_out),
+        "tokens": round(share * sum(lengths)),
+        "counted_tokens": round(share * _counted(kept)),
+        "epochs": config.epochs,
+        "steps": math.ceil(share * steps),
+        "estimated": share < 1,
+    }
+    about = "about " if share < 1 else ""
+    return values, [
+        f"train on {about}{_many(samples, 'sample')} ({len(held_out):,} held out): {about}{_many(values['steps'], 'step')} in "
+        f"{_many(config.epochs, 'epoch')} of {about}{values['tokens']:,} tokens",
+    ]
+
+
+def _hidden(inputs: _Inputs, samples: Sequence[Sample]) -> tuple[int, str]:
+    """Bytes of the hidden states of these samples on disk."""
+    size = sum(len(sample.tokens) for sample in samples) * inputs.target.config.hidden_size * _BYTES_OF_HIDDEN
+    return size, f"{size / 1e6:,.1f} MB of hidden states"
+
+
+def _decoding(config: EvaluateConfig | RunConfig, target: Target, prompts: Sequence[Prompt]) -> tuple[dict, list[str]]:
+    # Prompts of one source and turn are decoded together.
+    together = Counter((prompt.source, turn) for prompt in prompts for turn in range(len(prompt.turns)))
+    lengths = [len(render_turns(target, prompt, [])) for prompt in prompts]
+    for prompt, length in zip(prompts, lengths):
+        check_length(target, prompt, length, config.max_new_tokens)
+    devices = num_data_shards(make_mesh())
+    batch_size = -(-config.batch_size // devices) * devices
+    values = {
+        "prompts": len(prompts),
+        "turns": together.total(),
+        "batches": sum(-(-count // batch_size) for count in together.values()),
+        "longest_prompt": max(lengths),
+        "max_new_tokens": config.max_new_tokens,
+    }
+    batches, longest = _many(values["batches"], "batch", "es"), _many(config.max_new_tokens, "new token")
+    return values, [
+        f"decode {_many(len(prompts), 'prompt')} ({_many(values['turns'], 'turn')}) in {batches}, up to {longest} each, "
+        "with and without a draft"
+    ]
+
+
+def _many(count: int, noun: str, ending: str = "s") -> str:
+    """ "1 row", "2 rows"."""
+    return f"{count:,} {noun}{'' if count == 1 else ending}"
+
+
+def _counted(samples: Sequence[Sample]) -> int:
+    return sum(int(sample.counted.sum()) for sample in samples)
+
+
+def _result(
+    command: str, values: dict, words: Sequence[str], out: Path, files: Sequence[str], continues: Path | None = None
+) -> Result:
+    """The plan as a result; `continues` is what an earlier start would have left."""
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"{out}: not a directory; choose another --out")
+    started = continues is not None and continues.exists()
+    paths = [f"{out / file}{'/' if file.endswith('/') else ''}" for file in files]
+    values = {"command": command, "dry_run": True} | values | {"continues": started, "would_write": paths}
+    begin = "continue what was begun in" if started else "write to"
+    lines = [f"dry run of {command}: nothing was computed or written", *words, f"{begin} {out}: {', '.join(files)}"]
+    return Result(values, "\n  ".join(lines))
