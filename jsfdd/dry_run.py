@@ -95,7 +95,7 @@ def _select(config: SelectConfig) -> Result:
 def _train(config: TrainConfig) -> Result:
     inputs = _inputs(config)
     selection = None if config.selection is None else sfdd.read_selection(config.selection)
-    kept, held_out = pipeline.sides(inputs.samples, selection, config.held_out_share)
+    kept, held_out = pipeline.training_sides(inputs.samples, selection, config.held_out_share)
     values, words = _training(config, inputs, kept, held_out)
     values["hidden_bytes"], said = _hidden(inputs, [*kept, *held_out])
     words.append(f"store {said}")
@@ -133,7 +133,7 @@ def _run(config: RunConfig) -> Result:
     inputs = _inputs(config)
     scoring, scoring_words = _scoring(inputs)
     words = list(scoring_words)
-    kept, held_out = pipeline.sides(inputs.samples, None, config.held_out_share)
+    kept, held_out = pipeline.training_sides(inputs.samples, None, config.held_out_share)
     arms = {}
     for arm in config.arms:
         # Which samples an arm keeps is known when they are scored; how many, and so about how many steps, is known now.

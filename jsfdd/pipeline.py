@@ -143,7 +143,7 @@ def train(config: TrainConfig, loaded: Loaded | None = None, store: HiddenStore 
     loaded = loaded or load(config)
     config.out.mkdir(parents=True, exist_ok=True)
     selection = None if config.selection is None else sfdd.read_selection(config.selection)
-    kept, held_out = sides(loaded.samples, selection, config.held_out_share)
+    kept, held_out = training_sides(loaded.samples, selection, config.held_out_share)
     if store is None:
         store = _store_hidden(loaded, [*kept, *held_out], config.out / "hidden", config.batch_tokens)
     return training.train(
@@ -258,7 +258,8 @@ def _run_stages(config: RunConfig) -> None:
                 config, scores=config.out / "scores.parquet", metric=metric, retain_ratio=ratio, out=directory
             )
         )
-    sides = {arm: sides(loaded.samples, selection, config.held_out_share) for arm, selection in selections.items()}
+    share = config.held_out_share
+    sides = {arm: training_sides(loaded.samples, selection, share) for arm, selection in selections.items()}
     needed = {sample.id: sample for kept, held_out in sides.values() for sample in (*kept, *held_out)}
     with clock.stage("hidden"):
         store = _store_hidden(loaded, list(needed.values()), store_dir, config.batch_tokens)
@@ -325,7 +326,7 @@ def _evaluate(config: EvaluateConfig | RunConfig, target: Target, drafts, prompt
         )
 
 
-def sides(samples: Sequence[Sample], selection: Selection | None, share: float) -> tuple[list[Sample], list[Sample]]:
+def training_sides(samples: Sequence[Sample], selection: Selection | None, share: float) -> tuple[list[Sample], list[Sample]]:
     """(samples to train on, held-out samples): the selected ones of the training side, and the whole held-out side."""
     _, held_out = training.split_held_out(samples, share)
     out = {sample.id for sample in held_out}

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from toy import toy_tokenizer, write_target
 
-from jsfdd import pipeline
+from jsfdd import pipeline, results
 from jsfdd.config import EvaluateConfig, ExportConfig, RunConfig, ScoreConfig, SelectConfig, TrainConfig
 from jsfdd.data.chat import read_chats
 from jsfdd.data.template import tokenize_chats
-from jsfdd.files import read_json
+from jsfdd.dry_run import dry_run
+from jsfdd.files import read_json, write_json
 from jsfdd.selection.sfdd import read_selection
 from jsfdd.selection.table import read_scores
 from jsfdd.training.log import read_lines
@@ -63,6 +64,8 @@ def test_the_summary_tells_what_the_artifacts_hold(finished):
     assert [row["arm"] for row in summary["arms"]] == ["full", "flatness", "random"]
     table = read_scores(config.out / "scores.parquet")
     assert len(table.ids) == 24 == summary["data"]["kept"]
+    [counts] = summary["data"]["files"]
+    assert (counts["file"], counts["read"], counts["kept"], counts["duplicates"]) == (str(config.data[0]), 24, 24, 0)
     samples, _ = tokenize_chats(read_chats(config.data), toy_tokenizer(), 128)
     held_out = {sample.id for sample in split_held_out(samples, config.held_out_share)[1]}
     assert 0 < len(held_out) < 12
@@ -81,6 +84,32 @@ def test_the_summary_tells_what_the_artifacts_hold(finished):
     assert {(d["a"], d["b"]) for d in summary["differences"]} == {("flatness", "full"), ("random", "full"), ("random", "flatness")}
     page = (config.out / "report.html").read_text()
     assert "flatness" in page and "<script>" not in page
+
+
+def test_the_dry_run_foretells_the_run(finished, tmp_path):
+    config, summary = finished
+    plan = dry_run(RunConfig.taken_from(config, out=tmp_path / "out")).values
+    full = plan["arms"]["full"]
+    ran = summary["arms"][0]
+    assert (full["samples"], full["steps"], full["tokens"]) == (ran["samples"], ran["steps"], ran["tokens"])
+    assert plan["scoring"]["padding_share"] == summary["data"]["padding_share"]
+    assert plan["scoring"]["counted_tokens"] == summary["data"]["counted_tokens"]
+    stored = sum(path.stat().st_size for path in (config.out / "hidden").glob("*") if path.name != "manifest.json")
+    assert plan["hidden_bytes"] == stored
+    assert not (tmp_path / "out").exists()
+
+
+def test_results_are_words_and_json(finished):
+    config, summary = finished
+    result = results.of_run(config, summary)
+    values = json.loads(json.dumps(result.values, default=str))
+    assert values["arms"] == summary["arms"] and values["report"] == str(config.out / "report.html")
+    assert all(arm in result.words for arm in config.arms) and "τ of flatness minus full" in result.words
+    evaluated = EvaluateConfig.taken_from(config, draft=config.out, out=config.out / "arms" / "full")
+    result = results.of_evaluate(evaluated, read_json(evaluated.out / "report.json"))
+    assert result.values["tau"] == summary["arms"][0]["tau"] and len(result.values["alpha"]) == 2
+    assert "prompts" not in result.values and "examples" not in result.values
+    assert result.words.startswith(f"τ {result.values['tau']:.3f} [")
 
 
 def test_flatness_arm_keeps_the_flattest(finished):
@@ -127,6 +156,21 @@ def test_changed_options_or_inputs_are_refused_by_name(inputs, finished):
         file.write("\n")
     with pytest.raises(ValueError, match="chats.jsonl: found"):
         pipeline.run(config)
+
+
+def test_a_new_file_in_a_directory_of_data_is_noticed(inputs, tmp_path):
+    folder = tmp_path / "chats"
+    folder.mkdir()
+    _chats(folder / "a.jsonl", 4)
+    config = _run_config((inputs[0], folder, inputs[2]), tmp_path / "out")
+    claim = pipeline.check_claim(config)
+    assert not config.out.exists() and str(folder / "a.jsonl") in claim["inputs"]
+    config.out.mkdir()
+    write_json(config.out / "run.json", claim)
+    assert pipeline.check_claim(config) == claim
+    _chats(folder / "b.jsonl", 2)
+    with pytest.raises(ValueError, match=r"inputs\..*b\.jsonl: found None, expected .*choose another --out"):
+        pipeline.check_claim(config)
 
 
 def test_stage_by_stage(inputs, tmp_path):
