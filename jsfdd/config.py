@@ -114,7 +114,7 @@ class DataOptions(_Options):
     max_length: int = 2048
     """Conversations are cut after this many tokens."""
     mask_spans: tuple[MaskSpan, ...] = ()
-    """Parts of answers that are read but neither scored nor trained on: `thinking` (<think>…</think>), `tool_calls`. By
+    """Parts of answers that are read but neither scored nor trained on: `thinking` (`<think>…</think>`), `tool_calls`. By
     default all of an answer counts."""
     batch_tokens: int = 4096
     """Tokens in one batch, padding included: rows × length of a bucket."""

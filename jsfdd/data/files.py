@@ -47,7 +47,7 @@ class Row(NamedTuple):
 
     Attributes:
       value: the object.
-      id: its own "id", or "<file name>-<number>", the name without its endings.
+      id: its own "id", or "NAME-NUMBER": the file's name without its endings, and the row's number in it.
       source: its own "source", or the file's name without its endings.
       place: "file:line", for errors.
       file: as `expand_names` gives it.

@@ -59,6 +59,7 @@ class Draft(nn.Module):
     config: DraftConfig
 
     def setup(self):
+        """Name the submodules."""
         self.fc = nn.Dense(self.config.decoder.hidden_size, use_bias=self.config.fc_bias)
         self.layer = DecoderLayer(self.config.decoder, input_norm=False)
 
