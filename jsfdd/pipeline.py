@@ -95,11 +95,11 @@ def load(config: TargetOptions | DataOptions) -> Loaded:
 def show_counts(files: Sequence[FileCounts]) -> None:
     """One line a file on stderr, and their sums; of very many files only the first."""
     for counts in files[:_FILES_SHOWN]:
-        console.print(str(counts))
+        console.print(str(counts), soft_wrap=True)
     if len(files) > _FILES_SHOWN:
-        console.print(f"… and {len(files) - _FILES_SHOWN} more files")
+        console.print(f"… and {len(files) - _FILES_SHOWN} more files", soft_wrap=True)
     if len(files) > 1:
-        console.print(str(total(files)))
+        console.print(str(total(files)), soft_wrap=True)
 
 
 def score(config: ScoreConfig, loaded: Loaded | None = None, writer: HiddenWriter | None = None) -> ScoreTable:
@@ -224,7 +224,7 @@ def run(config: RunConfig) -> dict:
     tree_shape(config)
     _claim(config)
     if (config.out / "summary.json").exists():
-        console.print(f"{config.out}: finished before; nothing to compute")
+        console.print(f"{config.out}: finished before; nothing to compute", soft_wrap=True)
     else:
         _run_stages(config)
     if not (config.out / "report.html").exists():
@@ -266,7 +266,7 @@ def _run_stages(config: RunConfig) -> None:
 
     trained = {}
     for arm, directory in arms.items():
-        console.print(f"training on {arm}: {len(selections[arm].ids)} samples")
+        console.print(f"training on {arm}: {len(selections[arm].ids)} samples", soft_wrap=True)
         train_config = TrainConfig.taken_from(config, out=directory, selection=directory / "selection.json")
         trained[arm] = train(train_config, loaded, store)
         if not (directory / "draft").exists():

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+console = Console(stderr=True, highlight=False, markup=False)
 
 # Without a terminal: seconds between two lines, at most; and the share of the whole and the seconds that call for one
 # sooner.
@@ -41,7 +41,7 @@ class Bar:
             self._bar.update(self._task, completed=done, total=self._total, figures=shown)
         elif self._lines and self._line_is_due():
             self._shown_at, self._shown_done = time.monotonic(), done
-            console.print(self._line())
+            console.print(self._line(), soft_wrap=True)
 
     def _line_is_due(self) -> bool:
         waited, total = time.monotonic() - self._shown_at, self._total or 0

@@ -20,7 +20,7 @@ def clock(monkeypatch):
 
 def _console(monkeypatch, **options):
     stream = io.StringIO()
-    monkeypatch.setattr(module, "console", Console(file=stream, width=100, highlight=False, markup=False, **options))
+    monkeypatch.setattr(module, "console", Console(**dict(file=stream, width=100, highlight=False, markup=False) | options))
     return stream
 
 
@@ -65,10 +65,12 @@ def test_a_terminal_gets_a_bar_and_no_colour_none(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     for no_color, coloured in (("", True), ("1", False)):
         monkeypatch.setenv("NO_COLOR", no_color)
-        stream = _console(monkeypatch, force_terminal=True)
+        stream = _console(monkeypatch, force_terminal=True, width=60)
         with progress("score", "batches", 3) as bar:
             bar.update(3, figures="9 tokens/s")
         assert "━" in stream.getvalue() and "9 tokens/s" in stream.getvalue()
+        shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
+        assert max(map(len, re.split(r"[\r\n]", shown))) <= 60
         assert bool(re.search(r"\x1b\[[0-9;]*3[0-9]", stream.getvalue())) == coloured
     monkeypatch.setenv("TERM", "dumb")
     stream = _console(monkeypatch, force_terminal=True)
