@@ -60,7 +60,7 @@ _EXAMPLES = {
     """,
     "evaluate": """
         jsfdd evaluate --target smollm2 --draft draft --prompts prompts.jsonl --out evaluated
-        jsfdd evaluate --target smollm2 --draft draft --prompts prompts/ --out evaluated --json | jq .tau
+        jsfdd evaluate --target smollm2 --draft draft --prompts prompts/ --out evaluated --json | jq .drafts
     """,
     "export": """
         jsfdd export --draft draft --flavour vllm --out draft-vllm

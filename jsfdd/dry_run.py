@@ -93,6 +93,8 @@ def _select(config: SelectConfig) -> Result:
 
 
 def _train(config: TrainConfig) -> Result:
+    if config.probe_prompts:
+        read_prompts(config.probe_prompts)
     inputs = _inputs(config)
     selection = None if config.selection is None else sfdd.read_selection(config.selection)
     kept, held_out = pipeline.training_sides(inputs.samples, selection, config.held_out_share)

@@ -95,10 +95,10 @@ def test_train(place, capsys):
 
 
 def test_evaluate(place, capsys):
-    arguments = ["--target", "target", "--draft", "draft", "--prompts", "prompts.jsonl", "--batch-size", "2", "--out", "out"]
+    arguments = ["--target", "target", "--draft", "draft", "--prompts", "prompts.jsonl", "--batch-size", "4", "--out", "out"]
     values, words = _dry(capsys, "evaluate", *arguments)
-    assert (values["prompts"], values["turns"], values["batches"]) == (3, 4, 3)
-    assert "decode 3 prompts (4 turns) in 3 batches" in words
+    assert (values["prompts"], values["turns"], values["batches"]) == (3, 4, 2)
+    assert "decode 3 prompts (4 turns) in 2 batches" in words and values["drafts"] == ["draft"]
     assert main(["evaluate", *arguments, "--max-new-tokens", "2000", "--dry-run"]) == 2
     assert "exceed the context of 1024 tokens" in capsys.readouterr().err
 

@@ -105,11 +105,13 @@ def test_results_are_words_and_json(finished):
     values = json.loads(json.dumps(result.values, default=str))
     assert values["arms"] == summary["arms"] and values["report"] == str(config.out / "report.html")
     assert all(arm in result.words for arm in config.arms) and "τ of flatness minus full" in result.words
-    evaluated = EvaluateConfig.taken_from(config, draft=config.out, out=config.out / "arms" / "full")
-    result = results.of_evaluate(evaluated, read_json(evaluated.out / "report.json"))
-    assert result.values["tau"] == summary["arms"][0]["tau"] and len(result.values["alpha"]) == 2
-    assert "prompts" not in result.values and "examples" not in result.values
-    assert result.words.startswith(f"τ {result.values['tau']:.3f} [")
+    arm = config.out / "arms" / "full"
+    evaluated = EvaluateConfig.taken_from(config, draft=(arm,), out=arm)
+    result = results.of_evaluate(evaluated, {"full": read_json(arm / "report.json")})
+    figures = json.loads(json.dumps(result.values, default=str))["drafts"]["full"]
+    assert figures["tau"] == summary["arms"][0]["tau"] and len(figures["alpha"]) == 2
+    assert "prompts" not in figures and "examples" not in figures
+    assert f"{figures['tau']:.3f}" in result.words and result.words.endswith(str(arm))
 
 
 def test_flatness_arm_keeps_the_flattest(finished):
