@@ -12,7 +12,6 @@ import pytest
 from toy import toy_draft, write_target
 
 from jsfdd import cli
-from jsfdd import config as options
 from jsfdd.cli import _COMMANDS, _STAGES, main
 from jsfdd.files import read_json
 from jsfdd.models.architecture import Rope
