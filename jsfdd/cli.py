@@ -1,7 +1,7 @@
 """The `jsfdd` command: one sub-command per stage, its options generated from the stage's config.
 
-Exit codes: 0 done; 2 wrong input (one line says which file, line or value, and the remedy; nothing half-written stays);
-130 interrupted; anything else is a fault of jsfdd and comes with its traceback.
+Exit codes: 0 done; 1 `jsfdd doctor` found an error; 2 wrong input (one line says which file, line or value, and the
+remedy; nothing half-written stays); 130 interrupted; anything else is a fault of jsfdd and comes with its traceback.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ _COMMANDS = {
     "evaluate": options.EvaluateConfig,
     "export": options.ExportConfig,
     "generate": options.GenerateConfig,
+    "doctor": options.DoctorConfig,
     "report": options.ReportConfig,
     "run": options.RunConfig,
     "demo": DemoConfig,
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             prog="jsfdd",
             description="Cheap training of speculative-decoding draft models: score, select, train, evaluate, export.",
         )
-        _run(config)
+        return _run(config)
     except _INPUT_ERRORS as error:
         if os.environ.get("JSFDD_TRACEBACK"):
             raise
@@ -68,11 +69,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("jsfdd: interrupted; the same command continues where it stopped", file=sys.stderr)
         return 130
-    return 0
 
 
-def _run(config) -> None:
-    """Call the stage of a config. JAX and the rooms are only imported here, so that --help answers at once."""
+def _run(config) -> int:
+    """Call the stage of a config; returns the exit code.
+
+    JAX and the rooms are only imported here, so that --help answers at once.
+    """
     # Without torch transformers still gives what is used of it, but says so on every import.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     _prepare_jax()
@@ -107,8 +110,13 @@ def _run(config) -> None:
             from jsfdd.answer import answer
 
             answer(config)
+        case options.DoctorConfig():
+            from jsfdd.doctor import doctor
+
+            return 1 if doctor(config).worst == "error" else 0
         case options.ReportConfig():
             print(pipeline.report(config))
+    return 0
 
 
 def demo_run(config: DemoConfig) -> options.RunConfig:

@@ -177,7 +177,7 @@ def test_one_name_one_meaning():
     assert {"target", "retain_ratio", "num_draft_tokens"} <= set(seen)
 
 
-@pytest.mark.parametrize("kind", [options.RunConfig, options.TrainConfig, options.EvaluateConfig])
+@pytest.mark.parametrize("kind", [options.RunConfig, options.TrainConfig, options.EvaluateConfig, options.DoctorConfig])
 def test_every_option_is_explained(kind, capsys):
     command = next(name for name, value in _COMMANDS.items() if value is kind)
     with pytest.raises(SystemExit) as exit_info:
