@@ -1,7 +1,7 @@
 """The `jsfdd` command: one sub-command per stage, its options generated from the stage's config.
 
-Exit codes: 0 done; 2 wrong input (one line says which file, line or value, and the remedy; nothing half-written stays);
-130 interrupted; anything else is a fault of jsfdd and comes with its traceback.
+Exit codes: 0 done; 1 `jsfdd doctor` found an error; 2 wrong input (one line says which file, line or value, and the
+remedy; nothing half-written stays); 130 interrupted; anything else is a fault of jsfdd and comes with its traceback.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ _COMMANDS = {
     "evaluate": options.EvaluateConfig,
     "export": options.ExportConfig,
     "generate": options.GenerateConfig,
+    "doctor": options.DoctorConfig,
     "report": options.ReportConfig,
     "run": options.RunConfig,
     "demo": DemoConfig,
@@ -68,6 +69,10 @@ _EXAMPLES = {
     "generate": """
         jsfdd generate --target smollm2 --draft draft --prompt "Why is the sky blue?"
         jsfdd generate --target smollm2 --no-draft --prompt "Why is the sky blue?" > answer.txt
+    """,
+    "doctor": """
+        jsfdd doctor --target smollm2 --data chats.jsonl --draft draft
+        jsfdd doctor --target DIR --data chats.jsonl --draft draft-vllm --out examined || echo "do not serve it"
     """,
     "report": """
         jsfdd report --run run
@@ -101,6 +106,7 @@ start here:
 
 exit codes:
   0    done
+  1    doctor found an error
   2    wrong input or options; one line on stderr says which, and the remedy
   130  interrupted; the same command continues where it stopped
   Anything else is a fault of jsfdd and comes with a traceback.
@@ -170,6 +176,10 @@ def _run(command: Command) -> int:
 
             answer(config)
             return 0
+        case options.DoctorConfig():
+            from jsfdd.doctor import doctor
+
+            return 1 if doctor(config).worst == "error" else 0
         case options.ReportConfig():
             print(pipeline.report(config))
             return 0

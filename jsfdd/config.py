@@ -43,6 +43,7 @@ _RULES = {
     "draft": (lambda x: x != (), "at least one draft"),
     "probe_every": (lambda x: x >= 1, "1 or more"),
     "probe_new_tokens": (lambda x: x >= 2, "2 or more: an answer's first token needs no draft"),
+    "conversations": (lambda x: x >= 1, "1 or more"),
     "arms": (lambda x: len(x) > 0 and len(set(x)) == len(x), "one or more different arms"),
 }
 
@@ -105,17 +106,23 @@ class TargetOptions(_Options):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataOptions(_Options):
-    """The conversations, and how they are cut into batches."""
+class ChatFiles(_Options):
+    """The conversations, and what of them counts."""
 
     data: tuple[Path, ...]
     """Chats: files (.jsonl or .json, each also .gz or .zst; .parquet), directories, patterns such as 'chats/*.jsonl', or
     Hugging Face datasets (hf:NAME, hf:NAME:SPLIT). Rows are OpenAI messages, ShareGPT, Alpaca, or prompt and response."""
-    max_length: int = 2048
-    """Conversations are cut after this many tokens."""
     mask_spans: tuple[MaskSpan, ...] = ()
     """Parts of answers that are read but neither scored nor trained on: `thinking` (`<think>…</think>`), `tool_calls`. By
     default all of an answer counts."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataOptions(ChatFiles):
+    """The conversations, and how they are cut into batches."""
+
+    max_length: int = 2048
+    """Conversations are cut after this many tokens."""
     batch_tokens: int = 4096
     """Tokens in one batch, padding included: rows × length of a bucket."""
 
@@ -159,7 +166,17 @@ class TrainingOptions(_Options):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DecodingOptions(_Options):
+class ChainOptions(_Options):
+    """How far answers and drafts reach."""
+
+    num_draft_tokens: int = 4
+    """Draft tokens in a row (γ): the length of a chain, the depth of a tree."""
+    max_new_tokens: int = 128
+    """Longest answer, in tokens."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodingOptions(ChainOptions):
     """How answers are decoded."""
 
     temperature: float = 0.0
@@ -168,14 +185,10 @@ class DecodingOptions(_Options):
     """Above temperature 0, sample among the target's this many most probable tokens; 0 for all."""
     top_p: float = 1.0
     """Above temperature 0, sample among the fewest most probable tokens that together have this share of the probability."""
-    num_draft_tokens: int = 4
-    """Draft tokens in a row (γ): the length of a chain, the depth of a tree."""
     tree_nodes: int = 0
     """Verify a tree of this many draft tokens (EAGLE-2 takes 60) instead of a chain, which is 0."""
     tree_top_k: int = 10
     """Children of a tree's node, and nodes that the draft reads per level."""
-    max_new_tokens: int = 128
-    """Longest answer, in tokens."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -278,6 +291,20 @@ class GenerateConfig(TargetOptions, DecodingOptions, Seeded):
             raise ValueError("--show-accepted marks a draft's tokens, and there are none with --no-draft")
         if not self.prompt.strip():
             raise ValueError("--prompt is empty; give the user's message")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DoctorConfig(TargetOptions, ChatFiles, ChainOptions):
+    """Find what would make served acceptance differ from what a draft was trained for. Exits with 1 on an error found."""
+
+    draft: Path | None = None
+    """A training run's directory, its checkpoints/, or an exported draft; without one, target and data alone are examined."""
+    hidden: Path | None = None
+    """A store of hidden states to compare with fresh ones; hidden/ in the training run's directory unless given."""
+    conversations: int = 6
+    """So many are read by the target, and so many of their prompts decoded; template and mask are checked on more."""
+    out: Path | None = None
+    """Directory for doctor.json; without it the findings are only printed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

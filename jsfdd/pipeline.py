@@ -82,14 +82,19 @@ def load(config: TargetOptions | DataOptions) -> Loaded:
     show_counts(files)
     mesh = make_mesh()
     shapes = choose_shapes([len(s.tokens) for s in samples], config.batch_tokens, num_data_shards(mesh))
-    identity = {
+    identity = identity_of(target, config.data, config.max_length, config.dtype)
+    return Loaded(target, mesh, samples, summary, files, shapes, identity)
+
+
+def identity_of(target: Target, data: Sequence[Path], max_length: int, dtype: str) -> dict:
+    """What every result from a target and chats depends on; JSON-ready."""
+    return {
         "target": target.fingerprint,
         "template": hashlib.sha256(target.tokenizer.chat_template.encode()).hexdigest(),
-        "data": list(input_digests(config.data).values()),
-        "max_length": config.max_length,
-        "dtype": config.dtype,
+        "data": list(input_digests(data).values()),
+        "max_length": max_length,
+        "dtype": dtype,
     }
-    return Loaded(target, mesh, samples, summary, files, shapes, identity)
 
 
 def show_counts(files: Sequence[FileCounts]) -> None:
@@ -190,10 +195,12 @@ def report(config: ReportConfig) -> Path:
 
 def load_draft(path: Path) -> tuple[DraftConfig, dict]:
     """A draft from wherever it is: an exported directory, or a training run's last checkpoint."""
-    if is_exported(path):
-        return read_draft(path)
-    draft, params, _ = load_trained_draft(path)
-    return draft, params
+    return load_draft_and_record(path)[:2]
+
+
+def load_draft_and_record(path: Path) -> tuple[DraftConfig, dict, dict | None]:
+    """A draft, and what its training run recorded: None for an exported one."""
+    return (*read_draft(path), None) if is_exported(path) else load_trained_draft(path)
 
 
 def tree_shape(config: DecodingOptions) -> TreeShape | None:

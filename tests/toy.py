@@ -67,9 +67,9 @@ def loaded_target(seed=0) -> Target:
     return Target(config, params, toy_tokenizer(), "toy", f"toy-{seed}", (257,))
 
 
-def write_target(directory, seed=0):
+def write_target(directory, seed=0, target=None):
     """A toy target as a Hugging Face directory with tokenizer and template: what `--target DIR` takes."""
-    target = loaded_target(seed)
+    target = target or loaded_target(seed)
     c, p = target.config, target.params
     tensors = {
         "model.embed_tokens.weight": p["embed"]["embedding"],
@@ -100,6 +100,7 @@ def write_target(directory, seed=0):
         max_position_embeddings=c.max_position,
         rms_norm_eps=c.rms_norm_eps,
         rope_theta=c.rope.theta,
+        rope_scaling=None if c.rope.kind == "default" else {"rope_type": c.rope.kind, "factor": c.rope.factor},
         hidden_act="silu",
         tie_word_embeddings=False,
         eos_token_id=257,

@@ -105,6 +105,8 @@ def read_prompts(names: Sequence[str | Path]) -> list[Prompt]:
             raise ValueError(f"{row.place}: 'turns' is empty; give at least one user turn or drop the row")
         for number, turn in enumerate(turns, 1):
             check_text(turn, f"turn {number}", row.place)
+            if not turn.strip():
+                raise ValueError(f"{row.place}: turn {number} of 'turns' is empty; write it or drop the row")
         _check_id(row, place_of_id)
         prompts.append(Prompt(row.id, row.source, tuple(turns)))
     return prompts

@@ -36,6 +36,14 @@ def decode(
     `cache.length` is left as it was: the caller decides how many of the new tokens to keep. Without a cache the tokens
     see only each other.
     """
+    stream, cache = residual_stream(config, params, tokens, view, cache)
+    return final_norm(config, params, stream), cache
+
+
+def residual_stream(
+    config: DecoderConfig, params: dict, tokens: Int[Array, "B T"], view: View, cache: KVCache | None
+) -> tuple[Float[Array, "B T D"], KVCache | None]:
+    """What `decode` gives, but *before* the final norm: the last layer's output, which no head and no draft reads."""
     keys, values, start = (None, None, None) if cache is None else (cache.k, cache.v, cache.length)
     full, local = _contexts(config, view)
 
@@ -54,8 +62,12 @@ def decode(
         per_layer = (params["layers"], jnp.arange(config.num_layers), jnp.array(slides))
         carry, _ = jax.lax.scan(lambda carry, xs: (layer(carry, *xs), None), carry, per_layer)
     x, keys, values = carry
-    hidden = RMSNorm(config.rms_norm_eps).apply({"params": params["norm"]}, x)
-    return hidden, None if cache is None else KVCache(keys, values, cache.length)
+    return x, None if cache is None else KVCache(keys, values, cache.length)
+
+
+def final_norm(config: DecoderConfig, params: dict, stream: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """The norm between the last layer and the head."""
+    return RMSNorm(config.rms_norm_eps).apply({"params": params["norm"]}, stream)
 
 
 def unstack_layers(params: dict) -> dict:

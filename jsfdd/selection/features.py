@@ -153,12 +153,13 @@ class HiddenStore(Mapping[str, np.ndarray]):
         self._places = places
 
     @classmethod
-    def open(cls, directory: Path, identity: dict, verify: bool = False) -> HiddenStore:
+    def open(cls, directory: Path, identity: dict | None, verify: bool = False) -> HiddenStore:
         """Open a store.
 
         Args:
           directory: of the store.
-          identity: what the hidden states must depend on, as the writer was told.
+          identity: what the hidden states must depend on, as the writer was told; None for a store of any identity, to
+            find out what is in it.
           verify: read everything and compare checksums.
 
         Raises:
@@ -167,7 +168,8 @@ class HiddenStore(Mapping[str, np.ndarray]):
         """
         directory = Path(directory)
         manifest = _read_manifest(directory)
-        _check_belongs(directory, manifest, {**manifest, "identity": plain(identity)})
+        if identity is not None:
+            _check_belongs(directory, manifest, {**manifest, "identity": plain(identity)})
         places = {}
         for shard in manifest["shards"]:
             path = directory / shard["file"]
