@@ -61,18 +61,20 @@ _EXAMPLES = {
     """,
     "evaluate": """
         jsfdd evaluate --target smollm2 --draft draft --prompts prompts.jsonl --out evaluated
-        jsfdd evaluate --target smollm2 --draft draft --prompts prompts/ --out evaluated --json | jq .drafts
+        jsfdd evaluate --target DIR --draft draft-a draft-b --prompts prompts/ --out compared --json
+        jsfdd evaluate --target DIR --draft draft --tree-nodes 60 --prompts p.jsonl --out evaluated
     """,
     "export": """
         jsfdd export --draft draft --flavour vllm --out draft-vllm
     """,
     "generate": """
         jsfdd generate --target smollm2 --draft draft --prompt "Why is the sky blue?"
+        jsfdd generate --target smollm2 --draft draft --show-accepted --prompt "Write a limerick."
         jsfdd generate --target smollm2 --no-draft --prompt "Why is the sky blue?" > answer.txt
     """,
     "doctor": """
         jsfdd doctor --target smollm2 --data chats.jsonl --draft draft
-        jsfdd doctor --target DIR --data chats.jsonl --draft draft-vllm --out examined || echo "do not serve it"
+        jsfdd doctor --target DIR --data chats.jsonl --draft draft-vllm && vllm serve …
     """,
     "report": """
         jsfdd report --run run

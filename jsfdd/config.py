@@ -295,7 +295,7 @@ class GenerateConfig(TargetOptions, DecodingOptions, Seeded):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DoctorConfig(TargetOptions, ChatFiles, ChainOptions):
-    """Find what would make served acceptance differ from what a draft was trained for. Exits with 1 on an error found."""
+    """Find what would make a draft's served acceptance differ from its training. Exits with 1 on an error."""
 
     draft: Path | None = None
     """A training run's directory, its checkpoints/, or an exported draft; without one, target and data alone are examined."""
