@@ -117,7 +117,7 @@ def test_pickled_weights_are_refused_with_the_command_that_converts_them(tmp_pat
     python, option, script = shlex.split(str(error.value).partition("installed: ")[2])
     assert (python, option) == ("python", "-c")
     compile(script, "script", "exec")
-    assert repr(str(directory / name)) in script and repr(str(directory / "model.safetensors")) in script
+    assert json.dumps(str(directory / name)) in script and json.dumps(str(directory / "model.safetensors")) in script
     assert "weights_only=True" in script
 
 

@@ -359,7 +359,9 @@ def test_an_interrupted_export_is_replaced(tmp_path):
     (tmp_path / "draft.partial").mkdir()
     (tmp_path / "draft.partial" / "left").write_text("")
     written(tmp_path / "draft", "vllm", a_draft())
-    assert {path.name for path in (tmp_path / "draft").iterdir()} == {"config.json", "model.safetensors", "README.md"}
+    files = list((tmp_path / "draft").iterdir())
+    assert {path.name for path in files} == {"config.json", "model.safetensors", "README.md"}
+    assert len({path.stat().st_mode for path in files}) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["draft"]
 
 

@@ -14,6 +14,7 @@ are the target's. `weights/export.py` writes these directories, with what each e
 from __future__ import annotations
 
 import dataclasses
+import json
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -180,8 +181,8 @@ def _refuse_pickled(directory: Path) -> None:
         return
     convert = (
         "import torch, safetensors.torch as s; "
-        f"t = torch.load({str(pickled[0])!r}, map_location='cpu', weights_only=True); "
-        f"s.save_file({{k: v.contiguous() for k, v in t.items()}}, {str(directory / 'model.safetensors')!r})"
+        f't = torch.load({json.dumps(str(pickled[0]))}, map_location="cpu", weights_only=True); '
+        f"s.save_file({{k: v.contiguous() for k, v in t.items()}}, {json.dumps(str(directory / 'model.safetensors'))})"
     )
     raise FileNotFoundError(
         f"{directory}: only pickled weights ({pickled[0].name}), which can run code when opened and are never read. "

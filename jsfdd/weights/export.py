@@ -74,6 +74,8 @@ def write_draft(
     (partial / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     (partial / "README.md").write_text(card, encoding="utf-8")
     save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+    # safetensors makes its files readable to their owner alone, and servers often run as someone else.
+    (partial / "model.safetensors").chmod((partial / "config.json").stat().st_mode)
     for path in (*partial.iterdir(), partial):
         sync(path)
     partial.rename(directory)
