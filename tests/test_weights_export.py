@@ -121,13 +121,19 @@ GOLDEN = {"eagle": _FLAT, "vllm": _FLAT, "sglang": _FLAT | {"fc.bias": (32,)}, "
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
-def test_names_and_shapes(tmp_path, flavour):
+def test_names_shapes_and_values(tmp_path, flavour):
     config, params = a_draft()
     _, tensors = written(tmp_path / "draft", flavour, (config, params))
     assert {name: value.shape for name, value in tensors.items()} == GOLDEN[flavour]
+    fc, layer = ("fusion_fc", "transformer") if flavour == "speculators" else ("fc", "layers.0")
     # y = W x: the first half of fc's columns multiplies the embedding.
-    fc = tensors["fusion_fc.weight" if flavour == "speculators" else "fc.weight"]
-    assert np.array_equal(fc[:, :32], np.asarray(params["fc"]["kernel"][:32]).T)
+    assert np.array_equal(tensors[f"{fc}.weight"][:, :32], np.asarray(params["fc"]["kernel"][:32]).T)
+    for module in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        kernel = params["layer"]["attention"][module]["kernel"]
+        assert np.array_equal(tensors[f"{layer}.self_attn.{module}.weight"], np.asarray(kernel).T)
+    for module in ("gate_proj", "up_proj", "down_proj"):
+        assert np.array_equal(tensors[f"{layer}.mlp.{module}.weight"], np.asarray(params["layer"]["mlp"][module]["kernel"]).T)
+    assert np.array_equal(tensors[f"{layer}.post_attention_layernorm.weight"], params["layer"]["mlp_norm"]["scale"])
     if flavour == "sglang":
         assert not tensors["fc.bias"].any()
 

@@ -20,7 +20,8 @@ def main(work: Path) -> None:
         same = same and jax.tree.all(jax.tree.map(np.array_equal, params, params_again))
         ours, theirs = (dataclasses.asdict(c.decoder) | {"fc_bias": c.fc_bias} for c in (config, again))
         changed = {name: (ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]}
-        print(f"{converted.name}: parameters {'the same bits' if same else 'DIFFER'}; settings that differ: {changed or 'none'}")
+        verdict = "the same bits" if same else "DIFFER"
+        print(f"{converted.name}: parameters {verdict}; settings that differ: {changed or 'none'}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Answer the prompts of ours.json with vLLM, greedily, one at a time, with or without an exported draft.
+"""Answer the prompts of ours.json with vLLM, greedily, with or without an exported draft.
 
     VENV/bin/python experiments/005_vllm/served.py --target DIR [--draft DIR] --ours ours.json --out served.json
 
@@ -74,22 +74,24 @@ def main() -> None:
     )
     tokenizer = llm.get_tokenizer()
     rows = []
-    for row in ours["rows"]:
+    # One at a time with a draft, so that every count belongs to a prompt; without one only the texts matter.
+    for group in ([row] for row in ours["rows"]) if args.draft else [ours["rows"]]:
         accepted.clear()
         proposals.clear()
-        (output,) = llm.generate([{"prompt_token_ids": row["prompt"]}], sampling, use_tqdm=False)
-        rendered = tokenizer.apply_chat_template(row["messages"], add_generation_prompt=True, tokenize=False)
-        rows.append(
-            {
-                "id": row["id"],
-                "tokens": list(output.outputs[0].token_ids),
-                "accepted": list(accepted),
-                "proposals": list(proposals),
-                # Would a client that sends messages instead of ids get the same prompt?
-                "same_prompt": tokenizer.encode(rendered, add_special_tokens=False) == row["prompt"],
-            }
-        )
-        print(row["id"], len(rows[-1]["tokens"]), sum(rows[-1]["accepted"]), flush=True)
+        outputs = llm.generate([{"prompt_token_ids": row["prompt"]} for row in group], sampling, use_tqdm=False)
+        for row, output in zip(group, outputs, strict=True):
+            rendered = tokenizer.apply_chat_template(row["messages"], add_generation_prompt=True, tokenize=False)
+            rows.append(
+                {
+                    "id": row["id"],
+                    "tokens": list(output.outputs[0].token_ids),
+                    "accepted": list(accepted),
+                    "proposals": list(proposals),
+                    # Would a client that sends messages instead of ids get the same prompt?
+                    "same_prompt": tokenizer.encode(rendered, add_special_tokens=False) == row["prompt"],
+                }
+            )
+            print(row["id"], len(rows[-1]["tokens"]), sum(rows[-1]["accepted"]), flush=True)
     result = {"vllm": vllm.__version__, "rows": rows}
     if args.draft:
         result["drafts"], result["accepted_per_position"] = counters(llm)
