@@ -25,13 +25,14 @@ def until_stop(row, limit):
 def main(work: Path, out: Path) -> None:
     ours = json.loads((work / "ours.json").read_text())
     served = json.loads((work / "served.json").read_text())
-    plain = json.loads((work / "served_plain.json").read_text())
+    plain = work / "served_plain.json"  # vLLM without a draft; null in the results if it was not run
+    plain = json.loads(plain.read_text()) if plain.exists() else None
     depth, limit = ours["settings"]["num_draft_tokens"], ours["settings"]["max_new_tokens"]
-    pairs = list(zip(ours["rows"], served["rows"], plain["rows"], strict=True))
-    same_text = [a["tokens"] == b["tokens"] == a["plain_tokens"] == c["tokens"] for a, b, c in pairs]
-    theirs = [until_stop(b, limit) for _, b, _ in pairs]
+    pairs = list(zip(ours["rows"], served["rows"], strict=True))
+    same_text = [a["tokens"] == b["tokens"] == a["plain_tokens"] for a, b in pairs]
+    theirs = [until_stop(b, limit) for _, b in pairs]
     differences, proposed, equal, margins = [], 0, 0, []
-    for (a, b, _), counts, same in zip(pairs, theirs, same_text):
+    for (a, b), counts, same in zip(pairs, theirs, same_text):
         if not same:
             at = next((i for i, (x, y) in enumerate(zip(a["tokens"], b["tokens"])) if x != y), None)
             gap = None if at is None else a["target_margins"][at]
@@ -52,8 +53,10 @@ def main(work: Path, out: Path) -> None:
         "settings": ours["settings"],
         "prompts": len(pairs),
         "tokens": sum(len(row["tokens"]) for row in ours["rows"]),
-        "same_prompt_ids": sum(b["same_prompt"] for _, b, _ in pairs),
+        "same_prompt_ids": sum(b["same_prompt"] for _, b in pairs),
         "same_text": sum(same_text),
+        "same_text_as_vllm_without_a_draft": plain
+        and sum(b["tokens"] == c["tokens"] for b, c in zip(served["rows"], plain["rows"], strict=True)),
         "jsfdd": {
             "verifications": steps,
             "accepted_per_position": per_position(accepted, depth),
@@ -69,7 +72,7 @@ def main(work: Path, out: Path) -> None:
             "accepted_per_position": per_position(theirs, depth),
             "tau": 1 + sum(map(sum, theirs)) / all_steps,
         },
-        "prompts_with_equal_counts_at_every_step": sum(a["accepted"] == y for (a, _, _), y in zip(pairs, theirs)),
+        "prompts_with_equal_counts_at_every_step": sum(a["accepted"] == y for (a, _), y in zip(pairs, theirs)),
         "proposed_tokens_compared": proposed,
         "proposed_tokens_equal": equal,
         "smallest_margin_of_a_proposal": min(margins, default=None),
