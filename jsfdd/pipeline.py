@@ -185,13 +185,20 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict]:
 
 def export(config: ExportConfig) -> None:
     """`jsfdd export`: writes a directory that an engine loads."""
+    draft, params, serving, provenance = plan_export(config)
+    write_draft(
+        config.out, draft, params, config.flavour, dtype=config.export_dtype, serving=serving, provenance=provenance
+    )
+
+
+def plan_export(config: ExportConfig) -> tuple[DraftConfig, dict, Serving, Provenance]:
+    """All that `export` writes. ValueError names what the flavour cannot represent."""
     draft, params, identity = load_draft_and_record(config.draft)
     provenance = _provenance(config, identity)
     named = None if provenance.report is None else provenance.report["config"]["target"]
     serving = Serving(config.served_target or named, config.num_draft_tokens)
-    write_draft(
-        config.out, draft, params, config.flavour, dtype=config.export_dtype, serving=serving, provenance=provenance
-    )
+    check_flavour(draft, config.flavour, serving)
+    return draft, params, serving, provenance
 
 
 def report(config: ReportConfig) -> Path:
