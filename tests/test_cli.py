@@ -16,7 +16,7 @@ from jsfdd.cli import _COMMANDS, _STAGES, main
 from jsfdd.files import read_json
 from jsfdd.models.architecture import Rope
 from jsfdd.parser import field_docstrings
-from jsfdd.weights.eagle import write_draft
+from jsfdd.weights.export import write_draft
 from jsfdd.weights.load import load_target
 
 

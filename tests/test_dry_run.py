@@ -11,7 +11,7 @@ from toy import toy_config, toy_draft, write_target
 from jsfdd.cli import main
 from jsfdd.selection.table import METRICS, ScoreTable, write_scores
 from jsfdd.weights import huggingface
-from jsfdd.weights.eagle import write_draft
+from jsfdd.weights.export import write_draft
 
 CHAT = {"role": "assistant", "content": "the cat sat on a mat"}
 
