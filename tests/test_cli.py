@@ -120,7 +120,7 @@ def test_a_tree_larger_than_its_depth_allows_is_refused_before_anything_is_read(
 def _export_draft(target, directory, **changes):
     config = load_target(target).config
     draft, params = toy_draft(dataclasses.replace(config, **changes))
-    write_draft(directory, draft, params, "eagle")
+    write_draft(directory, draft, params, "vllm")
     return str(directory)
 
 
