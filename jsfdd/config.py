@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Literal
 
 Metric = Literal["flatness", "flatness_median", "entropy", "top1", "margin", "energy", "ppl", "random"]
-Flavour = Literal["eagle", "vllm"]
+Flavour = Literal["eagle", "vllm", "sglang", "speculators"]
+ExportDtype = Literal["keep", "float32", "bfloat16", "float16"]
 MaskSpan = Literal["thinking", "tool_calls"]
 
 # Field name -> (test, what a good value is). Checked for every config that has the field.
@@ -166,11 +167,17 @@ class TrainingOptions(_Options):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ChainOptions(_Options):
-    """How far answers and drafts reach."""
+class ProposalOptions(_Options):
+    """How far drafts reach."""
 
     num_draft_tokens: int = 4
     """Draft tokens in a row (γ): the length of a chain, the depth of a tree."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChainOptions(ProposalOptions):
+    """How far answers and drafts reach."""
+
     max_new_tokens: int = 128
     """Longest answer, in tokens."""
 
@@ -199,6 +206,18 @@ class ProbeOptions(_Options):
     """Steps between two such decodes; the last step always has one."""
     probe_new_tokens: int = 64
     """Longest answer of a probe, in tokens."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportOptions(_Options):
+    """Exported drafts."""
+
+    flavour: Flavour = "vllm"
+    """Whose layout exported drafts have."""
+    export_dtype: ExportDtype = "keep"
+    """Of an exported draft's tensors; `keep` writes them as they are, and they are trained in float32."""
+    served_target: str | None = None
+    """Hub name or directory by which a server finds the target, for the model card; else as --target or the report says."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -259,15 +278,17 @@ class EvaluateConfig(TargetOptions, DecodingOptions, Seeded):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExportConfig(_Options):
-    """Write a draft in the layout that a serving engine loads."""
+class ExportConfig(ExportOptions, ProposalOptions):
+    """Write a draft in the layout that a serving engine loads, with a model card."""
 
     draft: Path
     """A training run's directory, its checkpoints/, or an exported draft."""
     out: Path
     """Directory to write; must not exist yet."""
-    flavour: Flavour = "eagle"
-    """Whose layout."""
+    report: Path | None = None
+    """report.json of `jsfdd evaluate`, for the model card; the one in the training run's directory unless given."""
+    selection: Path | None = None
+    """selection.json, as `jsfdd select` wrote it; the one in the training run's directory unless given."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -318,7 +339,7 @@ class ReportConfig(_Options):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RunConfig(TargetOptions, DataOptions, SelectionOptions, TrainingOptions, DecodingOptions, Seeded):
+class RunConfig(TargetOptions, DataOptions, SelectionOptions, TrainingOptions, DecodingOptions, ExportOptions, Seeded):
     """Score, select, train, evaluate, export and report: the whole loop in one resumable directory."""
 
     prompts: tuple[Path, ...]
@@ -329,8 +350,6 @@ class RunConfig(TargetOptions, DataOptions, SelectionOptions, TrainingOptions, D
     """Drafts to train and compare: `full` (every sample) or the name of a metric, at --retain-ratio."""
     batch_size: int = 8
     """Prompts decoded together."""
-    flavour: Flavour = "eagle"
-    """Layout of the exported drafts."""
 
     def __post_init__(self):
         super().__post_init__()

@@ -120,13 +120,13 @@ def _evaluate(config: EvaluateConfig) -> Result:
 
 
 def _export(config: ExportConfig) -> Result:
-    draft, _ = pipeline.load_draft(config.draft)
+    draft, *_ = pipeline.plan_export(config)
     if config.out.exists():
         raise FileExistsError(f"{config.out}: already there; choose another --out or remove it")
     decoder = draft.decoder
     values = {"flavour": config.flavour, "hidden_size": decoder.hidden_size, "vocab_size": decoder.vocab_size}
     words = [f"write a draft of width {decoder.hidden_size:,} in the layout of {config.flavour}"]
-    return _result("export", values, words, config.out, ["config.json", "model.safetensors"])
+    return _result("export", values, words, config.out, ["config.json", "model.safetensors", "README.md"])
 
 
 def _run(config: RunConfig) -> Result:

@@ -21,14 +21,14 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     aside = path.with_name(path.name + ".tmp")
     try:
         yield aside
-        _sync(aside)  # the data before the name: a rename must not overtake it
+        sync(aside)  # the data before the name: a rename must not overtake it
         aside.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         aside.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Bring a file's data, or a directory's names, to the disk itself."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

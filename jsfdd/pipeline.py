@@ -53,8 +53,10 @@ from jsfdd.selection.score import score_samples
 from jsfdd.selection.sfdd import Selection
 from jsfdd.selection.table import ScoreTable, read_scores, write_scores, write_token_scores
 from jsfdd.training import train as training
+from jsfdd.weights.card import Provenance, Serving, read_report
 from jsfdd.weights.checkpoint import load_draft as load_trained_draft
-from jsfdd.weights.eagle import is_exported, read_draft, write_draft
+from jsfdd.weights.eagle import is_exported, read_draft
+from jsfdd.weights.export import check_flavour, write_draft
 from jsfdd.weights.load import Target, load_target
 
 _FILES_SHOWN = 40
@@ -183,9 +185,20 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict]:
 
 def export(config: ExportConfig) -> None:
     """`jsfdd export`: writes a directory that an engine loads."""
-    draft, params = load_draft(config.draft)
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    write_draft(config.out, draft, params, config.flavour)
+    draft, params, serving, provenance = plan_export(config)
+    write_draft(
+        config.out, draft, params, config.flavour, dtype=config.export_dtype, serving=serving, provenance=provenance
+    )
+
+
+def plan_export(config: ExportConfig) -> tuple[DraftConfig, dict, Serving, Provenance]:
+    """All that `export` writes. ValueError names what the flavour cannot represent."""
+    draft, params, identity = load_draft_and_record(config.draft)
+    provenance = _provenance(config, identity)
+    named = None if provenance.report is None else provenance.report["config"]["target"]
+    serving = Serving(config.served_target or named, config.num_draft_tokens)
+    check_flavour(draft, config.flavour, serving)
+    return draft, params, serving, provenance
 
 
 def report(config: ReportConfig) -> Path:
@@ -219,6 +232,18 @@ def names_of(drafts: Sequence[Path]) -> dict[str, Path]:
     raise ValueError(f"--draft: {', '.join(map(str, drafts))} cannot be told apart by name; rename one")
 
 
+def _provenance(config: ExportConfig, identity: dict | None) -> Provenance:
+    """What the model card tells: the files that the config names, else those in the training run's directory."""
+    run = config.draft.parent if config.draft.name == "checkpoints" else config.draft
+    report = config.report or run / "report.json"
+    selection = config.selection or run / "selection.json"
+    return Provenance(
+        training=identity,
+        selection=sfdd.selection_facts(selection, identity) if config.selection or selection.exists() else None,
+        report=read_report(report) if config.report or report.exists() else None,
+    )
+
+
 # --- The whole loop ------------------------------------------------------------------------------------------------
 
 
@@ -244,6 +269,9 @@ def _run_stages(config: RunConfig) -> None:
     clock = _StageClock(config.out / "seconds.json")
     with clock.stage("load"):
         loaded = load(config)
+    # Before hours of training: the drafts will have this shape.
+    serving = Serving(config.served_target or config.target)
+    check_flavour(draft_config(loaded.target.config, config.fc_bias), config.flavour, serving)
 
     score_config = ScoreConfig.taken_from(config, per_token=True)
     # Hidden states are only ever stored for samples that some draft trains on or is judged by. Where that is all of
@@ -276,11 +304,12 @@ def _run_stages(config: RunConfig) -> None:
         console.print(f"training on {arm}: {len(selections[arm].ids)} samples", soft_wrap=True)
         train_config = TrainConfig.taken_from(config, out=directory, selection=directory / "selection.json")
         trained[arm] = train(train_config, loaded, store)
-        if not (directory / "draft").exists():
-            export(ExportConfig(draft=directory, out=directory / "draft", flavour=config.flavour))
 
     with clock.stage("evaluate"):
         reports = _evaluate_arms(config, loaded, arms, prompts)
+    for directory in arms.values():
+        if not (directory / "draft").exists():
+            export(ExportConfig.taken_from(config, draft=directory, out=directory / "draft"))
     write_json(config.out / "texts.json", _example_texts(loaded, table, selections))
     kept = {arm: side[0] for arm, side in sides.items()}
     summary = _summary(config, loaded, kept, trained, reports, clock.seconds)
@@ -291,9 +320,9 @@ def _evaluate_arms(config: RunConfig, loaded: Loaded, arms: dict[str, Path], pro
     """The arms' reports, measured together (so paired) unless all are there already."""
     paths = {arm: directory / "report.json" for arm, directory in arms.items()}
     if not all(path.exists() for path in paths.values()):
-        drafts = {arm: load_draft(directory / "draft") for arm, directory in arms.items()}
+        drafts = {arm: load_draft(directory) for arm, directory in arms.items()}
         for arm, result in _evaluate(config, loaded.target, drafts, prompts, loaded.mesh).items():
-            own = EvaluateConfig.taken_from(config, draft=(arms[arm] / "draft",), out=arms[arm])
+            own = EvaluateConfig.taken_from(config, draft=(arms[arm],), out=arms[arm])
             write_json(paths[arm], result | {"config": own.to_json()})
     return {arm: read_json(path) for arm, path in paths.items()}
 

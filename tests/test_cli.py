@@ -16,7 +16,7 @@ from jsfdd.cli import _COMMANDS, _STAGES, main
 from jsfdd.files import read_json
 from jsfdd.models.architecture import Rope
 from jsfdd.parser import field_docstrings
-from jsfdd.weights.eagle import write_draft
+from jsfdd.weights.export import write_draft
 from jsfdd.weights.load import load_target
 
 
@@ -120,7 +120,7 @@ def test_a_tree_larger_than_its_depth_allows_is_refused_before_anything_is_read(
 def _export_draft(target, directory, **changes):
     config = load_target(target).config
     draft, params = toy_draft(dataclasses.replace(config, **changes))
-    write_draft(directory, draft, params, "eagle")
+    write_draft(directory, draft, params, "vllm")
     return str(directory)
 
 

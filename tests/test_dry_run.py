@@ -11,7 +11,7 @@ from toy import toy_config, toy_draft, write_target
 from jsfdd.cli import main
 from jsfdd.selection.table import METRICS, ScoreTable, write_scores
 from jsfdd.weights import huggingface
-from jsfdd.weights.eagle import write_draft
+from jsfdd.weights.export import write_draft
 
 CHAT = {"role": "assistant", "content": "the cat sat on a mat"}
 
@@ -105,7 +105,7 @@ def test_evaluate(place, capsys):
 
 def test_export(place, capsys):
     values, _ = _dry(capsys, "export", "--draft", "draft", "--out", "out")
-    assert (values["hidden_size"], values["would_write"]) == (32, ["out/config.json", "out/model.safetensors"])
+    assert (values["hidden_size"], values["would_write"]) == (32, ["out/config.json", "out/model.safetensors", "out/README.md"])
     assert main(["export", "--draft", "draft", "--out", "draft", "--dry-run"]) == 2
     assert "already there; choose another --out" in capsys.readouterr().err
 

@@ -81,6 +81,8 @@ def test_the_summary_tells_what_the_artifacts_hold(finished):
         assert read_json(arm / "report.json")["same_text_share"] == 1.0
         draft, _ = read_draft(arm / "draft")
         assert draft.decoder.hidden_size == 32
+        card = (arm / "draft" / "README.md").read_text()
+        assert f"τ = {row['tau']:.3f}" in card and f"{len(kept)} conversations" in card and "samples" in card
     assert {(d["a"], d["b"]) for d in summary["differences"]} == {("flatness", "full"), ("random", "full"), ("random", "flatness")}
     page = (config.out / "report.html").read_text()
     assert "flatness" in page and "<script>" not in page
@@ -114,6 +116,52 @@ def test_results_are_words_and_json(finished):
     assert f"{figures['tau']:.3f}" in result.words and result.words.endswith(str(arm))
 
 
+def test_a_flavour_that_cannot_hold_the_drafts_is_refused_before_training(inputs, tmp_path):
+    config = _run_config(inputs, tmp_path / "out", fc_bias=True)
+    with pytest.raises(ValueError, match="--flavour vllm cannot represent this draft: fc_bias"):
+        pipeline.run(config)
+    assert not (config.out / "scores.parquet").exists() and not (config.out / "arms").exists()
+
+
+def test_export_finds_or_takes_what_its_card_tells(finished, tmp_path):
+    config, _ = finished
+    arm, other = config.out / "arms" / "flatness", config.out / "arms" / "full"
+    shared = dict(flavour="speculators", export_dtype="bfloat16", num_draft_tokens=7)
+    pipeline.export(ExportConfig(draft=arm / "checkpoints", out=tmp_path / "a", **shared))
+    settings = read_json(tmp_path / "a" / "config.json")
+    assert settings["torch_dtype"] == "bfloat16"
+    assert settings["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == 7
+    # The report says for which target; an option is stronger.
+    assert settings["speculators_config"]["verifier"] == {"name_or_path": config.target, "architectures": ["LlamaForCausalLM"]}
+    named = ExportConfig(draft=arm, out=tmp_path / "b", report=other / "report.json", served_target="org/toy", **shared)
+    pipeline.export(named)
+    card = (tmp_path / "b" / "README.md").read_text()
+    assert f"τ = {read_json(other / 'report.json')['tau']:.3f}" in card and "org/toy" in card and "12 conversations" in card
+    # From an exported directory: nothing is known but what is named.
+    pipeline.export(ExportConfig(draft=tmp_path / "b", out=tmp_path / "c", selection=arm / "selection.json"))
+    card = (tmp_path / "c" / "README.md").read_text()
+    assert "Not measured yet" in card and "Not known" in card and "12 conversations" in card
+
+
+@pytest.mark.parametrize("name, edit, message", [
+    ("report", {"tau": None}, None),
+    ("report", {"alpha": ...}, "no field alpha"),
+    ("selection", {"inputs": {"scores": {"target": "another"}}}, "target: found 'another'"),
+])  # fmt: skip
+def test_cards_are_not_made_from_other_runs(finished, tmp_path, name, edit, message):
+    config, _ = finished
+    arm = config.out / "arms" / "flatness"
+    values = read_json(arm / f"{name}.json") | edit
+    (tmp_path / "file.json").write_text(json.dumps({key: value for key, value in values.items() if value is not ...}))
+    export = ExportConfig(draft=arm, out=tmp_path / "draft", **{name: tmp_path / "file.json"})
+    if message is None:
+        pipeline.export(export)
+        return
+    with pytest.raises(ValueError, match=message):
+        pipeline.export(export)
+    assert not (tmp_path / "draft").exists()
+
+
 def test_flatness_arm_keeps_the_flattest(finished):
     config, _ = finished
     table = read_scores(config.out / "scores.parquet")
@@ -134,7 +182,7 @@ def test_a_second_run_computes_nothing(finished, monkeypatch, capsys):
 def test_an_interrupted_run_continues_to_the_same_result(inputs, finished, tmp_path, monkeypatch):
     """Stopped after scoring, after the first arm and before the summary, it ends with the same drafts."""
     config = _run_config(inputs, tmp_path / "out")
-    for stop in ("select", "export", "_summary"):
+    for stop in ("select", "_evaluate_arms", "export", "_summary"):
         with monkeypatch.context() as patch:
             patch.setattr(pipeline, stop, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):

@@ -1,7 +1,7 @@
-"""Exported drafts: what is written is what engines load, and reading it back gives the same bits."""
+"""Drafts of others: both layouts are read strictly, and what is refused is named with a way out."""
 
-import dataclasses
 import json
+import shlex
 
 import jax
 import numpy as np
@@ -9,65 +9,43 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from toy import toy_config
 
-from jsfdd.models.architecture import Rope
 from jsfdd.models.draft import draft_config, init_draft
-from jsfdd.weights.eagle import read_draft, write_draft
-
-ROPES = [
-    Rope(1e5),
-    Rope(5e5, "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=64),
-    Rope(1e4, "linear", factor=4.0),
-    Rope(1e6, "yarn", factor=4.0, original_max_position=128, attention_factor=1.2),
-]
+from jsfdd.weights.card import Serving
+from jsfdd.weights.eagle import is_exported, read_draft
+from jsfdd.weights.export import write_draft
 
 
-@pytest.mark.parametrize("rope", ROPES, ids=lambda rope: rope.kind)
-@pytest.mark.parametrize("fc_bias", [False, True])
-def test_round_trip_is_exact(tmp_path, rope, fc_bias):
-    config = draft_config(toy_config(rope=rope), fc_bias)
-    params = init_draft(config, jax.random.key(0))
-    write_draft(tmp_path / "draft", config, params, "eagle")
-    config_again, params_again = read_draft(tmp_path / "draft")
-    assert config_again == config
-    assert jax.tree.structure(params_again) == jax.tree.structure(params)
-    assert jax.tree.all(jax.tree.map(np.array_equal, params, params_again))
-
-
-def test_the_layout_is_eagles(tmp_path):
+def _written(tmp_path, flavour="eagle"):
     config = draft_config(toy_config())
-    params = init_draft(config, jax.random.key(0))
-    write_draft(tmp_path / "draft", config, params, "vllm")
-    tensors = load_file(tmp_path / "draft" / "model.safetensors")
-    assert {name: value.shape for name, value in tensors.items()} == {
-        "fc.weight": (32, 64),
-        "layers.0.self_attn.q_proj.weight": (32, 32),
-        "layers.0.self_attn.k_proj.weight": (16, 32),
-        "layers.0.self_attn.v_proj.weight": (16, 32),
-        "layers.0.self_attn.o_proj.weight": (32, 32),
-        "layers.0.post_attention_layernorm.weight": (32,),
-        "layers.0.mlp.gate_proj.weight": (48, 32),
-        "layers.0.mlp.up_proj.weight": (48, 32),
-        "layers.0.mlp.down_proj.weight": (32, 48),
-    }
-    # y = W x: the first half of fc's columns multiplies the embedding.
-    assert np.array_equal(tensors["fc.weight"][:, :32], np.asarray(params["fc"]["kernel"][:32]).T)
-    settings = json.loads((tmp_path / "draft" / "config.json").read_text())
-    assert settings["architectures"] == ["LlamaForCausalLM"] and settings["num_hidden_layers"] == 1
-    assert settings["bias"] is False and settings["attention_bias"] is False
-    assert settings["max_position_embeddings"] == 512
-
-
-def _written(tmp_path):
-    config = draft_config(toy_config())
-    write_draft(tmp_path / "draft", config, init_draft(config, jax.random.key(0)), "eagle")
+    write_draft(tmp_path / "draft", config, init_draft(config, jax.random.key(0)), flavour, serving=Serving("org/target"))
     return tmp_path / "draft", load_file(tmp_path / "draft" / "model.safetensors")
 
 
-def test_a_peers_copy_of_the_embedding_is_left_alone(tmp_path):
-    directory, tensors = _written(tmp_path)
+def _edit_settings(directory, **changes):
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("flavour", ["eagle", "speculators"])
+def test_a_peers_copy_of_the_embedding_is_left_alone(tmp_path, flavour):
+    directory, tensors = _written(tmp_path, flavour)
     save_file(tensors | {"embed_tokens.weight": np.zeros((64, 32), np.float32)}, directory / "model.safetensors")
     _, params = read_draft(directory)
     assert set(params) == {"fc", "layer"}
+
+
+def test_shards_are_read(tmp_path):
+    directory, tensors = _written(tmp_path)
+    whole = read_draft(directory)[1]
+    (directory / "model.safetensors").unlink()
+    names = sorted(tensors)
+    parts = {"a.safetensors": names[:4], "b.safetensors": names[4:]}
+    for file, part in parts.items():
+        save_file({name: tensors[name] for name in part}, directory / file)
+    index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert is_exported(directory)
+    assert jax.tree.all(jax.tree.map(np.array_equal, read_draft(directory)[1], whole))
 
 
 @pytest.mark.parametrize(
@@ -76,6 +54,8 @@ def test_a_peers_copy_of_the_embedding_is_left_alone(tmp_path):
         (lambda t: t.pop("layers.0.mlp.up_proj.weight"), "up_proj.weight .* is missing"),
         (lambda t: t.update({"norm.weight": np.ones(32, np.float32)}), "unknown tensor norm.weight"),
         (lambda t: t.update({"fc.weight": np.ones((32, 96), np.float32)}), r"fc.weight has shape \[32, 96\]"),
+        (lambda t: t.update({"fc.bias": np.ones((32, 1), np.float32)}), r"fc.bias has shape \[32, 1\]"),
+        (lambda t: t.update({"fc.weight": np.ones((32, 64), np.int32)}), "fc.weight has type I32"),
     ],
 )
 def test_wrong_tensors_are_named(tmp_path, change, message):
@@ -86,30 +66,62 @@ def test_wrong_tensors_are_named(tmp_path, change, message):
         read_draft(directory)
 
 
-def test_only_pickled_weights_are_refused(tmp_path):
+def test_a_truncated_file_is_named(tmp_path):
     directory, _ = _written(tmp_path)
-    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
-    with pytest.raises(FileNotFoundError, match="pickled"):
+    file = directory / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="model.safetensors: not a whole safetensors file"):
         read_draft(directory)
 
 
-def test_what_the_layout_cannot_say_is_refused_and_leaves_nothing(tmp_path):
-    plain = draft_config(toy_config(), fc_bias=True)
-    params = init_draft(plain, jax.random.key(0))
-    with pytest.raises(ValueError, match="fc_bias"):
-        write_draft(tmp_path / "a", plain, params, "vllm")
-    scaled = dataclasses.replace(plain, decoder=dataclasses.replace(plain.decoder, embedding_scale=5.6))
-    with pytest.raises(ValueError, match="embedding_scale"):
-        write_draft(tmp_path / "b", scaled, params, "eagle")
-    divided = dataclasses.replace(plain, decoder=dataclasses.replace(plain.decoder, rope=Rope(1e4, frequency_divisors=(1.0,) * 4)))
-    with pytest.raises(ValueError, match="divisors"):
-        write_draft(tmp_path / "c", divided, params, "eagle")
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize(
+    "flavour, changes, message",
+    [
+        ("eagle", {"model_type": "qwen3"}, "model_type is 'qwen3'"),
+        ("eagle", {"num_hidden_layers": 2}, "num_hidden_layers is 2"),
+        ("eagle", {"attention_bias": True}, "attention_bias is True"),
+        ("eagle", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic'"),
+        ("eagle", {"qkv_bias": True}, "q_proj.bias .* is missing"),
+        ("speculators", {"speculators_model_type": "eagle3"}, "'eagle3'; only eagle"),
+        ("speculators", {"layernorms": True}, "layernorms is true"),
+        ("speculators", {"fusion_bias": True}, "fusion_bias is True, but the weights say False"),
+        ("speculators", {"transformer_layer_config": None}, "transformer_layer_config is None"),
+        ("speculators", {"transformer_layer_config": {"model_type": "llama"}}, "layer_config.num_hidden_layers is missing"),
+    ],
+)
+def test_settings_that_would_change_the_draft_are_refused(tmp_path, flavour, changes, message):
+    directory, _ = _written(tmp_path, flavour)
+    _edit_settings(directory, **changes)
+    with pytest.raises(ValueError, match=message) as error:
+        read_draft(directory)
+    assert "config.json" in str(error.value) or "tensor" in str(error.value)
 
 
-def test_an_existing_directory_is_never_overwritten(tmp_path):
+def test_fc_bias_is_there_if_its_tensor_says_something(tmp_path):
+    """EAGLE's switch is often left out or wrong. SGLang's obligatory zeros are none, unless the config asks for a bias."""
     directory, tensors = _written(tmp_path)
-    config = draft_config(toy_config())
-    with pytest.raises(FileExistsError, match="already there"):
-        write_draft(directory, config, init_draft(config, jax.random.key(9)), "eagle")
-    assert np.array_equal(load_file(directory / "model.safetensors")["fc.weight"], tensors["fc.weight"])
+    for value, switch, expected in ((0.0, False, False), (0.0, True, True), (0.5, False, True), (0.5, True, True)):
+        save_file(tensors | {"fc.bias": np.full(32, value, np.float32)}, directory / "model.safetensors")
+        _edit_settings(directory, bias=switch)
+        config, params = read_draft(directory)
+        assert config.fc_bias == expected == ("bias" in params["fc"])
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "it's a draft.pt"])
+def test_pickled_weights_are_refused_with_the_command_that_converts_them(tmp_path, name):
+    directory, _ = _written(tmp_path)
+    (directory / "model.safetensors").rename(directory / name)
+    assert is_exported(directory)
+    with pytest.raises(FileNotFoundError, match="never read") as error:
+        read_draft(directory)
+    python, option, script = shlex.split(str(error.value).partition("installed: ")[2])
+    assert (python, option) == ("python", "-c")
+    compile(script, "script", "exec")
+    assert json.dumps(str(directory / name)) in script and json.dumps(str(directory / "model.safetensors")) in script
+    assert "weights_only=True" in script
+
+
+def test_what_is_no_exported_draft(tmp_path):
+    assert not is_exported(tmp_path)
+    (tmp_path / "config.json").write_text("{}")  # as in the directory of a run
+    assert not is_exported(tmp_path)

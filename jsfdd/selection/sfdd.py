@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jsfdd.config import Metric
-from jsfdd.files import write_json
+from jsfdd.files import differences, sha256, write_json
 from jsfdd.records import Sample
 from jsfdd.selection.table import ScoreTable
 
@@ -162,6 +162,29 @@ def read_selection(path: Path) -> Selection:
     except ValueError as error:
         raise ValueError(f"{path}: {error}; {_REMEDY}") from None
     return Selection(**{**values, "ids": tuple(values["ids"]), "dropped": tuple(values["dropped"])})
+
+
+def selection_facts(path: Path, identity: dict | None) -> dict:
+    """What a model card says of selection.json; JSON-ready, without the lists of ids.
+
+    Args:
+      identity: of the training run that used it, if known.
+
+    Raises:
+      FileNotFoundError, ValueError: as in `read_selection`, or it was made for another target than the run's.
+    """
+    selection = read_selection(path)
+    if identity is not None:
+        keys = ("target", "template")
+        scored, trained = ({key: of.get(key) for key in keys} for of in (selection.inputs["scores"], identity))
+        if changed := differences(scored, trained):
+            raise ValueError(f"{path}: not the selection that the draft was trained on ({changed}); give its own --selection")
+    facts = dataclasses.asdict(selection)
+    return {key: facts[key] for key in ("metric", "retain_ratio", "threshold", "unit", "seed")} | {
+        "kept": len(selection.ids),
+        "dropped": len(selection.dropped),
+        "sha256": sha256(path),
+    }
 
 
 def _check_options(metric: str, retain_ratio: float, unit: str) -> None:

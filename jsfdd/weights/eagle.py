@@ -1,195 +1,190 @@
-"""EAGLE-1/2 drafts in the layout that EAGLE and vLLM load: config.json and model.safetensors.
+"""EAGLE-1/2 drafts as files: which tensors there are under which names, and reading them, whoever wrote them.
 
-Tensors, as torch's Linear stores them ([out, in]): fc.weight [D, 2D] over (embedding, hidden), layers.0.self_attn.*,
-layers.0.mlp.*, layers.0.post_attention_layernorm.weight, and fc.bias only where the draft has one. No input norm, final
-norm, embedding or head: the first two do not exist, the others are the target's.
+Two layouts hold the same tensors, all as torch's Linear stores them ([out, in]):
+
+    flat (EAGLE, vLLM, SGLang)              nested (speculators)
+    fc.weight [D, 2D], fc.bias [D]          fusion_fc.weight, fusion_fc.bias
+    layers.0.self_attn.*, layers.0.mlp.*    transformer.self_attn.*, transformer.mlp.*
+    layers.0.post_attention_layernorm       transformer.post_attention_layernorm
+
+fc reads (embedding, hidden). There is no input norm, final norm, embedding or head: the first two do not exist, the others
+are the target's. `weights/export.py` writes these directories, with what each engine wants of config.json.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import os
-import shutil
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import safe_open
-from safetensors.numpy import save_file
 
-from jsfdd.models.architecture import Rope
+from jsfdd.models.architecture import DecoderConfig
 from jsfdd.models.draft import DraftConfig
-from jsfdd.weights.huggingface import weight_files
-from jsfdd.weights.huggingface_config import read_config
+from jsfdd.weights.huggingface import weight_sources
+from jsfdd.weights.huggingface_config import parse_decoder, read_json
+from jsfdd.weights.layout import Source, insert_leaf, stored_shapes
 
-_LAYER = "layers.0."
-# Leaf of the draft's params -> tensor name. Kernels are transposed on the way.
-_NAMES = {
-    ("fc", "kernel"): "fc.weight",
-    ("layer", "attention", "q_proj", "kernel"): _LAYER + "self_attn.q_proj.weight",
-    ("layer", "attention", "k_proj", "kernel"): _LAYER + "self_attn.k_proj.weight",
-    ("layer", "attention", "v_proj", "kernel"): _LAYER + "self_attn.v_proj.weight",
-    ("layer", "attention", "o_proj", "kernel"): _LAYER + "self_attn.o_proj.weight",
-    ("layer", "mlp_norm", "scale"): _LAYER + "post_attention_layernorm.weight",
-    ("layer", "mlp", "gate_proj", "kernel"): _LAYER + "mlp.gate_proj.weight",
-    ("layer", "mlp", "up_proj", "kernel"): _LAYER + "mlp.up_proj.weight",
-    ("layer", "mlp", "down_proj", "kernel"): _LAYER + "mlp.down_proj.weight",
+
+class Layout(NamedTuple):
+    """The names that a layout gives to the fusing map and to the decoder layer."""
+
+    fc: str
+    layer: str
+
+
+FLAT = Layout("fc", "layers.0")
+NESTED = Layout("fusion_fc", "transformer")
+
+# The decoder layer's modules in the params tree and in files.
+_MODULES = {
+    "attention/q_proj": "self_attn.q_proj",
+    "attention/k_proj": "self_attn.k_proj",
+    "attention/v_proj": "self_attn.v_proj",
+    "attention/o_proj": "self_attn.o_proj",
+    "mlp_norm": "post_attention_layernorm",
+    "mlp/gate_proj": "mlp.gate_proj",
+    "mlp/up_proj": "mlp.up_proj",
+    "mlp/down_proj": "mlp.down_proj",
 }
-_BIAS = {("fc", "bias"): "fc.bias"}
+_KINDS = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 # Peers save a copy of the target's embedding with the draft; here it is always the target's own.
 _BORROWED = "embed_tokens.weight"
+_PICKLED = ("*.bin", "*.pt", "*.pth")
 
 
-def write_draft(directory: str | Path, config: DraftConfig, params: dict, flavour: str) -> None:
-    """Write a draft for an engine. The directory appears whole or not at all.
+def tensor_names(config: DraftConfig, layout: Layout) -> dict[str, str]:
+    """Leaf of the params tree ("layer/mlp/up_proj/kernel") -> name of its tensor, for every leaf that the draft has."""
+    return {leaf: _tensor_name(leaf, layout) for leaf in tensor_shapes(config)}
 
-    Args:
-      directory: must not exist yet.
-      config, params: from `init_draft` or `load_draft`; arrays keep their dtype.
-      flavour: "eagle" or "vllm" (the same layout, but without an fc bias, which vLLM drops without a word).
 
-    Raises:
-      FileExistsError: the directory is there already.
-      ValueError: the layout cannot say what the draft needs; the message names the field.
-    """
-    directory = Path(directory)
-    if directory.exists():
-        raise FileExistsError(f"{directory}: already there; choose another --out or remove it")
-    if flavour == "vllm" and config.fc_bias:
-        raise ValueError(f"{directory}: fc_bias: vLLM ignores an fc bias, so τ would fall; train without --fc-bias")
-    partial = directory.with_name(directory.name + ".partial")
-    settings = _settings(config, jnp.asarray(params["fc"]["kernel"]).dtype.name)
-    if partial.exists():  # of an export that was interrupted
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    (partial / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+def tensor_shapes(config: DraftConfig) -> dict[str, tuple[int, ...]]:
+    """Leaf -> its shape in files, where matrices are [out, in]."""
+    width = config.decoder.hidden_size
+    shapes: dict[str, tuple[int, ...]] = {"fc/kernel": (width, 2 * width)}
+    if config.fc_bias:
+        shapes["fc/bias"] = (width,)
+    for leaf, shape in stored_shapes(config.decoder).items():
+        if leaf.startswith("layers/") and leaf != "layers/input_norm/scale":
+            shapes["layer/" + leaf.removeprefix("layers/")] = shape
+    return shapes
+
+
+def draft_tensors(config: DraftConfig, params: dict, layout: Layout) -> dict[str, np.ndarray]:
+    """The tensors of a draft by name, as files store them, in the dtype that they have."""
     tensors = {}
-    for leaf, name in _names(config.fc_bias).items():
-        value = np.asarray(_at(params, leaf))
-        tensors[name] = np.ascontiguousarray(value.T if leaf[-1] == "kernel" else value)
-    save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-    for file in partial.iterdir():
-        with file.open("rb") as stream:
-            os.fsync(stream.fileno())
-    partial.rename(directory)
+    for leaf, name in tensor_names(config, layout).items():
+        value = params
+        for key in leaf.split("/"):
+            value = value[key]
+        tensors[name] = np.ascontiguousarray(np.asarray(value).T if leaf.endswith("/kernel") else value)
+    return tensors
 
 
 def read_draft(directory: str | Path) -> tuple[DraftConfig, dict]:
-    """A draft from the layout above, written here or by a peer, as (config, params).
+    """A draft from either layout, written here or by a peer, as (config, params); arrays keep their dtype.
 
     Raises:
       FileNotFoundError: config.json or the weights are missing, or only pickled weights are there.
       ValueError: a tensor is missing, unknown or misshapen, or a setting is not supported; the message names it.
     """
     directory = Path(directory)
-    decoder = read_config(directory)
-    params: dict = {}
-    files = weight_files(directory)
-    found = {}
-    for file in files:
-        with safe_open(file, framework="numpy") as handle:
-            found |= {name: (file, handle.get_tensor(name)) for name in handle.keys() if name != _BORROWED}
-    # EAGLE's own switch ("bias") is often left out or wrong, and means attention biases to vLLM: the file decides.
-    has_bias = "fc.bias" in found
-    config = DraftConfig(decoder, fc_bias=has_bias)
-    names = _names(has_bias)
-    shapes = _shapes(config)
-    for name in sorted(set(found) - set(names.values())):
-        raise ValueError(f"{found[name][0]}: unknown tensor {name}; an EAGLE-1/2 draft has {', '.join(names.values())}")
-    for leaf, name in names.items():
-        if name not in found:
-            raise ValueError(f"{directory}: tensor {name} {list(shapes[name])} is missing; is this an EAGLE-1/2 draft?")
-        file, value = found[name]
-        if value.shape != shapes[name]:
-            raise ValueError(f"{file}: tensor {name} has shape {list(value.shape)}, the config says {list(shapes[name])}")
-        branch = params
-        for key in leaf[:-1]:
-            branch = branch.setdefault(key, {})
-        branch[leaf[-1]] = jnp.asarray(value.T if leaf[-1] == "kernel" else value)
+    _refuse_pickled(directory)
+    path = directory / "config.json"
+    raw = read_json(path)
+    layout = NESTED if "speculators_model_type" in raw else FLAT
+    decoder = _decoder(path, raw, layout)
+    with weight_sources(directory) as found:
+        found.pop(_BORROWED, None)
+        bias = layout.fc + ".bias"
+        if layout == FLAT and bias in found and _is_padding(found[bias], raw):
+            del found[bias]
+        has_bias = bias in found
+        if layout == NESTED and has_bias != bool(raw.get("fusion_bias", False)):
+            raise ValueError(f"{path}: fusion_bias is {raw.get('fusion_bias', False)}, but the weights say {has_bias}")
+        config = DraftConfig(decoder, fc_bias=has_bias)
+        names = tensor_names(config, layout)
+        _check(directory, names, tensor_shapes(config), found)
+        params: dict = {}
+        for leaf, name in names.items():
+            value = found[name].read()
+            insert_leaf(params, leaf, jnp.asarray(value.T if leaf.endswith("/kernel") else value))
     return config, params
 
 
 def is_exported(directory: str | Path) -> bool:
-    """Whether a directory looks like an exported draft (as opposed to a training run's checkpoints)."""
-    return (Path(directory) / "config.json").is_file() and any(Path(directory).glob("*.safetensors"))
+    """Whether a directory looks like a draft for some engine (as opposed to a training run's checkpoints)."""
+    directory = Path(directory)
+    weights = [file for pattern in ("*.safetensors", *_PICKLED) for file in directory.glob(pattern)]
+    return (directory / "config.json").is_file() and bool(weights)
 
 
-def _names(fc_bias: bool) -> dict[tuple[str, ...], str]:
-    return _NAMES | _BIAS if fc_bias else _NAMES
+def _tensor_name(leaf: str, layout: Layout) -> str:
+    module, kind = leaf.rsplit("/", 1)
+    name = layout.fc if module == "fc" else f"{layout.layer}.{_MODULES[module.removeprefix('layer/')]}"
+    return f"{name}.{_KINDS[kind]}"
 
 
-def _at(tree: dict, leaf: tuple[str, ...]):
-    for key in leaf:
-        tree = tree[key]
-    return tree
+def _decoder(path: Path, raw: dict[str, Any], layout: Layout) -> DecoderConfig:
+    """The draft's layer as its config.json describes it."""
+    prefix = ""
+    if layout == NESTED:
+        if raw["speculators_model_type"] != "eagle":
+            raise ValueError(f"{path}: speculators_model_type is {raw['speculators_model_type']!r}; only eagle is read here")
+        if raw.get("layernorms"):
+            raise ValueError(f"{path}: layernorms is true: a draft with norms of its own, which jsfdd does not compute")
+        raw, prefix = raw.get("transformer_layer_config"), "transformer_layer_config."
+        if not isinstance(raw, dict):
+            raise ValueError(f"{path}: transformer_layer_config is {raw!r}, not an object")
+    decoder = parse_decoder(path, raw, prefix)
+    if decoder.family != "llama":
+        raise ValueError(f"{path}: {prefix}model_type is {raw['model_type']!r}; an EAGLE-1/2 draft is a llama layer")
+    if decoder.num_layers != 1:
+        raise ValueError(f"{path}: {prefix}num_hidden_layers is {decoder.num_layers}; an EAGLE-1/2 draft has one layer")
+    # EAGLE's switch for drafts of Qwen2. Ties say nothing about a draft: it has neither embedding nor head.
+    return dataclasses.replace(decoder, qkv_bias=raw.get("qkv_bias") is True, tie_embeddings=False)
 
 
-def _shapes(config: DraftConfig) -> dict[str, tuple[int, ...]]:
-    """Stored shape of every tensor."""
-    d = config.decoder
-    width, ffn = d.hidden_size, d.intermediate_size
-    queries, keys = d.num_heads * d.head_dim, d.num_kv_heads * d.head_dim
-    attention, mlp = _LAYER + "self_attn.", _LAYER + "mlp."
-    return {
-        "fc.weight": (width, 2 * width),
-        "fc.bias": (width,),
-        attention + "q_proj.weight": (queries, width),
-        attention + "k_proj.weight": (keys, width),
-        attention + "v_proj.weight": (keys, width),
-        attention + "o_proj.weight": (width, queries),
-        _LAYER + "post_attention_layernorm.weight": (width,),
-        mlp + "gate_proj.weight": (ffn, width),
-        mlp + "up_proj.weight": (ffn, width),
-        mlp + "down_proj.weight": (width, ffn),
-    }
+def _is_padding(bias: Source, raw: dict[str, Any]) -> bool:
+    """Whether fc's bias is only there because SGLang cannot do without it: all zero, and not asked for.
+
+    EAGLE's own switch ("bias") is often left out or wrong, so a bias that says something counts whatever the switch says.
+    """
+    return raw.get("bias") is not True and len(bias.shape) == 1 and not np.any(bias.read())
 
 
-def _settings(config: DraftConfig, dtype: str) -> dict:
-    """config.json. Both bias switches are spelled out: a missing or true one makes engines build biases of their own."""
-    d = config.decoder
-    if d.embedding_scale != 1.0:
+def _check(
+    directory: Path, names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, Source]
+) -> None:
+    for name in sorted(set(found) - set(names.values())):
         raise ValueError(
-            f"embedding_scale: the EAGLE layout cannot say that embeddings are scaled by {d.embedding_scale:g}, as this "
-            "target does; such a draft can only be used from its checkpoint"
+            f"{found[name].file}: unknown tensor {name}; an EAGLE-1/2 draft has {', '.join(names.values())}, and leaving "
+            "one out would change the draft"
         )
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "num_hidden_layers": 1,
-        "hidden_size": d.hidden_size,
-        "intermediate_size": d.intermediate_size,
-        "num_attention_heads": d.num_heads,
-        "num_key_value_heads": d.num_kv_heads,
-        "head_dim": d.head_dim,
-        "vocab_size": d.vocab_size,
-        "max_position_embeddings": d.max_position,
-        "rms_norm_eps": d.rms_norm_eps,
-        "rope_theta": d.rope.theta,
-        "rope_scaling": _rope_scaling(d.rope),
-        "hidden_act": "silu",
-        "tie_word_embeddings": d.tie_embeddings,
-        "bias": config.fc_bias,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "torch_dtype": dtype,
-    }
+    for leaf, name in names.items():
+        if name not in found:
+            raise ValueError(f"{directory}: tensor {name} {list(shapes[leaf])} is missing; is this an EAGLE-1/2 draft?")
+        if found[name].shape != shapes[leaf]:
+            raise ValueError(
+                f"{found[name].file}: tensor {name} has shape {list(found[name].shape)}, the config says {list(shapes[leaf])}"
+            )
 
 
-def _rope_scaling(rope: Rope) -> dict | None:
-    if rope.frequency_divisors:
-        raise ValueError(
-            "rope: this target's GGUF stores its rope scaling as a table of divisors, which config.json cannot hold; "
-            "train with the target's Hugging Face directory instead"
-        )
-    if rope.kind == "default":
-        return None
-    scaling = {"rope_type": rope.kind, "factor": rope.factor}
-    if rope.kind == "llama3":
-        scaling |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
-    if rope.kind == "yarn":
-        scaling |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow}
-        if rope.attention_factor is not None:
-            scaling["attention_factor"] = rope.attention_factor
-    if rope.kind in ("llama3", "yarn"):
-        scaling["original_max_position_embeddings"] = rope.original_max_position
-    return scaling
+def _refuse_pickled(directory: Path) -> None:
+    """Say how to convert a draft that is there as a pickle only, which can run code when opened and is never read."""
+    pickled = sorted(file for pattern in _PICKLED for file in directory.glob(pattern))
+    if not pickled or any(directory.glob("*.safetensors")):
+        return
+    convert = (
+        "import torch, safetensors.torch as s; "
+        f't = torch.load({json.dumps(str(pickled[0]))}, map_location="cpu", weights_only=True); '
+        f"s.save_file({{k: v.contiguous() for k, v in t.items()}}, {json.dumps(str(directory / 'model.safetensors'))})"
+    )
+    raise FileNotFoundError(
+        f"{directory}: only pickled weights ({pickled[0].name}), which can run code when opened and are never read. "
+        f"Convert them once, where torch is installed: python -c {shlex.quote(convert)}"
+    )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,29 @@ def weight_files(directory: str | Path) -> list[Path]:
     raise FileNotFoundError(f"{directory}: neither model.safetensors nor {_INDEX} is there")
 
 
+@contextlib.contextmanager
+def weight_sources(directory: str | Path) -> Iterator[dict[str, Source]]:
+    """Every tensor of a directory's safetensors files by name, to be read while the block lasts.
+
+    Raises:
+      FileNotFoundError: no weights, or a shard is missing.
+      ValueError: a file is truncated or corrupt, a tensor is there twice or not where the index says; on reading one, it
+        is not F32, F16 or BF16.
+    """
+    directory = Path(directory)
+    with contextlib.ExitStack() as stack:
+        found: dict[str, Source] = {}
+        for file in weight_files(directory):
+            handle = stack.enter_context(_open(file))
+            for name in handle.keys():
+                if name in found:
+                    raise ValueError(f"{file}: tensor {name} is in {found[name].file} too; which one holds?")
+                shape = tuple(handle.get_slice(name).get_shape())
+                found[name] = Source(file, shape, functools.partial(_read, handle, file, name))
+        _check_index(directory, found)
+        yield found
+
+
 def read_params(directory: str | Path, config: DecoderConfig, dtype=np.float32) -> dict:
     """The params tree of a directory's weights as JAX arrays of `dtype` (layout: `layout.fill_params`).
 
@@ -94,22 +118,12 @@ def read_params(directory: str | Path, config: DecoderConfig, dtype=np.float32) 
       ValueError: a file is truncated or corrupt; a tensor is missing, unknown, misshapen or not F32, F16 or BF16.
     """
     directory = Path(directory)
-    files = weight_files(directory)
     names, transforms = _NAMES, {}
     if config.family == "gemma3":
         names = _NAMES | _GEMMA_NAMES
         # Gemma's norms compute x · (1 + w); here scales multiply as they are.
         transforms = {leaf: _one_plus for leaf in names if leaf.endswith("/scale")}
-    with contextlib.ExitStack() as stack:
-        found = {}
-        for file in files:
-            handle = stack.enter_context(_open(file))
-            for name in handle.keys():
-                if name in found:
-                    raise ValueError(f"{file}: tensor {name} is in {found[name].file} too; which one holds?")
-                shape = tuple(handle.get_slice(name).get_shape())
-                found[name] = Source(file, shape, functools.partial(_read, handle, file, name))
-        _check_index(directory, found)
+    with weight_sources(directory) as found:
         sources = _decoder_sources(found, config, is_wrapped(directory))
         return fill_params(config, names, sources, dtype, directory, transforms)
 

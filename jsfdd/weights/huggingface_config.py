@@ -116,6 +116,16 @@ def read_config(directory: str | Path) -> DecoderConfig:
         # The head belongs to the wrapper, and so does the switch that ties it.
         outer = {key: fields.raw[key] for key in ("tie_word_embeddings",) if key in fields.raw}
         fields = text._replace(raw={"model_type": "gemma3_text", **text.raw, **outer})
+    return parse_decoder(*fields)
+
+
+def parse_decoder(path: Path, raw: dict[str, Any], prefix: str = "") -> DecoderConfig:
+    """The decoder that one JSON object describes; `path` and `prefix` say where it lies, for messages.
+
+    Raises:
+      ValueError: as in `read_config`.
+    """
+    fields = _Fields(path, raw, prefix)
     model_type = fields.raw.get("model_type")
     if model_type not in _FAMILIES:
         supported = ", ".join([*_FAMILIES, _WRAPPER])

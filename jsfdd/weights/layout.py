@@ -98,7 +98,7 @@ def fill_params(
         for row, name in zip(filled, tensors[leaf], strict=True):
             tensor = sources[name].read()
             _store(row, transform(tensor) if transform else tensor, transposed=is_kernel)
-        _insert(params, leaf, jnp.asarray(filled if leaf.startswith("layers/") else filled[0]))
+        insert_leaf(params, leaf, jnp.asarray(filled if leaf.startswith("layers/") else filled[0]))
     return params
 
 
@@ -141,7 +141,8 @@ def _store(target: np.ndarray, tensor: np.ndarray, transposed: bool) -> None:
         target[:, start : start + _BLOCK] = tensor[start : start + _BLOCK].T
 
 
-def _insert(tree: dict, leaf: str, value: jax.Array) -> None:
+def insert_leaf(tree: dict, leaf: str, value: jax.Array) -> None:
+    """Put `value` into a nested dict under the path `leaf`, as "layer/mlp/up_proj/kernel"."""
     *branches, last = leaf.split("/")
     for branch in branches:
         tree = tree.setdefault(branch, {})

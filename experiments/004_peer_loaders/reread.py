@@ -1,0 +1,28 @@
+"""Read what speculators' converter made of our drafts, and compare it to the bit with what it was made from: WORK.
+
+    python experiments/004_peer_loaders/reread.py WORK
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from jsfdd.weights.eagle import read_draft
+
+
+def main(work: Path) -> None:
+    for converted in sorted((work / "converted").iterdir()):
+        (config, params), (again, params_again) = read_draft(work / converted.name), read_draft(converted)
+        same = jax.tree.structure(params) == jax.tree.structure(params_again)
+        same = same and jax.tree.all(jax.tree.map(np.array_equal, params, params_again))
+        ours, theirs = (dataclasses.asdict(c.decoder) | {"fc_bias": c.fc_bias} for c in (config, again))
+        changed = {name: (ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]}
+        verdict = "the same bits" if same else "DIFFER"
+        print(f"{converted.name}: parameters {verdict}; settings that differ: {changed or 'none'}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

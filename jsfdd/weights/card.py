@@ -1,0 +1,163 @@
+"""The model card of an exported draft: what it is, what it was measured at, what it was trained on, how to serve it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+from jsfdd.config import Flavour
+from jsfdd.files import read_json
+from jsfdd.models.draft import DraftConfig
+
+_REPORT_KEYS = ("config", "tau", "tau_low", "tau_high", "alpha", "n_prompts")
+_PLACEHOLDER = "TARGET"
+
+
+class Serving(NamedTuple):
+    """What a server is told beside the draft.
+
+    Attributes:
+      target: hub name, directory or .gguf file of the target, as far as known.
+      num_draft_tokens: proposed per verification.
+    """
+
+    target: str | None = None
+    num_draft_tokens: int = 4
+
+    @property
+    def target_name(self) -> str | None:
+        """`target` if a server can find Hugging Face weights by it."""
+        known = self.target is not None and self.target != "smollm2" and not self.target.endswith(".gguf")
+        return self.target if known else None
+
+
+class Provenance(NamedTuple):
+    """Where a draft comes from; None where that is not known.
+
+    Attributes:
+      training: the identity that its training run's checkpoint holds.
+      selection: selection.json's metric, retain_ratio, threshold, unit, seed, the counts kept and dropped, and sha256.
+      report: report.json of `jsfdd evaluate`.
+    """
+
+    training: dict | None = None
+    selection: dict | None = None
+    report: dict | None = None
+
+
+def read_report(path: Path) -> dict:
+    """A report.json of `jsfdd evaluate`.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: damaged, or without a field that a model card shows.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; check the path")
+    report = read_json(path)
+    missing = [key for key in _REPORT_KEYS if key not in report]
+    if missing:
+        raise ValueError(f"{path}: no field {', '.join(missing)}; give a report.json of `jsfdd evaluate`")
+    return report
+
+
+def model_card(name: str, config: DraftConfig, flavour: Flavour, dtype: str, serving: Serving, provenance: Provenance) -> str:
+    """README.md of the directory `name`, with the metadata block that model hubs read."""
+    target = serving.target_name
+    head = ["---", *([f"base_model: {json.dumps(target)}"] if target else [])]
+    head += ["tags:", "- speculative-decoding", "- eagle", f"- {flavour}", "---"]
+    d = config.decoder
+    about = (
+        f"One decoder layer that proposes tokens for a target of hidden size {d.hidden_size} and {d.vocab_size} tokens, which "
+        f"the target then verifies: its text stays the target's own. {d.num_heads} query and {d.num_kv_heads} key heads of "
+        f"{d.head_dim}, feed-forward {d.intermediate_size}, rope theta {d.rope.theta:g} ({d.rope.kind}), up to "
+        f"{d.max_position} positions, {dtype}. Embedding and head are the target's. Written by jsfdd {version('jsfdd')}, "
+        f"flavour {flavour}."
+    )
+    sections = [
+        "\n".join(head),
+        f"# EAGLE draft for {target or serving.target or 'a target that was not named'}",
+        about,
+        "## Serving",
+        *_serving(name, flavour, serving),
+        "## Acceptance",
+        _acceptance(provenance.report),
+        "## Training data",
+        _selection(provenance.selection),
+        _training(provenance.training),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _serving(name: str, flavour: Flavour, serving: Serving) -> list[str]:
+    """How its engine loads the directory `name`."""
+    target = shlex.quote(serving.target_name or _PLACEHOLDER)
+    draft, depth = f"./{name}", serving.num_draft_tokens
+    where = None
+    if serving.target_name is None:
+        trained = f"; the draft was trained for {serving.target}" if serving.target else ""
+        where = f"{_PLACEHOLDER} stands for the hub name or directory of the target's Hugging Face weights{trained}."
+    if flavour == "vllm":
+        speculation = json.dumps({"method": "eagle", "model": draft, "num_speculative_tokens": depth})
+        code = f"vllm serve {target} --speculative-config {shlex.quote(speculation)}"
+    elif flavour == "sglang":
+        code = (
+            f"python -m sglang.launch_server --model-path {target} --speculative-algorithm EAGLE \\\n"
+            f"  --speculative-draft-model-path {shlex.quote(draft)} --speculative-num-steps {depth} \\\n"
+            f"  --speculative-eagle-topk 1 --speculative-num-draft-tokens {depth + 1}"
+        )
+    elif flavour == "eagle":
+        code = (
+            "from eagle.model.ea_model import EaModel\n"
+            f"EaModel.from_pretrained(use_eagle3=False, base_model_path={serving.target_name or _PLACEHOLDER!r}, "
+            f"ea_model_path={draft!r})"
+        )
+    else:
+        code = f"from speculators import SpeculatorModel\nSpeculatorModel.from_pretrained({draft!r})"
+        where = (
+            "The speculators package has EAGLE-1 drafts up to version 0.4. vLLM 0.32 takes only later algorithms in this "
+            "format: to serve the draft there, export it with `--flavour vllm`."
+        )
+    language = "python" if flavour in ("eagle", "speculators") else "sh"
+    return [f"```{language}\n{code}\n```", *([where] if where else [])]
+
+
+def _acceptance(report: dict | None) -> str:
+    if report is None:
+        return "Not measured yet: `jsfdd evaluate` makes a report.json, and `jsfdd export --report` puts its figures here."
+    options = report["config"]
+    prompts = ", ".join(Path(path).name for path in options["prompts"])
+    temperature = options["temperature"]
+    how = "greedy" if temperature == 0 else f"temperature {temperature:g}"
+    nodes, depth = options.get("tree_nodes", 0), options["num_draft_tokens"]
+    proposal = f"a tree of {nodes} draft tokens, {depth} deep" if nodes else f"a chain of {depth} draft tokens"
+    tau = "τ could not be measured (no answer was longer than one token)"
+    if report["tau"] is not None:
+        tau = f"**τ = {report['tau']:.3f}** [{report['tau_low']:.3f}, {report['tau_high']:.3f}]"
+    alpha = ", ".join("–" if value is None else f"{value:.3f}" for value in report["alpha"])
+    return (
+        f"{tau}: tokens emitted per verification by the target, its own included, with 95% bootstrap interval over "
+        f"{report['n_prompts']} prompts ({prompts}); {how}, {proposal}, "
+        f"answers up to {options['max_new_tokens']} tokens. Accepted by depth, given that it was reached: "
+        f"{alpha}."
+    )
+
+
+def _selection(selection: dict | None) -> str:
+    if selection is None:
+        return ""
+    return (
+        f"Selected by {selection['metric']}: {selection['kept']} conversations kept (retain ratio "
+        f"{selection['retain_ratio']:g}, unit {selection['unit']}, threshold {selection['threshold']:g}, seed "
+        f"{selection['seed']}; {selection['dropped']} had no token that counts). sha256 of selection.json: "
+        f"`{selection['sha256']}`."
+    )
+
+
+def _training(training: dict | None) -> str:
+    if training is None:
+        return "Not known: the draft was exported from a directory that does not say."
+    return "What its training run depended on:\n\n```json\n" + json.dumps(training, indent=1, ensure_ascii=False) + "\n```"
