@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from toy import toy_target
+from two_tokens import TRIALS, deviation, joint_of_trials
 
 from jsfdd.decoding.tree import Tree, TreeShape, grow, keep_path, rerank, root_only, tree_view, walk
 from jsfdd.models.layers import cached_view, empty_cache
@@ -185,9 +186,6 @@ def test_the_root_alone_accepts_nothing():
 
 # --- Losslessness --------------------------------------------------------------------------------------------------
 
-TRIALS = 200_000
-
-
 def _emit_two(judge, target):
     """The first two tokens of TRIALS verifications of the literal tree, completed by the target where only one came."""
     p = jnp.asarray(target)
@@ -198,18 +196,7 @@ def _emit_two(judge, target):
         alone = jax.random.categorical(rest_key, jnp.log(p[tokens[0]]))
         return tokens[0], jnp.where(accepted > 0, tokens[1], alone), accepted
 
-    first, second, accepted = jax.jit(jax.vmap(trial))(jax.random.split(jax.random.key(0), TRIALS))
-    joint = np.zeros((V, V))
-    np.add.at(joint, (np.asarray(first), np.asarray(second)), 1 / TRIALS)
-    return joint, np.asarray(accepted)
-
-
-def _deviation(joint, target):
-    """Pearson's statistic against the target's own joint from token 0, in standard deviations from its mean."""
-    exact = target[0][:, None] * target
-    cells = exact * TRIALS > 5
-    statistic = np.sum((joint[cells] - exact[cells]) ** 2 / exact[cells]) * TRIALS
-    return (statistic - cells.sum() + 1) / np.sqrt(2 * (cells.sum() - 1))
+    return joint_of_trials(trial, V)
 
 
 def _ours(key, p, same_key=False):
@@ -241,7 +228,7 @@ def _one_by_one(key, p, renormalise=True, residual=True):
 def test_two_tokens_have_the_targets_distribution():
     target = _bigram(7, 0.6)
     joint, accepted = _emit_two(_ours, target)
-    assert abs(_deviation(joint, target)) < 5
+    assert abs(deviation(joint, target)) < 5
     alpha = float(target[0][[1, 2]].sum())  # the mass of the root's children
     assert np.mean(accepted > 0) == pytest.approx(alpha, abs=5 * np.sqrt(alpha * (1 - alpha) / TRIALS))
 
@@ -249,7 +236,7 @@ def test_two_tokens_have_the_targets_distribution():
 def test_looking_up_one_draw_is_trying_the_children_in_turn():
     target = _bigram(7, 0.6)
     joint, accepted = _emit_two(_one_by_one, target)
-    assert abs(_deviation(joint, target)) < 5
+    assert abs(deviation(joint, target)) < 5
     assert np.mean(accepted > 0) == pytest.approx(np.mean(_emit_two(_ours, target)[1] > 0), abs=0.007)
 
 
@@ -264,7 +251,7 @@ def test_looking_up_one_draw_is_trying_the_children_in_turn():
 )
 def test_the_test_has_power(wrong):
     target = _bigram(7, 0.6)
-    assert _deviation(_emit_two(wrong, target)[0], target) > 20
+    assert deviation(_emit_two(wrong, target)[0], target) > 20
 
 
 # --- Refusals ------------------------------------------------------------------------------------------------------

@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from two_tokens import TRIALS, deviation, joint_of_trials
 
 from jsfdd.decoding import verify as verify_module
 from jsfdd.decoding.verify import Cutoff, Verdict, draw, verify, verify_greedy, verify_sampled, warp
 
-TRIALS = 200_000
 V, G = 6, 2
 
 
@@ -34,25 +34,13 @@ def _simulate(judge, target, draft):
         alone = jax.random.categorical(rest_key, jnp.log(target[first]))
         return first, jnp.where(verdict.num_accepted > 0, second, alone), verdict.num_accepted
 
-    first, second, accepted = jax.jit(jax.vmap(trial))(jax.random.split(jax.random.key(0), TRIALS))
-    joint = np.zeros((V, V))
-    np.add.at(joint, (np.asarray(first), np.asarray(second)), 1 / TRIALS)
-    return joint, np.asarray(accepted)
-
-
-def _chi_square(joint, target):
-    """Pearson's statistic of the two-token joint against the target's own, in standard deviations from its mean."""
-    exact = target[0][:, None] * target
-    cells = exact * TRIALS > 5
-    statistic = np.sum((joint[cells] - exact[cells]) ** 2 / exact[cells]) * TRIALS
-    freedom = cells.sum() - 1
-    return (statistic - freedom) / np.sqrt(2 * freedom)
+    return joint_of_trials(trial, V)
 
 
 def test_two_token_distribution_is_the_targets():
     target, draft = _bigram_pair()
     joint, accepted = _simulate(verify_sampled, target, draft)
-    assert abs(_chi_square(joint, target)) < 5
+    assert abs(deviation(joint, target)) < 5
     # First-token acceptance has a closed form: sum of min(p, q).
     alpha = float(np.minimum(target[0], draft[0]).sum())
     assert np.mean(accepted > 0) == pytest.approx(alpha, abs=5 * np.sqrt(alpha * (1 - alpha) / TRIALS))
@@ -83,7 +71,7 @@ def _reused_key(key, tokens, q, p):
 def test_the_distribution_test_has_power(wrong):
     target, draft = _bigram_pair()
     joint, _ = _simulate(wrong, target, draft)
-    assert _chi_square(joint, target) > 20
+    assert deviation(joint, target) > 20
 
 
 def test_equal_distributions_accept_everything():

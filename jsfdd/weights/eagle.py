@@ -179,6 +179,7 @@ def _refuse_pickled(directory: Path) -> None:
     pickled = sorted(file for pattern in _PICKLED for file in directory.glob(pattern))
     if not pickled or any(directory.glob("*.safetensors")):
         return
+    # A line for the user to run elsewhere, and never run here.
     convert = (
         "import torch, safetensors.torch as s; "
         f't = torch.load({json.dumps(str(pickled[0]))}, map_location="cpu", weights_only=True); '
