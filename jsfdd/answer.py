@@ -16,6 +16,7 @@ from jsfdd.decoding.stream import stream_answer
 from jsfdd.decoding.verify import Cutoff
 from jsfdd.evaluation.evaluate import check_draft
 from jsfdd.evaluation.prompts import check_length, render_turns
+from jsfdd.mesh import make_mesh, replicate
 from jsfdd.pipeline import load_draft, tree_shape
 from jsfdd.records import Prompt
 from jsfdd.weights.load import load_target
@@ -25,7 +26,8 @@ def answer(config: GenerateConfig) -> None:
     """Decode the answer to `config.prompt`, printing as it comes."""
     tree = tree_shape(config)
     draft, draft_params = (None, None) if config.draft is None else load_draft(config.draft)
-    target = load_target(config.target, jnp.dtype(config.dtype))
+    mesh = make_mesh(data=1, model=config.model_shards)
+    target = load_target(config.target, jnp.dtype(config.dtype), mesh)
     if draft is not None:
         check_draft(target, draft, str(config.draft))
     prompt = Prompt("--prompt", "", (config.prompt,))
@@ -41,7 +43,7 @@ def answer(config: GenerateConfig) -> None:
         Cutoff(config.top_k, config.top_p),
     )
     writer = _Writer(target.tokenizer, _marks() if config.show_accepted else ("", ""))
-    params = prepare_params(target.params, draft_params)
+    params = prepare_params(target.params, None if draft_params is None else replicate(draft_params, mesh))
     result = stream_answer(setup, params, tokens, config.seed, config.temperature, writer.show)
     writer.finish()
     tau = f"τ {result.tau:.2f}, " if draft is not None and result.tau is not None else ""

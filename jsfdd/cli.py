@@ -1,7 +1,8 @@
 """The `jsfdd` command: one sub-command per stage, its options generated from the stage's config.
 
 Exit codes: 0 done; 1 `jsfdd doctor` found an error; 2 wrong input (one line says which file, line or value, and the
-remedy; nothing half-written stays); 130 interrupted; anything else is a fault of jsfdd and comes with its traceback.
+remedy; nothing half-written stays); 3 another process of the run ended, so this one did too; 130 interrupted; anything else
+is a fault of jsfdd and comes with its traceback.
 """
 
 from __future__ import annotations
@@ -110,6 +111,7 @@ exit codes:
   0    done
   1    doctor found an error
   2    wrong input or options; one line on stderr says which, and the remedy
+  3    another process of the run ended, so this one did too
   130  interrupted; the same command continues where it stopped
   Anything else is a fault of jsfdd and comes with a traceback.
 
@@ -128,10 +130,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("JSFDD_TRACEBACK"):
             raise
         print(f"jsfdd: error: {error}", file=sys.stderr)
-        return 2
+        return _leave(2)
+    except RuntimeError as error:
+        if not _needed_other_processes(error):
+            raise
+        print(
+            f"jsfdd: error: a step that needs all processes failed ({str(error).splitlines()[0]}). If another process has "
+            "ended, its own message says why; start all of them again with the same command, which continues",
+            file=sys.stderr,
+        )
+        return _leave(3)
     except KeyboardInterrupt:
         print("jsfdd: interrupted; the same command continues where it stopped", file=sys.stderr)
-        return 130
+        return _leave(130)
+
+
+def _needed_other_processes(error: RuntimeError) -> bool:
+    import jax
+
+    return isinstance(error, jax.errors.JaxRuntimeError) and jax.distributed.is_initialized()
+
+
+def _leave(code: int) -> int:
+    """The exit code; but one of several processes ends here and now, for else it would wait for the others, and they for it."""
+    import jax
+
+    if jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _indented(text: str) -> str:
@@ -150,6 +178,10 @@ def _run(command: Command) -> int:
     # Without torch transformers still gives what is used of it, but says so on every import.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     _prepare_jax()
+    from jsfdd import processes
+
+    if isinstance(config, options.ProcessOptions):
+        processes.start(config.coordinator, config.num_processes, config.process_id)
     from jsfdd import dry_run, pipeline, results
 
     if isinstance(config, DemoConfig):
@@ -185,7 +217,8 @@ def _run(command: Command) -> int:
         case options.ReportConfig():
             print(pipeline.report(config))
             return 0
-    results.show(result, output.json)
+    if processes.is_primary():
+        results.show(result, output.json)
     return 0
 
 

@@ -22,6 +22,7 @@ MaskSpan = Literal["thinking", "tool_calls"]
 _RULES = {
     "data": (lambda x: len(x) > 0, "at least one chat file"),
     "prompts": (lambda x: len(x) > 0, "at least one prompt file"),
+    "model_shards": (lambda x: x >= 1, "1 (whole on every device) or more"),
     "max_length": (lambda x: x >= 8, "8 tokens or more"),
     "batch_tokens": (lambda x: x >= 1, "1 or more"),
     "retain_ratio": (lambda x: 0 < x <= 1, "a share of the samples in (0, 1]"),
@@ -104,6 +105,8 @@ class TargetOptions(_Options):
     """The target model: a Hugging Face directory, a .gguf file, a hub name, or `smollm2` (the packaged demo model)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the target's weights and activations. Metrics, softmax and losses are float32 either way."""
+    model_shards: int = 1
+    """Devices that share one copy of the target; the others take different rows. Must divide the devices."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,7 +128,8 @@ class DataOptions(ChatFiles):
     max_length: int = 2048
     """Conversations are cut after this many tokens."""
     batch_tokens: int = 4096
-    """Tokens in one batch, padding included: rows × length of a bucket."""
+    """Tokens in one batch, padding included: rows × length of a bucket. A training step divides one over all devices;
+    scoring gives each device one of its own. No result depends on how many devices there are."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -228,11 +232,27 @@ class Seeded(_Options):
     """Seeds every random choice of the command."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProcessOptions(_Options):
+    """How several processes find each other. No result depends on it, so no artifact stores it."""
+
+    coordinator: str | None = None
+    """HOST:PORT of process 0, the same for all processes; or `auto` on a TPU pod or under SLURM. None: one process."""
+    num_processes: int | None = None
+    """How many processes there are; goes with --coordinator HOST:PORT."""
+    process_id: int | None = None
+    """Which of them this is, from 0."""
+
+    def to_json(self) -> dict:
+        own = {field.name for field in dataclasses.fields(ProcessOptions)}
+        return {name: value for name, value in super().to_json().items() if name not in own}
+
+
 # --- One config per command ----------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ScoreConfig(TargetOptions, DataOptions):
+class ScoreConfig(TargetOptions, DataOptions, ProcessOptions):
     """Score chats by how flat the target's next-token distributions are."""
 
     out: Path
@@ -242,7 +262,7 @@ class ScoreConfig(TargetOptions, DataOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SelectConfig(SelectionOptions, Seeded):
+class SelectConfig(SelectionOptions, Seeded, ProcessOptions):
     """Keep the most valuable share of the scored samples."""
 
     scores: Path
@@ -254,7 +274,7 @@ class SelectConfig(SelectionOptions, Seeded):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig(TargetOptions, DataOptions, TrainingOptions, ProbeOptions, Seeded):
+class TrainConfig(TargetOptions, DataOptions, TrainingOptions, ProbeOptions, Seeded, ProcessOptions):
     """Train an EAGLE draft on the selected samples."""
 
     out: Path
@@ -264,7 +284,7 @@ class TrainConfig(TargetOptions, DataOptions, TrainingOptions, ProbeOptions, See
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(TargetOptions, DecodingOptions, Seeded):
+class EvaluateConfig(TargetOptions, DecodingOptions, Seeded, ProcessOptions):
     """Measure acceptance and speed by real speculative decoding."""
 
     draft: tuple[Path, ...]

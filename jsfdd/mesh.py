@@ -7,9 +7,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -34,38 +37,148 @@ def num_data_shards(mesh: Mesh) -> int:
     return mesh.shape["data"]
 
 
+def own_data_shards(mesh: Mesh) -> tuple[int, ...]:
+    """The data shards whose rows this process reads and whose results it keeps: each belongs to exactly one process.
+
+    Where a model axis spans processes, it is the process of the shard's first device.
+    """
+    return tuple(i for i, devices in enumerate(mesh.devices) if devices[0].process_index == jax.process_index())
+
+
+def put(x, sharding: NamedSharding) -> jax.Array:
+    """`x`, which every process has whole or which is sharded already, under `sharding`. Costs nothing where it is so."""
+    if sharding.is_fully_addressable or isinstance(x, jax.Array) and not x.is_fully_addressable:
+        return jax.device_put(x, sharding)
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(put(jax.random.key_data(x), sharding))
+    # device_put would do it as well, but compares x over all processes first.
+    host = np.asarray(x)
+    return place(host.shape, sharding, lambda index: host[index])
+
+
+def place(shape: tuple[int, ...], sharding: NamedSharding, build: Callable[[tuple[slice, ...]], np.ndarray]) -> jax.Array:
+    """An array of which this process builds only what its own devices hold: `build(index)` gives the block at `index`.
+
+    A block that several devices hold is built once, and one block after the other, so the host never has more than one.
+    """
+    devices_of: dict[tuple, list] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        devices_of.setdefault(tuple(s.indices(n)[:2] for s, n in zip(index, shape)), []).append(device)
+    parts = []
+    for bounds, devices in devices_of.items():
+        block = build(tuple(slice(*each) for each in bounds))
+        parts += [jax.device_put(block, device) for device in devices]
+    return jax.make_array_from_single_device_arrays(shape, sharding, parts)
+
+
 def shard_rows(tree, mesh: Mesh):
-    """Put host arrays on the devices, leading axis split over "data"."""
-    return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, P("data"))), tree)
+    """Host arrays, leading axis split over "data"; of several processes all have all rows, and each uploads its own."""
+    rows = {len(x) for x in jax.tree.leaves(tree)}
+    if any(count % num_data_shards(mesh) for count in rows):
+        raise ValueError(f"{sorted(rows)} rows do not divide among {num_data_shards(mesh)} data shards; pad the batch")
+    sharding = NamedSharding(mesh, P("data"))
+    return jax.tree.map(lambda x: put(x, sharding), tree)
+
+
+def shard_built_rows(build: Callable[[int, int], Any], num_rows: int, mesh: Mesh):
+    """As `shard_rows`, but each process only builds its own rows: `build(start, stop)` gives a tree of them."""
+    shards = num_data_shards(mesh)
+    if num_rows % shards:
+        raise ValueError(f"{num_rows} rows do not divide among {shards} data shards; pad the batch")
+    sharding = NamedSharding(mesh, P("data"))
+    bounds = {
+        device: index[0].indices(num_rows)[:2]
+        for device, index in sharding.addressable_devices_indices_map((num_rows,)).items()
+    }
+    trees = {each: build(*each) for each in dict.fromkeys(bounds.values())}
+
+    def assemble(*blocks):
+        block_of = dict(zip(trees, blocks))
+        parts = [jax.device_put(block_of[each], device) for device, each in bounds.items()]
+        return jax.make_array_from_single_device_arrays((num_rows, *blocks[0].shape[1:]), sharding, parts)
+
+    return jax.tree.map(assemble, *trees.values())
+
+
+def own_rows(tree, mesh: Mesh) -> dict[int, Any]:
+    """Of results whose leading axis is split over "data": {data shard: its rows on the host}, of `own_data_shards` only."""
+    owned = {mesh.devices[shard][0]: shard for shard in own_data_shards(mesh)}
+    leaves, structure = jax.tree.flatten(tree)
+    on_device = [{shard.device: shard.data for shard in leaf.addressable_shards} for leaf in leaves]
+    fetched = jax.device_get([[parts[device] for parts in on_device] for device in owned])
+    return {shard: jax.tree.unflatten(structure, list(map(np.asarray, each))) for shard, each in zip(owned.values(), fetched)}
 
 
 def replicate(tree, mesh: Mesh):
     """Put arrays whole on every device of the mesh."""
-    return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, P())), tree)
+    sharding = NamedSharding(mesh, P())
+    return jax.tree.map(lambda x: put(x, sharding), tree)
 
 
-def map_over_devices(f: Callable, mesh: Mesh, *, num_sharded: int = 1, donate: tuple[int, ...] = ()) -> Callable:
-    """Compile `f(params, *args)` to run on each device's rows by itself, without communication.
+def map_over_devices(f: Callable, mesh: Mesh, *, num_sharded: int = 1) -> Callable:
+    """Compile `f(params, *args)` to run on each data shard's rows by itself, without communication between them.
+
+    Where a "model" axis splits the parameters, every data shard is a program of its own over its model shards. As one
+    program for all they would have to meet at every collective that XLA places over all devices at once, and loops that
+    run as long as a shard's own rows need would wait for each other for ever.
 
     Args:
-      f: takes pytrees; `params` whole on every device, then `num_sharded` trees whose leading axis is split over "data".
-      mesh: from `make_mesh`. A "model" axis is left to the compiler, so `f` may use sharded parameters.
+      f: takes pytrees; `params` whole or split over "model", then `num_sharded` trees whose leading axis is split over
+        "data".
+      mesh: from `make_mesh`.
       num_sharded: how many arguments after `params` are split by rows.
-      donate: positions of arguments whose buffers the result may reuse.
 
     Returns:
       The compiled function; the leading axis of all its results is split over "data". A leading axis that the number of
       data shards does not divide is an error at the call. Build it once: every new wrapper compiles again.
     """
-    mapped = jax.shard_map(
-        f,
-        mesh=mesh,
-        axis_names={"data"},
-        in_specs=(P(),) + (P("data"),) * num_sharded,
-        out_specs=P("data"),
-        check_vma=False,  # a loop whose carry starts from a constant is a type error under the check
-    )
-    return jax.jit(mapped, donate_argnums=donate)
+    in_specs = (P(),) + (P("data"),) * num_sharded
+    if mesh.shape["model"] == 1:
+        # check_vma: a loop whose carry starts from a constant is a type error under the check.
+        return jax.jit(jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=P("data"), check_vma=False))
+    groups = {
+        shard: Mesh(devices[None], mesh.axis_names, axis_types=mesh.axis_types)
+        for shard, devices in enumerate(mesh.devices)
+        if any(device.process_index == jax.process_index() for device in devices)
+    }
+    programs = {
+        shard: jax.jit(f, out_shardings=NamedSharding(group, P("data"))) for shard, group in groups.items()
+    }
+
+    def mapped(*args):
+        placed = [
+            jax.tree.map(lambda x, spec=spec: x if _is_on(x, mesh) else put(x, NamedSharding(mesh, spec)), arg)
+            for arg, spec in zip(args, in_specs, strict=True)
+        ]
+        results = [
+            program(*jax.tree.map(lambda x, group=groups[shard]: _part_on(x, group, mesh), placed))
+            for shard, program in programs.items()
+        ]
+        return jax.tree.map(lambda *parts: _joined(parts, mesh), *results)
+
+    return mapped
+
+
+def _is_on(x, mesh: Mesh) -> bool:
+    return isinstance(x, jax.Array) and isinstance(x.sharding, NamedSharding) and x.sharding.mesh == mesh
+
+
+def _part_on(x: jax.Array, group: Mesh, mesh: Mesh) -> jax.Array:
+    """What one data shard's devices hold of `x`, as an array of theirs alone; nothing is copied."""
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(_part_on(jax.random.key_data(x), group, mesh))
+    spec = (*x.sharding.spec, *[None] * (x.ndim - len(x.sharding.spec)))
+    shape = tuple(size // num_data_shards(mesh) if part == "data" else size for size, part in zip(x.shape, spec))
+    data = {part.device: part.data for part in x.addressable_shards}
+    parts = [data[device] for device in group.local_devices]
+    return jax.make_array_from_single_device_arrays(shape, NamedSharding(group, P(*spec)), parts)
+
+
+def _joined(parts: tuple[jax.Array, ...], mesh: Mesh) -> jax.Array:
+    """The data shards' results, this process's part of them, as one array with its leading axis split over "data"."""
+    shape = (parts[0].shape[0] * num_data_shards(mesh), *parts[0].shape[1:])
+    data = [shard.data for part in parts for shard in part.addressable_shards]
+    return jax.make_array_from_single_device_arrays(shape, NamedSharding(mesh, P("data")), data)
 
 
 def sum_over_devices(f: Callable, mesh: Mesh, *, num_sharded: int = 1) -> Callable:
@@ -100,5 +213,11 @@ def describe_hardware() -> dict:
 
 
 def to_host(tree):
-    """Fetch arrays to numpy in one go."""
-    return jax.tree.map(np.asarray, jax.device_get(tree))
+    """Fetch arrays to numpy in one go; what other processes hold of them comes over the network."""
+
+    def whole(x):
+        if isinstance(x, jax.Array) and not x.is_fully_addressable and not x.is_fully_replicated:
+            return multihost_utils.process_allgather(x, tiled=True)
+        return x
+
+    return jax.tree.map(np.asarray, jax.device_get(jax.tree.map(whole, tree)))

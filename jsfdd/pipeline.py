@@ -43,10 +43,11 @@ from jsfdd.evaluation import evaluate as evaluation
 from jsfdd.evaluation.probe import make_probe
 from jsfdd.evaluation.report import write_report
 from jsfdd.files import differences, read_json, write_json
-from jsfdd.mesh import describe_hardware, make_mesh, num_data_shards
+from jsfdd.mesh import describe_hardware, make_mesh
 from jsfdd.models.draft import DraftConfig, draft_config
+from jsfdd.processes import agree, agree_on_directory, is_primary, several, wait_for_all
 from jsfdd.progress import console, progress
-from jsfdd.records import Sample
+from jsfdd.records import Sample, samples_digest
 from jsfdd.selection import features, sfdd
 from jsfdd.selection.features import HiddenStore, HiddenWriter
 from jsfdd.selection.score import score_samples
@@ -78,13 +79,15 @@ class Loaded(NamedTuple):
 def load(config: TargetOptions | DataOptions) -> Loaded:
     """The target and the tokenized chats that a config names."""
     found = read_chat_files(config.data)  # before the weights: a bad line should not cost a minute
-    target = load_target(config.target, jnp.dtype(config.dtype))
+    mesh = make_mesh(model=config.model_shards)
+    target = load_target(config.target, jnp.dtype(config.dtype), mesh)
     samples, summary = tokenize_chats(found.chats, target.tokenizer, config.max_length, config.mask_spans)
     files = count_by_file(found, summary)
-    show_counts(files)
-    mesh = make_mesh()
-    shapes = choose_shapes([len(s.tokens) for s in samples], config.batch_tokens, num_data_shards(mesh))
+    if is_primary():
+        show_counts(files)
+    shapes = choose_shapes([len(s.tokens) for s in samples], config.batch_tokens)
     identity = identity_of(target, config.data, config.max_length, config.dtype)
+    agree({"the options": config.to_json(), "the tokenized chats": samples_digest(samples), **identity})
     return Loaded(target, mesh, samples, summary, files, shapes, identity)
 
 
@@ -115,7 +118,7 @@ def score(config: ScoreConfig, loaded: Loaded | None = None, writer: HiddenWrite
     With a `writer` the same pass of the target also stores the hidden states of all samples.
     """
     loaded = loaded or load(config)
-    config.out.mkdir(parents=True, exist_ok=True)
+    agree_on_directory(config.out)
     table = score_samples(
         loaded.target.config,
         loaded.target.params,
@@ -127,9 +130,11 @@ def score(config: ScoreConfig, loaded: Loaded | None = None, writer: HiddenWrite
         per_token=config.per_token,
         hidden_writer=writer,
     )
-    write_scores(config.out / "scores.parquet", table)
-    if config.per_token:
-        write_token_scores(config.out / "token_scores.parquet", table)
+    if is_primary():
+        write_scores(config.out / "scores.parquet", table)
+        if config.per_token:
+            write_token_scores(config.out / "token_scores.parquet", table)
+    wait_for_all("scores written")
     return table
 
 
@@ -138,7 +143,9 @@ def select(config: SelectConfig) -> Selection:
     table = read_scores(config.scores)
     selection = sfdd.select(table, config.metric, config.retain_ratio, config.seed, config.unit)
     config.out.mkdir(parents=True, exist_ok=True)
-    sfdd.write_selection(config.out / "selection.json", selection)
+    if is_primary():
+        sfdd.write_selection(config.out / "selection.json", selection)
+    wait_for_all("selection written")
     return selection
 
 
@@ -148,9 +155,10 @@ def train(config: TrainConfig, loaded: Loaded | None = None, store: HiddenStore 
     Without a `store` the hidden states of the samples that stay are computed first and kept in `out`/hidden.
     """
     loaded = loaded or load(config)
-    config.out.mkdir(parents=True, exist_ok=True)
+    agree_on_directory(config.out)
     selection = None if config.selection is None else sfdd.read_selection(config.selection)
     kept, held_out = training_sides(loaded.samples, selection, config.held_out_share)
+    agree({"the selection": [sample.id for sample in kept]})
     if store is None:
         store = _store_hidden(loaded, [*kept, *held_out], config.out / "hidden", config.batch_tokens)
     return training.train(
@@ -172,14 +180,20 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict]:
     tree_shape(config)
     prompts = read_prompts(config.prompts)
     drafts = {name: load_draft(path) for name, path in names_of(config.draft).items()}
-    target = load_target(config.target, jnp.dtype(config.dtype))
-    reports = _evaluate(config, target, drafts, prompts, make_mesh())
-    for name, report in reports.items():
-        out = config.out / name if len(reports) > 1 else config.out
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "report.json", report | {"config": config.to_json()})
-    if len(reports) > 1:
-        write_json(config.out / "differences.json", evaluation.compare(reports, config.seed))
+    mesh = make_mesh(model=config.model_shards)
+    target = load_target(config.target, jnp.dtype(config.dtype), mesh)
+    agree({"the options": config.to_json(), "the prompts": [dataclasses.asdict(prompt) for prompt in prompts]})
+    agree({"the target": target.fingerprint})
+    agree_on_directory(config.out)
+    reports = _evaluate(config, target, drafts, prompts, mesh)
+    if is_primary():
+        for name, report in reports.items():
+            out = config.out / name if len(reports) > 1 else config.out
+            out.mkdir(parents=True, exist_ok=True)
+            write_json(out / "report.json", report | {"config": config.to_json()})
+        if len(reports) > 1:
+            write_json(config.out / "differences.json", evaluation.compare(reports, config.seed))
+    wait_for_all("reports written")
     return reports
 
 
@@ -254,6 +268,8 @@ def run(config: RunConfig) -> dict:
     missing, or, where nothing is, reads the summary and computes nothing.
     """
     tree_shape(config)
+    if several():
+        raise ValueError("`jsfdd run` works in one process; start score, select, train and evaluate one after the other")
     _claim(config)
     if (config.out / "summary.json").exists():
         console.print(f"{config.out}: finished before; nothing to compute", soft_wrap=True)

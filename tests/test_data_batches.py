@@ -42,14 +42,13 @@ def test_bucket_lengths_are_a_fixed_list():
 @given(
     lengths=st.lists(st.integers(1, 3000), max_size=200),
     token_budget=st.integers(1, 20_000),
-    num_devices=st.integers(1, 8),
     shape_cost=st.integers(0, 10_000),
     epoch=st.integers(0, 3),
 )
-def test_every_sample_once_in_a_shape_that_holds_it(lengths, token_budget, num_devices, shape_cost, epoch):
-    shapes = choose_shapes(lengths, token_budget, num_devices, shape_cost)
-    assert all(shape.rows % num_devices == 0 and shape.rows > 0 for shape in shapes)
-    assert all(shape.rows * shape.length <= max(token_budget, num_devices * shape.length) for shape in shapes)
+def test_every_sample_once_in_a_shape_that_holds_it(lengths, token_budget, shape_cost, epoch):
+    shapes = choose_shapes(lengths, token_budget, shape_cost)
+    assert all(shape.rows > 0 for shape in shapes)
+    assert all(shape.rows * shape.length <= max(token_budget, shape.length) for shape in shapes)
     assert {shape.length for shape in shapes} <= set(bucket_lengths(3000))
     for plans in (make_batches(lengths, shapes), epoch_batches(lengths, shapes, seed=1, epoch=epoch)):
         assert sorted(i for plan in plans for i in plan.indices) == list(range(len(lengths)))
@@ -60,9 +59,8 @@ def test_every_sample_once_in_a_shape_that_holds_it(lengths, token_budget, num_d
 
 
 @pytest.mark.parametrize("token_budget", [2048, 8192, 16384])
-@pytest.mark.parametrize("num_devices", [1, 8])
-def test_little_padding_and_few_shapes(token_budget, num_devices):
-    shapes = choose_shapes(LENGTHS, token_budget, num_devices)
+def test_little_padding_and_few_shapes(token_budget):
+    shapes = choose_shapes(LENGTHS, token_budget)
     assert len(shapes) <= len(bucket_lengths(2048)) == 21
     for plans in (make_batches(LENGTHS, shapes), epoch_batches(LENGTHS, shapes, 0, 0)):
         assert padding_share(plans, LENGTHS) < 0.1
@@ -79,9 +77,8 @@ def test_a_shape_is_taken_when_its_padding_saved_exceeds_its_cost():
 def test_shapes_by_hand():
     assert choose_shapes([], 1024) == ()
     assert choose_shapes([60] * 99, 1024) == (Shape(16, 64),)
-    assert choose_shapes([60] * 99, 1024, num_devices=5) == (Shape(15, 64),)
-    assert choose_shapes([60] * 3, 1024, num_devices=2) == (Shape(4, 64),)  # no more rows than samples
-    assert choose_shapes([2000] * 9, 1024, num_devices=4) == (Shape(4, 2048),)  # one row a device at least
+    assert choose_shapes([60] * 3, 1024) == (Shape(3, 64),)  # no more rows than samples
+    assert choose_shapes([2000] * 9, 1024) == (Shape(1, 2048),)  # one row at least
 
 
 def test_fixed_order_by_hand():

@@ -75,7 +75,7 @@ def test_a_kill_loses_the_open_shard_at_most_and_the_next_writer_goes_on(tmp_pat
     closed = set(HiddenStore.open(tmp_path / "cut", IDENTITY, verify=True))
     assert closed == {"s0", "s1", "s2", "s3"}  # s4 alone does not fill a shard
     assert not list((tmp_path / "cut").glob("*.tmp"))
-    (tmp_path / "cut" / "open-shard.tmp").write_bytes(b"what SIGKILL left")
+    (tmp_path / "cut" / "open-shard-0.tmp").write_bytes(b"what SIGKILL left")
     fill(tmp_path / "cut")
     assert_whole(tmp_path / "cut")
     assert content(tmp_path / "cut") == content(tmp_path / "whole")

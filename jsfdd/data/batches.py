@@ -5,7 +5,7 @@ Lengths come from one fixed list, four to the octave, so programs are shared bet
 those that are worth compiling for the data at hand. Samples that would leave a batch mostly empty move to the next
 longer shape.
 
-    shapes = choose_shapes(lengths, token_budget, num_devices)
+    shapes = choose_shapes(lengths, token_budget)
     plans = make_batches(lengths, shapes)                       # scoring: a fixed order
     plans = epoch_batches(lengths, shapes, seed, epoch)         # training: a new order each epoch
     batch = pad_batch([samples[i] for i in plan.indices], plan.shape)
@@ -58,20 +58,17 @@ def bucket_lengths(longest: int) -> tuple[int, ...]:
     return tuple(lengths)
 
 
-def choose_shapes(
-    lengths: Lengths, token_budget: int, num_devices: int = 1, shape_cost: int = 2048
-) -> tuple[Shape, ...]:
+def choose_shapes(lengths: Lengths, token_budget: int, shape_cost: int = 2048) -> tuple[Shape, ...]:
     """The shapes for samples of these lengths, shortest first, all of about `token_budget` tokens.
 
     Of the fixed lengths it takes those that minimise (tokens of all samples, padded) + shape_cost · (number of shapes),
     by dynamic programming over the longest length of each bucket. Rows are token_budget // length, but no more than
-    there are samples, rounded down to a multiple of `num_devices`, and at least one a device even if that exceeds the
-    budget.
+    there are samples, and at least one even if that exceeds the budget. No device count comes in: results must not
+    depend on it.
 
     Args:
       lengths: tokens of each sample, all of them.
       token_budget: tokens of one batch, padding included.
-      num_devices: rows are divided among so many devices.
       shape_cost: how many tokens are computed in the time that one more shape takes to compile: some 2,000 for a small
         model on a CPU, 10⁵ and more on an accelerator, unless the compiled programs are cached.
     """
@@ -87,12 +84,11 @@ def choose_shapes(
         previous.append(int(np.argmin(costs)))
         best.append(costs[previous[-1]])
 
-    most_rows = -(-len(lengths) // num_devices) * num_devices
     shapes, j = [], len(fixed)
     while j:
         if up_to[j] > up_to[previous[j]]:
-            rows = min(token_budget // fixed[j - 1], most_rows) // num_devices * num_devices
-            shapes.append(Shape(max(rows, num_devices), fixed[j - 1]))
+            rows = min(token_budget // fixed[j - 1], len(lengths))
+            shapes.append(Shape(max(rows, 1), fixed[j - 1]))
         j = previous[j]
     return tuple(reversed(shapes))
 

@@ -29,8 +29,9 @@ from jsfdd.decoding.tree import TreeShape
 from jsfdd.decoding.verify import EVERY_TOKEN, Cutoff
 from jsfdd.evaluation.intervals import interval, resample_ratios, tau_difference
 from jsfdd.evaluation.prompts import bucket_width, check_length, prompt_batch, render_turns
-from jsfdd.mesh import describe_hardware, num_data_shards, to_host
+from jsfdd.mesh import describe_hardware, num_data_shards, replicate, shard_rows, to_host
 from jsfdd.models.draft import DraftConfig
+from jsfdd.models.sharding import place_params
 from jsfdd.records import Prompt
 from jsfdd.weights.load import Target
 
@@ -110,20 +111,22 @@ def evaluate(
     shards = num_data_shards(mesh)
     batch_size = -(-batch_size // shards) * shards
     plain = make_generate(DecodeSetup(target.config, None, 0, max_new_tokens, target.stop_tokens, cutoff=cutoff), mesh)
-    target_params = prepare_params(target.params)
+    target_params = prepare_params(place_params(target.params, mesh))
     programs = {BASELINE: _Program(target_params, plain, 0)}
     for config in {config for config, _ in drafts.values()}:
         setup = DecodeSetup(target.config, config, num_draft_tokens, max_new_tokens, target.stop_tokens, tree, cutoff)
         decode = make_generate(setup, mesh)
         for name, (own, params) in drafts.items():
             if own == config:
-                programs[name] = _Program(target_params | {"draft": params}, decode, num_draft_tokens)
+                programs[name] = _Program(target_params | {"draft": replicate(params, mesh)}, decode, num_draft_tokens)
 
     answers = {
         name: Answers([[] for _ in prompts], [[] for _ in prompts], *_zero_counts(len(prompts), program), [], [], [])
         for name, program in programs.items()
     }
-    compile_seconds = _answer_all(target, programs, answers, prompts, temperature, max_new_tokens, batch_size, seed, progress)
+    compile_seconds = _answer_all(
+        target, programs, answers, prompts, mesh, temperature, max_new_tokens, batch_size, seed, progress
+    )
     # Trees draw with plain decoding's own keys, so their text is its text at any temperature; sampled chains' need not be.
     same_text = temperature == 0 or tree is not None
     return {name: _report(prompts, answers[name], answers[BASELINE], compile_seconds, same_text, seed) for name in drafts}
@@ -152,7 +155,9 @@ def check_draft(target: Target, draft: DraftConfig, name: str) -> None:
             )
 
 
-def _answer_all(target, programs, answers, prompts, temperature, max_new_tokens, batch_size, seed, progress) -> float:
+def _answer_all(
+    target, programs, answers, prompts, mesh, temperature, max_new_tokens, batch_size, seed, progress
+) -> float:
     """Fill `answers`, turn by turn and batch by batch, the systems one after the other. Returns seconds spent compiling."""
     ready: set[tuple] = set()
     compile_seconds = 0.0
@@ -178,7 +183,8 @@ def _answer_all(target, programs, answers, prompts, temperature, max_new_tokens,
             width = bucket_width(max(longest[k] for k in chosen))
             for name, program in programs.items():
                 batch = prompt_batch([ids[name][k] for k in chosen], [rows[k] for k in chosen], batch_size, width, seed, turn)
-                arguments = ((program.params, jnp.float32(temperature)), batch)
+                batch = shard_rows(batch, mesh)
+                arguments = ((program.params, np.float32(temperature)), batch)
                 if (program.decode, width) not in ready:
                     begin = time.perf_counter()
                     # Rows of length 0 are done at once: everything is compiled and loaded, hardly anything computed.

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from jsfdd.decoding.generate import DecodeSetup, make_generate, prepare_params
 from jsfdd.evaluation.prompts import bucket_width, check_length, prompt_batch, render_turns
-from jsfdd.mesh import num_data_shards, to_host
+from jsfdd.mesh import num_data_shards, replicate, shard_rows, to_host
 from jsfdd.models.draft import DraftConfig
+from jsfdd.models.sharding import place_params
 from jsfdd.records import Prompt
 from jsfdd.weights.load import Target
 
@@ -32,13 +32,14 @@ def make_probe(
     shards = num_data_shards(mesh)
     rows = -(-len(ids) // shards) * shards
     width = bucket_width(max(len(tokens) for tokens in ids))
-    batch = prompt_batch(ids, range(len(ids)), rows, width, seed=0, turn=0)
+    batch = shard_rows(prompt_batch(ids, range(len(ids)), rows, width, seed=0, turn=0), mesh)
     setup = DecodeSetup(target.config, draft, num_draft_tokens, max_new_tokens, target.stop_tokens)
     decode = make_generate(setup, mesh)
-    target_params = prepare_params(target.params)
+    target_params = prepare_params(place_params(target.params, mesh))
 
     def probe(draft_params: dict) -> dict:
-        out = to_host(decode((target_params | {"draft": draft_params}, jnp.float32(0)), batch))
+        params = target_params | {"draft": replicate(draft_params, mesh)}
+        out = to_host(decode((params, np.float32(0)), batch))
         counts = out.stats.accept_counts.sum(axis=0, dtype=np.int64)
         steps = int(counts.sum())
         if not steps:

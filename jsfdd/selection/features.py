@@ -2,6 +2,7 @@
 
     DIR/shard-00000.bin   hidden states of many samples, [tokens, D], little-endian, one after the other
     DIR/manifest.json     what they belong to; of each shard its samples, their tokens, and its sha256
+    DIR/manifest-1.json   the shards of process 1, where several write, until process 0 has taken them over
 
 A shard is written aside and renamed when it is full, then the manifest is replaced: killed at any byte, the store keeps
 all of its closed shards, and a new writer goes on behind them. A damaged shard may be deleted: the next writer takes
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+import jax
 import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
@@ -28,9 +30,11 @@ from jaxtyping import Float
 
 from jsfdd.data.batches import choose_shapes, make_batches
 from jsfdd.files import differences, plain, written_whole
-from jsfdd.mesh import map_over_devices, num_data_shards
+from jsfdd.mesh import map_over_devices
 from jsfdd.models.architecture import DecoderConfig
+from jsfdd.models.sharding import place_params
 from jsfdd.models.target import hidden_states
+from jsfdd.processes import agree, is_primary, several, wait_for_all
 from jsfdd.records import Batch, Sample
 from jsfdd.selection.run import run_batches
 
@@ -44,6 +48,9 @@ _DELETE_SHARD = "delete this shard and store again: only its samples are compute
 
 class HiddenWriter:
     """Appends samples to a store, or starts one; use it in a `with`.
+
+    Several processes may each append their own samples at the same time: each writes shards and a manifest of its own,
+    and process 0 puts them together when all have closed, or at the next start where a run was killed.
 
     Args:
       directory: of the store; made if missing.
@@ -67,15 +74,16 @@ class HiddenWriter:
         self._directory, self._dtype, self._shard_bytes = Path(directory), _DTYPES[dtype], shard_bytes
         self._directory.mkdir(parents=True, exist_ok=True)
         self._manifest = {"dtype": dtype, "hidden_size": hidden_size, "identity": plain(identity), "shards": []}
-        if (self._directory / MANIFEST).exists():
-            found = _read_manifest(self._directory)
-            _check_belongs(self._directory, found, self._manifest)
-            kept = [shard for shard in found["shards"] if (self._directory / shard["file"]).exists()]
-            for shard in kept:
-                _check_size(self._directory, found, shard)
-            self._manifest["shards"] = kept
-        self._write_manifest()
-        self._stored = {name for shard in self._manifest["shards"] for name, _ in shard["samples"]}
+        if is_primary():
+            self._take_over()
+        wait_for_all("the store is ready")
+        merged = _read_manifest(self._directory / MANIFEST)
+        self._stored = {name for shard in merged["shards"] for name, _ in shard["samples"]}
+        agree({"the hidden states that an earlier call left": sorted(self._stored)})
+        self._next = max((int(shard["file"][6:-4]) for shard in merged["shards"]), default=-1) + 1
+        self._next += (jax.process_index() - self._next) % jax.process_count()
+        if is_primary():
+            self._manifest = merged
         self._open = None  # the stream of the shard that is not full
         self._samples: list[tuple[str, int]] = []  # in it
         self._sha = hashlib.sha256()
@@ -112,9 +120,14 @@ class HiddenWriter:
                 self.add(sample.id, states[: len(sample.tokens)])
 
     def close(self) -> None:
-        """Close the open shard; all that was added is then in the store."""
+        """Close the open shard; all that was added, by any process, is then in the store. Waits for all processes."""
         if self._open is not None:
             self._close_shard()
+        if several():
+            wait_for_all("hidden states stored")
+            if is_primary():
+                self._take_over()
+            wait_for_all("hidden states put together")
 
     def __enter__(self) -> HiddenWriter:
         return self
@@ -128,22 +141,38 @@ class HiddenWriter:
 
     @property
     def _aside(self) -> Path:
-        return self._directory / "open-shard.tmp"
+        return self._directory / f"open-shard-{jax.process_index()}.tmp"
+
+    def _take_over(self) -> None:
+        """Read all manifests, without shards that are gone, into one."""
+        parts = sorted(self._directory.glob("manifest-*.json"))
+        whole = [self._directory / MANIFEST] if (self._directory / MANIFEST).exists() else []
+        shards = {}
+        for path in [*whole, *parts]:
+            found = _read_manifest(path)
+            _check_belongs(self._directory, found, self._manifest)
+            for shard in found["shards"]:
+                if (self._directory / shard["file"]).exists():
+                    _check_size(self._directory, found, shard)
+                    shards[shard["file"]] = shard
+        for left in self._directory.glob("open-shard*.tmp"):
+            left.unlink()
+        self._manifest["shards"] = [shards[name] for name in sorted(shards)]
+        _write_manifest(self._directory / MANIFEST, self._manifest)
+        for path in parts:
+            path.unlink()
 
     def _close_shard(self) -> None:
-        number = max((int(shard["file"][6:-4]) for shard in self._manifest["shards"]), default=-1) + 1
-        name = f"shard-{number:05d}.bin"
+        name = f"shard-{self._next:05d}.bin"
+        self._next += jax.process_count()
         self._open.flush()
         os.fsync(self._open.fileno())
         self._open.close()
         self._aside.replace(self._directory / name)
         self._manifest["shards"].append({"file": name, "sha256": self._sha.hexdigest(), "samples": self._samples})
-        self._write_manifest()
+        own = MANIFEST if is_primary() else f"manifest-{jax.process_index()}.json"
+        _write_manifest(self._directory / own, self._manifest)
         self._open, self._samples, self._sha = None, [], hashlib.sha256()
-
-    def _write_manifest(self) -> None:
-        with written_whole(self._directory / MANIFEST) as aside:
-            aside.write_text(json.dumps(self._manifest), encoding="utf-8")
 
 
 class HiddenStore(Mapping[str, np.ndarray]):
@@ -167,7 +196,7 @@ class HiddenStore(Mapping[str, np.ndarray]):
           ValueError: the store has another identity or is damaged; names the shard and the remedy.
         """
         directory = Path(directory)
-        manifest = _read_manifest(directory)
+        manifest = _read_manifest(directory / MANIFEST)
         if identity is not None:
             _check_belongs(directory, manifest, {**manifest, "identity": plain(identity)})
         places = {}
@@ -223,11 +252,11 @@ def store_hidden(
     Args: as in `HiddenWriter` and `score.score_samples`. Errors as in `HiddenWriter`.
     """
     lengths = [len(sample.tokens) for sample in samples]
-    plans = make_batches(lengths, choose_shapes(lengths, batch_tokens, num_data_shards(mesh)))
+    plans = make_batches(lengths, choose_shapes(lengths, batch_tokens))
     with HiddenWriter(directory, config.hidden_size, dtype, identity, shard_bytes) as writer:
         missing = [plan for plan in plans if any(samples[i].id not in writer.ids for i in plan.indices)]
         batches = run_batches(
-            make_hidden_step(config, mesh, dtype), params, samples, missing, mesh,
+            make_hidden_step(config, mesh, dtype), place_params(params, mesh), samples, missing, mesh,
             label="hidden states", finished=len(plans) - len(missing), progress=progress,
         )  # fmt: skip
         for batch, hidden in batches:
@@ -235,11 +264,15 @@ def store_hidden(
     return HiddenStore.open(directory, identity)
 
 
-def _read_manifest(directory: Path) -> dict:
-    """The manifest, checked against its own form."""
-    path = directory / MANIFEST
+def _write_manifest(path: Path, manifest: dict) -> None:
+    with written_whole(path) as aside:
+        aside.write_text(json.dumps(manifest), encoding="utf-8")
+
+
+def _read_manifest(path: Path) -> dict:
+    """A manifest, checked against its own form."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file, so {directory} is not a store; check the path")
+        raise FileNotFoundError(f"{path}: no such file, so {path.parent} is not a store; check the path")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         for shard in manifest["shards"]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import collections
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 from jax.sharding import Mesh
 
 from jsfdd.data.batches import BatchPlan, pad_batch
-from jsfdd.mesh import replicate, shard_rows, to_host
+from jsfdd.mesh import num_data_shards, own_rows, shard_built_rows
+from jsfdd.processes import is_primary
 from jsfdd.progress import progress as show_progress
-from jsfdd.records import Sample
+from jsfdd.records import Batch, Sample
 
 
 def run_batches(
@@ -27,30 +30,54 @@ def run_batches(
 ) -> Iterator[tuple[list[Sample], object]]:
     """`step(params, batch)` of each plan in order: its samples, and the results on the host, row b samples[b]'s.
 
+    Every device gets a whole batch of its own, so its program, and every bit of its results, is the same for any number
+    of devices. Of several processes each reads the batches of its own devices, and is given their results alone.
+
     Args:
       step: from `mesh.map_over_devices`.
+      params: where they belong on `mesh`.
       samples: those that the plans number.
       label: of the bar.
       finished: batches that an earlier call did.
       progress: show the bar, with the samples' tokens per second (no padding).
     """
-    with show_progress(label, "batches", finished + len(plans), finished=finished, shown=progress) as bar:
-        started, tokens = time.monotonic(), 0
-        batches = _one_ahead(step, replicate(params, mesh), samples, plans, mesh)
-        for done, (batch, results) in enumerate(batches, finished + 1):
-            yield batch, results
-            tokens += sum(len(sample.tokens) for sample in batch)
+    shown = progress and is_primary()
+    with show_progress(label, "batches", finished + len(plans), finished=finished, shown=shown) as bar:
+        started, tokens, done = time.monotonic(), 0, finished
+        for group, results in _one_ahead(step, params, samples, list(group_plans(plans, num_data_shards(mesh))), mesh):
+            for shard, rows in own_rows(results, mesh).items():
+                if shard < len(group):
+                    yield [samples[i] for i in group[shard].indices], rows
+            tokens += sum(len(samples[i].tokens) for plan in group for i in plan.indices)
+            done += len(group)
             bar.update(done, figures=f"{tokens / (time.monotonic() - started):,.0f} tokens/s")
 
 
-def _one_ahead(step: Callable, params: dict, samples: Sequence[Sample], plans: Sequence[BatchPlan], mesh: Mesh):
-    """The devices already work on the next batch while the caller handles this one; no more, for memory's sake."""
+def group_plans(plans: Sequence[BatchPlan], size: int) -> Iterator[tuple[BatchPlan, ...]]:
+    """What is computed at once: up to `size` consecutive plans of one shape, one a device."""
+    for _, alike in itertools.groupby(plans, key=lambda plan: plan.shape):
+        while group := tuple(itertools.islice(alike, size)):
+            yield group
+
+
+def _one_ahead(step: Callable, params: dict, samples: Sequence[Sample], groups: Sequence, mesh: Mesh):
+    """The devices already work on the next batches while the caller handles these; no more, for memory's sake."""
     waiting: collections.deque = collections.deque()
-    for plan in plans:
-        batch = [samples[i] for i in plan.indices]
-        waiting.append((batch, step(params, shard_rows(pad_batch(batch, plan.shape), mesh))))
+    for group in groups:
+        waiting.append((group, step(params, _device_batches(samples, group, mesh))))
         if len(waiting) > 1:
-            batch, results = waiting.popleft()
-            yield batch, to_host(results)
-    for batch, results in waiting:
-        yield batch, to_host(results)
+            yield waiting.popleft()
+    yield from waiting
+
+
+def _device_batches(samples: Sequence[Sample], group: Sequence[BatchPlan], mesh: Mesh) -> Batch:
+    """One batch a device; devices beyond the group get an empty one."""
+    shape = group[0].shape
+
+    def build(start: int, stop: int) -> Batch:
+        shard = start // shape.rows
+        if shard < len(group):
+            return pad_batch([samples[i] for i in group[shard].indices], shape)
+        return Batch(np.zeros(shape, np.int32), np.zeros(shape, bool), np.zeros(shape.rows, np.int32))
+
+    return shard_built_rows(build, shape.rows * num_data_shards(mesh), mesh)

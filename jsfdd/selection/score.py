@@ -17,9 +17,11 @@ from jax.sharding import Mesh
 
 from jsfdd.data.batches import BatchPlan, choose_shapes, make_batches
 from jsfdd.files import differences, plain
-from jsfdd.mesh import map_over_devices, num_data_shards
+from jsfdd.mesh import map_over_devices
 from jsfdd.models.architecture import DecoderConfig
+from jsfdd.models.sharding import place_params
 from jsfdd.models.target import hidden_states
+from jsfdd.processes import agree, several, wait_for_all
 from jsfdd.records import Batch, Sample, TokenScores, samples_digest
 from jsfdd.selection.features import HiddenWriter
 from jsfdd.selection.flatness import score_hidden
@@ -75,16 +77,19 @@ def score_samples(
     """Score every sample, continuing from the parts that an interrupted call left in `parts_dir`.
 
     A sample's scores do not depend on what it is batched with, and the result is to the bit what one uninterrupted call
-    gives. The parts hold the whole table in the end, so a further call computes nothing.
+    gives on any number of data shards and processes (a model axis adds up in another order). The parts hold the whole
+    table in the end, so a further call computes nothing. Of several processes each writes its own parts, and all return
+    the whole table.
 
     Args:
       config, params: the target.
       samples: with different ids, at least one.
       mesh: devices to share the batches.
-      batch_tokens: tokens of a batch, padding included.
+      batch_tokens: tokens of a batch, padding included; every device takes one at a time.
       identity: JSON-ready; what the scores depend on beside the other arguments (the target's fingerprint, versions of
         packages). The table keeps it, with a hash of the samples added; parts of another identity are refused.
-      parts_dir: where finished batches are kept; without it nothing is, and a new call starts anew.
+      parts_dir: where finished batches are kept; without it nothing is, and a new call starts anew. Several processes
+        need one, which all of them see.
       per_token: keep per-token scores in the table.
       hidden_writer: also store the hidden states of all samples.
       progress: show a bar with tokens per second.
@@ -96,15 +101,18 @@ def score_samples(
     """
     if not samples:
         raise ValueError("there is no sample to score; check the data")
+    if several() and parts_dir is None:
+        raise ValueError("several processes can only put their scores together in a parts_dir")
     lengths = [len(sample.tokens) for sample in samples]
-    shards = num_data_shards(mesh)
-    plans = make_batches(lengths, choose_shapes(lengths, batch_tokens, shards))
-    # Batches of other shapes round differently, so parts are only continued with the same ones.
+    plans = make_batches(lengths, choose_shapes(lengths, batch_tokens))
+    # Batches of other shapes, and sums over other shards of the model, round differently: only the same ones continue.
     identity = plain(identity) | {
-        "samples": samples_digest(samples), "batch_tokens": batch_tokens, "data_shards": shards, "per_token": per_token
+        "samples": samples_digest(samples), "batch_tokens": batch_tokens, "model_shards": mesh.shape["model"],
+        "per_token": per_token,
     }  # fmt: skip
     parts = {} if parts_dir is None else _read_parts(parts_dir, identity)
     scored = {name for part in parts.values() for name in part.ids}
+    agree({"the scores that an earlier call left": sorted(scored)})  # and so that no one writes before all have read
 
     def is_finished(plan: BatchPlan) -> bool:
         names = [samples[i].id for i in plan.indices]
@@ -113,8 +121,9 @@ def score_samples(
     remaining = [plan for plan in plans if not is_finished(plan)]
     step = make_score_step(config, mesh, block_size(), hidden_writer is not None)
     batches = run_batches(
-        step, params, samples, remaining, mesh, label="score", finished=len(plans) - len(remaining), progress=progress
-    )
+        step, place_params(params, mesh), samples, remaining, mesh,
+        label="score", finished=len(plans) - len(remaining), progress=progress,
+    )  # fmt: skip
     fresh: list[ScoreTable] = []  # scored, but in no part yet
     last_part = time.monotonic()
     for batch, (scores, hidden) in batches:
@@ -128,6 +137,9 @@ def score_samples(
     if parts_dir is not None and fresh:
         _write_part(parts_dir, parts, fresh)
         fresh = []
+    if several():
+        wait_for_all("all batches scored")
+        parts = _read_parts(parts_dir, identity)
     return join([*parts.values(), *fresh], [sample.id for sample in samples])
 
 
@@ -179,6 +191,8 @@ def _read_parts(directory: Path, identity: dict) -> dict[int, ScoreTable]:
 
 
 def _write_part(directory: Path, parts: dict[int, ScoreTable], tables: Sequence[ScoreTable]) -> None:
+    # No two processes take the same number: each has the first free one that is its own index modulo their count.
     number = max(parts, default=-1) + 1
+    number += (jax.process_index() - number) % jax.process_count()
     parts[number] = join(tables, [name for table in tables for name in table.ids])
     write_part(directory / f"part-{number:05d}.parquet", parts[number])

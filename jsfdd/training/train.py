@@ -23,9 +23,11 @@ from jax.sharding import Mesh
 from jsfdd.config import Seeded, TrainConfig, TrainingOptions
 from jsfdd.data.batches import BatchPlan, Shape, choose_shapes, epoch_batches, make_batches, pad_batch, pad_rows
 from jsfdd.files import differences, plain
-from jsfdd.mesh import num_data_shards, replicate, shard_rows, to_host
+from jsfdd.mesh import num_data_shards, replicate, shard_built_rows, to_host
 from jsfdd.models.architecture import DecoderConfig
 from jsfdd.models.draft import DraftConfig, draft_config
+from jsfdd.models.sharding import split_vocabulary
+from jsfdd.processes import is_primary, wait_for_all
 from jsfdd.progress import progress as show_progress
 from jsfdd.records import DraftBatch, Sample, TrainState, samples_digest
 from jsfdd.training.log import append_line, drop_after, mean_figures, read_lines
@@ -115,14 +117,15 @@ def train(
         best τ so far is kept beside the checkpoints.
       progress: show a bar.
 
+    The draft does not depend on the mesh or the number of processes but for rounding, and a run may go on on another
+    mesh. Of several processes each calls this with the same arguments, and process 0 writes.
+
     Raises:
       ValueError: no token counts, a sample's hidden states are missing or misshapen, or `config.out` holds another run.
       FloatingPointError: a loss or gradient is not finite; names the step and the samples of its batch.
     """
     draft = draft_config(target_config, config.fc_bias)
-    shapes = shapes or choose_shapes(
-        [len(sample.tokens) for sample in [*samples, *held_out]], config.batch_tokens, num_data_shards(mesh)
-    )
+    shapes = shapes or choose_shapes([len(sample.tokens) for sample in [*samples, *held_out]], config.batch_tokens)
     counted = np.array([_loss_tokens(sample) for sample in samples])
     if not counted.sum():
         raise ValueError("no token to train on: every sample's answers are empty or one token long; check the data")
@@ -136,7 +139,7 @@ def train(
     learning_rate = learning_rate_schedule(config, len(plans))
     train_step = make_train_step(target_config, draft, optimizer, mesh, config)
     held_out_figures = _make_held_out_figures(target_config, draft, held_out, store, config, mesh, shapes)
-    frozen = replicate(borrow(target_config, target_params), mesh)
+    frozen = split_vocabulary(borrow(target_config, target_params), mesh)
     state = replicate(init_state(draft, optimizer, config.seed), mesh)
     identity = {**identity, **_identity(samples, held_out, shapes, config)}
 
@@ -151,17 +154,20 @@ def train(
                     "with the same ones, or choose another --out"
                 )
             state = checkpoint.restore(checkpoints, start, state)
-        drop_after(metrics_path, start)
-        drop_after(timings_path, start)
-        checkpoint.drop_best_after(config.out, start)
+        if is_primary():
+            drop_after(metrics_path, start)
+            drop_after(timings_path, start)
+            checkpoint.drop_best_after(config.out, start)
+        wait_for_all("later lines dropped")
         earlier = read_lines(metrics_path) if metrics_path.exists() else []
         best_tau = max((line["probe"]["tau"] for line in earlier if "probe" in line), default=0.0)
 
         pending: list[tuple[int, BatchPlan, StepMetrics]] = []  # steps since the last line, their figures on the device
         clock = time.perf_counter()
-        with show_progress("train", "steps", len(plans), finished=start, shown=progress) as bar:
+        log = append_line if is_primary() else _log_nothing
+        with show_progress("train", "steps", len(plans), finished=start, shown=progress and is_primary()) as bar:
             for step, (epoch, plan) in enumerate(plans[start:], start + 1):
-                batch = shard_rows(_draft_batch([samples[i] for i in plan.indices], plan.shape, store), mesh)
+                batch = _device_batch([samples[i] for i in plan.indices], plan.shape, store, mesh)
                 state, metrics = train_step(frozen, state, batch)
                 pending.append((step, plan, metrics))
                 if len(pending) > _STEPS_AHEAD:  # else batches would queue on the device for as long as no one looks
@@ -179,23 +185,24 @@ def train(
                     pending = []
                     bar.update(step, figures=f"loss {figures['loss']:.3f}, agreement {figures['agreement']:.3f}")
                     line = {"step": step, "epoch": epoch, **figures, "learning_rate": float(learning_rate(step - 1))}
-                    append_line(metrics_path, {**line, "tokens": int(tokens_until[step - 1])})
+                    log(metrics_path, {**line, "tokens": int(tokens_until[step - 1])})
                 if epoch_ends and held_out:
                     figures = held_out_figures(frozen, state.params)
-                    append_line(metrics_path, {"step": step, "epoch": epoch, "held_out": figures})
+                    log(metrics_path, {"step": step, "epoch": epoch, "held_out": figures})
                 if probes:
                     figures = probe(state.params)
                     if figures["tau"] > best_tau:
                         best_tau = figures["tau"]
                         checkpoint.save_best(config.out, state, draft, identity)
-                    append_line(metrics_path, {"step": step, "epoch": epoch, "probe": figures})
+                    log(metrics_path, {"step": step, "epoch": epoch, "probe": figures})
                 if line_ends:
                     now = time.perf_counter()
-                    append_line(timings_path, {"step": step, "seconds": now - clock})
+                    log(timings_path, {"step": step, "seconds": now - clock})
                     clock = now
                 if save:
                     checkpoint.save(checkpoints, state, draft, identity)
 
+    wait_for_all("trained")
     ends = [line["held_out"] for line in read_lines(metrics_path) if "held_out" in line]
     return TrainResult(
         draft=draft,
@@ -211,6 +218,28 @@ def train(
 def _loss_tokens(sample: Sample) -> int:
     """Tokens of a sample that count in the loss: the EAGLE pairing needs one more to the left than the score."""
     return int(sample.counted[1:].sum())
+
+
+def _log_nothing(path, line: dict) -> None:
+    """What processes other than the first log."""
+
+
+def _device_batch(samples: Sequence[Sample], shape: Shape, store: HiddenStates, mesh: Mesh) -> DraftBatch:
+    """A batch with its rows split over `mesh`, of which each process reads its own hidden states alone.
+
+    Which samples make a step does not depend on the mesh: where the data shards do not divide the rows, empty ones are
+    added.
+    """
+    shards = num_data_shards(mesh)
+    rows = -(-shape.rows // shards) * shards
+
+    def build(start: int, stop: int) -> DraftBatch:
+        own = samples[start:stop]
+        # A device without samples gets one that does not count.
+        batch = _draft_batch(own or samples[:1], Shape(stop - start, shape.length), store)
+        return batch if own else batch._replace(counted=np.zeros_like(batch.counted))
+
+    return shard_built_rows(build, rows, mesh)
 
 
 def _draft_batch(samples: Sequence[Sample], shape: Shape, store: HiddenStates) -> DraftBatch:
@@ -250,7 +279,7 @@ def _make_held_out_figures(target_config, draft, held_out, store, config, mesh, 
     def figures(frozen: Borrowed, draft_params: dict) -> dict[str, float]:
         sums = []
         for plan in plans:
-            batch = shard_rows(_draft_batch([held_out[i] for i in plan.indices], plan.shape, store), mesh)
+            batch = _device_batch([held_out[i] for i in plan.indices], plan.shape, store, mesh)
             sums.append(evaluate_step(frozen, draft_params, batch))
         return mean_figures(to_host(sums), config)
 

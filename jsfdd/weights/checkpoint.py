@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 
 from jsfdd.models.architecture import DecoderConfig, Rope
 from jsfdd.models.draft import DraftConfig, init_draft
+from jsfdd.processes import is_primary, wait_for_all
 from jsfdd.records import TrainState
 
 DIRECTORY = "checkpoints"
@@ -51,8 +52,9 @@ def drop_best_after(run: Path, step: int) -> None:
 def _open(directory: Path, kept: int) -> ocp.CheckpointManager:
     # Orbax's own clean-up runs in a thread that it only waits for at the next save, and two of them can collide.
     for left in directory.glob("*"):
-        if ocp.utils.is_tmp_checkpoint(left) and jax.process_index() == 0:
+        if is_primary() and ocp.utils.is_tmp_checkpoint(left):
             shutil.rmtree(left)
+    wait_for_all("unfinished checkpoints removed")
     options = ocp.CheckpointManagerOptions(max_to_keep=kept, create=True, enable_async_checkpointing=False)
     return ocp.CheckpointManager(directory, options=options)
 
@@ -118,7 +120,7 @@ def load_draft(path: str | Path) -> tuple[DraftConfig, dict, dict]:
             raise FileNotFoundError(f"{directory}: no checkpoint in it; train first: `jsfdd train --out {path}`")
         info = _read(checkpoints, step, info=ocp.args.JsonRestore())["info"]
         config = draft_from_json(info["draft"], where=directory / str(step) / "info")
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
             jax.eval_shape(lambda: init_draft(config, jax.random.key(0))),

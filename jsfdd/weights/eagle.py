@@ -98,21 +98,21 @@ def read_draft(directory: str | Path) -> tuple[DraftConfig, dict]:
     raw = read_json(path)
     layout = NESTED if "speculators_model_type" in raw else FLAT
     decoder = _decoder(path, raw, layout)
-    with weight_sources(directory) as found:
-        found.pop(_BORROWED, None)
-        bias = layout.fc + ".bias"
-        if layout == FLAT and bias in found and _is_padding(found[bias], raw):
-            del found[bias]
-        has_bias = bias in found
-        if layout == NESTED and has_bias != bool(raw.get("fusion_bias", False)):
-            raise ValueError(f"{path}: fusion_bias is {raw.get('fusion_bias', False)}, but the weights say {has_bias}")
-        config = DraftConfig(decoder, fc_bias=has_bias)
-        names = tensor_names(config, layout)
-        _check(directory, names, tensor_shapes(config), found)
-        params: dict = {}
-        for leaf, name in names.items():
-            value = found[name].read()
-            insert_leaf(params, leaf, jnp.asarray(value.T if leaf.endswith("/kernel") else value))
+    found = weight_sources(directory)
+    found.pop(_BORROWED, None)
+    bias = layout.fc + ".bias"
+    if layout == FLAT and bias in found and _is_padding(found[bias], raw):
+        del found[bias]
+    has_bias = bias in found
+    if layout == NESTED and has_bias != bool(raw.get("fusion_bias", False)):
+        raise ValueError(f"{path}: fusion_bias is {raw.get('fusion_bias', False)}, but the weights say {has_bias}")
+    config = DraftConfig(decoder, fc_bias=has_bias)
+    names = tensor_names(config, layout)
+    _check(directory, names, tensor_shapes(config), found)
+    params: dict = {}
+    for leaf, name in names.items():
+        value = found[name].whole()
+        insert_leaf(params, leaf, jnp.asarray(value.T if leaf.endswith("/kernel") else value))
     return config, params
 
 
@@ -154,7 +154,7 @@ def _is_padding(bias: Source, raw: dict[str, Any]) -> bool:
 
     EAGLE's own switch ("bias") is often left out or wrong, so a bias that says something counts whatever the switch says.
     """
-    return raw.get("bias") is not True and len(bias.shape) == 1 and not np.any(bias.read())
+    return raw.get("bias") is not True and len(bias.shape) == 1 and not np.any(bias.whole())
 
 
 def _check(

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from jsfdd.models.architecture import DecoderConfig, Rope
 from jsfdd.weights.gguf_file import GGUFFile, read_header, read_tensor
-from jsfdd.weights.layout import Source, fill_params
+from jsfdd.weights.layout import Index, Source, fill_params
 
 _FAMILIES = ("llama", "qwen2", "qwen3", "gemma3")
 _MAX_LAYERS = 10_000  # a corrupt count must not become a list of a billion layers
@@ -50,8 +51,10 @@ def read_config(path: str | Path) -> DecoderConfig:
     return _config(read_header(path))
 
 
-def read_params(path: str | Path, config: DecoderConfig, dtype=np.float32) -> dict:
+def read_params(path: str | Path, config: DecoderConfig, dtype=np.float32, mesh: Mesh | None = None) -> dict:
     """The params tree of a GGUF file's weights, dequantised, as JAX arrays of `dtype` (layout: `layout.fill_params`).
+
+    With a `mesh` each device is given its share, for which tensors are read and dequantised whole, one at a time.
 
     Raises:
       FileNotFoundError: no such file.
@@ -59,7 +62,7 @@ def read_params(path: str | Path, config: DecoderConfig, dtype=np.float32) -> di
     """
     file = read_header(path)
     sources = {
-        name: Source(file.path, tensor.shape, functools.partial(read_tensor, file, name))
+        name: Source(file.path, tensor.shape, functools.partial(_read, file, name))
         for name, tensor in file.tensors.items()
         if name != _ROPE_DIVISORS  # part of the config
     }
@@ -70,7 +73,11 @@ def read_params(path: str | Path, config: DecoderConfig, dtype=np.float32) -> di
             "layers/attention/q_proj/kernel": functools.partial(_deinterleave, heads=config.num_heads),
             "layers/attention/k_proj/kernel": functools.partial(_deinterleave, heads=config.num_kv_heads),
         }
-    return fill_params(config, _NAMES, sources, dtype, file.path, transforms)
+    return fill_params(config, _NAMES, sources, dtype, file.path, transforms, mesh)
+
+
+def _read(file: GGUFFile, name: str, index: Index) -> np.ndarray:
+    return read_tensor(file, name)[index]
 
 
 def _deinterleave(weight: np.ndarray, heads: int) -> np.ndarray:

@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 
 from jsfdd.models.architecture import DecoderConfig
 from jsfdd.weights.huggingface_config import is_wrapped, read_config, read_json
-from jsfdd.weights.layout import Source, fill_params
+from jsfdd.weights.layout import Index, Source, fill_params
 
 __all__ = ["read_config", "read_params"]
 
@@ -87,9 +88,8 @@ def weight_files(directory: str | Path) -> list[Path]:
     raise FileNotFoundError(f"{directory}: neither model.safetensors nor {_INDEX} is there")
 
 
-@contextlib.contextmanager
-def weight_sources(directory: str | Path) -> Iterator[dict[str, Source]]:
-    """Every tensor of a directory's safetensors files by name, to be read while the block lasts.
+def weight_sources(directory: str | Path) -> dict[str, Source]:
+    """Every tensor of a directory's safetensors files by name, to be read on demand.
 
     Raises:
       FileNotFoundError: no weights, or a shard is missing.
@@ -97,21 +97,22 @@ def weight_sources(directory: str | Path) -> Iterator[dict[str, Source]]:
         is not F32, F16 or BF16.
     """
     directory = Path(directory)
-    with contextlib.ExitStack() as stack:
-        found: dict[str, Source] = {}
-        for file in weight_files(directory):
-            handle = stack.enter_context(_open(file))
+    found: dict[str, Source] = {}
+    for file in weight_files(directory):
+        with _open(file) as handle:
             for name in handle.keys():
                 if name in found:
                     raise ValueError(f"{file}: tensor {name} is in {found[name].file} too; which one holds?")
                 shape = tuple(handle.get_slice(name).get_shape())
-                found[name] = Source(file, shape, functools.partial(_read, handle, file, name))
-        _check_index(directory, found)
-        yield found
+                found[name] = Source(file, shape, functools.partial(_read, file, name))
+    _check_index(directory, found)
+    return found
 
 
-def read_params(directory: str | Path, config: DecoderConfig, dtype=np.float32) -> dict:
+def read_params(directory: str | Path, config: DecoderConfig, dtype=np.float32, mesh: Mesh | None = None) -> dict:
     """The params tree of a directory's weights as JAX arrays of `dtype` (layout: `layout.fill_params`).
+
+    With a `mesh` each process reads from the files what its own devices hold.
 
     Raises:
       FileNotFoundError: no weights, or a shard is missing.
@@ -123,9 +124,8 @@ def read_params(directory: str | Path, config: DecoderConfig, dtype=np.float32) 
         names = _NAMES | _GEMMA_NAMES
         # Gemma's norms compute x · (1 + w); here scales multiply as they are.
         transforms = {leaf: _one_plus for leaf in names if leaf.endswith("/scale")}
-    with weight_sources(directory) as found:
-        sources = _decoder_sources(found, config, is_wrapped(directory))
-        return fill_params(config, names, sources, dtype, directory, transforms)
+    sources = _decoder_sources(weight_sources(directory), config, is_wrapped(directory))
+    return fill_params(config, names, sources, dtype, directory, transforms, mesh)
 
 
 def _decoder_sources(found: dict[str, Source], config: DecoderConfig, wrapped: bool) -> dict[str, Source]:
@@ -179,11 +179,14 @@ def _open(file: Path):
         raise ValueError(f"{file}: not a whole safetensors file ({error}); download or write it again") from error
 
 
-def _read(handle, file: Path, name: str) -> np.ndarray:
-    kind = handle.get_slice(name).get_dtype()
-    if kind not in _FLOATS:
-        raise ValueError(f"{file}: tensor {name} has type {kind}; supported are {', '.join(_FLOATS)}")
-    return handle.get_tensor(name)
+def _read(file: Path, name: str, index: Index) -> np.ndarray:
+    # Opened for each tensor: a file that stays open stays mapped, and every page that was read counts as memory in use.
+    with _open(file) as handle:
+        tensor = handle.get_slice(name)
+        kind = tensor.get_dtype()
+        if kind not in _FLOATS:
+            raise ValueError(f"{file}: tensor {name} has type {kind}; supported are {', '.join(_FLOATS)}")
+        return tensor[index]
 
 
 def _one_plus(weight: np.ndarray) -> np.ndarray:

@@ -6,25 +6,36 @@ before any memory is taken, so a lying header costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from jsfdd.mesh import make_mesh, place
 from jsfdd.models.architecture import DecoderConfig
+from jsfdd.models.sharding import param_sharding
 
 _BLOCK = 64  # columns copied at once by _store: a transposed copy in blocks misses the cache 4 times less often
 
 
+Index = tuple[slice, ...]
+
+
 class Source(NamedTuple):
-    """A tensor in a weight file: its shape is known from the header, its data is read on demand."""
+    """A tensor in a weight file: its shape is known from the header, its data, or a block of it, is read on demand."""
 
     file: Path
     shape: tuple[int, ...]
-    read: Callable[[], np.ndarray]
+    read: Callable[[Index], np.ndarray]
+
+    def whole(self) -> np.ndarray:
+        """All of the tensor."""
+        return self.read(tuple(slice(0, size) for size in self.shape))
 
 
 def stored_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
@@ -69,37 +80,63 @@ def fill_params(
     dtype,
     where: Path,
     transforms: Mapping[str, Callable[[np.ndarray], np.ndarray]] | None = None,
+    mesh: Mesh | None = None,
 ) -> dict:
     """The params tree of `config` (layout: `models/target.py`), its layers stacked on a leading axis L.
 
-    Host memory peaks at the tree plus one leaf and one tensor: a leaf is allocated whole, filled tensor by tensor and
-    handed to JAX before the next. Norm scales stay float32 whatever `dtype`: they are tiny, the norm computes in
-    float32, and Gemma's 1 + w would lose bits in bfloat16.
+    Each device of `mesh` is given its share (`models/sharding.py`), and of the files only that share is read. Host
+    memory peaks at what its devices keep there (on a CPU: all of it) plus one device's share of one leaf and one tensor:
+    a share is allocated, filled tensor by tensor and handed over before the next; the largest leaves come first, when
+    there is most room. Norm scales stay float32 whatever `dtype`: they are tiny, the norm computes in float32, and
+    Gemma's 1 + w would lose bits in bfloat16.
 
     Args:
       names: leaf (see `stored_shapes`) -> tensor name, with "{}" for the layer number.
       sources: tensor name -> source, for every tensor found that is not known to be ignorable.
       dtype: of all leaves but norm scales.
       where: the file or directory, for messages.
-      transforms: leaf -> function from the stored tensor to the one that is kept, of the same shape.
+      transforms: leaf -> function from the stored tensor to the one that is kept, of the same shape. It sees whole tensors.
+      mesh: from `make_mesh`; the first device alone unless given.
 
     Raises:
-      ValueError: a tensor is missing, unknown or misshapen; the message names it, its file and both shapes.
+      ValueError: a tensor is missing, unknown or misshapen, or cannot be split over the mesh; the message names it.
     """
+    mesh = mesh or make_mesh(data=1)
     shapes = stored_shapes(config)
     tensors = {leaf: _tensor_names(leaf, names[leaf], config.num_layers) for leaf in shapes}
     _check(shapes, tensors, sources, where)
+    kept = {leaf: _kept_shape(leaf, shape, config.num_layers) for leaf, shape in shapes.items()}
+    shardings = {leaf: param_sharding(leaf, kept[leaf], mesh) for leaf in shapes}  # before any memory is taken
     params: dict = {}
-    for leaf, shape in shapes.items():
-        is_kernel = leaf.endswith("/kernel")
+    for leaf in sorted(shapes, key=lambda leaf: -math.prod(kept[leaf])):
         transform = (transforms or {}).get(leaf)
         kind = np.float32 if leaf.endswith("/scale") else dtype
-        filled = np.empty((len(tensors[leaf]), *(shape[::-1] if is_kernel else shape)), kind)
-        for row, name in zip(filled, tensors[leaf], strict=True):
-            tensor = sources[name].read()
-            _store(row, transform(tensor) if transform else tensor, transposed=is_kernel)
-        insert_leaf(params, leaf, jnp.asarray(filled if leaf.startswith("layers/") else filled[0]))
+        build = functools.partial(_block, leaf, [sources[name] for name in tensors[leaf]], transform, kind)
+        insert_leaf(params, leaf, place(kept[leaf], shardings[leaf], build))
     return params
+
+
+def _kept_shape(leaf: str, stored: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
+    """A leaf's shape in the params tree: kernels are [in, out], layers stacked."""
+    shape = stored[::-1] if leaf.endswith("/kernel") else stored
+    return (num_layers, *shape) if leaf.startswith("layers/") else shape
+
+
+def _block(
+    leaf: str, sources: Sequence[Source], transform: Callable | None, dtype, index: Index
+) -> np.ndarray:
+    """The part of a leaf at `index`, its layers among it."""
+    is_kernel, stacked = leaf.endswith("/kernel"), leaf.startswith("layers/")
+    layers, part = (sources[index[0]], index[1:]) if stacked else (sources, index)
+    filled = np.empty((len(layers), *(s.stop - s.start for s in part)), dtype)
+    stored = part[::-1] if is_kernel else part
+    for row, source in zip(filled, layers, strict=True):
+        if transform:
+            tensor = transform(source.whole())[stored]
+        else:
+            tensor = source.read(stored)
+        _store(row, tensor, transposed=is_kernel)
+    return filled if stacked else filled[0]
 
 
 def _tensor_names(leaf: str, template: str, num_layers: int) -> list[str]:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
+from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
 from jsfdd.models.architecture import DecoderConfig
@@ -53,8 +54,10 @@ class Target(NamedTuple):
     stop_tokens: tuple[int, ...]
 
 
-def load_target(name: str, dtype=jnp.float32) -> Target:
+def load_target(name: str, dtype=jnp.float32, mesh: Mesh | None = None) -> Target:
     """Everything of the target `name`, its parameters as arrays of `dtype` (norm scales: always float32).
+
+    With a `mesh` the parameters come in shares onto its devices (`models/sharding.py`); else whole onto the first device.
 
     Raises:
       FileNotFoundError: there is no such target, or part of it is missing; the message says how to get it.
@@ -62,7 +65,7 @@ def load_target(name: str, dtype=jnp.float32) -> Target:
     """
     path = locate_target(name)
     target = _without_params(name, path)
-    params = (huggingface if path.is_dir() else gguf).read_params(path, target.config, dtype)
+    params = (huggingface if path.is_dir() else gguf).read_params(path, target.config, dtype, mesh)
     return target._replace(params=params, fingerprint=fingerprint(path, target.config))
 
 

@@ -1,0 +1,135 @@
+"""Several processes as one run: how they find each other, agree on what they do, and wait for each other.
+
+Every process runs the same command. Their devices form one mesh; each reads its own rows, keeps its own results, and
+process 0 writes what exists once. Files go to one directory that all of them see (NFS, a mounted bucket, one machine).
+
+    start(coordinator="10.0.0.1:8476", num_processes=4, process_id=0)      # first, before anything touches a device
+    agree({"options": …, "data": …})                                       # ValueError on all where one differs
+    if is_primary(): …write…
+    wait_for_all("scores merged")
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+AUTO = "auto"
+# Seconds after which a process that says nothing counts as dead, and all others end; and the wait at a normal end.
+_HEARTBEAT = 60
+_SHUTDOWN = 60
+_START = 300
+
+
+def start(coordinator: str | None, num_processes: int | None = None, process_id: int | None = None) -> None:
+    """Join the run's processes; once, before the first use of a device. A second call changes nothing.
+
+    Args:
+      coordinator: None for a single process; "auto" where JAX finds the others by itself (a TPU pod, SLURM, Open MPI);
+        else HOST:PORT of process 0, the same everywhere, with the other two.
+      num_processes: how many processes there are.
+      process_id: which of them this is.
+
+    Raises:
+      ValueError: the arguments do not fit together.
+    """
+    explicit = num_processes is not None, process_id is not None
+    if coordinator is None or coordinator == AUTO:
+        if any(explicit):
+            raise ValueError("--num-processes and --process-id go with --coordinator HOST:PORT")
+    else:
+        if not all(explicit):
+            raise ValueError(f"--coordinator {coordinator}: give --num-processes and --process-id too, or --coordinator auto")
+        host, _, port = coordinator.rpartition(":")
+        if not host or not port.isdigit():
+            raise ValueError(f"--coordinator: got {coordinator!r}, but it must be HOST:PORT or auto")
+        if not 0 <= process_id < num_processes:
+            raise ValueError(f"--process-id {process_id}: must be from 0 to {num_processes - 1} (--num-processes)")
+    if coordinator is None or jax.distributed.is_initialized():
+        return
+    timeouts = dict(
+        heartbeat_timeout_seconds=_HEARTBEAT, shutdown_timeout_seconds=_SHUTDOWN, initialization_timeout=_START
+    )
+    if coordinator == AUTO:
+        jax.distributed.initialize(**timeouts)
+    else:
+        jax.distributed.initialize(coordinator, num_processes, process_id, **timeouts)
+
+
+def is_primary() -> bool:
+    """Whether this process writes what exists once."""
+    return not several() or jax.process_index() == 0
+
+
+def several() -> bool:
+    """Whether the run has more than one process. Touches no device where `start` joined nothing."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def wait_for_all(moment: str) -> None:
+    """Go on when every process has come to `moment`. A process that died makes this an error within about a minute."""
+    if several():
+        multihost_utils.sync_global_devices(moment)
+
+
+def agree(values: dict) -> None:
+    """Raise ValueError, on every process, where one of `values` (JSON-ready) is not the same on all of them."""
+    if not several():
+        return
+    names = sorted(values)
+    digests = [_digest(names)] + [_digest(values[name]) for name in names]
+    heads = _gather(digests[0])
+    if (heads != heads[0]).any():
+        raise ValueError("the processes run different commands; start the same one on all of them")
+    gathered = _gather(np.stack(digests))  # [processes, names + 1, 32]
+    for number, name in enumerate(names, 1):
+        differ = np.flatnonzero((gathered[:, number] != gathered[0, number]).any(axis=1)).tolist()
+        if differ:
+            raise ValueError(
+                f"process {', '.join(map(str, differ))} and process 0 differ in {name} (here: {_shown(values[name])}); "
+                "give all processes the same options and the same files"
+            )
+
+
+def agree_on_directory(directory: Path) -> None:
+    """Make `directory`, and raise ValueError, on every process, unless all of them see the same one."""
+    directory.mkdir(parents=True, exist_ok=True)
+    if not several():
+        return
+    token = multihost_utils.broadcast_one_to_all(np.frombuffer(uuid.uuid4().bytes, np.uint8))
+    name = directory / f".seen-by-all-{bytes(np.asarray(token, np.uint8)).hex()}"
+    if is_primary():
+        name.touch()
+    wait_for_all("directory made")
+    os.listdir(directory)  # makes NFS look again
+    seen = _gather(np.array([name.exists()]))[:, 0]
+    if is_primary():
+        name.unlink()
+    if not seen.all():
+        blind = np.flatnonzero(~seen).tolist()
+        raise ValueError(
+            f"{directory}: process {', '.join(map(str, blind))} does not see what process 0 writes there; give an --out "
+            "on a file system that all of them share"
+        )
+
+
+def _gather(value: np.ndarray) -> np.ndarray:
+    """[processes, …]: every process's `value`."""
+    return np.asarray(multihost_utils.process_allgather(value))
+
+
+def _digest(value) -> np.ndarray:
+    text = json.dumps(value, sort_keys=True, default=str)
+    return np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+
+
+def _shown(value) -> str:
+    text = json.dumps(value, sort_keys=True, default=str)
+    return text if len(text) <= 120 else text[:117] + "..."

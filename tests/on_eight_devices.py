@@ -1,0 +1,150 @@
+"""Score, train, resume and decode a toy target on 8 forced CPU devices, as meshes of several shapes.
+
+Run by test_devices.py in a process of its own, since the other tests have four devices:
+
+    python on_eight_devices.py OUT        writes OUT/results.npz and OUT/programs.json
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+import numpy as np
+from toy import toy_draft, toy_target
+
+from jsfdd.config import TrainConfig
+from jsfdd.data.batches import Shape, choose_shapes, make_batches, pad_batch, pad_rows
+from jsfdd.decoding.generate import DecodeSetup, PromptBatch, make_generate, prepare_params
+from jsfdd.mesh import make_mesh, replicate, shard_rows, to_host
+from jsfdd.models.sharding import place_params, split_vocabulary
+from jsfdd.models.target import hidden_states
+from jsfdd.records import DraftBatch, Sample
+from jsfdd.selection.run import group_plans
+from jsfdd.selection.score import make_score_step, score_samples
+from jsfdd.selection.table import METRICS
+from jsfdd.training.loss import borrow
+from jsfdd.training.step import init_state, make_optimizer, make_train_step
+from jsfdd.training.train import train
+
+MESHES = {"1x1": (1, 1), "8x1": (8, 1), "4x2": (4, 2), "2x4": (2, 4)}
+# Heads, widths and vocabulary that four model shards divide; two of them cut a key/value head.
+CONFIG, PARAMS = toy_target(vocab_size=96)
+DRAFT, DRAFT_PARAMS = toy_draft(CONFIG)
+
+
+def samples(number=30):
+    random = np.random.default_rng(0)
+    found = []
+    for i in range(number):
+        length = int(random.integers(8, 64))  # one bucket: every shape compiles anew on every mesh
+        mask = np.arange(length) >= length // 3
+        found.append(Sample(f"s{i}", "toy", random.integers(0, CONFIG.vocab_size, length).astype(np.int32), mask))
+    return found
+
+
+SAMPLES = samples()
+SHAPE = Shape(8, 64)
+_hidden = jax.jit(lambda tokens: hidden_states(CONFIG, PARAMS, tokens)[0])
+HIDDEN = {s.id: np.asarray(_hidden(np.pad(s.tokens, (0, 64 - len(s.tokens)))[None]))[: len(s.tokens)] for s in SAMPLES}
+
+
+def score(mesh):
+    table = score_samples(
+        CONFIG, PARAMS, SAMPLES, mesh, batch_tokens=256, identity={}, per_token=True, progress=False
+    )
+    return {name: getattr(table, name) for name in METRICS} | {
+        "token_flatness": np.concatenate([row.flatness for row in table.tokens])
+    }
+
+
+def options(out):
+    return TrainConfig(target="toy", data=(Path("x"),), out=out, epochs=2, batch_tokens=512, save_every=3, log_every=3)
+
+
+class Stop(Exception):
+    pass
+
+
+def trained(mesh, out, stop=False):
+    """The draft after `train`, which a probe ends after the first epoch if `stop`."""
+
+    def probe(params, step):
+        if stop:
+            raise Stop
+        return {}
+
+    result = train(
+        CONFIG, place_params(PARAMS, mesh), SAMPLES, [], HIDDEN, options(out), mesh,
+        identity={}, probe=probe, progress=False,
+    )  # fmt: skip
+    return jax.tree.leaves(to_host(result.state.params))
+
+
+def generate(mesh):
+    setup = DecodeSetup(CONFIG, DRAFT, 3, 24, ())
+    params = prepare_params(place_params(PARAMS, mesh), replicate(DRAFT_PARAMS, mesh))
+    return make_generate(setup, mesh), ((params, np.float32(0)), prompts(mesh))
+
+
+def prompts(mesh):
+    lengths = np.array([5, 9, 16, 3, 12, 7, 1, 8], np.int32)
+    tokens = np.random.default_rng(1).integers(0, CONFIG.vocab_size, (8, 16)).astype(np.int32)
+    return shard_rows(PromptBatch(tokens, lengths, jax.random.split(jax.random.key(0), 8)), mesh)
+
+
+def train_step(mesh):
+    optimizer = make_optimizer(options(Path("x")), 10)
+    padded = pad_batch(SAMPLES[:8], SHAPE)
+    hidden = pad_rows([HIDDEN[s.id] for s in SAMPLES[:8]], SHAPE)
+    step = make_train_step(CONFIG, DRAFT, optimizer, mesh, options(Path("x")))
+    state = replicate(init_state(DRAFT, optimizer, 0), mesh)
+    batch = shard_rows(DraftBatch(padded.tokens, padded.counted, hidden), mesh)
+    return step, (split_vocabulary(borrow(CONFIG, place_params(PARAMS, mesh)), mesh), state, batch)
+
+
+def score_step(mesh):
+    return make_score_step(CONFIG, mesh, 16), (place_params(PARAMS, mesh), shard_rows(pad_batch(SAMPLES[:8], SHAPE), mesh))
+
+
+def compiled_text(step, arguments):
+    return step.lower(*arguments).compile().as_text()
+
+
+def main(out: Path) -> None:
+    results = {}
+    for name, shape in MESHES.items():
+        mesh = make_mesh(*shape)
+        for key, value in score(mesh).items():
+            results[f"score {name} {key}"] = value
+    for name in ("1x1", "8x1", "4x2"):
+        for i, leaf in enumerate(trained(make_mesh(*MESHES[name]), out / f"train-{name}")):
+            results[f"train {name} {i}"] = leaf
+    for name in ("8x1", "2x4"):
+        step, arguments = generate(make_mesh(*MESHES[name]))
+        results[f"generate {name}"] = to_host(step(*arguments)).tokens
+    try:
+        trained(make_mesh(*MESHES["8x1"]), out / "moved", stop=True)
+    except Stop:
+        pass
+    results["saved"] = sorted(int(path.name) for path in (out / "moved" / "checkpoints").iterdir() if path.name.isdigit())
+    for i, leaf in enumerate(trained(make_mesh(*MESHES["2x4"]), out / "moved")):
+        results[f"train moved {i}"] = leaf
+    lengths = [len(s.tokens) for s in SAMPLES]
+    plans = make_batches(lengths, choose_shapes(lengths, 256))
+    calls = {n: sum(1 for _ in group_plans(plans, n)) for n in (1, 2, 4, 8)}
+    np.savez(out / "results.npz", **results)
+    mesh = make_mesh(8, 1)
+    texts = {"score": score_step(mesh), "train": train_step(mesh), "generate": generate(mesh)}
+    texts["train 2x4"] = train_step(make_mesh(*MESHES["2x4"]))
+    texts = {name: compiled_text(*step) for name, step in texts.items()}
+    (out / "programs.json").write_text(json.dumps({"texts": texts, "calls": calls, "plans": len(plans)}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,81 @@
+"""Nothing depends on how many devices there are: meshes of 8 forced CPU devices against one, and what their programs say.
+
+The devices are in a process of its own (on_eight_devices.py), which computes; here is only compared.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+HERE = Path(__file__).parent
+_COLLECTIVE = re.compile(r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory):
+    """(arrays by name, what the programs say)."""
+    out = tmp_path_factory.mktemp("eight")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
+    done = subprocess.run(
+        [sys.executable, HERE / "on_eight_devices.py", out], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return dict(np.load(out / "results.npz")), json.loads((out / "programs.json").read_text())
+
+
+def of(arrays, prefix):
+    return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
+
+
+def test_scores_are_the_same_bits_on_one_device_and_on_eight(eight):
+    one, many = (of(eight[0], f"score {mesh} ") for mesh in ("1x1", "8x1"))
+    assert one["token_flatness"].max() > 0.1 and set(one) == set(many)
+    for name in one:
+        np.testing.assert_array_equal(many[name], one[name], err_msg=name)
+
+
+@pytest.mark.parametrize("mesh", ["4x2", "2x4"])
+def test_a_model_axis_changes_scores_by_rounding_alone(eight, mesh):
+    one, many = (of(eight[0], f"score {name} ") for name in ("1x1", mesh))
+    for name in one:
+        # Sums over the vocabulary and over widths are in another order: float32's 6e-8 through two layers.
+        np.testing.assert_allclose(many[name], one[name], rtol=1e-5, atol=2e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("mesh", ["8x1", "4x2", "moved"])
+def test_the_trained_draft_is_the_same(eight, mesh):
+    """`moved` was saved by Orbax half-way on 8x1 and went on on 2x4."""
+    one, many = (of(eight[0], f"train {name} ") for name in ("1x1", mesh))
+    assert eight[0]["saved"].tolist() == [3] and len(one) > 5
+    for name in one:
+        np.testing.assert_allclose(many[name], one[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_greedy_answers_are_the_same_on_either_mesh(eight):
+    assert eight[0]["generate 8x1"].shape == (8, 24)
+    np.testing.assert_array_equal(eight[0]["generate 8x1"], eight[0]["generate 2x4"])
+
+
+@pytest.mark.parametrize("stage, expected", [("score", []), ("generate", []), ("train", ["all-reduce"])])
+def test_collectives_on_the_data_axis(eight, stage, expected):
+    """Scoring and decoding exchange nothing; a training step has one reduction, of all gradients and sums together."""
+    assert _COLLECTIVE.findall(eight[1]["texts"][stage]) == expected
+
+
+def test_training_over_a_model_axis_can_not_wait_for_ever(eight):
+    """Data shards go through the vocabulary in as many rounds as their tokens need, so no round may need all of them."""
+    found = _COLLECTIVE.findall(eight[1]["texts"]["train 2x4"])
+    assert "all-reduce" in found and "collective-permute" not in found
+
+
+def test_work_per_device_shrinks_with_the_devices(eight):
+    """Every device is given whole batches: n devices make n times fewer calls, but for the last one's empty places."""
+    calls, plans = {int(n): count for n, count in eight[1]["calls"].items()}, eight[1]["plans"]
+    assert plans >= 8
+    assert calls == {n: -(-plans // n) for n in (1, 2, 4, 8)}
