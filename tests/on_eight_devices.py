@@ -2,7 +2,7 @@
 
 Run by test_devices.py in a process of its own, since the other tests have four devices:
 
-    python on_eight_devices.py OUT        writes OUT/results.npz and OUT/programs.json
+    JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=8 python on_eight_devices.py OUT    # OUT/results.npz and OUT/programs.json
 """
 
 import json
@@ -10,11 +10,6 @@ import sys
 from pathlib import Path
 
 import jax
-
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_numpy_rank_promotion", "raise")
-
 import numpy as np
 from toy import toy_draft, toy_target
 

@@ -21,7 +21,12 @@ _COLLECTIVE = re.compile(r" (all-reduce|all-gather|all-to-all|collective-permute
 def eight(tmp_path_factory):
     """(arrays by name, what the programs say)."""
     out = tmp_path_factory.mktemp("eight")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "8",
+        "JAX_NUMPY_RANK_PROMOTION": "raise",
+    }
     done = subprocess.run(
         [sys.executable, HERE / "on_eight_devices.py", out], env=environment, capture_output=True, text=True, timeout=600
     )
