@@ -40,20 +40,29 @@ _SPLIT_AXIS = {
 def param_sharding(name: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     """Where the target's parameter `name` ("layers/mlp/up_proj/kernel", of `shape` in the params tree) lives.
 
+    Errors as in `shard_shape`.
+    """
+    parts = zip(shape, shard_shape(name, shape, mesh.shape["model"]))
+    return NamedSharding(mesh, P(*["model" if part < size else None for size, part in parts]))
+
+
+def shard_shape(name: str, shape: tuple[int, ...], model_shards: int) -> tuple[int, ...]:
+    """What one device has of the parameter `name` of `shape`.
+
     Raises:
       ValueError: no rule names it, or the model shards do not divide the axis that its rule splits.
     """
     if name not in _SPLIT_AXIS:
         raise ValueError(f"parameter {name} {list(shape)}: no rule in models/sharding.py says how it is split; add one")
-    axis, shards = _SPLIT_AXIS[name], mesh.shape["model"]
-    if axis is None or shards == 1:
-        return NamedSharding(mesh, P())
-    if shape[axis] % shards:
+    axis = _SPLIT_AXIS[name]
+    if axis is None:
+        return shape
+    if shape[axis] % model_shards:
         raise ValueError(
-            f"--model-shards: {shards} does not divide the {shape[axis]} of parameter {name} {list(shape)}; "
+            f"--model-shards: {model_shards} does not divide the {shape[axis]} of parameter {name} {list(shape)}; "
             "choose a divisor of it"
         )
-    return NamedSharding(mesh, P(*[None] * axis, "model"))
+    return (*shape[:axis], shape[axis] // model_shards, *shape[axis + 1 :])
 
 
 def split_vocabulary(tree, mesh: Mesh):

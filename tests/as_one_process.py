@@ -1,0 +1,38 @@
+"""Every stage in turn, as one of the processes of a run; started by test_processes.py.
+
+    python as_one_process.py FOLDER OUT COORDINATOR COUNT NUMBER
+
+FOLDER holds target/, chats.jsonl and prompts.jsonl.
+"""
+
+import sys
+from pathlib import Path
+
+from jsfdd.processes import start
+
+
+def main(folder: Path, out: Path) -> None:
+    from jsfdd import pipeline
+    from jsfdd.config import EvaluateConfig, ScoreConfig, SelectConfig, TrainConfig
+
+    target = str(folder / "target")
+    shared = dict(target=target, data=(folder / "chats.jsonl",), max_length=128)
+    pipeline.score(ScoreConfig(**shared, batch_tokens=256, out=out))
+    pipeline.select(SelectConfig(scores=out / "scores.parquet", retain_ratio=0.5, out=out))
+    pipeline.train(
+        TrainConfig(
+            **shared, batch_tokens=1024, epochs=2, held_out_share=0.1, selection=out / "selection.json", out=out / "draft"
+        )
+    )
+    pipeline.evaluate(
+        EvaluateConfig(
+            target=target, draft=out / "draft", prompts=(folder / "prompts.jsonl",), out=out / "evaluated",
+            max_new_tokens=8, num_draft_tokens=2, batch_size=4,
+        )  # fmt: skip
+    )
+
+
+if __name__ == "__main__":
+    folder, out, coordinator, count, number = sys.argv[1:]
+    start(coordinator, int(count), int(number))
+    main(Path(folder), Path(out))

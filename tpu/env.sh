@@ -1,0 +1,28 @@
+# shellcheck shell=bash
+# Settings of all scripts here; each can be set in the environment instead. Sourced, never run.
+
+: "${TPU_NAME:=jsfdd}"                          # of the TPU, and of its queued resource
+: "${TPU_PROJECT:=$(gcloud config get-value project 2>/dev/null || true)}"
+: "${TPU_ZONE:=us-west4-a}"
+: "${TPU_TYPE:=v5litepod-8}"                    # v5litepod-8: one host, 8 chips; v5litepod-16: four hosts, 4 chips each
+: "${TPU_VERSION:=v2-alpha-tpuv5-lite}"         # v5p: v2-alpha-tpuv5; v6e: v2-alpha-tpuv6e; v4: tpu-ubuntu2204-base
+: "${TPU_SPOT:=0}"                              # 1: cheaper, may be taken away; through a queued resource
+: "${TPU_SHARE:=}"                              # HOST:/EXPORT of an NFS share (Filestore); needed by more than one host
+: "${TPU_WORK:=/mnt/jsfdd}"                     # where the share is mounted; data, target and --out live under it
+: "${TPU_EVERY:=60}"                            # seconds between two looks at a queued resource
+
+dry_run=0
+
+# Print a command, and run it unless this is a dry run.
+run() {
+  printf '%q ' "$@"
+  printf '\n'
+  if [ "$dry_run" = 0 ]; then "$@"; fi
+}
+
+where=(--project="$TPU_PROJECT" --zone="$TPU_ZONE")
+
+# on_workers WHICH COMMAND: run a shell command on worker WHICH (0, 1, … or all).
+on_workers() {
+  run gcloud compute tpus tpu-vm ssh "$TPU_NAME" "${where[@]}" --worker="$1" --command="$2"
+}
