@@ -26,7 +26,7 @@ def main(folder: Path, out: Path) -> None:
     )
     pipeline.evaluate(
         EvaluateConfig(
-            target=target, draft=out / "draft", prompts=(folder / "prompts.jsonl",), out=out / "evaluated",
+            target=target, draft=(out / "draft",), prompts=(folder / "prompts.jsonl",), out=out / "evaluated",
             max_new_tokens=8, num_draft_tokens=2, batch_size=4,
         )  # fmt: skip
     )

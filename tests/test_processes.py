@@ -54,7 +54,8 @@ def begin_command(*arguments):
 def finish(processes):
     """[(exit code, stdout, stderr)] of each."""
     try:
-        return [(*process.communicate(timeout=LIMIT)[::-1], process.returncode)[::-1] for process in processes]
+        texts = [process.communicate(timeout=LIMIT) for process in processes]
+        return [(process.returncode, *text) for process, text in zip(processes, texts)]
     finally:
         for process in processes:
             process.kill()
