@@ -40,6 +40,7 @@ _COMMANDS = {
     "generate": options.GenerateConfig,
     "doctor": options.DoctorConfig,
     "report": options.ReportConfig,
+    "plan": options.PlanConfig,
     "run": options.RunConfig,
     "demo": DemoConfig,
     "completion": CompletionConfig,
@@ -79,6 +80,10 @@ _EXAMPLES = {
     """,
     "report": """
         jsfdd report --run run
+    """,
+    "plan": """
+        jsfdd plan --target smollm2 --data chats.jsonl
+        jsfdd plan --target DIR --data chats.jsonl --dtype bfloat16 --devices 16 --device-kind "TPU v5"
     """,
     "run": """
         jsfdd run --target smollm2 --data chats.jsonl --prompts prompts.jsonl --out run --dry-run
@@ -202,6 +207,11 @@ def _run(command: Command) -> int:
             result = results.of_train(config, pipeline.train(config, loaded), loaded.files)
         case options.EvaluateConfig():
             result = results.of_evaluate(config, pipeline.evaluate(config))
+        case options.PlanConfig():
+            from jsfdd.evaluation.plan import make_plan, print_plan
+
+            print_plan(make_plan(config))
+            return 0
         case options.ExportConfig():
             pipeline.export(config)
             result = results.of_export(config)

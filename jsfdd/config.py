@@ -22,6 +22,9 @@ MaskSpan = Literal["thinking", "tool_calls"]
 _RULES = {
     "data": (lambda x: len(x) > 0, "at least one chat file"),
     "prompts": (lambda x: len(x) > 0, "at least one prompt file"),
+    "devices": (lambda x: x is None or x >= 1, "1 or more"),
+    "device_memory": (lambda x: x is None or x > 0, "above 0"),
+    "device_rate": (lambda x: x is None or x > 0, "above 0"),
     "model_shards": (lambda x: x >= 1, "1 (whole on every device) or more"),
     "max_length": (lambda x: x >= 8, "8 tokens or more"),
     "batch_tokens": (lambda x: x >= 1, "1 or more"),
@@ -356,6 +359,24 @@ class ReportConfig(_Options):
     """Directory of `jsfdd run` or `jsfdd demo`."""
     out: Path | None = None
     """Where to write the page; report.html in the run's directory unless given."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanConfig(TargetOptions, DataOptions):
+    """Estimate memory, arithmetic and disk of every stage from shapes alone; no weights are read."""
+
+    retain_ratio: float = 0.5
+    """Share of the samples that are trained on."""
+    epochs: int = 10
+    """Passes over the kept samples."""
+    devices: int | None = None
+    """How many devices; those that are here unless given."""
+    device_kind: str | None = None
+    """Which, as JAX names them: "TPU v5 lite", "NVIDIA H200", …; those that are here unless given."""
+    device_memory: float | None = None
+    """Memory of one in GB, where the kind is not known or not all of it is free."""
+    device_rate: float | None = None
+    """TFLOP/s of one in matrix products; unless given, the maker's bfloat16 peak or, for an unknown one here, measured."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

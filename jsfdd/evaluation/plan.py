@@ -3,7 +3,7 @@
 No weights are read and nothing is allocated: a 70B config.json will do. What is counted, and what is not:
 
     memory      of one device: parameters, batch, what a step keeps, and the largest of its temporaries. The compiler
-                fuses some of these and pads others: 001's check found it within a third (README of experiments/007_plan).
+                fuses some of these and pads others; the tests hold the sum against what it allocates.
     arithmetic  multiply-adds of matrix products times two, padding included, masked attention too: it is computed.
     time        arithmetic over all devices' peak or measured matmul rate: a lower bound, never a promise.
     disk        what the stage writes, at most.
@@ -19,15 +19,20 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
 from jsfdd.config import PlanConfig
 from jsfdd.data.batches import Shape, choose_shapes, make_batches
-from jsfdd.data.chat import Chat
+from jsfdd.data.chat import Chat, read_chats
+from jsfdd.data.template import tokenize_chats
 from jsfdd.models.architecture import DecoderConfig
 from jsfdd.models.draft import DraftConfig, draft_config, init_draft
 from jsfdd.models.sharding import shard_shape
 from jsfdd.models.target import init_params
 from jsfdd.selection.score import block_size
+from jsfdd.weights.load import load_tokenizer, locate_target, read_architecture
 
 # Device kind as JAX names it -> (memory in GB, dense bfloat16 TFLOP/s), as their makers state them: cloud.google.com/tpu/docs
 # for TPUs, the data sheets for NVIDIA's SXM modules.
@@ -41,6 +46,7 @@ KNOWN_DEVICES = {
     "NVIDIA H200": (141, 989),
 }
 GB = 1e9
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _CHARACTERS_PER_TOKEN = 4  # where there is no tokenizer to ask
 _TEMPLATE_TOKENS = 5  # per message, where there is none
 _USABLE = 0.9  # of a device's memory: the runtime and fragmentation take the rest
@@ -83,6 +89,72 @@ class Stage(NamedTuple):
     def peak(self) -> float:
         """Bytes of one device."""
         return sum(self.memory.values())
+
+
+class Plan(NamedTuple):
+    """What `make_plan` found; `suggested` is the fewest model shards that fit, None if no number does."""
+
+    stages: list[Stage]
+    devices: Devices
+    model_shards: int
+    suggested: int | None
+    lengths: Lengths
+
+
+def make_plan(config: PlanConfig) -> Plan:
+    """The plan of all stages for what `config` names.
+
+    Raises:
+      ValueError: --model-shards does not divide the devices or a parameter, or a device is not known; and what reading
+        the config and the chats raises.
+    """
+    chats = read_chats(config.data)
+    target = read_architecture(config.target)
+    devices = find_devices(config)
+    if devices.count % config.model_shards:
+        raise ValueError(f"--model-shards: {config.model_shards} does not divide the {devices.count} devices")
+    path = locate_target(config.target, weights=False)
+    if path.is_dir() and not any((path / name).exists() for name in _TOKENIZER_FILES):
+        lengths = estimate_lengths(chats, config.max_length)
+    else:
+        samples, _ = tokenize_chats(chats, load_tokenizer(config.target), config.max_length)
+        counted = np.array([sample.counted.sum() for sample in samples])
+        lengths = Lengths(np.array([len(sample.tokens) for sample in samples]), counted, "tokenized")
+    stages = plan_stages(target, lengths, config, devices.count, config.model_shards)
+    return Plan(stages, devices, config.model_shards, suggest_model_shards(target, lengths, config, devices), lengths)
+
+
+def print_plan(plan: Plan) -> None:
+    """The plan as a table on stdout."""
+    out = Console(highlight=False)
+    devices, lengths = plan.devices, plan.lengths
+    out.print(
+        f"{devices.count} × {devices.kind}, {devices.memory / GB:.0f} GB and {devices.rate / 1e12:.3g} TFLOP/s each "
+        f"({devices.source}), as {devices.count // plan.model_shards} × {plan.model_shards} (data × model)"
+    )
+    out.print(
+        f"{len(lengths.tokens)} conversations, {lengths.tokens.sum():,} tokens, {lengths.counted.sum():,} counted "
+        f"({lengths.source})"
+    )
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in ("stage", "GB a device", "of which", "PFLOP", "at least", "disk GB"):
+        table.add_column(name, justify="left" if name in ("stage", "of which") else "right")
+    for stage in plan.stages:
+        parts = ", ".join(f"{name} {size / GB:.3g}" for name, size in stage.memory.items())
+        seconds = stage.flops / (devices.count * devices.rate)
+        known = not math.isnan(stage.flops)
+        table.add_row(
+            stage.name, f"{stage.peak / GB:.3g}", parts, f"{stage.flops / 1e15:.3g}" if known else "",
+            f"{seconds:,.0f} s" if known else "", f"{stage.disk / GB:.3g}",
+        )  # fmt: skip
+    out.print(table)
+    if plan.suggested is None:
+        out.print(f"no mesh of these {devices.count} devices holds every stage: take more, larger ones, or --batch-tokens less")
+    else:
+        out.print(
+            f"smallest that fits: --model-shards {plan.suggested}, a mesh of {devices.count // plan.suggested} × "
+            f"{plan.suggested}"
+        )
 
 
 def param_bytes(config: DecoderConfig, itemsize: int, model_shards: int) -> int:
