@@ -35,6 +35,8 @@ def begin(command):
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]),
         "JAX_PLATFORMS": "cpu",
+        # A device that waits for another ends the process after so long: a loaded machine needs more than the usual 40 s.
+        "XLA_FLAGS": "--xla_cpu_collective_call_terminate_timeout_seconds=600",
         "JAX_NUM_CPU_DEVICES": "2",
     }
     return subprocess.Popen(
