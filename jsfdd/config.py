@@ -132,7 +132,7 @@ class DataOptions(ChatFiles):
     """Conversations are cut after this many tokens."""
     batch_tokens: int = 4096
     """Tokens in one batch, padding included: rows × length of a bucket. A training step divides one over all devices;
-    scoring gives each device one of its own. No result depends on how many devices there are."""
+    scoring gives each device one of its own. Neither scores nor drafts depend on how many devices there are."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
