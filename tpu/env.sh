@@ -2,7 +2,7 @@
 # Settings of all scripts here; each can be set in the environment instead. Sourced, never run.
 
 : "${TPU_NAME:=jsfdd}"                          # of the TPU, and of its queued resource
-: "${TPU_PROJECT:=$(gcloud config get-value project 2>/dev/null || true)}"
+: "${TPU_PROJECT:=}"                            # gcloud's own setting unless given
 : "${TPU_ZONE:=us-west4-a}"
 : "${TPU_TYPE:=v5litepod-8}"                    # v5litepod-8: one host, 8 chips; v5litepod-16: four hosts, 4 chips each
 : "${TPU_VERSION:=v2-alpha-tpuv5-lite}"         # v5p: v2-alpha-tpuv5; v6e: v2-alpha-tpuv6e; v4: tpu-ubuntu2204-base
@@ -20,7 +20,7 @@ run() {
   if [ "$dry_run" = 0 ]; then "$@"; fi
 }
 
-where=(--project="$TPU_PROJECT" --zone="$TPU_ZONE")
+where=(--zone="$TPU_ZONE" ${TPU_PROJECT:+--project="$TPU_PROJECT"})
 
 # on_workers WHICH COMMAND: run a shell command on worker WHICH (0, 1, … or all).
 on_workers() {
