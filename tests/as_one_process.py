@@ -21,7 +21,7 @@ def main(folder: Path, out: Path) -> None:
     pipeline.select(SelectConfig(scores=out / "scores.parquet", retain_ratio=0.5, out=out))
     pipeline.train(
         TrainConfig(
-            **shared, batch_tokens=1024, epochs=2, held_out_share=0.1, selection=out / "selection.json", out=out / "draft"
+            **shared, batch_tokens=512, epochs=2, held_out_share=0.1, selection=out / "selection.json", out=out / "draft"
         )
     )
     pipeline.evaluate(

@@ -93,7 +93,8 @@ def test_every_stage_in_two_processes(inputs, alone, tmp_path):
     assert found.ids == expected.ids and len(found.ids) == 24
     for name in ("num_tokens", *METRICS):
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), err_msg=name)
-    assert len(list((tmp_path / "scores.parts").glob("part-*.parquet"))) == 2  # each wrote its own
+    parts = {int(path.stem[-5:]) % 2 for path in (tmp_path / "scores.parts").glob("part-*.parquet")}
+    assert parts == {0, 1}  # each process wrote its own
     selections = [json.loads((path / "selection.json").read_text()) for path in (tmp_path, alone)]
     assert selections[0]["ids"] == selections[1]["ids"]
 
@@ -111,7 +112,7 @@ def test_every_stage_in_two_processes(inputs, alone, tmp_path):
 def train_arguments(inputs, alone, out):
     return [
         "train", "--target", inputs / "target", "--data", inputs / "chats.jsonl", "--max-length", 128, "--epochs", 2,
-        "--batch-tokens", 1024, "--held-out-share", 0.1, "--selection", alone / "selection.json", "--save-every", 1,
+        "--batch-tokens", 512, "--held-out-share", 0.1, "--selection", alone / "selection.json", "--save-every", 1,
         "--out", out,
     ]  # fmt: skip
 
