@@ -185,7 +185,7 @@ def _run(command: Command) -> int:
     _prepare_jax()
     from jsfdd import processes
 
-    if isinstance(config, options.ProcessOptions):
+    if isinstance(config, options.ProcessOptions) and not output.dry_run:
         processes.start(config.coordinator, config.num_processes, config.process_id)
     from jsfdd import dry_run, pipeline, results
 

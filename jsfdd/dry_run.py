@@ -71,8 +71,8 @@ def _inputs(config: TargetOptions | DataOptions) -> _Inputs:
     samples, summary = tokenize_chats(found.chats, target.tokenizer, config.max_length, config.mask_spans)
     files = count_by_file(found, summary)
     pipeline.show_counts(files)
-    devices = num_data_shards(make_mesh())
-    shapes = choose_shapes([len(sample.tokens) for sample in samples], config.batch_tokens, devices)
+    devices = num_data_shards(make_mesh(model=config.model_shards))
+    shapes = choose_shapes([len(sample.tokens) for sample in samples], config.batch_tokens)
     return _Inputs(target, samples, files, shapes, devices)
 
 
@@ -211,7 +211,7 @@ def _decoding(config: EvaluateConfig | RunConfig, target: Target, prompts: Seque
     lengths = [len(render_turns(target, prompt, [])) for prompt in prompts]
     for prompt, length in zip(prompts, lengths):
         check_length(target, prompt, length, config.max_new_tokens)
-    devices = num_data_shards(make_mesh())
+    devices = num_data_shards(make_mesh(model=config.model_shards))
     batch_size = -(-config.batch_size // devices) * devices
     values = {
         "prompts": len(prompts),

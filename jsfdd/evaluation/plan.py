@@ -117,7 +117,7 @@ def make_plan(config: PlanConfig) -> Plan:
     if path.is_dir() and not any((path / name).exists() for name in _TOKENIZER_FILES):
         lengths = estimate_lengths(chats, config.max_length)
     else:
-        samples, _ = tokenize_chats(chats, load_tokenizer(config.target), config.max_length)
+        samples, _ = tokenize_chats(chats, load_tokenizer(config.target), config.max_length, config.mask_spans)
         counted = np.array([sample.counted.sum() for sample in samples])
         lengths = Lengths(np.array([len(sample.tokens) for sample in samples]), counted, "tokenized")
     stages = plan_stages(target, lengths, config, devices.count, config.model_shards)
