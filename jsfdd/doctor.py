@@ -22,6 +22,8 @@ def doctor(config: DoctorConfig) -> Diagnosis:
 
     Conversations are cut where they were in the draft's training, so that tokens and masks can be compared with it.
     """
+    if config.model_shards > 1:
+        raise ValueError("--model-shards: doctor examines on one device; leave the option out")
     chats = read_chats(config.data)
     draft = None if config.draft is None else load_draft_and_record(config.draft)
     record = (draft and draft[2]) or {}
