@@ -61,7 +61,8 @@ def test_the_trained_draft_is_the_same(eight, mesh):
     one, many = (of(eight[0], f"train {name} ") for name in ("1x1", mesh))
     assert eight[0]["saved"].tolist() == [3] and len(one) > 5
     for name in one:
-        np.testing.assert_allclose(many[name], one[name], rtol=1e-5, atol=1e-6, err_msg=name)
+        # Adam turns rounding in a gradient that is all but zero into a part of a step, which is 5e-4 long.
+        np.testing.assert_allclose(many[name], one[name], rtol=1e-5, atol=1e-5, err_msg=name)
 
 
 def test_greedy_answers_are_the_same_on_either_mesh(eight):

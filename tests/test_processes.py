@@ -80,7 +80,7 @@ def alone(inputs, tmp_path_factory):
 
 def assert_same_draft(found, expected):
     for a, b in zip(*(jax.tree.leaves(load_draft(path)[1]) for path in (found, expected)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_every_stage_in_two_processes(inputs, alone, tmp_path):
