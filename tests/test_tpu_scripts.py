@@ -42,7 +42,8 @@ def test_stages_run_on_all_hosts_and_find_each_other():
     assert gcloud[4] == "ssh" and "--worker=all" in gcloud
     inner = shlex.split(command.removeprefix("--command="))
     assert inner == [
-        "cd", "/mnt/jsfdd", "&&", "$HOME/venv/bin/jsfdd", "score", "--target", "my model", "--out", "run", "--coordinator", "auto",
+        "cd", "/mnt/jsfdd", "&&", "$HOME/venv/bin/jsfdd", "score", "--target", "my model", "--out", "run",
+        "--coordinator", "auto",
     ]  # fmt: skip
     ((*gcloud, command),) = commands("run.sh", "--dry-run", "export", "--draft", "d", "--out", "e")
     assert "--worker=0" in gcloud and "--coordinator" not in command
