@@ -188,6 +188,7 @@ def _run(command: Command) -> int:
     if isinstance(config, options.ProcessOptions) and not output.dry_run:
         processes.start(config.coordinator, config.num_processes, config.process_id)
     from jsfdd import dry_run, pipeline, results
+    from jsfdd.loading import load
 
     if isinstance(config, DemoConfig):
         config = demo_run(config)
@@ -198,12 +199,12 @@ def _run(command: Command) -> int:
         case options.RunConfig():
             result = results.of_run(config, pipeline.run(config))
         case options.ScoreConfig():
-            loaded = pipeline.load(config)
+            loaded = load(config)
             result = results.of_score(config, pipeline.score(config, loaded), loaded.files)
         case options.SelectConfig():
             result = results.of_select(config, pipeline.select(config))
         case options.TrainConfig():
-            loaded = pipeline.load(config)
+            loaded = load(config)
             result = results.of_train(config, pipeline.train(config, loaded), loaded.files)
         case options.EvaluateConfig():
             result = results.of_evaluate(config, pipeline.evaluate(config))

@@ -11,7 +11,8 @@ from jsfdd.data.template import tokenize_chats
 from jsfdd.evaluation.doctor import examine
 from jsfdd.evaluation.findings import Diagnosis, print_diagnosis
 from jsfdd.files import write_json
-from jsfdd.pipeline import identity_of, load_draft_and_record
+from jsfdd.loading import identity_of
+from jsfdd.pipeline import load_draft_and_record
 from jsfdd.progress import console
 from jsfdd.selection.features import HiddenStore
 from jsfdd.weights.load import load_target, locate_target

@@ -29,6 +29,7 @@ from jsfdd.data.summary import FileCounts, count_by_file, total
 from jsfdd.data.template import tokenize_chats
 from jsfdd.evaluation.evaluate import check_draft
 from jsfdd.evaluation.prompts import check_length, render_turns
+from jsfdd.loading import show_counts
 from jsfdd.mesh import make_mesh, num_data_shards
 from jsfdd.records import Prompt, Sample
 from jsfdd.results import Result, counts_to_json
@@ -70,7 +71,7 @@ def _inputs(config: TargetOptions | DataOptions) -> _Inputs:
     target = describe_target(config.target)
     samples, summary = tokenize_chats(found.chats, target.tokenizer, config.max_length, config.mask_spans)
     files = count_by_file(found, summary)
-    pipeline.show_counts(files)
+    show_counts(files)
     devices = num_data_shards(make_mesh(model=config.model_shards))
     shapes = choose_shapes([len(sample.tokens) for sample in samples], config.batch_tokens)
     return _Inputs(target, samples, files, shapes, devices)

@@ -64,10 +64,13 @@ def place(shape: tuple[int, ...], sharding: NamedSharding, build: Callable[[tupl
     devices_of: dict[tuple, list] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         devices_of.setdefault(tuple(s.indices(n)[:2] for s, n in zip(index, shape)), []).append(device)
-    parts = []
-    for bounds, devices in devices_of.items():
+
+    def placed(bounds, devices):
         block = build(tuple(slice(*each) for each in bounds))
-        parts += [jax.device_put(block, device) for device in devices]
+        # device_put returns before it has copied, and keeps the block until then.
+        return jax.block_until_ready([jax.device_put(block, device) for device in devices])
+
+    parts = [part for each in devices_of.items() for part in placed(*each)]
     return jax.make_array_from_single_device_arrays(shape, sharding, parts)
 
 

@@ -9,19 +9,15 @@ Each function here is one sub-command: it loads what its config names, calls its
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.metadata
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from jsfdd.config import (
-    DataOptions,
     DecodingOptions,
     EvaluateConfig,
     ExportConfig,
@@ -29,25 +25,24 @@ from jsfdd.config import (
     RunConfig,
     ScoreConfig,
     SelectConfig,
-    TargetOptions,
     TrainConfig,
 )
-from jsfdd.data.batches import Shape, choose_shapes, make_batches, padding_share
-from jsfdd.data.chat import read_chat_files, read_prompts
+from jsfdd.data.batches import make_batches, padding_share
+from jsfdd.data.chat import read_prompts
 from jsfdd.data.files import input_digests
-from jsfdd.data.summary import FileCounts, count_by_file, total
-from jsfdd.data.template import TokenizeSummary, tokenize_chats
+from jsfdd.data.summary import total
 from jsfdd.decoding.tree import TreeShape
 from jsfdd.decoding.verify import Cutoff
 from jsfdd.evaluation import evaluate as evaluation
 from jsfdd.evaluation.probe import make_probe
 from jsfdd.evaluation.report import write_report
 from jsfdd.files import differences, read_json, write_json
+from jsfdd.loading import Loaded, load
 from jsfdd.mesh import describe_hardware, make_mesh
 from jsfdd.models.draft import DraftConfig, draft_config
 from jsfdd.processes import agree, agree_on_directory, is_primary, several, wait_for_all
 from jsfdd.progress import console, progress
-from jsfdd.records import Sample, samples_digest
+from jsfdd.records import Sample
 from jsfdd.selection import features, sfdd
 from jsfdd.selection.features import HiddenStore, HiddenWriter
 from jsfdd.selection.score import score_samples
@@ -60,56 +55,7 @@ from jsfdd.weights.eagle import is_exported, read_draft
 from jsfdd.weights.export import check_flavour, write_draft
 from jsfdd.weights.load import Target, load_target
 
-_FILES_SHOWN = 40
 _PROBE_DEPTH = 4
-
-
-class Loaded(NamedTuple):
-    """A target and tokenized chats, shared by the stages of one process."""
-
-    target: Target
-    mesh: Mesh
-    samples: list[Sample]
-    summary: TokenizeSummary
-    files: list[FileCounts]  # what became of each input file's rows
-    shapes: tuple[Shape, ...]
-    identity: dict  # what every result from them depends on; JSON-ready
-
-
-def load(config: TargetOptions | DataOptions) -> Loaded:
-    """The target and the tokenized chats that a config names."""
-    found = read_chat_files(config.data)  # before the weights: a bad line should not cost a minute
-    mesh = make_mesh(model=config.model_shards)
-    target = load_target(config.target, jnp.dtype(config.dtype), mesh)
-    samples, summary = tokenize_chats(found.chats, target.tokenizer, config.max_length, config.mask_spans)
-    files = count_by_file(found, summary)
-    if is_primary():
-        show_counts(files)
-    shapes = choose_shapes([len(s.tokens) for s in samples], config.batch_tokens)
-    identity = identity_of(target, config.data, config.max_length, config.dtype)
-    agree({"the options": config.to_json(), "the tokenized chats": samples_digest(samples), **identity})
-    return Loaded(target, mesh, samples, summary, files, shapes, identity)
-
-
-def identity_of(target: Target, data: Sequence[Path], max_length: int, dtype: str) -> dict:
-    """What every result from a target and chats depends on; JSON-ready."""
-    return {
-        "target": target.fingerprint,
-        "template": hashlib.sha256(target.tokenizer.chat_template.encode()).hexdigest(),
-        "data": list(input_digests(data).values()),
-        "max_length": max_length,
-        "dtype": dtype,
-    }
-
-
-def show_counts(files: Sequence[FileCounts]) -> None:
-    """One line a file on stderr, and their sums; of very many files only the first."""
-    for counts in files[:_FILES_SHOWN]:
-        console.print(str(counts), soft_wrap=True)
-    if len(files) > _FILES_SHOWN:
-        console.print(f"… and {len(files) - _FILES_SHOWN} more files", soft_wrap=True)
-    if len(files) > 1:
-        console.print(str(total(files)), soft_wrap=True)
 
 
 def score(config: ScoreConfig, loaded: Loaded | None = None, writer: HiddenWriter | None = None) -> ScoreTable:

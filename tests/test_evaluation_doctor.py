@@ -38,6 +38,7 @@ from jsfdd.evaluation.doctor import examine
 from jsfdd.evaluation.findings import Diagnosis, Finding, Span, print_diagnosis, supervised_spans
 from jsfdd.evaluation.teacher_forcing import Choices, DecodedText, Reader, decode_texts
 from jsfdd.files import read_json
+from jsfdd.loading import identity_of
 from jsfdd.models.architecture import Rope
 from jsfdd.models.target import head_logits, hidden_states
 from jsfdd.weights.load import load_target
@@ -237,7 +238,7 @@ def test_another_template_tokenizer_or_target_than_in_training(inputs, healthy, 
     directory, data, _ = inputs
     target, chats, samples, _, _, record, *_ = healthy
     def identity(target, dtype="float32", files=(data,)):
-        return pipeline.identity_of(target, files, LENGTH, dtype)
+        return identity_of(target, files, LENGTH, dtype)
 
     def tokenized(target):
         return tokenize_chats(chats, target.tokenizer, LENGTH)[0]

@@ -86,7 +86,7 @@ def write_large_target(directory: Path) -> None:
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
 
 
-def test_a_host_takes_its_share_of_memory_and_a_quarter_more_at_most(tmp_path):
+def test_a_host_takes_its_share_of_memory_and_a_fifth_more_at_most(tmp_path):
     """Two processes of one device each, the model split between them: the peak while loading, over each one's share."""
     write_large_target(tmp_path)
     with socket.socket() as listener:
@@ -103,5 +103,4 @@ def test_a_host_takes_its_share_of_memory_and_a_quarter_more_at_most(tmp_path):
         assert process.returncode == 0, errors[-2000:]
         figures = json.loads(out.splitlines()[-1])
         assert 133e6 < figures["share"] < 137e6
-        # 1.21 was measured, of which the files' own pages in memory are a part; 1.2 is the aim.
-        assert 0.9 * figures["share"] < figures["growth"] <= 1.25 * figures["share"], figures
+        assert 0.9 * figures["share"] < figures["growth"] <= 1.2 * figures["share"], figures

@@ -66,7 +66,7 @@ def check_record(record: dict | None, identity: dict, samples: Sequence[Sample])
 
     Args:
       record: the identity in the draft's checkpoint; None for an exported directory, which has none.
-      identity: of target, template and data now, as `pipeline.load` makes it.
+      identity: of target, template and data now, as `jsfdd.loading` makes it.
       samples: tokenized with the record's own max_length.
     """
     if record is None:
