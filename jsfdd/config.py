@@ -240,7 +240,7 @@ class ProcessOptions(_Options):
     """How several processes find each other. No result depends on it, so no artifact stores it."""
 
     coordinator: str | None = None
-    """HOST:PORT of process 0, the same for all processes; or `auto` on a TPU pod or under SLURM. None: one process."""
+    """HOST:PORT of process 0, the same for all processes; or `auto` on a TPU pod or under SLURM. One process unless given."""
     num_processes: int | None = None
     """How many processes there are; goes with --coordinator HOST:PORT."""
     process_id: int | None = None

@@ -130,7 +130,6 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict]:
     target = load_target(config.target, jnp.dtype(config.dtype), mesh)
     agree({"the options": config.to_json(), "the prompts": [dataclasses.asdict(prompt) for prompt in prompts]})
     agree({"the target": target.fingerprint})
-    agree_on_directory(config.out)
     reports = _evaluate(config, target, drafts, prompts, mesh)
     if is_primary():
         for name, report in reports.items():
