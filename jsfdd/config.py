@@ -284,6 +284,8 @@ class TrainConfig(TargetOptions, DataOptions, TrainingOptions, ProbeOptions, See
     """Directory for checkpoints/ and metrics.jsonl; an interrupted run continues here."""
     selection: Path | None = None
     """selection.json, as `jsfdd select` wrote it; without it every sample is used."""
+    shard_optimizer: bool = False
+    """Keep Adam's moments in parts, one on each data shard, instead of whole on every device. Costs an exchange a step."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -118,6 +118,16 @@ def replicate(tree, mesh: Mesh):
     return jax.tree.map(lambda x: put(x, sharding), tree)
 
 
+def split_over_data(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """Where an array lives of which every device keeps a part: cut along its largest axis that the data shards divide.
+
+    Whole on every device where they divide none.
+    """
+    divisible = [axis for axis, size in enumerate(shape) if size % num_data_shards(mesh) == 0]
+    cut = max(divisible, key=lambda axis: shape[axis], default=None)
+    return NamedSharding(mesh, P(*["data" if axis == cut else None for axis in range(len(shape))]))
+
+
 def map_over_devices(f: Callable, mesh: Mesh, *, num_sharded: int = 1) -> Callable:
     """Compile `f(params, *args)` to run on each data shard's rows by itself, without communication between them.
 

@@ -16,7 +16,7 @@ from toy import toy_draft, toy_target
 from jsfdd.config import TrainConfig
 from jsfdd.data.batches import Shape, choose_shapes, make_batches, pad_batch, pad_rows
 from jsfdd.decoding.generate import DecodeSetup, PromptBatch, make_generate, prepare_params
-from jsfdd.mesh import make_mesh, replicate, shard_rows, to_host
+from jsfdd.mesh import make_mesh, put, replicate, shard_rows, to_host
 from jsfdd.models.sharding import place_params, split_vocabulary
 from jsfdd.models.target import hidden_states
 from jsfdd.records import DraftBatch, Sample
@@ -24,7 +24,7 @@ from jsfdd.selection.run import group_plans
 from jsfdd.selection.score import make_score_step, score_samples
 from jsfdd.selection.table import METRICS
 from jsfdd.training.loss import borrow
-from jsfdd.training.step import init_state, make_optimizer, make_train_step
+from jsfdd.training.step import init_state, make_optimizer, make_train_step, state_shardings
 from jsfdd.training.train import train
 
 MESHES = {"1x1": (1, 1), "8x1": (8, 1), "4x2": (4, 2), "2x4": (2, 4)}
@@ -58,25 +58,35 @@ def score(mesh):
     }
 
 
-def options(out):
-    return TrainConfig(target="toy", data=(Path("x"),), out=out, epochs=2, batch_tokens=512, save_every=3, probe_every=4)
+def options(out, **changes):
+    return TrainConfig(
+        target="toy", data=(Path("x"),), out=out, epochs=2, batch_tokens=512, save_every=3, probe_every=4, **changes
+    )
 
 
 class Stop(Exception):
     pass
 
 
-def trained(mesh, out, stop=False):
-    """The draft after `train`, which a probe ends after the first epoch if `stop`."""
+def trained(mesh, out, stop=False, **changes):
+    """The state after `train`, which a probe ends after the first epoch if `stop`."""
 
     def probe(params):
         raise Stop
 
     result = train(
-        CONFIG, place_params(PARAMS, mesh), SAMPLES, [], HIDDEN, options(out), mesh,
+        CONFIG, place_params(PARAMS, mesh), SAMPLES, [], HIDDEN, options(out, **changes), mesh,
         identity={}, probe=probe if stop else None, progress=False,
     )  # fmt: skip
-    return jax.tree.leaves(to_host(result.state.params))
+    return result.state
+
+
+def leaves(state):
+    return enumerate(jax.tree.leaves(to_host(state.params)))
+
+
+def bytes_on_first(tree):
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
 
 
 def generate(mesh):
@@ -91,12 +101,12 @@ def prompts(mesh):
     return shard_rows(PromptBatch(tokens, lengths, jax.random.split(jax.random.key(0), 8)), mesh)
 
 
-def train_step(mesh):
+def train_step(mesh, shard_optimizer=False):
     optimizer = make_optimizer(options(Path("x")), 10)
     padded = pad_batch(SAMPLES[:8], SHAPE)
     hidden = pad_rows([HIDDEN[s.id] for s in SAMPLES[:8]], SHAPE)
-    step = make_train_step(CONFIG, DRAFT, optimizer, mesh, options(Path("x")))
-    state = replicate(init_state(DRAFT, optimizer, 0), mesh)
+    step = make_train_step(CONFIG, DRAFT, optimizer, mesh, options(Path("x")), shard_optimizer)
+    state = jax.tree.map(put, init_state(DRAFT, optimizer, 0), state_shardings(DRAFT, optimizer, mesh, shard_optimizer))
     batch = shard_rows(DraftBatch(padded.tokens, padded.counted, hidden), mesh)
     return step, (split_vocabulary(borrow(CONFIG, place_params(PARAMS, mesh)), mesh), state, batch)
 
@@ -116,8 +126,12 @@ def main(out: Path) -> None:
         for key, value in score(mesh).items():
             results[f"score {name} {key}"] = value
     for name in ("1x1", "8x1", "4x2"):
-        for i, leaf in enumerate(trained(make_mesh(*MESHES[name]), out / f"train-{name}")):
+        for i, leaf in leaves(trained(make_mesh(*MESHES[name]), out / f"train-{name}")):
             results[f"train {name} {i}"] = leaf
+    whole = trained(make_mesh(8, 1), out / "train-8x1").opt_state  # reads its checkpoint
+    parts = trained(make_mesh(8, 1), out / "sharded", shard_optimizer=True)
+    results |= {f"train sharded {i}": leaf for i, leaf in leaves(parts)}
+    results["optimizer bytes"] = [bytes_on_first(whole), bytes_on_first(parts.opt_state)]
     for name in ("8x1", "2x4"):
         step, arguments = generate(make_mesh(*MESHES[name]))
         results[f"generate {name}"] = to_host(step(*arguments)).tokens
@@ -126,7 +140,7 @@ def main(out: Path) -> None:
     except Stop:
         pass
     results["saved"] = sorted(int(path.name) for path in (out / "moved" / "checkpoints").iterdir() if path.name.isdigit())
-    for i, leaf in enumerate(trained(make_mesh(*MESHES["2x4"]), out / "moved")):
+    for i, leaf in leaves(trained(make_mesh(*MESHES["2x4"]), out / "moved", shard_optimizer=True)):
         results[f"train moved {i}"] = leaf
     lengths = [len(s.tokens) for s in SAMPLES]
     plans = make_batches(lengths, choose_shapes(lengths, 256))
@@ -134,6 +148,7 @@ def main(out: Path) -> None:
     np.savez(out / "results.npz", **results)
     mesh = make_mesh(8, 1)
     texts = {"score": score_step(mesh), "train": train_step(mesh), "generate": generate(mesh)}
+    texts["train sharded"] = train_step(mesh, shard_optimizer=True)
     texts["train 2x4"] = train_step(make_mesh(*MESHES["2x4"]))
     texts = {name: compiled_text(*step) for name, step in texts.items()}
     (out / "programs.json").write_text(json.dumps({"texts": texts, "calls": calls, "plans": len(plans)}))

@@ -55,9 +55,9 @@ def test_a_model_axis_changes_scores_by_rounding_alone(eight, mesh):
         np.testing.assert_allclose(many[name], one[name], rtol=1e-5, atol=2e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("mesh", ["8x1", "4x2", "moved"])
+@pytest.mark.parametrize("mesh", ["8x1", "4x2", "sharded", "moved"])
 def test_the_trained_draft_is_the_same(eight, mesh):
-    """`moved` was saved by Orbax half-way on 8x1 and went on on 2x4."""
+    """`sharded` is 8x1 with Adam's moments in parts; `moved` was saved by Orbax half-way on 8x1 and went on so on 2x4."""
     one, many = (of(eight[0], f"train {name} ") for name in ("1x1", mesh))
     assert eight[0]["saved"].tolist() == [3] and len(one) > 5
     for name in one:
@@ -74,6 +74,14 @@ def test_greedy_answers_are_the_same_on_either_mesh(eight):
 def test_collectives_on_the_data_axis(eight, stage, expected):
     """Scoring and decoding exchange nothing; a training step has one reduction, of all gradients and sums together."""
     assert _COLLECTIVE.findall(eight[1]["texts"][stage]) == expected
+
+
+def test_moments_in_parts_take_an_eighth_and_one_more_exchange(eight):
+    """Each device updates its part of the draft, of which the others then need the result: that is all they exchange."""
+    whole, parts = eight[0]["optimizer bytes"]
+    assert whole / 8 <= parts < whole / 7.9  # the step's counters are whole
+    found = _COLLECTIVE.findall(eight[1]["texts"]["train sharded"])
+    assert found.count("all-reduce") == 1 and set(found) == {"all-reduce", "all-gather"}, found
 
 
 def test_training_over_a_model_axis_can_not_wait_for_ever(eight):

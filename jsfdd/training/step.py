@@ -16,11 +16,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from jsfdd.config import TrainingOptions
-from jsfdd.mesh import sum_over_devices
+from jsfdd.mesh import split_over_data, sum_over_devices
 from jsfdd.models.architecture import DecoderConfig
 from jsfdd.models.draft import DraftConfig, init_draft
 from jsfdd.records import DraftBatch, TrainState
@@ -58,19 +59,33 @@ def init_state(draft_config: DraftConfig, optimizer: optax.GradientTransformatio
     return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), noise_key)
 
 
+def state_shardings(
+    draft_config: DraftConfig, optimizer: optax.GradientTransformation, mesh: Mesh, shard_optimizer: bool
+) -> TrainState:
+    """Where each array of a state lives: whole on every device, or Adam's moments in parts, each on one data shard."""
+    shapes = jax.eval_shape(lambda: init_state(draft_config, optimizer, 0))
+    places = jax.tree.map(lambda _: NamedSharding(mesh, P()), shapes)
+    if shard_optimizer:
+        places = places._replace(opt_state=jax.tree.map(lambda x: split_over_data(x.shape, mesh), shapes.opt_state))
+    return places
+
+
 def make_train_step(
     target_config: DecoderConfig,
     draft_config: DraftConfig,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     options: TrainingOptions,
+    shard_optimizer: bool = False,
 ) -> Callable[[Borrowed, TrainState, DraftBatch], tuple[TrainState, StepMetrics]]:
     """The compiled `(frozen, state, batch) -> (state, metrics)`; `frozen` is from `loss.borrow`.
 
-    It compiles once per batch shape and takes over `state`'s buffers: use the returned one. The batch's rows must be a
-    multiple of the data shards.
+    It compiles once per batch shape and takes over `state`'s buffers: use the returned one. `state` lives where
+    `state_shardings` says, with the same `shard_optimizer`: if True, each data shard updates its part of the draft and all
+    gather the whole (ZeRO's first stage, arXiv 1910.02054 §5). The batch's rows must be a multiple of the data shards.
     """
     loss = _loss(target_config, draft_config, mesh, options)
+    whole = NamedSharding(mesh, P())
 
     def gradient_sums(params, batch, noise_keys):
         def total(draft_params):
@@ -87,13 +102,16 @@ def make_train_step(
         noise_keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(state.key, state.step), rows)
         gradient, sums = over_devices({"draft": state.params, "frozen": frozen}, batch, noise_keys)
         gradient = jax.tree.map(lambda g: g / jnp.maximum(sums.tokens.counted, 1.0), gradient)
+        # Else moments in parts make the compiler cut the gradient before its norm, and sum that up leaf by leaf.
+        gradient = jax.lax.with_sharding_constraint(gradient, whole)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         new = state._replace(
             params=optax.apply_updates(state.params, updates), opt_state=opt_state, step=state.step + 1
         )
         return new, StepMetrics(sums, optax.tree.norm(gradient))
 
-    return jax.jit(train_step, donate_argnames=("state",))
+    places = state_shardings(draft_config, optimizer, mesh, shard_optimizer)
+    return jax.jit(train_step, donate_argnames=("state",), out_shardings=(places, whole))
 
 
 def make_evaluate_step(

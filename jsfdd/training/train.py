@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from jsfdd.config import Seeded, TrainConfig, TrainingOptions
 from jsfdd.data.batches import BatchPlan, Shape, choose_shapes, epoch_batches, make_batches, pad_batch, pad_rows
 from jsfdd.files import differences, plain
-from jsfdd.mesh import num_data_shards, replicate, shard_built_rows, to_host
+from jsfdd.mesh import num_data_shards, put, shard_built_rows, to_host
 from jsfdd.models.architecture import DecoderConfig
 from jsfdd.models.draft import DraftConfig, draft_config
 from jsfdd.models.sharding import split_vocabulary
@@ -39,6 +39,7 @@ from jsfdd.training.step import (
     make_evaluate_step,
     make_optimizer,
     make_train_step,
+    state_shardings,
 )
 from jsfdd.weights import checkpoint
 
@@ -137,10 +138,11 @@ def train(
 
     optimizer = make_optimizer(config, len(plans))
     learning_rate = learning_rate_schedule(config, len(plans))
-    train_step = make_train_step(target_config, draft, optimizer, mesh, config)
+    train_step = make_train_step(target_config, draft, optimizer, mesh, config, config.shard_optimizer)
     held_out_figures = _make_held_out_figures(target_config, draft, held_out, store, config, mesh, shapes)
     frozen = split_vocabulary(borrow(target_config, target_params), mesh)
-    state = replicate(init_state(draft, optimizer, config.seed), mesh)
+    places = state_shardings(draft, optimizer, mesh, config.shard_optimizer)
+    state = jax.tree.map(put, init_state(draft, optimizer, config.seed), places)
     identity = {**identity, **_identity(samples, held_out, shapes, config)}
 
     metrics_path, timings_path = config.out / METRICS, config.out / TIMINGS
