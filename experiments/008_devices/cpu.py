@@ -1,0 +1,163 @@
+"""`jsfdd plan` against measured memory, work per device, and what the programs exchange. See README.md."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import gzip
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).parent
+TESTS = HERE.parent.parent / "tests"
+_COLLECTIVE = re.compile(r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
+BATCH_TOKENS = 2048
+
+
+def resident(field: str) -> int:
+    """Bytes of this process's memory, now (VmRSS) or at its peak (VmHWM)."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def part(name: str, *arguments: object, devices: int = 1) -> dict:
+    """What `cpu.py --part NAME …` prints, run in a process of its own with so many forced devices."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    command = [sys.executable, __file__, "--part", name, *map(str, arguments)]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def stage_memory(*command: str) -> dict:
+    """Growth of a command's memory over what the interpreter with all imports takes."""
+    import jax
+
+    from jsfdd import dry_run, pipeline, results  # noqa: F401  what every command imports
+    from jsfdd.cli import main
+
+    jax.block_until_ready(jax.numpy.ones(8) + 1)
+    before = resident("VmRSS")
+    if code := main(list(command)):
+        raise SystemExit(code)
+    return {"growth": resident("VmHWM") - before, "imports": before}
+
+
+def planned(data: str) -> dict:
+    from jsfdd.config import PlanConfig
+    from jsfdd.evaluation.plan import make_plan
+
+    options = PlanConfig(target="smollm2", data=(Path(data),), retain_ratio=1.0, batch_tokens=BATCH_TOKENS, devices=1)
+    stages = {stage.name: stage for stage in make_plan(options).stages}
+    return {name: {"peak": stage.peak, "of_which": stage.memory} for name, stage in stages.items()}
+
+
+def work(data: str) -> dict:
+    """Per number of devices: the calls of the compiled program, and the batches and tokens of each device."""
+    from jsfdd.data.batches import choose_shapes, make_batches
+    from jsfdd.data.chat import read_chats
+    from jsfdd.data.template import tokenize_chats
+    from jsfdd.selection.run import group_plans
+    from jsfdd.weights.load import load_tokenizer
+
+    samples, _ = tokenize_chats(read_chats([Path(data)]), load_tokenizer("smollm2"), 2048)
+    lengths = [len(sample.tokens) for sample in samples]
+    plans = make_batches(lengths, choose_shapes(lengths, BATCH_TOKENS))
+    found = {}
+    for devices in (1, 2, 4, 8):
+        groups, batches, tokens = list(group_plans(plans, devices)), [0] * devices, [0] * devices
+        for group in groups:
+            for device, plan in enumerate(group):
+                batches[device] += 1
+                tokens[device] += plan.shape.rows * plan.shape.length
+        found[devices] = {"calls": len(groups), "batches": batches, "padded_tokens": tokens}
+    return found
+
+
+def exchanges() -> dict:
+    """Collectives in the compiled programs of SmolLM2 on 8 devices, by kind."""
+    import jax
+    import numpy as np
+
+    from jsfdd.config import TrainConfig
+    from jsfdd.mesh import make_mesh
+    from jsfdd.models.draft import draft_config
+    from jsfdd.models.target import init_params
+    from jsfdd.records import Batch, DraftBatch
+    from jsfdd.selection.score import block_size, make_score_step
+    from jsfdd.training.loss import borrow
+    from jsfdd.training.step import init_state, make_optimizer, make_train_step
+    from jsfdd.weights.load import read_architecture
+
+    config, mesh, shape = read_architecture("smollm2"), make_mesh(8), (8, 64)
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    tokens, mask = jax.ShapeDtypeStruct(shape, np.int32), jax.ShapeDtypeStruct(shape, bool)
+    score = make_score_step(config, mesh, block_size())
+    programs = {"score": score.lower(params, Batch(tokens, mask, jax.ShapeDtypeStruct((8,), np.int32)))}
+    draft, options = draft_config(config), TrainConfig(target="smollm2", data=(Path("none"),), out=Path("none"))
+    optimizer = make_optimizer(options, 100)
+    state = jax.eval_shape(lambda: init_state(draft, optimizer, 0))
+    frozen = jax.eval_shape(lambda p: borrow(config, p), params)
+    batch = DraftBatch(tokens, mask, jax.ShapeDtypeStruct((*shape, config.hidden_size), np.float32))
+    for name, parts in (("train", False), ("train --shard-optimizer", True)):
+        step = make_train_step(config, draft, optimizer, mesh, options, shard_optimizer=parts)
+        programs[name] = step.lower(frozen, state, batch)
+    return {
+        name: dict(collections.Counter(_COLLECTIVE.findall(program.compile().as_text()))) for name, program in programs.items()
+    }
+
+
+def loading() -> list[dict]:
+    """Two processes with half of a 268 MB target each (float32 safetensors): share and peak growth in bytes."""
+    sys.path.insert(0, str(TESTS))
+    from test_models_sharding import write_large_target
+
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as listener:
+        write_large_target(Path(folder))
+        listener.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        listener.close()
+        command = [sys.executable, TESTS / "load_a_share.py", folder, address]
+        processes = [subprocess.Popen([*map(str, command), str(i)], stdout=subprocess.PIPE, text=True) for i in range(2)]
+        return [json.loads(process.communicate()[0].splitlines()[-1]) for process in processes]
+
+
+def main() -> None:
+    smoke = os.environ.get("SMOKE") == "1"
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, help="a .jsonl.gz file of chats")
+    parser.add_argument("--chats", type=int, default=4 if smoke else 48, help="how many of its first ones")
+    parser.add_argument("--out", type=Path, default=Path(os.devnull) if smoke else HERE / "results.json")
+    parser.add_argument("--part", nargs=argparse.REMAINDER, help="for the script itself")
+    arguments = parser.parse_args()
+    if arguments.part:
+        parts = {"stage": stage_memory, "plan": planned, "work": work, "exchanges": exchanges, "loading": loading}
+        name, *rest = arguments.part
+        print(json.dumps(parts[name](*rest)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "chats.jsonl"
+        with gzip.open(arguments.data, "rt") as lines:
+            data.write_text("".join(line for line, _ in zip(lines, range(arguments.chats))))
+        shared = ("--target", "smollm2", "--data", str(data), "--batch-tokens", str(BATCH_TOKENS), "--out", f"{folder}/run")
+        results = {
+            "chats": arguments.chats,
+            "batch_tokens": BATCH_TOKENS,
+            "plan": part("plan", data),
+            "score": part("stage", "score", *shared),
+            "train": part("stage", "train", *shared, "--epochs", "1"),
+            "work_per_device": part("work", data),
+            "collectives_on_8_devices": part("exchanges", devices=8),
+            "loading_of_two_processes": part("loading"),
+        }
+    arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+    print(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
