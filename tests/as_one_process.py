@@ -1,6 +1,6 @@
-"""Every stage in turn, as one of the processes of a run; started by test_processes.py.
+"""Every stage in turn, alone or as one of the processes of a run; started by test_processes.py.
 
-    python as_one_process.py FOLDER OUT COORDINATOR COUNT NUMBER
+    python as_one_process.py FOLDER OUT [COORDINATOR COUNT NUMBER]
 
 FOLDER holds target/, chats.jsonl and prompts.jsonl.
 """
@@ -33,6 +33,8 @@ def main(folder: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    folder, out, coordinator, count, number = sys.argv[1:]
-    start(coordinator, int(count), int(number))
+    folder, out, *place = sys.argv[1:]
+    if place:
+        coordinator, count, number = place
+        start(coordinator, int(count), int(number))
     main(Path(folder), Path(out))

@@ -102,7 +102,7 @@ def prompts(mesh):
 
 
 def train_step(mesh, shard_optimizer=False):
-    optimizer = make_optimizer(options(Path("x")), 10)
+    optimizer = make_optimizer(options(Path("x")), 8)  # as many steps as `trained` takes, so it is the same program
     padded = pad_batch(SAMPLES[:8], SHAPE)
     hidden = pad_rows([HIDDEN[s.id] for s in SAMPLES[:8]], SHAPE)
     step = make_train_step(CONFIG, DRAFT, optimizer, mesh, options(Path("x")), shard_optimizer)
@@ -112,7 +112,7 @@ def train_step(mesh, shard_optimizer=False):
 
 
 def score_step(mesh):
-    return make_score_step(CONFIG, mesh, 16), (place_params(PARAMS, mesh), shard_rows(pad_batch(SAMPLES[:8], SHAPE), mesh))
+    return make_score_step(CONFIG, mesh, 64), (place_params(PARAMS, mesh), shard_rows(pad_batch(SAMPLES[:8], SHAPE), mesh))
 
 
 def compiled_text(step, arguments):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from forced_devices import XLA_FLAGS
 
 HERE = Path(__file__).parent
 _COLLECTIVE = re.compile(r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
@@ -24,8 +25,9 @@ def eight(tmp_path_factory):
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]),
         "JAX_PLATFORMS": "cpu",
-        # A device that waits for another ends the process after so long: a loaded machine needs more than the usual 40 s.
-        "XLA_FLAGS": "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+        "XLA_FLAGS": XLA_FLAGS,
+        "JAX_COMPILATION_CACHE_DIR": str(out / "programs"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_NUM_CPU_DEVICES": "8",
         "JAX_NUMPY_RANK_PROMOTION": "raise",
     }

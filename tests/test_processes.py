@@ -9,10 +9,10 @@ import sys
 import time
 from pathlib import Path
 
-import as_one_process
 import jax
 import numpy as np
 import pytest
+from forced_devices import XLA_FLAGS
 from test_pipeline import _chats, _prompts
 from toy import write_target
 
@@ -30,14 +30,13 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def begin(command):
-    """A Python process with two forced CPU devices of its own."""
+def begin(command, devices=2):
+    """A Python process with forced CPU devices of its own."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]),
         "JAX_PLATFORMS": "cpu",
-        # A device that waits for another ends the process after so long: a loaded machine needs more than the usual 40 s.
-        "XLA_FLAGS": "--xla_cpu_collective_call_terminate_timeout_seconds=600",
-        "JAX_NUM_CPU_DEVICES": "2",
+        "XLA_FLAGS": XLA_FLAGS,
+        "JAX_NUM_CPU_DEVICES": str(devices),
     }
     return subprocess.Popen(
         [sys.executable, *map(str, command)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -72,9 +71,10 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(inputs, tmp_path_factory):
-    """What this one process, on the tests' four devices, makes of all stages."""
+    """What one process with four devices makes of all stages."""
     out = tmp_path_factory.mktemp("alone")
-    as_one_process.main(inputs, out)
+    ((code, _, errors),) = finish([begin([HERE / "as_one_process.py", inputs, out], devices=4)])
+    assert code == 0, errors[-2000:]
     return out
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 TESTS = HERE.parent.parent / "tests"
 _COLLECTIVE = re.compile(r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
-BATCH_TOKENS = 2048
+BATCH_TOKENS = 1024
 
 
 def resident(field: str) -> int:
@@ -131,7 +131,7 @@ def main() -> None:
     smoke = os.environ.get("SMOKE") == "1"
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, help="a .jsonl.gz file of chats")
-    parser.add_argument("--chats", type=int, default=4 if smoke else 48, help="how many of its first ones")
+    parser.add_argument("--chats", type=int, default=4 if smoke else 36, help="how many of its first ones")
     parser.add_argument("--out", type=Path, default=Path(os.devnull) if smoke else HERE / "results.json")
     parser.add_argument("--part", nargs=argparse.REMAINDER, help="for the script itself")
     arguments = parser.parse_args()

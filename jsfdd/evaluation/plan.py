@@ -34,8 +34,8 @@ from jsfdd.models.target import init_params
 from jsfdd.selection.score import block_size
 from jsfdd.weights.load import load_tokenizer, locate_target, read_architecture
 
-# Device kind as JAX names it -> (memory in GB, dense bfloat16 TFLOP/s), as their makers state them: cloud.google.com/tpu/docs
-# for TPUs, the data sheets for NVIDIA's SXM modules.
+# Device kind as JAX names it -> (memory in GB, dense bfloat16 TFLOP/s), as their makers state them: a page per version
+# under docs.cloud.google.com/tpu/docs for TPUs, the data sheets for NVIDIA's SXM modules (half of their figures with sparsity).
 KNOWN_DEVICES = {
     "TPU v4": (32, 275),
     "TPU v5 lite": (16, 197),
