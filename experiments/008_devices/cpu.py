@@ -29,6 +29,7 @@ def resident(field: str) -> int:
 def part(name: str, *arguments: object, devices: int = 1) -> dict:
     """What `cpu.py --part NAME …` prints, run in a process of its own with so many forced devices."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    environment["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # what compiling takes is part of what a command takes
     command = [sys.executable, __file__, "--part", name, *map(str, arguments)]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -46,6 +47,21 @@ def stage_memory(*command: str) -> dict:
     if code := main(list(command)):
         raise SystemExit(code)
     return {"growth": resident("VmHWM") - before, "imports": before}
+
+
+def loaded_memory(data: str) -> dict:
+    """Growth by loading the target, its tokenizer and the chats; `plan` counts the parameters alone."""
+    import jax
+
+    from jsfdd import dry_run, pipeline, results  # noqa: F401  as above
+    from jsfdd.config import ScoreConfig
+    from jsfdd.loading import load
+
+    jax.block_until_ready(jax.numpy.ones(8) + 1)
+    before = resident("VmRSS")
+    loaded = load(ScoreConfig(target="smollm2", data=(Path(data),), out=Path("none"), batch_tokens=BATCH_TOKENS))
+    parameters = sum(leaf.nbytes for leaf in jax.tree.leaves(loaded.target.params))
+    return {"growth": resident("VmRSS") - before, "of_files": resident("RssFile"), "parameters": parameters}
 
 
 def planned(data: str) -> dict:
@@ -91,7 +107,7 @@ def exchanges() -> dict:
     from jsfdd.records import Batch, DraftBatch
     from jsfdd.selection.score import block_size, make_score_step
     from jsfdd.training.loss import borrow
-    from jsfdd.training.step import init_state, make_optimizer, make_train_step
+    from jsfdd.training.step import init_state, make_optimizer, make_train_step, state_shardings
     from jsfdd.weights.load import read_architecture
 
     config, mesh, shape = read_architecture("smollm2"), make_mesh(8), (8, 64)
@@ -101,10 +117,12 @@ def exchanges() -> dict:
     programs = {"score": score.lower(params, Batch(tokens, mask, jax.ShapeDtypeStruct((8,), np.int32)))}
     draft, options = draft_config(config), TrainConfig(target="smollm2", data=(Path("none"),), out=Path("none"))
     optimizer = make_optimizer(options, 100)
-    state = jax.eval_shape(lambda: init_state(draft, optimizer, 0))
+    shapes = jax.eval_shape(lambda: init_state(draft, optimizer, 0))
     frozen = jax.eval_shape(lambda p: borrow(config, p), params)
     batch = DraftBatch(tokens, mask, jax.ShapeDtypeStruct((*shape, config.hidden_size), np.float32))
     for name, parts in (("train", False), ("train --shard-optimizer", True)):
+        places = state_shardings(draft, optimizer, mesh, parts)
+        state = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
         step = make_train_step(config, draft, optimizer, mesh, options, shard_optimizer=parts)
         programs[name] = step.lower(frozen, state, batch)
     return {
@@ -136,7 +154,10 @@ def main() -> None:
     parser.add_argument("--part", nargs=argparse.REMAINDER, help="for the script itself")
     arguments = parser.parse_args()
     if arguments.part:
-        parts = {"stage": stage_memory, "plan": planned, "work": work, "exchanges": exchanges, "loading": loading}
+        parts = {
+            "stage": stage_memory, "loaded": loaded_memory, "plan": planned, "work": work, "exchanges": exchanges,
+            "loading": loading,
+        }  # fmt: skip
         name, *rest = arguments.part
         print(json.dumps(parts[name](*rest)))
         return
@@ -149,6 +170,7 @@ def main() -> None:
             "chats": arguments.chats,
             "batch_tokens": BATCH_TOKENS,
             "plan": part("plan", data),
+            "loaded": part("loaded", data),
             "score": part("stage", "score", *shared),
             "train": part("stage", "train", *shared, "--epochs", "1"),
             "work_per_device": part("work", data),

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jsfdd.config import PlanConfig, TrainConfig
-from jsfdd.evaluation.plan import Lengths, score_stage, train_stage
+from jsfdd.evaluation.costs import Lengths, score_stage, train_stage
 from jsfdd.mesh import describe_hardware, make_mesh
 from jsfdd.models.architecture import DecoderConfig, Rope
 from jsfdd.models.counted import fold_counted
@@ -56,10 +56,9 @@ def cases(smoke: bool) -> dict[str, Case]:
     return {"smollm2": Case("smollm2", read_architecture("smollm2"), 64, 1024), "8b": Case("8b", LLAMA_8B, 16, 1024)}
 
 
-def random_params(config: DecoderConfig, dtype, only: tuple[str, ...] = ()) -> dict:
+def random_params(config: DecoderConfig, dtype) -> dict:
     """Small random weights, each made in `dtype` at once: a float32 copy of an 8B target would be the peak."""
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    shapes = {name: tree for name, tree in shapes.items() if not only or name in only}
 
     def leaf(path, shape):
         if path[-1].key == "scale":
@@ -70,11 +69,11 @@ def random_params(config: DecoderConfig, dtype, only: tuple[str, ...] = ()) -> d
     return jax.tree_util.tree_map_with_path(leaf, shapes)
 
 
-def target_params(case: Case, dtype, only: tuple[str, ...] = ()) -> dict:
+def target_params(case: Case, dtype) -> dict:
     """SmolLM2's own parameters, or random ones."""
     if case.name == "smollm2":
         return load_target("smollm2", dtype).params
-    return random_params(case.config, dtype, only)
+    return random_params(case.config, dtype)
 
 
 def seconds(program, arguments: tuple, repeats: int) -> float:
@@ -142,7 +141,8 @@ def measure_score(case: Case, dtype, rate: float, repeats: int) -> dict:
 
 def measure_train(case: Case, dtype, rate: float, repeats: int) -> dict:
     draft = draft_config(case.config)
-    frozen = jax.jit(functools.partial(borrow, case.config))(target_params(case, dtype, ("embed", "head")))
+    params = target_params(case, dtype)  # kept all the while, as `jsfdd train` keeps it
+    frozen = borrow(case.config, params)
     batch, lengths = make_batch(case)
     hidden = jax.random.normal(jax.random.key(1), (*batch.tokens.shape, case.config.hidden_size), jnp.float32)
     options = TrainConfig(target=case.name, data=(Path("none"),), out=Path("none"))

@@ -1,12 +1,7 @@
-"""`plan`: does it fit, and what does it cost? Memory, arithmetic and disk of every stage, from shapes alone.
+"""`plan`: does it fit on these devices, and for how long does it run at least? The costs of the stages are in `costs.py`.
 
-No weights are read and nothing is allocated: a 70B config.json will do. What is counted, and what is not:
-
-    memory      of one device: parameters, batch, what a step keeps, and the largest of its temporaries. The compiler
-                fuses some of these and pads others; the tests hold the sum against what it allocates.
-    arithmetic  multiply-adds of matrix products times two, padding included, masked attention too: it is computed.
-    time        arithmetic over all devices' peak or measured matmul rate: a lower bound, never a promise.
-    disk        what the stage writes, at most.
+No weights are read and nothing is allocated: a 70B config.json will do. Time is arithmetic over all devices' peak or
+measured matmul rate: a lower bound, never a promise.
 """
 
 from __future__ import annotations
@@ -24,14 +19,10 @@ from rich.console import Console
 from rich.table import Table
 
 from jsfdd.config import PlanConfig
-from jsfdd.data.batches import Shape, choose_shapes, make_batches
 from jsfdd.data.chat import Chat, read_chats
 from jsfdd.data.template import tokenize_chats
+from jsfdd.evaluation.costs import Lengths, Stage, plan_stages
 from jsfdd.models.architecture import DecoderConfig
-from jsfdd.models.draft import DraftConfig, draft_config, init_draft
-from jsfdd.models.sharding import shard_shape
-from jsfdd.models.target import init_params
-from jsfdd.selection.score import block_size
 from jsfdd.weights.load import load_tokenizer, locate_target, read_architecture
 
 # Device kind as JAX names it -> (memory in GB, dense bfloat16 TFLOP/s), as their makers state them: a page per version
@@ -67,28 +58,6 @@ class Devices(NamedTuple):
     memory: float
     rate: float
     source: str
-
-
-class Lengths(NamedTuple):
-    """Per conversation: tokens, and those of them that count. `source` says how they were found."""
-
-    tokens: np.ndarray
-    counted: np.ndarray
-    source: str
-
-
-class Stage(NamedTuple):
-    """Cost of one stage: `memory` of one device in bytes by part, FLOPs of the whole stage, bytes written."""
-
-    name: str
-    memory: dict[str, float]
-    flops: float
-    disk: float
-
-    @property
-    def peak(self) -> float:
-        """Bytes of one device."""
-        return sum(self.memory.values())
 
 
 class Plan(NamedTuple):
@@ -157,139 +126,6 @@ def print_plan(plan: Plan) -> None:
         )
 
 
-def param_bytes(config: DecoderConfig, itemsize: int, model_shards: int) -> int:
-    """Bytes of a target's parameters on one device; norm scales are float32."""
-    total = 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.eval_shape(lambda: init_params(config, jax.random.key(0)))):
-        name = "/".join(key.key for key in path)
-        size = 4 if name.endswith("/scale") else itemsize
-        total += math.prod(shard_shape(name, leaf.shape, model_shards)) * size
-    return total
-
-
-def draft_params(draft: DraftConfig) -> int:
-    """How many parameters a draft trains."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(jax.eval_shape(lambda: init_draft(draft, jax.random.key(0)))))
-
-
-def layer_matrices(config: DecoderConfig) -> int:
-    """Entries of one layer's matrices: multiply-adds of one token."""
-    width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    return config.hidden_size * (width + config.num_heads * config.head_dim + 3 * config.intermediate_size)
-
-
-def forward_flops(config: DecoderConfig, shapes: Sequence[Shape]) -> float:
-    """FLOPs of the layers over batches of these shapes; attention over all pairs of a row, masked or not."""
-    tokens = sum(shape.rows * shape.length for shape in shapes)
-    pairs = sum(shape.rows * shape.length**2 for shape in shapes)
-    return 2 * config.num_layers * (layer_matrices(config) * tokens + 2 * config.num_heads * config.head_dim * pairs)
-
-
-def layer_temporaries(config: DecoderConfig, shape: Shape, itemsize: int, model_shards: int) -> float:
-    """Bytes of the larger of attention's and the MLP's temporaries, of one layer and batch on one device."""
-    tokens = shape.rows * shape.length
-    heads = config.num_heads / model_shards
-    projections = tokens * (config.num_heads + 2 * config.num_kv_heads) * config.head_dim / model_shards * itemsize
-    scores = shape.rows * heads * shape.length**2
-    attention = 2 * projections + scores * (2 * 4 + itemsize)  # logits and weights in float32, weights again in dtype
-    mlp = 3 * tokens * config.intermediate_size / model_shards * itemsize
-    return max(attention, mlp)
-
-
-def head_temporaries(config: DecoderConfig, block: int, model_shards: int, arrays: int) -> float:
-    """Bytes of `arrays` float32 arrays of a block of tokens by the vocabulary."""
-    return arrays * 4 * block * config.vocab_size / model_shards
-
-
-def score_stage(config: DecoderConfig, lengths: Lengths, batch_tokens: int, itemsize: int, model_shards: int) -> Stage:
-    """The target over all conversations, each device with batches of its own, and its head over what counts."""
-    shapes = _batch_shapes(lengths.tokens, batch_tokens)
-    largest = max(shapes, key=lambda shape: layer_temporaries(config, shape, itemsize, model_shards))
-    stream = 3 * largest.rows * largest.length * config.hidden_size * itemsize  # before, after, and the other branch
-    temporaries = max(
-        layer_temporaries(config, largest, itemsize, model_shards),
-        head_temporaries(config, block_size(), model_shards, 3),
-    )
-    head = 2 * config.hidden_size * config.vocab_size * float(lengths.counted.sum())
-    return Stage(
-        "score",
-        {"target": param_bytes(config, itemsize, model_shards), "hidden": stream, "temporaries": temporaries},
-        forward_flops(config, shapes) + head,
-        disk=len(lengths.tokens) * 128.0,  # eight numbers, an id and a source
-    )
-
-
-def hidden_stage(config: DecoderConfig, lengths: Lengths, options: PlanConfig, itemsize: int, model_shards: int) -> Stage:
-    """The same without the head, over what is kept; the hidden states go to disk as bfloat16."""
-    score = score_stage(config, lengths, options.batch_tokens, itemsize, model_shards)
-    shapes = _batch_shapes(lengths.tokens, options.batch_tokens)
-    kept = options.retain_ratio * float(lengths.tokens.sum())
-    return Stage(
-        "hidden states",
-        score.memory,
-        options.retain_ratio * forward_flops(config, shapes),
-        disk=kept * config.hidden_size * 2,
-    )
-
-
-def train_stage(
-    config: DecoderConfig, lengths: Lengths, options: PlanConfig, itemsize: int, model_shards: int, data_shards: int
-) -> Stage:
-    """The draft, its gradient and two moments in float32 on every device; the batch is split over the data shards."""
-    draft = draft_config(config)
-    shapes = _batch_shapes(lengths.tokens, options.batch_tokens)
-    own = [Shape(-(-shape.rows // data_shards), shape.length) for shape in shapes]
-    largest = max(own, key=lambda shape: layer_temporaries(draft.decoder, shape, 4, 1))
-    tokens, width = largest.rows * largest.length, config.hidden_size
-    matrices = 1 if config.tie_embeddings else 2
-    frozen = matrices * config.vocab_size * width * itemsize / model_shards
-    size = draft_params(draft) * 4
-    # What the backward pass needs of the forward pass is kept; with it, each kept array's gradient for a while.
-    kept = tokens * 4 * (2 * width + 6 * width + 4 * config.intermediate_size)
-    kept += layer_temporaries(draft.decoder, largest, 4, 1)
-    steps = options.epochs * options.retain_ratio
-    counted = float(lengths.counted.sum())
-    fc = 2 * 2 * width * width * sum(shape.rows * shape.length for shape in shapes)
-    flops = 3 * (forward_flops(draft.decoder, shapes) + fc) + 3 * 2 * width * config.vocab_size * counted
-    return Stage(
-        "train",
-        {
-            "frozen embedding, head": frozen,
-            "draft, moments, gradient": 4 * size,
-            "batch": 3 * tokens * width * 4,
-            "activations": 2 * kept,
-            "temporaries": head_temporaries(config, 128 if jax.default_backend() == "cpu" else 1024, model_shards, 4),
-        },
-        steps * flops,
-        disk=2 * 3 * size,  # two checkpoints of the draft and its moments
-    )
-
-
-def evaluate_stage(config: DecoderConfig, options: PlanConfig, itemsize: int, model_shards: int, data_shards: int) -> Stage:
-    """Decoding: the target, the draft, and both caches at the longest prompt. Its arithmetic depends on τ, so none is given."""
-    slots = options.max_length + 128
-    rows = -(-8 // data_shards)
-    cache = 2 * (config.num_layers + 1) * rows * config.num_kv_heads * config.head_dim * slots * itemsize
-    draft = draft_params(draft_config(config)) * 4
-    return Stage(
-        "evaluate",
-        {"target": param_bytes(config, itemsize, model_shards), "draft": draft, "caches": cache / model_shards},
-        math.nan,
-        disk=0.0,
-    )
-
-
-def plan_stages(config: DecoderConfig, lengths: Lengths, options: PlanConfig, devices: int, model_shards: int) -> list[Stage]:
-    """All stages on a mesh of `devices` of which `model_shards` share a copy of the target."""
-    itemsize, data_shards = jnp.dtype(options.dtype).itemsize, devices // model_shards
-    return [
-        score_stage(config, lengths, options.batch_tokens, itemsize, model_shards),
-        hidden_stage(config, lengths, options, itemsize, model_shards),
-        train_stage(config, lengths, options, itemsize, model_shards, data_shards),
-        evaluate_stage(config, options, itemsize, model_shards, data_shards),
-    ]
-
-
 def suggest_model_shards(config: DecoderConfig, lengths: Lengths, options: PlanConfig, devices: Devices) -> int | None:
     """The fewest model shards with which every stage fits in 90% of a device's memory; None if no number does."""
     for shards in range(1, devices.count + 1):
@@ -333,11 +169,6 @@ def estimate_lengths(chats: Sequence[Chat], max_length: int) -> Lengths:
         tokens.append(min(sum(size + _TEMPLATE_TOKENS for _, size in sizes), max_length))
         counted.append(min(sum(size for role, size in sizes if role == "assistant"), tokens[-1]))
     return Lengths(np.array(tokens), np.array(counted), "estimated: no tokenizer, four characters a token")
-
-
-def _batch_shapes(tokens: np.ndarray, batch_tokens: int) -> list[Shape]:
-    """The shape of every batch."""
-    return [plan.shape for plan in make_batches(tokens, choose_shapes(tokens, batch_tokens))]
 
 
 def _divides(config: DecoderConfig, shards: int) -> bool:
