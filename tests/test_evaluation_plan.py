@@ -40,12 +40,12 @@ def test_a_70b_config_without_weights_or_tokenizer(tmp_path, capsys):
     plan = make_plan(options(tmp_path, **shared, device_kind="TPU v5"))
     score = plan.stages[0]
     assert score.memory["target"] == pytest.approx(70.55e9 * 2, rel=0.001)  # the 70B that its makers count
-    assert score.peak > 95 * GB and plan.suggested == 2 and "estimated" in plan.lengths.source
+    assert score.peak > 95 * GB and plan.suggested == 4 and "estimated" in plan.lengths.source
     # Two FLOPs a parameter and token, attention and the padding of the tokens aside.
     assert score.flops > 2 * 68e9 * plan.lengths.tokens.sum()
     print_plan(plan)
     out = capsys.readouterr().out
-    assert "--model-shards 2" in out and "16 × TPU v5, 95 GB and 459 TFLOP/s" in out
+    assert "--model-shards 4" in out and "16 × TPU v5, 95 GB and 459 TFLOP/s" in out
     # The draft of such a target, its gradient and its moments are 16 GB on every device.
     assert make_plan(options(tmp_path, **shared, device_kind="TPU v5 lite")).suggested is None
 

@@ -113,7 +113,7 @@ def train_arguments(inputs, alone, out):
     return [
         "train", "--target", inputs / "target", "--data", inputs / "chats.jsonl", "--max-length", 128, "--epochs", 2,
         "--batch-tokens", 512, "--held-out-share", 0.1, "--selection", alone / "selection.json", "--save-every", 1,
-        "--out", out,
+        "--shard-optimizer", "--out", out,
     ]  # fmt: skip
 
 
