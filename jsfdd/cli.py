@@ -1,8 +1,8 @@
 """The `jsfdd` command: one sub-command per stage, its options generated from the stage's config.
 
 Exit codes: 0 done; 1 `jsfdd doctor` found an error; 2 wrong input (one line says which file, line or value, and the
-remedy; nothing half-written stays); 3 another process of the run ended, so this one did too; 130 interrupted; anything else
-is a fault of jsfdd and comes with its traceback.
+remedy; nothing half-written stays); 3 another process of the run ended, so this one did too; 130 interrupted; 141 who read
+the output has closed it (`jsfdd … | head`); anything else is a fault of jsfdd and comes with its traceback.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class DemoConfig:
 
 
 _COMMANDS = {
+    "respond": options.RespondConfig,
     "score": options.ScoreConfig,
     "select": options.SelectConfig,
     "train": options.TrainConfig,
@@ -45,10 +46,15 @@ _COMMANDS = {
     "demo": DemoConfig,
     "completion": CompletionConfig,
 }
+_BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell reports of other tools
 # Those that take --dry-run and --json.
-_STAGES = ("score", "select", "train", "evaluate", "export", "run", "demo")
+_STAGES = ("respond", "score", "select", "train", "evaluate", "export", "run", "demo")
 
 _EXAMPLES = {
+    "respond": """
+        jsfdd respond --target smollm2 --data chats.jsonl --max-new-tokens 512 --out answers.jsonl
+        jsfdd respond --target DIR --data chats/ --temperature 0.7 --batch-size 64 --out answers.jsonl --dry-run
+    """,
     "score": """
         jsfdd score --target smollm2 --data chats.jsonl --out scored
         jsfdd score --target DIR --data 'chats/*.jsonl.zst' more/ hf:ORG/NAME:train --out scored --dry-run
@@ -105,7 +111,8 @@ _DESCRIPTION = "Cheap training of draft models for speculative decoding."
 _EPILOGUE = """
 The stages, in order: score chats by the flatness of the target's distributions, select the most
 valuable share, train a draft on it, evaluate its acceptance, export it for serving. All of them in
-one directory, for several selections at once: run.
+one directory, for several selections at once: run. Before them, respond lets the target answer
+the chats itself.
 
 start here:
   jsfdd demo                  all of it on a small model, on a CPU, in minutes
@@ -118,6 +125,7 @@ exit codes:
   2    wrong input or options; one line on stderr says which, and the remedy
   3    another process of the run ended, so this one did too
   130  interrupted; the same command continues where it stopped
+  141  who read the output has closed it
   Anything else is a fault of jsfdd and comes with a traceback.
 
 environment:
@@ -128,6 +136,20 @@ environment:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. The console script's entry point."""
+    try:
+        try:
+            return _answer(arguments)
+        finally:
+            sys.stdout.flush()  # here and not at the process's end, where a closed pipe could only be complained of
+    except BrokenPipeError:
+        # Whatever is still to be flushed goes nowhere.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.dup2(nowhere, sys.stderr.fileno())
+        return _leave(_BROKEN_PIPE)
+
+
+def _answer(arguments: Sequence[str] | None) -> int:
     examples = {name: f"example:\n{_indented(text)}\n" for name, text in _EXAMPLES.items()}
     try:
         return _run(parse(_COMMANDS, _STAGES, Help(_DESCRIPTION, _EPILOGUE, examples), arguments))
@@ -198,6 +220,10 @@ def _run(command: Command) -> int:
     match config:
         case options.RunConfig():
             result = results.of_run(config, pipeline.run(config))
+        case options.RespondConfig():
+            from jsfdd.respond import respond
+
+            result = results.of_respond(config, respond(config))
         case options.ScoreConfig():
             loaded = load(config)
             result = results.of_score(config, pipeline.score(config, loaded), loaded.files)

@@ -113,23 +113,35 @@ class TargetOptions(_Options):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ChatFiles(_Options):
-    """The conversations, and what of them counts."""
+class ChatNames(_Options):
+    """The conversations."""
 
     data: tuple[Path, ...]
     """Chats: files (.jsonl or .json, each also .gz or .zst; .parquet), directories, patterns such as 'chats/*.jsonl', or
     Hugging Face datasets (hf:NAME, hf:NAME:SPLIT). Rows are OpenAI messages, ShareGPT, Alpaca, or prompt and response."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChatFiles(ChatNames):
+    """The conversations, and what of them counts."""
+
     mask_spans: tuple[MaskSpan, ...] = ()
     """Parts of answers that are read but neither scored nor trained on: `thinking` (`<think>…</think>`), `tool_calls`. By
     default all of an answer counts."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataOptions(ChatFiles):
-    """The conversations, and how they are cut into batches."""
+class ConversationLength(_Options):
+    """How long conversations may become."""
 
     max_length: int = 2048
     """Conversations are cut after this many tokens."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataOptions(ConversationLength, ChatFiles):
+    """The conversations, and how they are cut into batches."""
+
     batch_tokens: int = 4096
     """Tokens in one batch, padding included: rows × length of a bucket. A training step divides one over all devices;
     scoring gives each device one of its own. Neither scores nor drafts depend on how many devices there are."""
@@ -206,6 +218,14 @@ class DecodingOptions(ChainOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Batched(_Options):
+    """A batch to decode."""
+
+    batch_size: int = 8
+    """Prompts decoded together."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ProbeOptions(_Options):
     probe_prompts: tuple[Path, ...] = ()
     """Prompt files, apart from those of the final evaluation: decode them during training and keep the draft of the best τ."""
@@ -255,6 +275,23 @@ class ProcessOptions(_Options):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RespondConfig(TargetOptions, ChatNames, ConversationLength, DecodingOptions, Batched, Seeded, ProcessOptions):
+    """Let the target answer the users' turns of chats: data on which a draft learns best, the target's own text."""
+
+    out: Path
+    """File of chats to write, ending in .jsonl; an interrupted run continues it, with what is in FILE.parts."""
+    turns: Literal["all", "first"] = "all"
+    """Answer every turn of the user's, each after the target's own earlier answers, or only the first one."""
+    draft: Path | None = None
+    """A training run's directory, its checkpoints/, or an exported draft, to decode with; without one, a token a step."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.out.suffix != ".jsonl":
+            raise ValueError(f"--out: got {str(self.out)!r}, but it must be a file that ends in .jsonl")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ScoreConfig(TargetOptions, DataOptions, ProcessOptions):
     """Score chats by how flat the target's next-token distributions are."""
 
@@ -289,7 +326,7 @@ class TrainConfig(TargetOptions, DataOptions, TrainingOptions, ProbeOptions, See
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(TargetOptions, DecodingOptions, Seeded, ProcessOptions):
+class EvaluateConfig(TargetOptions, DecodingOptions, Batched, Seeded, ProcessOptions):
     """Measure acceptance and speed by real speculative decoding."""
 
     draft: tuple[Path, ...]
@@ -298,8 +335,6 @@ class EvaluateConfig(TargetOptions, DecodingOptions, Seeded, ProcessOptions):
     """Prompts: files, directories or patterns as for --data; rows with "turns"; each turn's own answer feeds the next."""
     out: Path
     """Directory for report.json, or with several drafts for a directory of each and differences.json."""
-    batch_size: int = 8
-    """Prompts decoded together."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -382,7 +417,9 @@ class PlanConfig(TargetOptions, DataOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RunConfig(TargetOptions, DataOptions, SelectionOptions, TrainingOptions, DecodingOptions, ExportOptions, Seeded):
+class RunConfig(
+    TargetOptions, DataOptions, SelectionOptions, TrainingOptions, DecodingOptions, ExportOptions, Batched, Seeded
+):
     """Score, select, train, evaluate, export and report: the whole loop in one resumable directory."""
 
     prompts: tuple[Path, ...]
@@ -391,8 +428,6 @@ class RunConfig(TargetOptions, DataOptions, SelectionOptions, TrainingOptions, D
     """Directory of the run; a second call continues it and repeats nothing."""
     arms: tuple[str, ...] = ("full", "flatness", "random")
     """Drafts to train and compare: `full` (every sample) or the name of a metric, at --retain-ratio."""
-    batch_size: int = 8
-    """Prompts decoded together."""
 
     def __post_init__(self):
         super().__post_init__()

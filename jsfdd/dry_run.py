@@ -17,6 +17,7 @@ from jsfdd.config import (
     DataOptions,
     EvaluateConfig,
     ExportConfig,
+    RespondConfig,
     RunConfig,
     ScoreConfig,
     SelectConfig,
@@ -32,6 +33,7 @@ from jsfdd.evaluation.prompts import check_length, render_turns
 from jsfdd.loading import show_counts
 from jsfdd.mesh import make_mesh, num_data_shards
 from jsfdd.records import Prompt, Sample
+from jsfdd.respond import ask, parts_of
 from jsfdd.results import Result, counts_to_json
 from jsfdd.selection import sfdd
 from jsfdd.selection.table import read_scores
@@ -45,6 +47,8 @@ def dry_run(config) -> Result:
     match config:
         case RunConfig():
             return _run(config)
+        case RespondConfig():
+            return _respond(config)
         case ScoreConfig():
             return _score(config)
         case SelectConfig():
@@ -56,6 +60,25 @@ def dry_run(config) -> Result:
         case ExportConfig():
             return _export(config)
     raise TypeError(f"{type(config).__name__} has no dry run")
+
+
+def _respond(config: RespondConfig) -> Result:
+    asked = ask(config)
+    turns = Counter(turn for each in asked.questions for turn in range(len(each.turns)))
+    values = {
+        "files": counts_to_json(asked.files),
+        "conversations": len(asked.questions),
+        "skipped": total(asked.files).read - len(asked.questions),
+        "answers": turns.total(),
+        "max_new_tokens": config.max_new_tokens,
+    }
+    words = [
+        f"answer {_many(values['conversations'], 'conversation')} ({_many(values['skipped'], 'row')} skipped): "
+        f"{_many(values['answers'], 'answer')} of up to {_many(config.max_new_tokens, 'token')}",
+        f"{config.batch_size} at a time, {'with a draft' if config.draft else 'a token a step'}",
+    ]
+    parts = parts_of(config.out)
+    return _result("respond", values, words, config.out.parent, [config.out.name, parts.name], continues=parts)
 
 
 class _Inputs(NamedTuple):

@@ -11,10 +11,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from jsfdd.config import EvaluateConfig, ExportConfig, RunConfig, ScoreConfig, SelectConfig, TrainConfig
+from jsfdd.config import EvaluateConfig, ExportConfig, RespondConfig, RunConfig, ScoreConfig, SelectConfig, TrainConfig
 from jsfdd.data.summary import FileCounts
 from jsfdd.evaluation.evaluate import compare
 from jsfdd.evaluation.table import describe_difference, print_evaluation
+from jsfdd.respond import Responses
 from jsfdd.selection.sfdd import Selection
 from jsfdd.selection.table import ScoreTable
 from jsfdd.training.train import TrainResult
@@ -35,6 +36,23 @@ class Result(NamedTuple):
 def show(result: Result, as_json: bool) -> None:
     """Print a result on stdout."""
     print(json.dumps(result.values, default=str, ensure_ascii=False, allow_nan=False) if as_json else result.words)
+
+
+def of_respond(config: RespondConfig, responses: Responses) -> Result:
+    counts = responses.counts()
+    words = f"{counts['conversations']:,} conversations, {counts['answers']:,} answers of {counts['tokens']:,} tokens"
+    if counts["truncated_answers"]:
+        words += f", {counts['truncated_answers']:,} of them cut at --max-new-tokens {config.max_new_tokens}"
+    early = {
+        "after such an answer": counts["ended_after_truncated"],
+        "for their length": counts["ended_too_long"],
+        "at what the chat template refuses": counts["ended_refused"],
+    }
+    ended = ", ".join(f"{count:,} {reason}" for reason, count in early.items() if count)
+    words += f"; ended early: {ended}" if ended else ""
+    words += "" if responses.tau is None else f"; τ {responses.tau:.2f}"
+    values = {"command": "respond"} | counts | {"tau": responses.tau, "chats": config.out}
+    return Result(values | {"files": counts_to_json(responses.files)}, f"{words}: {config.out}")
 
 
 def of_score(config: ScoreConfig, table: ScoreTable, files: list[FileCounts]) -> Result:

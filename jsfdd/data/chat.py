@@ -24,7 +24,7 @@ from jsfdd.records import Prompt
 
 @dataclasses.dataclass(frozen=True)
 class Chat:
-    """One conversation with at least one assistant turn.
+    """One conversation; with at least one assistant turn unless it was read to be answered.
 
     Attributes:
       id: unique over the files read together.
@@ -60,11 +60,12 @@ def read_chats(names: Sequence[str | Path]) -> list[Chat]:
     return read_chat_files(names).chats
 
 
-def read_chat_files(names: Sequence[str | Path]) -> FoundChats:
+def read_chat_files(names: Sequence[str | Path], answered: bool = True) -> FoundChats:
     """Reads conversations, in the order of the files and of their rows.
 
     Args:
       names: files, directories, patterns or datasets (`data.files`).
+      answered: whether each must have an assistant turn.
 
     Raises FileNotFoundError for a missing file, and ValueError "file:line: what; remedy" for anything that is not in a
     known form: a malformed line, an unknown role, content that is not text, a conversation without an assistant turn, an
@@ -75,7 +76,7 @@ def read_chat_files(names: Sequence[str | Path]) -> FoundChats:
     place_of_id: dict[str, str] = {}
     for row in read_rows(names, COLUMNS):
         messages = messages_of(row.value, row.place)
-        if not any(message["role"] == "assistant" for message in messages):
+        if answered and not any(message["role"] == "assistant" for message in messages):
             raise ValueError(f"{row.place}: no assistant turn, so nothing to learn from; add an answer or drop the row")
         read[row.file] += 1
         digest = content_digest(messages)

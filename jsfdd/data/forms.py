@@ -12,7 +12,8 @@ first message, unless the row has a system message already. Other keys are not r
 Roles are system, user, assistant and tool, as chat templates know them; "developer" means system, "function" and
 ShareGPT's "observation" mean tool, "human" user, "gpt", "chatgpt" and "function_call" assistant. Content is a text, or
 OpenAI's list of text parts. An assistant message may have `tool_calls` (or the older `function_call`), and may then lack
-content; arguments may be an object or JSON text.
+content; arguments may be an object or JSON text. `"truncated": true` in an assistant message says that its text was cut
+short (`jsfdd respond` writes it): the text counts, the end-of-turn token that a template puts after it does not.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ class Message(TypedDict, total=False):
     tool_calls: list[dict]  # {"type": "function", "function": {"name": str, "arguments": dict or str}, "id"?: str}
     tool_call_id: str
     name: str
+    truncated: bool  # of an answer that was cut short; there only if it is true
 
 
 def messages_of(row: dict, place: str) -> tuple[Message, ...]:
@@ -107,6 +109,11 @@ def _message(turn: object, sharegpt: bool, where: str) -> Message:
         message["tool_calls"] = calls
     if not calls or turn.get(content_key) is not None:
         message["content"] = _content(turn, content_key, where)
+    truncated = turn.get("truncated")
+    if message["role"] == "assistant" and truncated is not None:
+        if not isinstance(truncated, bool):
+            raise ValueError(f"{where}: 'truncated' is {kind_of(truncated)}; expected true or false")
+        message |= {"truncated": True} if truncated else {}
     for key in ("tool_call_id", "name"):  # some templates ask for them
         if message["role"] == "tool" and turn.get(key) is not None:
             message[key] = _text(turn, key, where)

@@ -7,7 +7,8 @@ offsets, so the ids are those of `tokenizer.apply_chat_template` on the whole co
 The mask (records.Sample.assistant_mask) holds
   - every token with a character of an answer's content, as the template renders it (many templates trim it);
   - the answer's end-of-turn token: the added token (one outside the tokenizer's ordinary vocabulary) that the template
-    writes next, white space aside. A template that ends answers with plain text or with nothing has none;
+    writes next, white space aside. A template that ends answers with plain text or with nothing has none, and so has an
+    answer that was cut short ("truncated"): a draft should not learn to end there;
 and it does not hold any token with a character of a span that `mask_spans` names (`data.spans`).
 
 The assistant's tool calls are part of its answer. A template that knows none would drop them without a word, so for such
@@ -70,6 +71,15 @@ class TokenizeSummary:
         )
 
 
+class RefusedByTemplate(ValueError):
+    """A conversation that a chat template does not take, usually for the order of its roles."""
+
+
+def special_text_of(tokenizer) -> re.Pattern:
+    """Finds the text of a special token; a message that holds one cannot be told from the template."""
+    return _any_of(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+
+
 def tokenize_chats(
     chats: Sequence[Chat], tokenizer, max_length: int, mask_spans: Collection[MaskSpan] = ()
 ) -> tuple[list[Sample], TokenizeSummary]:
@@ -91,7 +101,7 @@ def tokenize_chats(
     _check_tokenizer(tokenizer)
     encode = _offset_encoder(tokenizer)
     added_tokens = tokenizer.added_tokens_decoder
-    special_text = _any_of(token.content for token in added_tokens.values() if token.special)
+    special_text = special_text_of(tokenizer)
     frame_of = functools.cache(functools.partial(_frame, tokenizer))
     knows_calls = "tool_calls" in tokenizer.chat_template
 
@@ -111,10 +121,12 @@ def tokenize_chats(
                 refusal = refusal or f"; the template refuses {chat.place}: {error}"
                 continue
             spans = _answer_spans(tokenizer, frame_of, chat, text)
-            rendered.append((chat, text, spans, _excluded(chat, text, spans, mask_spans)))
-        for (chat, text, spans, excluded), encoding in zip(rendered, encode([row[1] for row in rendered])):
+            answers = [message for message in chat.messages if message["role"] == "assistant"]
+            closed = [end for (_, end), answer in zip(spans, answers, strict=True) if not answer.get("truncated")]
+            rendered.append((chat, text, spans, closed, _excluded(answers, text, spans, mask_spans)))
+        for (chat, text, spans, closed, excluded), encoding in zip(rendered, encode([row[1] for row in rendered])):
             ids = encoding.ids  # builds the list at every access
-            mask = _assistant_mask(ids, encoding.offsets, text, spans, excluded, added_tokens)
+            mask = _assistant_mask(ids, encoding.offsets, text, spans, closed, excluded, added_tokens)
             tokens = np.asarray(ids[:max_length], np.int32)
             sample = Sample(chat.id, chat.source, tokens, mask[:max_length])
             if not sample.counted.any():
@@ -135,14 +147,14 @@ def render_prompt(tokenizer, messages: Sequence[Message]) -> list[int]:
     """Token ids of a conversation so far, up to where the assistant's answer begins.
 
     The ids are those of `apply_chat_template(messages, add_generation_prompt=True)`, as servers compute them: text of a
-    special token in a message becomes that token. Raises ValueError if the template refuses the messages.
+    special token in a message becomes that token. Raises RefusedByTemplate if the template refuses the messages.
     """
     _check_tokenizer(tokenizer)
     try:
         return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
     except jinja2.TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
-        raise ValueError(f"the chat template refuses a prompt with the roles {roles}: {error}") from error
+        raise RefusedByTemplate(f"the chat template refuses a prompt with the roles {roles}: {error}") from error
 
 
 def _check_tokenizer(tokenizer) -> None:
@@ -176,7 +188,8 @@ def _with_written_calls(message: Message) -> Message:
     if "tool_calls" not in message:
         return message
     parts = [part for part in (message["content"], text_of_calls(message["tool_calls"])) if part]
-    return Message(role=message["role"], content="\n".join(parts))
+    others = {key: value for key, value in message.items() if key != "tool_calls"}
+    return Message(**others | {"content": "\n".join(parts)})
 
 
 def _texts(message: Message) -> list[str]:
@@ -279,9 +292,10 @@ def _between(text: str, head: str, tail: str) -> _Span | None:
     return (len(head), end) if len(head) <= end and text.startswith(head) and text.endswith(tail) else None
 
 
-def _excluded(chat: Chat, text: str, spans: Sequence[_Span], kinds: Collection[MaskSpan]) -> list[_Span]:
+def _excluded(
+    answers: Sequence[Message], text: str, spans: Sequence[_Span], kinds: Collection[MaskSpan]
+) -> list[_Span]:
     """Where in the rendered conversation the parts of answers lie that do not count."""
-    answers = [message for message in chat.messages if message["role"] == "assistant"]
     return [
         (begin + first, begin + last)
         for message, (begin, end) in zip(answers, spans)
@@ -294,17 +308,19 @@ def _assistant_mask(
     offsets: Sequence[_Span],
     text: str,
     spans: Sequence[_Span],
+    closed: Sequence[int],
     excluded: Sequence[_Span],
     added_tokens: Container[int],
 ) -> Bool[np.ndarray, " T"]:
-    """True on the tokens of the spans without those that touch an excluded one, and on the added token that closes each."""
+    """True on the tokens of the spans without those that touch an excluded one, and on the added token that closes each
+    whose end is in `closed`."""
     starts, ends = np.asarray(offsets, np.int64).reshape(-1, 2).T
     mask = np.zeros(len(ids), bool)
     for values, counts in ((spans, True), (excluded, False)):
         for begin, end in values:
             if begin < end:  # several byte-level tokens of one character all have that character's offsets
                 mask[np.searchsorted(ends, begin, "right") : np.searchsorted(starts, end, "left")] = counts
-    for _, end in spans:
+    for end in closed:
         # A token may lie across the end (an end-of-turn token that takes in the spaces before it), so what counts is
         # what it covers beyond the content.
         for t in range(np.searchsorted(ends, end, "right"), len(ids)):

@@ -33,13 +33,14 @@ class _Answer(NamedTuple):
 
     Attributes:
       chat, sample: where it is.
-      content: of the message.
+      content, truncated: of the message; a truncated answer has no end.
       prompt: ids up to which a server would render; None where the template refuses to.
     """
 
     chat: Chat
     sample: Sample
     content: str
+    truncated: bool
     prompt: list[int] | None
 
     @property
@@ -116,7 +117,8 @@ def check_mask(answers: Sequence[_Answer], tokenizer) -> Finding:
         begin, end = _run_near(mask, len(answer.prompt))
         run = tokens[begin:end].tolist()
         closed = not run or run[-1] in added
-        open_end = not closed and (any(t in added for t in run) or end < len(tokens) and int(tokens[end]) in added)
+        stray = any(t in added for t in run) or end < len(tokens) and int(tokens[end]) in added
+        open_end = not closed and not answer.truncated and stray
         text = tokenizer.decode([t for t in run if t not in added])
         if (not run and answer.content.strip()) or open_end or _plain(text) not in _plain(answer.content):
             wrong.append((answer, begin))
@@ -194,7 +196,7 @@ def _answers(tokenizer, chat: Chat, sample: Sample) -> Iterator[_Answer]:
                 prompt = render_prompt(tokenizer, chat.messages[:number])
             except ValueError:  # a template may refuse part of a conversation that it takes as a whole
                 prompt = None
-            yield _Answer(chat, sample, message["content"], prompt)
+            yield _Answer(chat, sample, message["content"], message.get("truncated", False), prompt)
 
 
 def _run_near(mask: np.ndarray, position: int) -> tuple[int, int]:

@@ -1,0 +1,125 @@
+"""Chats as questions: what a target is asked, turn by turn, when it answers in the assistant's place.
+
+A turn is all that is said before an answer: the user's message, with a system message before it. The answers of the chat
+itself are not read, and what only makes sense after them is left out:
+  - an assistant's message that answers nobody (an opening greeting, a second one in a row);
+  - everything from a tool's message on: it returns what a call asked for that the target did not make.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from jsfdd.data.chat import Chat, Message, content_digest
+from jsfdd.data.template import RefusedByTemplate, render_prompt, special_text_of
+
+_ANY_ANSWER = Message(role="assistant", content="x")
+
+
+class Questions(NamedTuple):
+    """One conversation to be held with a target.
+
+    Attributes:
+      number: of its chat, by which its answers are drawn.
+      id, source: of its chat.
+      turns: what is said before each answer; at least one.
+    """
+
+    number: int
+    id: str
+    source: str
+    turns: tuple[tuple[Message, ...], ...]
+
+
+class QuestionSummary(NamedTuple):
+    """Ids of the chats that are not asked, by reason.
+
+    Attributes:
+      no_question: without a message of the user's.
+      duplicates: with the questions of an earlier one.
+      special_text: a message holds the text of a special token, so no reader would take the conversation.
+      refused: the chat template rejects it, usually for the order of the roles.
+      too_long: its first prompt with an answer exceeds the limit.
+    """
+
+    no_question: tuple[str, ...]
+    duplicates: tuple[str, ...]
+    special_text: tuple[str, ...]
+    refused: tuple[str, ...]
+    too_long: tuple[str, ...]
+
+
+def questions_of(
+    chats: Sequence[Chat], tokenizer, *, longest_prompt: int, first_turn_only: bool = False
+) -> tuple[list[Questions], QuestionSummary]:
+    """What each chat asks, in the order of the chats.
+
+    Args:
+      tokenizer: the target's, with its chat template.
+      longest_prompt: tokens that a prompt may have.
+      first_turn_only: ask only the first turn.
+
+    Raises ValueError if nothing is left to ask, or the tokenizer has no chat template.
+    """
+    special_text = special_text_of(tokenizer)
+    skipped: dict[str, list[str]] = {name: [] for name in QuestionSummary._fields}
+    asked, seen = [], set()
+    for number, chat in enumerate(chats):
+        turns = _turns(chat.messages)[: 1 if first_turn_only else None]
+        said = [message for turn in turns for message in turn]
+        digest = content_digest(said)
+        if not turns:
+            skipped["no_question"].append(chat.id)
+        elif digest in seen:
+            skipped["duplicates"].append(chat.id)
+        elif any(special_text.search(message["content"]) for message in said):
+            skipped["special_text"].append(chat.id)
+        elif (length := _first_length(turns, tokenizer)) is None:
+            skipped["refused"].append(chat.id)
+        elif length > longest_prompt:
+            skipped["too_long"].append(chat.id)
+        else:
+            asked.append(Questions(number, chat.id, chat.source, turns))
+        seen.add(digest)
+    if not asked:
+        counts = ", ".join(f"{len(ids)} {name}" for name, ids in skipped.items() if ids)
+        raise ValueError(
+            f"no conversation is left to answer ({counts}; prompts of up to {longest_prompt} tokens); give other chats, raise "
+            "--max-length or lower --max-new-tokens"
+        )
+    return asked, QuestionSummary(**{name: tuple(ids) for name, ids in skipped.items()})
+
+
+def prompt_of(tokenizer, turns: Sequence[Sequence[Message]], answers: Sequence[Message]) -> list[int]:
+    """Token ids of the conversation so far: the turns up to the one after the answers given.
+
+    Raises RefusedByTemplate.
+    """
+    messages = [message for turn, answer in zip(turns, answers) for message in (*turn, answer)]
+    return render_prompt(tokenizer, [*messages, *turns[len(answers)]])
+
+
+def _turns(messages: Sequence[Message]) -> tuple[tuple[Message, ...], ...]:
+    turns, said = [], []
+    for message in itertools.takewhile(lambda message: message["role"] != "tool", messages):
+        if message["role"] != "assistant":
+            said.append(message)
+        elif _asks(said):
+            turns.append(tuple(said))
+            said = []
+    return (*turns, tuple(said)) if _asks(said) else tuple(turns)
+
+
+def _asks(said: Sequence[Message]) -> bool:
+    return any(message["role"] == "user" for message in said)
+
+
+def _first_length(turns: Sequence[Sequence[Message]], tokenizer) -> int | None:
+    """Tokens of the first prompt; None if the template refuses it or, with any answers, the last one."""
+    try:
+        prompt_of(tokenizer, turns, [_ANY_ANSWER] * (len(turns) - 1))
+        return len(prompt_of(tokenizer, turns, []))
+    except RefusedByTemplate:
+        return None
