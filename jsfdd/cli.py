@@ -138,9 +138,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. The console script's entry point."""
     try:
         try:
-            return _answer(arguments)
-        finally:
-            sys.stdout.flush()  # here and not at the process's end, where a closed pipe could only be complained of
+            code = _answer(arguments)
+        except SystemExit:  # of --help
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()  # here and not at the process's end, where a closed pipe could only be complained of
+        return code
     except BrokenPipeError:
         # Whatever is still to be flushed goes nowhere.
         nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -30,9 +30,10 @@ from jsfdd.evaluation.answer_log import append_batch, open_log, read_log
 from jsfdd.evaluation.answers import Conversation, answer_all, rows_together
 from jsfdd.evaluation.evaluate import check_draft
 from jsfdd.files import written_whole
+from jsfdd.loading import identity_of, show_counts
 from jsfdd.mesh import make_mesh
 from jsfdd.models.draft import DraftConfig
-from jsfdd.pipeline import identity_of, load_draft, show_counts, tree_shape
+from jsfdd.pipeline import load_draft, tree_shape
 from jsfdd.processes import agree, agree_on_directory, is_primary, wait_for_all
 from jsfdd.progress import progress
 from jsfdd.weights.checkpoint import draft_to_json

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from toy import toy_draft, write_target
 
@@ -16,6 +17,7 @@ from jsfdd.cli import _COMMANDS, _STAGES, main
 from jsfdd.files import read_json
 from jsfdd.models.architecture import Rope
 from jsfdd.parser import field_docstrings
+from jsfdd.selection.table import METRICS, ScoreTable, write_scores
 from jsfdd.weights.export import write_draft
 from jsfdd.weights.load import load_target
 
@@ -255,6 +257,25 @@ def test_an_interrupt_exits_with_130(monkeypatch, capsys):
     monkeypatch.setattr(cli, "_run", interrupt)
     assert main(["demo"]) == 130
     assert "interrupted; the same command continues" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["completion", "bash"], ["select", "--scores", "SCORES", "--out", "OUT", "--dry-run"]]
+)
+def test_a_reader_that_leaves_early_is_no_fault(tmp_path, arguments):
+    """As in `jsfdd … | head`: output that nobody reads any more ends the command without a word."""
+    columns = {name: np.arange(1.0, 5.0) for name in METRICS}
+    ids = tuple("abcd")
+    table = ScoreTable(ids=ids, sources=ids, num_tokens=np.ones(4, np.int32), identity={}, tokens=None, **columns)
+    write_scores(tmp_path / "scores.parquet", table)
+    names = {"SCORES": str(tmp_path / "scores.parquet"), "OUT": str(tmp_path / "out")}
+    command = [sys.executable, "-m", "jsfdd.cli", *(names.get(word, word) for word in arguments)]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as closed:
+        done = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, text=True)
+    said = [line for line in done.stderr.splitlines() if not line.startswith("[transformers]")]
+    assert (done.returncode, said) == (141, [])
 
 
 def test_scores_as_json(tmp_path, target, capsys):

@@ -94,6 +94,7 @@ def message(role="user", content="Hi", **extra):
         (message("assistant", None, tool_calls=["f"]), "message 1: tool call 1 is a string; expected {'function'"),
         (message("assistant", None, tool_calls=[{"function": {}}]), "message 1: tool call 1: 'name' is missing"),
         (message("assistant", None, function_call={"name": "f", "arguments": 3}), "'arguments' is a number; expected"),
+        (message("assistant", truncated="yes"), "message 1: 'truncated' is a string; expected true or false"),
         (message("tool", tool_call_id=3), "'tool_call_id' is a number; expected a string"),
         ({"prompt": "Q"}, "one of 'response', 'completion'; found neither"),
         ({"prompt": "Q", "response": "A", "completion": "A"}, "found 'response' and 'completion'"),

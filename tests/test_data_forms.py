@@ -38,6 +38,8 @@ def system(text):
         ({"messages": [answer(None, tool_calls=[CALL])]}, [answer("", tool_calls=[SHAPED])]),
         ({"messages": [answer("Look:", tool_calls=[CALL])]}, [answer("Look:", tool_calls=[SHAPED])]),
         ({"messages": [answer("A", tool_calls=None)]}, [answer("A")]),
+        ({"messages": [answer("A", truncated=True)]}, [answer("A", truncated=True)]),
+        ({"messages": [answer("A", truncated=False), user("Q") | {"truncated": "?"}]}, [answer("A"), user("Q")]),
         (
             {"messages": [answer(None, function_call={"name": "f", "arguments": "not {JSON"})]},
             [answer("", tool_calls=[{"type": "function", "function": {"name": "f", "arguments": "not {JSON"}}])],

@@ -200,6 +200,15 @@ def test_a_shifted_mask(healthy, tokenizer, monkeypatch, shift):
     assert f"in {found['loss-mask'].figures['answers']} of" in found["loss-mask"].seen
 
 
+def test_an_answer_that_was_cut_short_has_a_right_mask_without_an_end(tokenizer, monkeypatch):
+    messages = (Message(role="user", content="a"), Message(role="assistant", content="bcd", truncated=True))
+    chats = [Chat("c0", "toy", messages, "file:1")]
+    assert _data_findings(tokenizer, chats)["loss-mask"].severity == "ok"
+    right = template._assistant_mask
+    monkeypatch.setattr(template, "_assistant_mask", lambda *arguments: np.roll(right(*arguments), -1))
+    assert _data_findings(tokenizer, chats)["loss-mask"].severity == "error"
+
+
 def test_skipped_conversations_and_prompts_that_are_nearly_all(healthy, tokenizer):
     user = "ab" * 400
     chats = [
