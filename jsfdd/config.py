@@ -289,6 +289,8 @@ class RespondConfig(TargetOptions, ChatNames, ConversationLength, DecodingOption
         super().__post_init__()
         if self.out.suffix != ".jsonl":
             raise ValueError(f"--out: got {str(self.out)!r}, but it must be a file that ends in .jsonl")
+        if self.tree_nodes and self.draft is None:
+            raise ValueError("--tree-nodes is about a draft's tokens; give --draft DIR or leave it out")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -85,6 +85,8 @@ def test_a_draft_that_is_not_there(tmp_path, capsys):
         (["generate", "--target", "t", "--prompt", "x", "--no-draft", "--show-accepted"], "--show-accepted"),
         (["generate", "--target", "t", "--prompt", "x", "--no-draft", "--temperature", "-1"], "--temperature"),
         (["generate", "--target", "t", "--prompt", "x", "--no-draft", "--top-p", "0"], "--top-p"),
+        (["respond", "--target", "t", "--data", "d", "--out", "o.jsonl", "--tree-nodes", "9"], "--tree-nodes"),
+        (["respond", "--target", "t", "--data", "d", "--out", "answers"], "ends in .jsonl"),
     ],
 )
 def test_wrong_options_exit_with_2(arguments, word, capsys):

@@ -29,7 +29,7 @@ from jsfdd.weights.load import Target, load_target
 
 LETTERS = toy_tokenizer().encode("abcdefghijklmnopqrstuvwxyz .,?")
 # Some letters end an answer, so that some answers end by themselves and some are cut.
-STOPS = [257, *LETTERS[::8]]
+STOPS = [257, *LETTERS[::16]]
 LONGEST = 24
 
 
@@ -277,16 +277,17 @@ def test_first_turns_alone(inputs, finished, tmp_path):
 
 
 def test_a_conversation_ends_before_a_turn_that_has_become_too_long(inputs, tmp_path):
-    """Its first prompt fits, its second one with the target's own answer does not."""
-    long = [{"role": "user", "content": "x"}, {"role": "assistant", "content": ""}, {"role": "user", "content": "y" * 100}]
-    rows = [{"id": "long", "messages": long}, {"id": "short", "messages": [{"role": "user", "content": "z"}]}]
+    """Its first prompt fits, its second one does not; where the first answer was cut, that is what ended it."""
+    second = [{"role": "assistant", "content": ""}, {"role": "user", "content": "y" * 100}]
+    rows = [{"messages": [{"role": "user", "content": text}, *second]} for text in "xpqzabcd"]
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = config_of(inputs, tmp_path / "a.jsonl", data=(tmp_path / "chats.jsonl",), max_length=120, max_new_tokens=40)
+    config = config_of(inputs, tmp_path / "a.jsonl", data=(tmp_path / "chats.jsonl",), max_length=120)
     responses = respond.respond(config)
-    (first, second) = rows_of(config.out)
-    assert [len(row["messages"]) for row in (first, second)] == [2, 2]
-    assert responses.conversations[0].ended == ("truncated" if "truncated" in first["messages"][1] else "too_long")
-    assert "truncated" not in first["messages"][1], "take another question: this answer is cut"
+    assert [len(row["messages"]) for row in rows_of(config.out)] == [2] * 8
+    for conversation in responses.conversations:
+        assert conversation.ended == ("truncated" if conversation.answers[0].truncated else "too_long")
+    counts = responses.counts()
+    assert counts["ended_too_long"] > 0 and counts["ended_too_long"] + counts["ended_after_truncated"] == 8
 
 
 def test_every_command_reads_the_answers_and_no_wrong_end_counts(finished):
