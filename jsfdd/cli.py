@@ -58,6 +58,7 @@ _EXAMPLES = {
     "score": """
         jsfdd score --target smollm2 --data chats.jsonl --out scored
         jsfdd score --target DIR --data 'chats/*.jsonl.zst' more/ hf:ORG/NAME:train --out scored --dry-run
+        jsfdd score --target DIR --data chats/ --keep-features flatness --retain-ratio 0.5 --out scored
     """,
     "select": """
         jsfdd select --scores scored/scores.parquet --retain-ratio 0.5 --out scored
@@ -66,6 +67,7 @@ _EXAMPLES = {
     "train": """
         jsfdd train --target smollm2 --data chats.jsonl --selection scored/selection.json --out draft
         jsfdd train --target DIR --data chats/ --mask-spans thinking tool_calls --out draft --dry-run
+        jsfdd train --target DIR --data chats/ --selection S --features scored/hidden --out draft
     """,
     "evaluate": """
         jsfdd evaluate --target smollm2 --draft draft --prompts prompts.jsonl --out evaluated

@@ -16,6 +16,7 @@ from typing import Literal
 Metric = Literal["flatness", "flatness_median", "entropy", "top1", "margin", "energy", "ppl", "random"]
 Flavour = Literal["eagle", "vllm", "sglang", "speculators"]
 ExportDtype = Literal["keep", "float32", "bfloat16", "float16"]
+FeatureDtype = Literal["bfloat16", "float32", "int8"]
 MaskSpan = Literal["thinking", "tool_calls"]
 
 # Field name -> (test, what a good value is). Checked for every config that has the field.
@@ -28,7 +29,7 @@ _RULES = {
     "model_shards": (lambda x: x >= 1, "1 (whole on every device) or more"),
     "max_length": (lambda x: x >= 8, "8 tokens or more"),
     "batch_tokens": (lambda x: x >= 1, "1 or more"),
-    "retain_ratio": (lambda x: 0 < x <= 1, "a share of the samples in (0, 1]"),
+    "retain_ratio": (lambda x: x is None or 0 < x <= 1, "a share of the samples in (0, 1]"),
     "epochs": (lambda x: x >= 1, "1 or more"),
     "learning_rate": (lambda x: x > 0, "above 0"),
     "warmup_share": (lambda x: 0 <= x < 1, "a share of the run's steps in [0, 1)"),
@@ -49,6 +50,7 @@ _RULES = {
     "probe_every": (lambda x: x >= 1, "1 or more"),
     "probe_new_tokens": (lambda x: x >= 2, "2 or more: an answer's first token needs no draft"),
     "conversations": (lambda x: x >= 1, "1 or more"),
+    "keep_features": (lambda x: len(set(x)) == len(x), "different arms"),
     "arms": (lambda x: len(x) > 0 and len(set(x)) == len(x), "one or more different arms"),
 }
 
@@ -186,6 +188,14 @@ class TrainingOptions(_Options):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class FeatureFormat(_Options):
+    """Stored hidden states."""
+
+    feature_dtype: FeatureDtype = "bfloat16"
+    """Of hidden states for training. int8 has a scale for each token and takes half of bfloat16's disk."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ProposalOptions(_Options):
     """How far drafts reach."""
 
@@ -294,13 +304,28 @@ class RespondConfig(TargetOptions, ChatNames, ConversationLength, DecodingOption
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ScoreConfig(TargetOptions, DataOptions, ProcessOptions):
+class ScoreConfig(TargetOptions, DataOptions, FeatureFormat, Seeded, ProcessOptions):
     """Score chats by how flat the target's next-token distributions are."""
 
     out: Path
     """Directory for scores.parquet; an interrupted run continues here."""
     per_token: bool = False
     """Also write token_scores.parquet, one row a sample with the list of its counted tokens' flatness and entropy."""
+    keep_features: tuple[str, ...] = ()
+    """In the same pass keep the hidden states of what these can select, in OUT/hidden for `jsfdd train --features`: metrics,
+    at --retain-ratio and, for random, --seed; or `full`, every sample. Others are dropped as soon as that is known."""
+    retain_ratio: float | None = None
+    """Share of the samples that the selection will keep; goes with --keep-features."""
+    held_out_share: float = TrainingOptions.held_out_share
+    """With --keep-features: the share that training will hold out, of which hidden states are kept too."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_arms("--keep-features", self.keep_features)
+        if set(self.keep_features) - {"full"} and self.retain_ratio is None:
+            raise ValueError(f"--keep-features {' '.join(self.keep_features)} needs --retain-ratio, the selection's own")
+        if self.retain_ratio is not None and not self.keep_features:
+            raise ValueError("--retain-ratio goes with --keep-features METRIC; scores do not depend on it")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -316,7 +341,7 @@ class SelectConfig(SelectionOptions, Seeded, ProcessOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig(TargetOptions, DataOptions, TrainingOptions, ProbeOptions, Seeded, ProcessOptions):
+class TrainConfig(TargetOptions, DataOptions, TrainingOptions, FeatureFormat, ProbeOptions, Seeded, ProcessOptions):
     """Train an EAGLE draft on the selected samples."""
 
     out: Path
@@ -325,6 +350,13 @@ class TrainConfig(TargetOptions, DataOptions, TrainingOptions, ProbeOptions, See
     """selection.json, as `jsfdd select` wrote it; without it every sample is used."""
     shard_optimizer: bool = False
     """Keep Adam's moments in parts, one on each data shard, instead of whole on every device. Costs an exchange a step."""
+    features: str = "store"
+    """Hidden states: `store` computes them first and keeps them in OUT/hidden; `recompute` lets the target compute each batch's
+    anew in every epoch and needs no disk; or a directory that `jsfdd score --keep-features` wrote."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_features(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -420,7 +452,15 @@ class PlanConfig(TargetOptions, DataOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig(
-    TargetOptions, DataOptions, SelectionOptions, TrainingOptions, DecodingOptions, ExportOptions, Batched, Seeded
+    TargetOptions,
+    DataOptions,
+    SelectionOptions,
+    TrainingOptions,
+    FeatureFormat,
+    DecodingOptions,
+    ExportOptions,
+    Batched,
+    Seeded,
 ):
     """Score, select, train, evaluate, export and report: the whole loop in one resumable directory."""
 
@@ -431,9 +471,23 @@ class RunConfig(
     arms: tuple[str, ...] = ("full", "flatness", "random")
     """Drafts to train and compare: `full` (every sample) or the name of a metric, at --retain-ratio."""
 
+    features: Literal["store", "recompute"] = "store"
+    """Hidden states: `store` keeps, while scoring, those of what an arm can still select; `recompute` lets the target compute
+    each batch's anew in every epoch and needs no disk."""
+
     def __post_init__(self):
         super().__post_init__()
-        known = ("full", *typing.get_args(Metric))
-        for arm in self.arms:
-            if arm not in known:
-                raise ValueError(f"--arms: {arm!r} is unknown; choose from {', '.join(known)}")
+        _check_arms("--arms", self.arms)
+        _check_features(self)
+
+
+def _check_arms(option: str, arms: tuple[str, ...]) -> None:
+    known = ("full", *typing.get_args(Metric))
+    for arm in arms:
+        if arm not in known:
+            raise ValueError(f"{option}: {arm!r} is unknown; choose from {', '.join(known)}")
+
+
+def _check_features(config: TrainConfig | RunConfig) -> None:
+    if config.features == "recompute" and config.feature_dtype == "int8":
+        raise ValueError("--feature-dtype int8 saves disk, and --features recompute needs none; take bfloat16 or float32")

@@ -14,7 +14,7 @@ from jsfdd.files import write_json
 from jsfdd.loading import identity_of
 from jsfdd.pipeline import load_draft_and_record
 from jsfdd.progress import console
-from jsfdd.selection.features import HiddenStore
+from jsfdd.selection.store import HiddenStore
 from jsfdd.weights.load import load_target, locate_target
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from jsfdd import pipeline
+from jsfdd import hidden, pipeline
 from jsfdd.config import (
     DataOptions,
     EvaluateConfig,
@@ -36,10 +36,9 @@ from jsfdd.records import Prompt, Sample
 from jsfdd.respond import ask, parts_of
 from jsfdd.results import Result, counts_to_json
 from jsfdd.selection import sfdd
+from jsfdd.selection.row_format import row_bytes
 from jsfdd.selection.table import read_scores
 from jsfdd.weights.load import Target, describe_target
-
-_BYTES_OF_HIDDEN = 2  # stored as bfloat16
 
 
 def dry_run(config) -> Result:
@@ -81,6 +80,9 @@ def _respond(config: RespondConfig) -> Result:
     return _result("respond", values, words, config.out.parent, [config.out.name, parts.name], continues=parts)
 
 
+_RECOMPUTED = "compute the hidden states of each batch at every step; store none"
+
+
 class _Inputs(NamedTuple):
     target: Target  # without weights
     samples: list[Sample]
@@ -104,6 +106,10 @@ def _score(config: ScoreConfig) -> Result:
     inputs = _inputs(config)
     values, words = _scoring(inputs)
     files = ["scores.parquet", *(["token_scores.parquet"] if config.per_token else []), "scores.parts/"]
+    if config.keep_features:
+        values["hidden_bytes"], said = _kept_while_scoring(config, inputs)
+        words.append(said)
+        files.append(f"{hidden.FOLDER}/")
     return _result("score", values, words, config.out, files, continues=config.out / "scores.parts")
 
 
@@ -123,9 +129,19 @@ def _train(config: TrainConfig) -> Result:
     selection = None if config.selection is None else sfdd.read_selection(config.selection)
     kept, held_out = pipeline.training_sides(inputs.samples, selection, config.held_out_share)
     values, words = _training(config, inputs, kept, held_out)
-    values["hidden_bytes"], said = _hidden(inputs, [*kept, *held_out])
-    words.append(f"store {said}")
-    files = ["hidden/", "checkpoints/", "metrics.jsonl", "timings.jsonl"]
+    samples, files = [*kept, *held_out], ["checkpoints/", "metrics.jsonl", "timings.jsonl"]
+    values["hidden_bytes"] = 0
+    if config.features == hidden.STORE:
+        tokens = sum(len(sample.tokens) for sample in samples)
+        values["hidden_bytes"], said = _hidden(config, inputs, tokens)
+        words.append(f"store {said}")
+        files.insert(0, f"{hidden.FOLDER}/")
+    elif config.features == hidden.RECOMPUTE:
+        words.append(_RECOMPUTED)
+    else:
+        # Whose target they are of is not known without the weights.
+        hidden.open_features(config, None, samples, selection)
+        words.append(f"read hidden states from {config.features}")
     return _result("train", values, words, config.out, files, continues=config.out / "checkpoints")
 
 
@@ -167,11 +183,18 @@ def _run(config: RunConfig) -> Result:
         values, said = _training(config, inputs, kept, held_out, ratio)
         arms[arm] = values
         words += [f"{arm}: {line}" for line in said]
-    hidden_bytes, said = _hidden(inputs, inputs.samples)
-    words.insert(len(scoring_words), f"store {'' if 'full' in arms else 'at most '}{said}")
+    scoring_config, hidden_bytes, said = hidden.scoring_of_run(config), 0, _RECOMPUTED
+    if scoring_config.keep_features:
+        hidden_bytes, said = _kept_while_scoring(scoring_config, inputs)
+    elif config.features == hidden.STORE:
+        tokens = sum(len(sample.tokens) for sample in inputs.samples)
+        hidden_bytes, said = _hidden(config, inputs, tokens)
+        said = f"store at most {said}, once it is selected"
+    words.insert(len(scoring_words), said)
     decoding, said = _decoding(config, inputs.target, prompts)
     words += [f"{line}, for {_many(len(arms), 'draft')}" for line in said]
-    files = ["scores.parquet", "token_scores.parquet", "hidden/", *(f"arms/{arm}/" for arm in arms)]
+    files = ["scores.parquet", "token_scores.parquet", *([f"{hidden.FOLDER}/"] if hidden_bytes else [])]
+    files += [f"arms/{arm}/" for arm in arms]
     files += ["summary.json", "report.html"]
     values = {"scoring": scoring, "hidden_bytes": hidden_bytes, "arms": arms, "decoding": decoding}
     return _result("run", values, words, config.out, files, continues=config.out / "run.json")
@@ -223,9 +246,15 @@ def _training(
     ]
 
 
-def _hidden(inputs: _Inputs, samples: Sequence[Sample]) -> tuple[int, str]:
-    """Bytes of the hidden states of these samples on disk."""
-    size = sum(len(sample.tokens) for sample in samples) * inputs.target.config.hidden_size * _BYTES_OF_HIDDEN
+def _kept_while_scoring(config: ScoreConfig, inputs: _Inputs) -> tuple[int, str]:
+    """Of all arms of --keep-features; exact for `full`, else as if every sample were as likely to stay."""
+    size, said = _hidden(config, inputs, hidden.still_possible(config, inputs.samples).expected_tokens)
+    return size, f"keep {'' if 'full' in config.keep_features else 'about '}{said}, in the same pass"
+
+
+def _hidden(config: ScoreConfig | TrainConfig | RunConfig, inputs: _Inputs, tokens: float) -> tuple[int, str]:
+    """Bytes of the hidden states of so many tokens on disk."""
+    size = round(tokens * row_bytes(config.feature_dtype, inputs.target.config.hidden_size))
     return size, f"{size / 1e6:,.1f} MB of hidden states"
 
 

@@ -21,6 +21,7 @@ from jsfdd.processes import agree, is_primary
 from jsfdd.progress import console
 from jsfdd.records import Sample, samples_digest
 from jsfdd.weights.load import Target, load_target
+from jsfdd.weights.tokenizer import tokenizer_digest
 
 _FILES_SHOWN = 40
 
@@ -56,6 +57,7 @@ def identity_of(target: Target, data: Sequence[Path], max_length: int, dtype: st
     """What every result from a target and chats depends on; JSON-ready."""
     return {
         "target": target.fingerprint,
+        "tokenizer": tokenizer_digest(target.tokenizer),
         "template": hashlib.sha256(target.tokenizer.chat_template.encode()).hexdigest(),
         "data": list(input_digests(data).values()),
         "max_length": max_length,

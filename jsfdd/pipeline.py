@@ -12,11 +12,12 @@ import dataclasses
 import importlib.metadata
 import time
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import jax.numpy as jnp
 
+from jsfdd import hidden
 from jsfdd.config import (
     DecodingOptions,
     EvaluateConfig,
@@ -43,12 +44,12 @@ from jsfdd.models.draft import DraftConfig, draft_config
 from jsfdd.processes import agree, agree_on_directory, is_primary, several, wait_for_all
 from jsfdd.progress import console, progress
 from jsfdd.records import Sample
-from jsfdd.selection import features, sfdd
-from jsfdd.selection.features import HiddenStore, HiddenWriter
+from jsfdd.selection import sfdd
 from jsfdd.selection.score import score_samples
 from jsfdd.selection.sfdd import Selection
 from jsfdd.selection.table import ScoreTable, read_scores, write_scores, write_token_scores
 from jsfdd.training import train as training
+from jsfdd.training.train import HiddenStates
 from jsfdd.weights.card import Provenance, Serving, read_report
 from jsfdd.weights.checkpoint import load_draft as load_trained_draft
 from jsfdd.weights.eagle import is_exported, read_draft
@@ -58,24 +59,22 @@ from jsfdd.weights.load import Target, load_target
 _PROBE_DEPTH = 4
 
 
-def score(config: ScoreConfig, loaded: Loaded | None = None, writer: HiddenWriter | None = None) -> ScoreTable:
-    """`jsfdd score`: writes scores.parquet (and token_scores.parquet), returns the table.
-
-    With a `writer` the same pass of the target also stores the hidden states of all samples.
-    """
+def score(config: ScoreConfig, loaded: Loaded | None = None) -> ScoreTable:
+    """`jsfdd score`: writes scores.parquet (token_scores.parquet, hidden/), returns the table."""
     loaded = loaded or load(config)
     agree_on_directory(config.out)
-    table = score_samples(
-        loaded.target.config,
-        loaded.target.params,
-        loaded.samples,
-        loaded.mesh,
-        batch_tokens=config.batch_tokens,
-        identity=loaded.identity,
-        parts_dir=config.out / "scores.parts",
-        per_token=config.per_token,
-        hidden_writer=writer,
-    )
+    with hidden.keeper(config, loaded) if config.keep_features else nullcontext() as keeper:
+        table = score_samples(
+            loaded.target.config,
+            loaded.target.params,
+            loaded.samples,
+            loaded.mesh,
+            batch_tokens=config.batch_tokens,
+            identity=loaded.identity,
+            parts_dir=config.out / "scores.parts",
+            per_token=config.per_token,
+            keeper=keeper,
+        )
     if is_primary():
         write_scores(config.out / "scores.parquet", table)
         if config.per_token:
@@ -95,10 +94,10 @@ def select(config: SelectConfig) -> Selection:
     return selection
 
 
-def train(config: TrainConfig, loaded: Loaded | None = None, store: HiddenStore | None = None) -> training.TrainResult:
+def train(config: TrainConfig, loaded: Loaded | None = None, store: HiddenStates | None = None) -> training.TrainResult:
     """`jsfdd train`: writes checkpoints/ and metrics.jsonl, returns what happened.
 
-    Without a `store` the hidden states of the samples that stay are computed first and kept in `out`/hidden.
+    Without a `store` hidden states come from where `config.features` says.
     """
     loaded = loaded or load(config)
     agree_on_directory(config.out)
@@ -106,7 +105,7 @@ def train(config: TrainConfig, loaded: Loaded | None = None, store: HiddenStore 
     kept, held_out = training_sides(loaded.samples, selection, config.held_out_share)
     agree({"the selection": [sample.id for sample in kept]})
     if store is None:
-        store = _store_hidden(loaded, [*kept, *held_out], config.out / "hidden", config.batch_tokens)
+        store = hidden.for_training(config, loaded, [*kept, *held_out], selection)
     return training.train(
         loaded.target.config,
         loaded.target.params,
@@ -115,7 +114,7 @@ def train(config: TrainConfig, loaded: Loaded | None = None, store: HiddenStore 
         store,
         config,
         loaded.mesh,
-        identity=loaded.identity | _probe_identity(config),
+        identity=loaded.identity | {"feature_dtype": config.feature_dtype} | _probe_identity(config),
         shapes=loaded.shapes,
         probe=_make_probe(config, loaded) if config.probe_prompts else None,
     )
@@ -234,16 +233,9 @@ def _run_stages(config: RunConfig) -> None:
     serving = Serving(config.served_target or config.target)
     check_flavour(draft_config(loaded.target.config, config.fc_bias), config.flavour, serving)
 
-    score_config = ScoreConfig.taken_from(config, per_token=True)
-    # Hidden states are only ever stored for samples that some draft trains on or is judged by. Where that is all of
-    # them, the scoring pass stores them on its way; else they are computed once it is known which samples stay.
-    store_dir = config.out / "hidden"
+    scoring = hidden.scoring_of_run(config)
     with clock.stage("score"):
-        if "full" in config.arms:
-            with HiddenWriter(store_dir, loaded.target.config.hidden_size, "bfloat16", loaded.identity) as writer:
-                table = score(score_config, loaded, writer)
-        else:
-            table = score(score_config, loaded)
+        table = score(scoring, loaded)
 
     arms = {arm: config.out / "arms" / arm for arm in config.arms}
     selections = {}
@@ -257,8 +249,10 @@ def _run_stages(config: RunConfig) -> None:
     share = config.held_out_share
     sides = {arm: training_sides(loaded.samples, selection, share) for arm, selection in selections.items()}
     needed = {sample.id: sample for kept, held_out in sides.values() for sample in (*kept, *held_out)}
+    kept_at = str(config.out / hidden.FOLDER) if scoring.keep_features else config.features
     with clock.stage("hidden"):
-        store = _store_hidden(loaded, list(needed.values()), store_dir, config.batch_tokens)
+        source = TrainConfig.taken_from(config, features=kept_at)
+        store = hidden.for_training(source, loaded, list(needed.values()), None)
 
     trained = {}
     for arm, directory in arms.items():
@@ -329,18 +323,6 @@ def training_sides(samples: Sequence[Sample], selection: Selection | None, share
     out = {sample.id for sample in held_out}
     kept = samples if selection is None else sfdd.selected_samples(selection, samples)
     return [sample for sample in kept if sample.id not in out], held_out
-
-
-def _store_hidden(loaded: Loaded, samples: Sequence[Sample], directory: Path, batch_tokens: int) -> HiddenStore:
-    return features.store_hidden(
-        loaded.target.config,
-        loaded.target.params,
-        samples,
-        loaded.mesh,
-        batch_tokens=batch_tokens,
-        directory=directory,
-        identity=loaded.identity,
-    )
 
 
 def check_claim(config: RunConfig) -> dict:

@@ -15,6 +15,7 @@ from jsfdd.config import EvaluateConfig, ExportConfig, RespondConfig, RunConfig,
 from jsfdd.data.summary import FileCounts
 from jsfdd.evaluation.evaluate import compare
 from jsfdd.evaluation.table import describe_difference, print_evaluation
+from jsfdd.hidden import FOLDER
 from jsfdd.respond import Responses
 from jsfdd.selection.sfdd import Selection
 from jsfdd.selection.table import ScoreTable
@@ -58,7 +59,11 @@ def of_respond(config: RespondConfig, responses: Responses) -> Result:
 def of_score(config: ScoreConfig, table: ScoreTable, files: list[FileCounts]) -> Result:
     path = config.out / "scores.parquet"
     values = {"command": "score", "samples": len(table.ids), "scores": path, "files": counts_to_json(files)}
-    return Result(values, f"{len(table.ids)} samples scored: {path}")
+    words = f"{len(table.ids)} samples scored: {path}"
+    if config.keep_features:
+        values["features"] = config.out / FOLDER
+        words += f"; hidden states kept for {' '.join(config.keep_features)}: {values['features']}"
+    return Result(values, words)
 
 
 def of_select(config: SelectConfig, selection: Selection) -> Result:

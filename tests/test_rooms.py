@@ -10,7 +10,9 @@ import jsfdd
 PACKAGE = Path(jsfdd.__file__).parent
 ROOMS = ["data", "models", "weights", "selection", "training", "decoding", "evaluation"]
 EVERYWHERE = {"config", "records", "mesh", "files", "processes", "progress"}
-STAGES = {"cli", "answer", "doctor", "respond", "parser", "loading", "pipeline", "dry_run", "results", "__init__", "__main__"}
+STAGES = {
+    "cli", "answer", "doctor", "respond", "parser", "loading", "pipeline", "hidden", "dry_run", "results", "__init__", "__main__",
+}  # fmt: skip
 FORBIDDEN = {("training", "decoding")}  # a probe that decodes comes in as an argument
 
 

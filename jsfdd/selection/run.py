@@ -53,6 +53,18 @@ def run_batches(
             bar.update(done, figures=f"{tokens / (time.monotonic() - started):,.0f} tokens/s")
 
 
+def spread_out(plans: Sequence[BatchPlan], size: int) -> list[BatchPlan]:
+    """The same plans in an order that begins with the first and of which every part is like the whole.
+
+    Of plans from the longest to the shortest: memory still runs out at once or never, but what is done at any time has
+    about its share of all lengths. Plans that run at once, `size` a group, stay together.
+    """
+    groups = list(group_plans(plans, size))
+    # Multiples of the golden ratio, modulo 1, lie evenly wherever one stops counting.
+    turns = np.arange(len(groups)) * ((5**0.5 - 1) / 2) % 1
+    return [plan for number in np.argsort(turns) for plan in groups[number]]
+
+
 def group_plans(plans: Sequence[BatchPlan], size: int) -> Iterator[tuple[BatchPlan, ...]]:
     """What is computed at once: up to `size` consecutive plans of one shape, one a device."""
     for _, alike in itertools.groupby(plans, key=lambda plan: plan.shape):

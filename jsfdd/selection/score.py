@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +18,15 @@ from jax.sharding import Mesh
 
 from jsfdd.data.batches import BatchPlan, choose_shapes, make_batches
 from jsfdd.files import differences, plain
-from jsfdd.mesh import map_over_devices
+from jsfdd.mesh import map_over_devices, num_data_shards
 from jsfdd.models.architecture import DecoderConfig
 from jsfdd.models.sharding import place_params
 from jsfdd.models.target import hidden_states
 from jsfdd.processes import agree, several, wait_for_all
 from jsfdd.records import Batch, Sample, TokenScores, samples_digest
-from jsfdd.selection.features import HiddenWriter
+from jsfdd.selection.features import FeatureKeeper
 from jsfdd.selection.flatness import score_hidden
-from jsfdd.selection.run import run_batches
+from jsfdd.selection.run import run_batches, spread_out
 from jsfdd.selection.table import METRICS, ScoreTable, TokenRow, join, read_scores, write_part
 
 
@@ -38,7 +39,9 @@ def block_size() -> int:
     return 64 if jax.default_backend() == "cpu" else 1024
 
 
-def make_score_step(config: DecoderConfig, mesh: Mesh, block: int, with_hidden: bool = False) -> Callable:
+def make_score_step(
+    config: DecoderConfig, mesh: Mesh, block: int, hidden_dtype: Literal["bfloat16", "float32"] | None = None
+) -> Callable:
     """Compile the scoring of one batch: `(params, Batch) -> (TokenScores [B, T], hidden [B, T, D] or None)`.
 
     Every device takes its own rows and runs the head on its own counted tokens, so there is no communication. Traces
@@ -48,14 +51,14 @@ def make_score_step(config: DecoderConfig, mesh: Mesh, block: int, with_hidden: 
       config: the target's.
       mesh: its data axis must divide the batch's rows.
       block: see `score_hidden`.
-      with_hidden: also return the hidden states after the final norm, in the parameters' dtype.
+      hidden_dtype: also return the hidden states after the final norm, in this dtype.
     """
 
     def step(params: dict, batch: Batch) -> tuple[TokenScores, jax.Array | None]:
         hidden = hidden_states(config, params, batch.tokens)
         next_tokens = jnp.pad(batch.tokens[:, 1:], ((0, 0), (0, 1)))
         scores = score_hidden(config, params, hidden, next_tokens, batch.counted, block)
-        return scores, hidden if with_hidden else None
+        return scores, None if hidden_dtype is None else hidden.astype(hidden_dtype)
 
     return map_over_devices(step, mesh)
 
@@ -70,7 +73,7 @@ def score_samples(
     identity: dict,
     parts_dir: Path | None = None,
     per_token: bool = False,
-    hidden_writer: HiddenWriter | None = None,
+    keeper: FeatureKeeper | None = None,
     progress: bool = True,
     seconds_per_part: float = 20.0,
 ) -> ScoreTable:
@@ -91,7 +94,7 @@ def score_samples(
       parts_dir: where finished batches are kept; without it nothing is, and a new call starts anew. Several processes
         need one, which all of them see.
       per_token: keep per-token scores in the table.
-      hidden_writer: also store the hidden states of all samples.
+      keeper: also keeps hidden states, of what can still be selected; fresh.
       progress: show a bar with tokens per second.
       seconds_per_part: about how much work an interruption may lose.
 
@@ -104,7 +107,8 @@ def score_samples(
     if several() and parts_dir is None:
         raise ValueError("several processes can only put their scores together in a parts_dir")
     lengths = [len(sample.tokens) for sample in samples]
-    plans = make_batches(lengths, choose_shapes(lengths, batch_tokens))
+    # In any order scores are the same; in this one what a keeper holds grows with the scores, and no faster.
+    plans = spread_out(make_batches(lengths, choose_shapes(lengths, batch_tokens)), num_data_shards(mesh))
     # Batches of other shapes, and sums over other shards of the model, round differently: only the same ones continue.
     identity = plain(identity) | {
         "samples": samples_digest(samples), "batch_tokens": batch_tokens, "model_shards": mesh.shape["model"],
@@ -114,12 +118,15 @@ def score_samples(
     scored = {name for part in parts.values() for name in part.ids}
     agree({"the scores that an earlier call left": sorted(scored)})  # and so that no one writes before all have read
 
+    if keeper is not None:
+        keeper.resume(list(parts.values()))
+
     def is_finished(plan: BatchPlan) -> bool:
-        names = [samples[i].id for i in plan.indices]
-        return scored.issuperset(names) and (hidden_writer is None or hidden_writer.ids.issuperset(names))
+        own = [samples[i] for i in plan.indices]
+        return scored.issuperset(sample.id for sample in own) and (keeper is None or not keeper.lacks(own))
 
     remaining = [plan for plan in plans if not is_finished(plan)]
-    step = make_score_step(config, mesh, block_size(), hidden_writer is not None)
+    step = make_score_step(config, mesh, block_size(), None if keeper is None else keeper.device_dtype)
     batches = run_batches(
         step, place_params(params, mesh), samples, remaining, mesh,
         label="score", finished=len(plans) - len(remaining), progress=progress,
@@ -127,10 +134,12 @@ def score_samples(
     fresh: list[ScoreTable] = []  # scored, but in no part yet
     last_part = time.monotonic()
     for batch, (scores, hidden) in batches:
-        if hidden_writer is not None:
-            hidden_writer.add_missing(batch, hidden)
+        table = None  # of a batch that was scored before, and lost its hidden states
         if not scored.issuperset(sample.id for sample in batch):
-            fresh.append(_summarise(batch, scores, per_token, identity))
+            table = _summarise(batch, scores, per_token, identity)
+            fresh.append(table)
+        if keeper is not None:
+            keeper.keep(batch, table, hidden)
         if parts_dir is not None and fresh and time.monotonic() - last_part >= seconds_per_part:
             _write_part(parts_dir, parts, fresh)
             fresh, last_part = [], time.monotonic()

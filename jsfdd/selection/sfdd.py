@@ -96,7 +96,7 @@ def select(
         raise ValueError(f"the {metric} of these samples is not a number: {_few(broken)}; score again")
     # The groups are in the order of their ids, and a stable sort leaves equal ones so.
     order = np.argsort(-scores if _KEPT_END[metric] == "large" else scores, kind="stable")
-    order = order[: max(1, math.floor(retain_ratio * len(groups) + 0.5))]
+    order = order[: how_many(retain_ratio, len(groups))]
     kept = np.sort(np.concatenate([groups[g] for g in order]))
     return Selection(
         ids=tuple(table.ids[i] for i in kept),
@@ -108,6 +108,22 @@ def select(
         threshold=float(scores[order[-1]]),
         inputs={"scores": table.identity, "scores_sha256": _digest(table)},
     )
+
+
+def how_many(retain_ratio: float, number: int) -> int:
+    """k of `number` samples or batches: one at least, and half a sample rounds up."""
+    return max(1, math.floor(retain_ratio * number + 0.5))
+
+
+def place_in_order(metric: Metric, score: float, sample_id: str) -> tuple[float, str]:
+    """A sample's place in the order in which `select` keeps samples: the smallest is kept first. No two are equal."""
+    return (-score if _KEPT_END[metric] == "large" else score), sample_id
+
+
+def random_score(seed: int, sample_id: str) -> float:
+    """The metric `random` of a sample, in [0, 1): a pure function of its arguments, known before anything is scored."""
+    digest = hashlib.sha256(f"jsfdd random: {seed}: {sample_id}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def selected_samples(selection: Selection, samples: Sequence[Sample]) -> list[Sample]:
@@ -203,19 +219,13 @@ def _group_scores(
 ) -> Float[np.ndarray, " groups"]:
     """The metric of each group of row numbers: its mean over all counted tokens, or for random a number of its own."""
     if metric == "random":
-        return np.array([_random_number(seed, table.ids[group[0]]) for group in groups])
+        return np.array([random_score(seed, table.ids[group[0]]) for group in groups])
     values = getattr(table, metric)
     if all(len(group) == 1 for group in groups):
         return values[np.concatenate(groups)]
     values = np.log(values) if metric == "ppl" else values  # its logarithm is the mean nll, and means average
     means = np.array([np.average(values[group], weights=table.num_tokens[group]) for group in groups])
     return np.exp(means) if metric == "ppl" else means
-
-
-def _random_number(seed: int, sample_id: str) -> float:
-    """In [0, 1), a pure function of its arguments."""
-    digest = hashlib.sha256(f"jsfdd random: {seed}: {sample_id}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def _digest(table: ScoreTable) -> str:

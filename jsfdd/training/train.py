@@ -29,7 +29,7 @@ from jsfdd.models.draft import DraftConfig, draft_config
 from jsfdd.models.sharding import split_vocabulary
 from jsfdd.processes import is_primary, wait_for_all
 from jsfdd.progress import progress as show_progress
-from jsfdd.records import DraftBatch, Sample, TrainState, samples_digest
+from jsfdd.records import Batch, DraftBatch, Sample, TrainState, samples_digest
 from jsfdd.training.log import append_line, drop_after, mean_figures, read_lines
 from jsfdd.training.loss import Borrowed, borrow
 from jsfdd.training.step import (
@@ -49,7 +49,8 @@ _STEPS_AHEAD = 2
 _STORE_AGAIN = "the store belongs to other data or another template: delete it and store again"
 _HELD_OUT_SALT = "jsfdd held out: "
 
-HiddenStates = Mapping[str, np.ndarray]  # sample id -> [T, D], float32 or bfloat16
+# Sample id -> [T, D], float32 or bfloat16; or what computes a batch's [B, T, D] on its devices.
+HiddenStates = Mapping[str, np.ndarray] | Callable[[Batch], jax.Array]
 Probe = Callable[[dict], dict]  # draft params -> figures, among them "tau"
 
 
@@ -109,7 +110,8 @@ def train(
     Args:
       target_config, target_params: the target; of its parameters only embedding and head are used.
       samples, held_out: two sides of `split_held_out`, of `samples` only the selected.
-      store: hidden states of both, after the target's final norm.
+      store: hidden states of both, after the target's final norm. What computes them should not wait for them: then the
+        devices work on the next batch's while they take this step.
       config: `config.out` receives checkpoints/, metrics.jsonl and timings.jsonl.
       identity: JSON-ready; what else the result depends on (the target's fingerprint, the data's hash, …). A run is
         only continued with the same identity, options, samples and shapes.
@@ -235,26 +237,29 @@ def _device_batch(samples: Sequence[Sample], shape: Shape, store: HiddenStates, 
     shards = num_data_shards(mesh)
     rows = -(-shape.rows // shards) * shards
 
-    def build(start: int, stop: int) -> DraftBatch:
+    def build(start: int, stop: int) -> Batch | DraftBatch:
         own = samples[start:stop]
+        part = Shape(stop - start, shape.length)
         # A device without samples gets one that does not count.
-        batch = _draft_batch(own or samples[:1], Shape(stop - start, shape.length), store)
-        return batch if own else batch._replace(counted=np.zeros_like(batch.counted))
+        shown = own or samples[:1]
+        batch = pad_batch(shown, part)
+        batch = batch if own else batch._replace(counted=np.zeros_like(batch.counted))
+        if callable(store):
+            return batch
+        return DraftBatch(batch.tokens, batch.counted, pad_rows([_stored(sample, store) for sample in shown], part))
 
-    return shard_built_rows(build, rows, mesh)
+    batch = shard_built_rows(build, rows, mesh)
+    return DraftBatch(batch.tokens, batch.counted, store(batch)) if callable(store) else batch
 
 
-def _draft_batch(samples: Sequence[Sample], shape: Shape, store: HiddenStates) -> DraftBatch:
-    hidden = []
-    for sample in samples:
-        if sample.id not in store:
-            raise ValueError(f"sample {sample.id}: no stored hidden states; {_STORE_AGAIN}")
-        hidden.append(store[sample.id])
-        found, expected = len(hidden[-1]), len(sample.tokens)
-        if found != expected:
-            raise ValueError(f"sample {sample.id}: {found} stored hidden states for {expected} tokens; {_STORE_AGAIN}")
-    batch = pad_batch(samples, shape)
-    return DraftBatch(batch.tokens, batch.counted, pad_rows(hidden, shape))
+def _stored(sample: Sample, store: Mapping[str, np.ndarray]) -> np.ndarray:
+    if sample.id not in store:
+        raise ValueError(f"sample {sample.id}: no stored hidden states; {_STORE_AGAIN}")
+    hidden = store[sample.id]
+    found, expected = len(hidden), len(sample.tokens)
+    if found != expected:
+        raise ValueError(f"sample {sample.id}: {found} stored hidden states for {expected} tokens; {_STORE_AGAIN}")
+    return hidden
 
 
 def _checked_figures(

@@ -7,6 +7,8 @@ train a draft on other tokens than the target's.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,14 @@ def tokenizer_from_directory(directory: str | Path) -> PreTrainedTokenizerFast:
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"{directory}: only a slow tokenizer ({type(tokenizer).__name__}); a tokenizer.json is needed")
     return tokenizer
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
+    """sha256 hex of all that decides a text's tokens."""
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    # Each call that encodes may set these two anew.
+    del parts["truncation"], parts["padding"]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def tokenizer_from_gguf(path: str | Path) -> PreTrainedTokenizerFast:
