@@ -74,6 +74,9 @@ def test_a_draft_that_is_not_there(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+_SCORE = ["score", "--target", "t", "--data", "d", "--out", "o"]
+
+
 @pytest.mark.parametrize(
     "arguments, word",
     [
@@ -81,6 +84,11 @@ def test_a_draft_that_is_not_there(tmp_path, capsys):
         (["generate", "--target", "smollm2", "--prompt", "x"], "--no-draft"),
         (["run", "--target", "t", "--data", "d", "--prompts", "p", "--out", "o", "--arms", "full", "flattest"], "flattest"),
         (["score", "--targett", "x"], "--target"),
+        ([*_SCORE, "--keep-features", "flatness"], "--keep-features flatness needs --retain-ratio"),
+        ([*_SCORE, "--retain-ratio", "0.5"], "--retain-ratio goes with --keep-features"),
+        ([*_SCORE, "--keep-features", "flattest", "--retain-ratio", "0.5"], "'flattest' is unknown; choose from full, flatness"),
+        ([*_SCORE, "--keep-features", "full", "full"], "--keep-features: got"),
+        (["train", *_SCORE[1:], "--features", "recompute", "--feature-dtype", "int8"], "take bfloat16 or float32"),
         (["generate", "--target", "t", "--prompt", " ", "--no-draft"], "--prompt is empty"),
         (["generate", "--target", "t", "--prompt", "x", "--no-draft", "--show-accepted"], "--show-accepted"),
         (["generate", "--target", "t", "--prompt", "x", "--no-draft", "--temperature", "-1"], "--temperature"),
@@ -290,6 +298,7 @@ def test_scores_as_json(tmp_path, target, capsys):
     result = json.loads(captured.out)
     assert captured.out.count("\n") == 1
     assert (result["command"], result["samples"], result["scores"]) == ("score", 1, str(tmp_path / "out" / "scores.parquet"))
+    assert "features" not in result
     [counts] = result["files"]
     assert (counts["read"], counts["kept"], counts["duplicates"], counts["special_text"]) == (3, 1, 1, 1)
     assert f"{data}: 3 read, 1 kept; skipped: 1 duplicates, 1 with a special token's text" in captured.err

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 from toy import toy_tokenizer, write_target
@@ -13,6 +14,7 @@ from jsfdd.data.chat import read_chats
 from jsfdd.data.template import tokenize_chats
 from jsfdd.dry_run import dry_run
 from jsfdd.files import read_json, write_json
+from jsfdd.selection import features
 from jsfdd.selection.sfdd import read_selection
 from jsfdd.selection.table import read_scores
 from jsfdd.training.log import read_lines
@@ -264,6 +266,91 @@ def test_a_probe_decodes_while_training_and_its_best_draft_is_the_runs(inputs, t
     assert report["alpha"] == probes[first_best]["alpha"]
     with pytest.raises(ValueError, match="identity.*probe|probe.*new_tokens"):
         pipeline.train(dataclasses.replace(config, probe_new_tokens=12))
+
+
+def _stored_in(directory):
+    return {name for shard in read_json(directory / "manifest.json")["shards"] for name, _ in shard["samples"]} - {None}
+
+
+def test_one_pass_scores_and_keeps_features_and_training_reads_them(inputs, tmp_path):
+    """`--keep-features` and `train --features DIR`: the same draft as from features that training computes itself."""
+    target, data, _ = inputs
+    shared = dict(target=target, data=(data,), max_length=128, batch_tokens=512, held_out_share=0.1)
+    kept = ScoreConfig(**shared, out=tmp_path, keep_features=("flatness", "random"), retain_ratio=0.25)
+    pipeline.score(kept)
+    features = tmp_path / "hidden"
+    manifest = read_json(features / "manifest.json")
+    rule = {"keep_features": ["flatness", "random"], "retain_ratio": 0.25, "seed": 0, "held_out_share": 0.1}
+    assert manifest["kept_for"] == rule and {"target", "tokenizer", "template"} <= manifest["identity"].keys()
+
+    def chosen(metric, **changes):
+        options = dict(scores=tmp_path / "scores.parquet", metric=metric, retain_ratio=0.25, out=tmp_path / metric) | changes
+        return set(pipeline.select(SelectConfig(**options)).ids)
+
+    samples, _ = tokenize_chats(read_chats((data,)), toy_tokenizer(), 128)
+    held_out = {sample.id for sample in split_held_out(samples, 0.1)[1]}
+    assert _stored_in(features) == chosen("flatness") | chosen("random") | held_out
+    assert len(_stored_in(features)) < len(samples)
+
+    def trained(name, **changes):
+        options = dict(selection=tmp_path / "flatness" / "selection.json", epochs=1, out=tmp_path / name, features=str(features))
+        return TrainConfig(**(shared | options | changes))
+
+    read = pipeline.train(trained("read"))
+    assert not (tmp_path / "read" / "hidden").exists()
+    computed = pipeline.train(trained("computed", features="store"))
+    for a, b in zip(jax.tree.leaves(read.state.params), jax.tree.leaves(computed.state.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)  # other batches, so hidden states that round otherwise
+
+    chosen("entropy", retain_ratio=0.75)
+    wrong = tmp_path / "entropy" / "selection.json"
+    message = (
+        r"hidden: lacks \d+ of \d+ samples.*Wanted: --metric entropy --retain-ratio 0.75 .*; kept for: --keep-features flatness "
+        r"random --retain-ratio 0.25.*--features store"
+    )
+    with pytest.raises(ValueError, match=message):
+        pipeline.train(trained("wrong", selection=wrong))
+    with pytest.raises(ValueError, match="lacks .* --held-out-share 0.3; kept for: .* --held-out-share 0.1"):
+        pipeline.train(trained("wrong", held_out_share=0.3))
+    with pytest.raises(ValueError, match="holds bfloat16; give --feature-dtype bfloat16"):
+        pipeline.train(trained("wrong", feature_dtype="int8"))
+    with pytest.raises(FileNotFoundError, match="--features none: no such directory; give one that .* or store or recompute"):
+        pipeline.train(trained("wrong", features="none"))
+    with pytest.raises(ValueError, match="hidden states of another run .*identity.max_length"):
+        pipeline.train(trained("wrong", max_length=64))
+    with pytest.raises(ValueError, match="kept_for.retain_ratio: found 0.25, expected 0.5"):
+        pipeline.score(dataclasses.replace(kept, retain_ratio=0.5))
+    assert not (tmp_path / "wrong" / "checkpoints").exists()
+    plan = dry_run(trained("read"))
+    assert plan.values["hidden_bytes"] == 0 and f"read hidden states from {features}" in plan.words
+    with pytest.raises(ValueError, match="lacks"):
+        dry_run(trained("wrong", selection=wrong))
+    plan = dry_run(dataclasses.replace(kept, out=tmp_path / "other"))
+    assert "keep about" in plan.words and f"{tmp_path / 'other' / 'hidden'}/" in plan.values["would_write"]
+    assert plan.values["hidden_bytes"] > 0
+
+
+@pytest.mark.parametrize("changes, stored", [
+    (dict(arms=("flatness", "random")), "in one pass"),
+    (dict(arms=("flatness",), unit="batch"), "after the selection"),
+    (dict(arms=("flatness",), features="recompute"), "none"),
+    (dict(arms=("flatness",), feature_dtype="int8"), "in one pass"),
+])  # fmt: skip
+def test_a_run_stores_what_its_arms_train_on_and_no_more(inputs, tmp_path, monkeypatch, changes, stored):
+    config = _run_config(inputs, tmp_path / "out", epochs=1, **changes)
+    second_passes, original = [], features.store_hidden
+    monkeypatch.setattr(features, "store_hidden", lambda *a, **b: second_passes.append(1) or original(*a, **b))
+    planned = dry_run(config).values["hidden_bytes"]
+    summary = pipeline.run(config)
+    assert [row["arm"] for row in summary["arms"]] == list(config.arms) and all(row["tau"] >= 1 for row in summary["arms"])
+    assert len(second_passes) == (stored == "after the selection")
+    assert (planned > 0) == (config.out / "hidden").exists() == (stored != "none")
+    if stored == "none":
+        return
+    samples, _ = tokenize_chats(read_chats(config.data), toy_tokenizer(), 128)
+    held_out = {sample.id for sample in split_held_out(samples, config.held_out_share)[1]}
+    kept = [read_selection(config.out / "arms" / arm / "selection.json").ids for arm in config.arms]
+    assert _stored_in(config.out / "hidden") == held_out.union(*kept) != {sample.id for sample in samples}
 
 
 def test_a_selection_of_other_data_is_refused(inputs, tmp_path):

@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -16,9 +17,12 @@ from jsfdd.mesh import make_mesh, replicate, shard_rows, to_host
 from jsfdd.models.target import head_logits, hidden_states, init_params
 from jsfdd.records import Sample, TokenScores
 from jsfdd.selection import score as score_module
-from jsfdd.selection.features import HiddenStore, HiddenWriter
+from jsfdd.selection.best_k import StillPossible
+from jsfdd.selection.features import keep_features
 from jsfdd.selection.flatness import score_hidden, token_scores
 from jsfdd.selection.score import make_score_step, score_samples
+from jsfdd.selection.sfdd import select
+from jsfdd.selection.store import HiddenStore
 from jsfdd.selection.table import METRICS, read_scores, read_token_scores, write_scores, write_token_scores
 
 CONFIG = toy_config(vocab_size=97)
@@ -132,10 +136,10 @@ def test_padding_does_not_matter():
 
 def test_map_over_devices_equals_pmap_and_one_device():
     batch = pad_batch(SAMPLES[:8], Shape(8, 160))
-    step = make_score_step(CONFIG, make_mesh(data=4), block=16, with_hidden=True)
+    step = make_score_step(CONFIG, make_mesh(data=4), block=16, hidden_dtype="float32")
     mesh = make_mesh(data=4)
     scores, hidden = to_host(step(replicate(PARAMS, mesh), shard_rows(batch, mesh)))
-    one_scores, one_hidden = to_host(make_score_step(CONFIG, make_mesh(data=1), block=16, with_hidden=True)(PARAMS, batch))
+    one_scores, one_hidden = to_host(make_score_step(CONFIG, make_mesh(data=1), block=16, hidden_dtype="float32")(PARAMS, batch))
 
     def of_two_rows(params, tokens, counted):
         hidden = hidden_states(CONFIG, params, tokens)
@@ -242,19 +246,102 @@ def test_a_broken_target_names_the_sample():
         score([])
 
 
-def test_hidden_states_can_be_stored_in_the_same_pass(tmp_path, table):
-    with HiddenWriter(tmp_path / "hidden", CONFIG.hidden_size, "float32", {"t": 1}) as writer:
-        found = score(hidden_writer=writer, parts_dir=tmp_path / "parts", seconds_per_part=0.0)
-    assert_equal_tables(found, table)
-    store = HiddenStore.open(tmp_path / "hidden", {"t": 1}, verify=True)
+def score_and_keep(directory, stays, dtype="float32", **options):
+    """The table; the store is in directory / "hidden", the parts in directory / "parts"."""
+    place = dict(directory=directory / "hidden", identity={"t": 1}, kept_for={"x": 1})
+    with keep_features(CONFIG, stays, **place, dtype=dtype) as keeper:
+        return score(keeper=keeper, parts_dir=directory / "parts", **{"seconds_per_part": 0.0, "batch_tokens": 256} | options)
+
+
+def all_samples():
+    return StillPossible(SAMPLES, [], 1.0, 0, always={sample.id for sample in SAMPLES})
+
+
+def flattest(always=()):
+    return StillPossible(SAMPLES, ["flatness"], 0.4, 0, always)
+
+
+def stored(directory):
+    store = HiddenStore.open(directory / "hidden", {"t": 1}, verify=True)
+    return {name: np.array(store[name]) for name in store}
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    """(table, the hidden states of all samples), of one uninterrupted pass."""
+    directory = tmp_path_factory.mktemp("everything")
+    return score_and_keep(directory, all_samples()), stored(directory)
+
+
+def test_hidden_states_can_be_stored_in_the_same_pass(everything):
+    found, store = everything
+    assert_equal_tables(found, score(batch_tokens=256))
     assert set(store) == {sample.id for sample in SAMPLES}
     for sample in SAMPLES[:4]:
         expected = hidden_alone(pad_tokens(sample))[0, : len(sample.tokens)]
         np.testing.assert_allclose(store[sample.id], expected, rtol=1e-4, atol=1e-5)
-    # Scores that were finished do not keep a store that lost everything from being filled again.
-    with HiddenWriter(tmp_path / "again", CONFIG.hidden_size, "float32", {"t": 1}) as writer:
-        assert_equal_tables(score(hidden_writer=writer, parts_dir=tmp_path / "parts"), table)
-    assert set(HiddenStore.open(tmp_path / "again", {"t": 1})) == set(store)
+
+
+def test_one_pass_keeps_what_will_be_selected_and_what_is_held_out(everything, tmp_path):
+    table, whole = everything
+    found = score_and_keep(tmp_path, flattest(always={"s0", "s3"}))
+    assert_equal_tables(found, table)
+    assert (kept := stored(tmp_path)).keys() == {*select(table, "flatness", 0.4).ids, "s0", "s3"} and len(kept) < len(SAMPLES)
+    for name in kept:
+        np.testing.assert_array_equal(kept[name], whole[name])
+
+
+@pytest.mark.parametrize("parts", [2, 5])
+def test_a_killed_pass_continues_to_the_same_store(everything, monkeypatch, tmp_path, parts):
+    """Killed after some parts, its last shard lost or its last scores lost: what is missing is computed, and no more."""
+    table, whole = everything
+    with monkeypatch.context() as patch:
+        kill_after(patch, parts)
+        with pytest.raises(Killed):
+            score_and_keep(tmp_path, flattest())
+    if parts == 5:  # as if the store had come further than the scores
+        sorted((tmp_path / "parts").iterdir())[-1].unlink()
+    calls = []
+    original = score_module._summarise
+    monkeypatch.setattr(score_module, "_summarise", lambda batch, *a: calls.extend(s.id for s in batch) or original(batch, *a))
+    assert_equal_tables(score_and_keep(tmp_path, flattest()), table)
+    assert 0 < len(calls) < len(SAMPLES)
+    calls.clear()
+    assert_equal_tables(score_and_keep(tmp_path, flattest()), table)
+    assert not calls
+    assert (kept := stored(tmp_path)).keys() == set(select(table, "flatness", 0.4).ids)
+    for name in kept:
+        np.testing.assert_array_equal(kept[name], whole[name])
+
+
+def test_finished_scores_and_a_lost_shard_compute_what_is_selected_alone(everything, monkeypatch, tmp_path):
+    table, whole = everything
+    score(parts_dir=tmp_path / "parts", batch_tokens=256)
+    computed = []
+    original = score_module.run_batches
+
+    def counting(step, params, samples, plans, mesh, **rest):
+        computed.append(len(plans))
+        return original(step, params, samples, plans, mesh, **rest)
+
+    monkeypatch.setattr(score_module, "run_batches", counting)
+    for _ in range(2):
+        score_and_keep(tmp_path, StillPossible(SAMPLES, ["flatness"], 0.1, 0))
+    kept = stored(tmp_path)
+    assert kept.keys() == set(select(table, "flatness", 0.1).ids)
+    assert 0 < computed[0] <= len(kept) and computed[1] == 0
+    for name in kept:
+        np.testing.assert_array_equal(kept[name], whole[name])
+    (tmp_path / "hidden" / "shard-00000.bin").unlink()
+    score_and_keep(tmp_path, StillPossible(SAMPLES, ["flatness"], 0.1, 0))
+    assert computed[2] == computed[0] and stored(tmp_path).keys() == kept.keys()
+
+
+def test_features_in_bfloat16_are_rounded_once_wherever_that_happens(everything, tmp_path):
+    _, whole = everything
+    score_and_keep(tmp_path, all_samples(), dtype="bfloat16")
+    for name, hidden in stored(tmp_path).items():
+        np.testing.assert_array_equal(hidden, whole[name].astype(ml_dtypes.bfloat16))
 
 
 def test_tables_come_back_from_their_files(tmp_path, table):

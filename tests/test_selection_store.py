@@ -7,6 +7,7 @@ import json
 import ml_dtypes
 import numpy as np
 import pytest
+
 from jsfdd.selection import store_writer
 from jsfdd.selection.row_format import decode, encode
 from jsfdd.selection.store import HiddenStore

@@ -1,5 +1,6 @@
 """The loop: it learns, it resumes to the same bits after SIGKILL, it refuses what it cannot continue."""
 
+import dataclasses
 import functools
 import os
 import signal
@@ -14,9 +15,11 @@ import pytest
 from toy import toy_config
 
 from jsfdd.config import TrainConfig
-from jsfdd.mesh import make_mesh
+from jsfdd.data.batches import Shape, pad_batch
+from jsfdd.mesh import make_mesh, shard_rows
 from jsfdd.models.target import hidden_states, init_params
 from jsfdd.records import Sample
+from jsfdd.selection.features import make_recompute
 from jsfdd.training.log import read_lines
 from jsfdd.training.train import METRICS, TIMINGS, split_held_out, train
 from jsfdd.weights import checkpoint
@@ -72,6 +75,32 @@ def test_loss_falls_and_held_out_agreement_rises(tmp_path):
     assert held_out[-1]["agreement"] > held_out[0]["agreement"] + 0.1
     assert held_out[-1]["acceptance"] > held_out[0]["acceptance"] + 0.1
     assert 0 < held_out[-1]["kl"] < held_out[0]["kl"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_recomputed_hidden_states_train_the_same_draft_as_stored_ones(tmp_path, dtype):
+    """On one device, in batches of one shape, to the bit; the held-out figures too."""
+    config, params, samples, _ = toy_data()
+    mesh, shape = make_mesh(data=1), Shape(16, 40)
+    options = TrainConfig(
+        target="toy", data=("chats.jsonl",), out=tmp_path, batch_tokens=640, held_out_share=0.2, epochs=1, feature_dtype=dtype
+    )
+    hidden_of = make_recompute(config, params, mesh, dtype)
+    hidden = {}
+    for start in range(0, len(samples), 16):
+        own = samples[start : start + 16]
+        computed = np.asarray(hidden_of(shard_rows(pad_batch(own, shape), mesh)))
+        hidden |= {sample.id: row[: len(sample.tokens)] for sample, row in zip(own, computed)}
+    sides = split_held_out(samples, options.held_out_share)
+    results = [
+        train(
+            config, params, *sides, store, dataclasses.replace(options, out=tmp_path / name), mesh, identity={}, shapes=[shape],
+            progress=False,
+        )
+        for name, store in (("stored", hidden), ("recomputed", hidden_of))
+    ]  # fmt: skip
+    jax.tree.map(np.testing.assert_array_equal, *(_bits(result.state) for result in results))
+    assert (tmp_path / "stored" / METRICS).read_bytes() == (tmp_path / "recomputed" / METRICS).read_bytes()
 
 
 class KilledAtStep(dict):

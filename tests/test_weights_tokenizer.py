@@ -5,9 +5,10 @@ from pathlib import Path
 
 import gguf_files
 import pytest
+from toy import toy_tokenizer
 
 from jsfdd.weights.load import load_tokenizer
-from jsfdd.weights.tokenizer import tokenizer_from_directory, tokenizer_from_gguf
+from jsfdd.weights.tokenizer import tokenizer_digest, tokenizer_from_directory, tokenizer_from_gguf
 
 FIXTURE = json.loads((Path(__file__).parent / "golden" / "tokenizer.json").read_text(encoding="utf-8"))
 TEXTS = FIXTURE["texts"]
@@ -162,6 +163,15 @@ def test_directory_round_trip(tmp_path, smollm2):
         tokenizer = tokenizer_from_directory(tmp_path)
         assert [encode(tokenizer, text) for text in TEXTS] == [encode(smollm2, text) for text in TEXTS]
         assert tokenizer.chat_template == smollm2.chat_template and tokenizer.eos_token_id == 2
+
+
+def test_digest_is_of_what_decides_the_tokens():
+    tokenizer = toy_tokenizer()
+    digest = tokenizer_digest(tokenizer)
+    tokenizer(["a", "b c"], padding=False, truncation=True, max_length=1)  # leaves its mark in the backend
+    assert tokenizer_digest(tokenizer) == digest == tokenizer_digest(toy_tokenizer())
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|other|>"]})
+    assert tokenizer_digest(tokenizer) != digest
 
 
 def test_directory_without_tokenizer(tmp_path):

@@ -38,7 +38,7 @@ from jsfdd.selection.store import (
 )
 
 SHARD_BYTES = 256 << 20
-_SMALLEST_SHARD = 64 << 10
+_SMALLEST_SHARD = 4 << 10  # about a block of a disk
 _SHARDS = 32  # of a bounded store, at least: rewriting one needs its size once more
 _DEAD_SHARE = 0.1  # of what lives; a smaller share would have more rewritten for each byte given back
 

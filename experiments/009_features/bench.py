@@ -1,0 +1,149 @@
+"""What keeping features in the scoring pass costs in seconds and disk, and reading them in a training step. See README.md."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from jsfdd.config import ScoreConfig, TrainConfig
+from jsfdd.data.chat import read_chats
+from jsfdd.data.template import tokenize_chats
+from jsfdd.hidden import still_possible
+from jsfdd.mesh import describe_hardware, make_mesh
+from jsfdd.selection.features import keep_features
+from jsfdd.selection.row_format import row_bytes
+from jsfdd.selection.score import score_samples
+from jsfdd.selection.sfdd import select
+from jsfdd.selection.store import HiddenStore
+from jsfdd.training import train as training
+from jsfdd.weights.load import load_target
+
+compiling = 0.0
+
+
+def count_compiling(event: str, seconds: float, **_) -> None:
+    global compiling
+    compiling += seconds if event.startswith("/jax/core/compile") else 0.0
+
+
+def watched(directory: Path):
+    """A function that looks at a directory's size, and gives the most it ever saw; files are looked at before they go."""
+    most, unlink = 0, Path.unlink
+
+    def look() -> int:
+        nonlocal most
+        most = max(most, sum(path.stat().st_size for path in directory.glob("*") if path.suffix != ".json"))
+        return most
+
+    def look_and_unlink(path, **rest):
+        look()
+        unlink(path, **rest)
+
+    Path.unlink = look_and_unlink
+    return look
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--target", default="smollm2")
+    parser.add_argument("--chats", type=int, default=60)
+    parser.add_argument("--retain-ratio", type=float, default=0.5)
+    parser.add_argument("--steps", type=int, default=8, help="training steps, about")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results.json")
+    arguments = parser.parse_args()
+    if os.environ.get("SMOKE"):
+        arguments.chats, arguments.steps = 6, 2
+    jax.monitoring.register_event_duration_secs_listener(count_compiling)
+
+    target, mesh = load_target(arguments.target, jnp.float32), make_mesh()
+    samples, _ = tokenize_chats(read_chats((arguments.data,)), target.tokenizer, 384)
+    samples = samples[: arguments.chats]
+    work = Path(tempfile.mkdtemp())
+    options = ScoreConfig(
+        target=arguments.target, data=(arguments.data,), batch_tokens=1024, keep_features=("flatness",),
+        retain_ratio=arguments.retain_ratio, held_out_share=0.0, out=work,
+    )  # fmt: skip
+
+    def score(keeper=None):
+        before, start, cpu = compiling, time.perf_counter(), time.process_time()
+        table = score_samples(
+            target.config, target.params, samples, mesh, batch_tokens=1024, identity={}, keeper=keeper, progress=False
+        )
+        compiled = compiling - before
+        return table, time.perf_counter() - start - compiled, time.process_time() - cpu - compiled
+
+    full = sum(len(sample.tokens) for sample in samples) * row_bytes("bfloat16", target.config.hidden_size)
+    results = {"hardware": describe_hardware(), "chats": len(samples), "tokens": sum(len(s.tokens) for s in samples)}
+    _, results["score_seconds"], results["score_cpu_seconds"] = score()
+    look = watched(work / "hidden")
+    where = dict(directory=work / "hidden", identity={}, kept_for={})
+    with keep_features(target.config, still_possible(options, samples), **where) as keeper:
+        keep, spent = keeper.keep, 0.0
+
+        def timed_keep(*batch):
+            nonlocal spent
+            start = time.perf_counter()
+            keep(*batch)
+            spent += time.perf_counter() - start
+            look()
+
+        keeper.keep = timed_keep
+        table, results["keep_seconds"], results["keep_cpu_seconds"] = score(keeper)
+    results["in_the_keeper_seconds"] = spent
+    store = HiddenStore.open(work / "hidden", {}, verify=True)
+    chosen = select(table, "flatness", arguments.retain_ratio).ids
+    assert set(store) == set(chosen)
+    kept = sum(path.stat().st_size for path in (work / "hidden").glob("shard-*"))
+    results["disk"] = {
+        "full": full, "bound": 1.2 * arguments.retain_ratio * full, "most": look(), "in_the_end": kept,
+        "selected": sum(store[name].nbytes for name in chosen),
+    }  # fmt: skip
+
+    held = [sample for sample in samples if sample.id in store]
+    start = time.perf_counter()
+    for _ in range(20):
+        for sample in held:
+            store[sample.id].copy()
+    results["read_seconds_per_1000_tokens"] = (time.perf_counter() - start) / 20 / sum(len(s.tokens) for s in held) * 1000
+    results["train"] = train_reading(target, held, store, mesh, arguments, work)
+    print(json.dumps(results, indent=1))
+    if not os.environ.get("SMOKE"):
+        arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def train_reading(target, samples, store, mesh, arguments, work) -> dict:
+    """Seconds of some training steps, and of the host's part in them: reading, padding, uploading a batch."""
+    options = TrainConfig(
+        target=arguments.target, data=(arguments.data,), batch_tokens=1024, held_out_share=0.0, epochs=1, log_every=1,
+        out=work / "draft",
+    )  # fmt: skip
+    spent, build = [], training._device_batch
+
+    def timed(*values):
+        start = time.perf_counter()
+        batch = jax.block_until_ready(build(*values))
+        spent.append(time.perf_counter() - start)
+        return batch
+
+    training._device_batch = timed
+    result = training.train(
+        target.config, target.params, samples[: 2 * arguments.steps], [], store, options, mesh, identity={}, progress=False
+    )
+    lines = training.read_lines(work / "draft" / training.TIMINGS)
+    steps = sorted(line["seconds"] for line in lines)
+    host = sorted(spent)
+    return {
+        "steps": result.steps, "median_step_seconds": steps[len(steps) // 2], "median_host_seconds": host[len(host) // 2]
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
