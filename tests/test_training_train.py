@@ -77,9 +77,9 @@ def test_loss_falls_and_held_out_agreement_rises(tmp_path):
     assert 0 < held_out[-1]["kl"] < held_out[0]["kl"]
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_recomputed_hidden_states_train_the_same_draft_as_stored_ones(tmp_path, dtype):
+def test_recomputed_hidden_states_train_the_same_draft_as_stored_ones(tmp_path):
     """On one device, in batches of one shape, to the bit; the held-out figures too."""
+    dtype = "bfloat16"
     config, params, samples, _ = toy_data()
     mesh, shape = make_mesh(data=1), Shape(16, 40)
     options = TrainConfig(
