@@ -334,7 +334,7 @@ def test_finished_scores_and_a_lost_shard_compute_what_is_selected_alone(everyth
         np.testing.assert_array_equal(kept[name], whole[name])
     (tmp_path / "hidden" / "shard-00000.bin").unlink()
     score_and_keep(tmp_path, StillPossible(SAMPLES, ["flatness"], 0.1, 0))
-    assert computed[2] == computed[0] and stored(tmp_path).keys() == kept.keys()
+    assert 0 < computed[2] <= computed[0] and stored(tmp_path).keys() == kept.keys()
 
 
 def test_features_in_bfloat16_are_rounded_once_wherever_that_happens(everything, tmp_path):
