@@ -53,7 +53,7 @@ _STAGES = ("respond", "score", "select", "train", "evaluate", "export", "run", "
 _EXAMPLES = {
     "respond": """
         jsfdd respond --target smollm2 --data chats.jsonl --max-new-tokens 512 --out answers.jsonl
-        jsfdd respond --target DIR --data chats/ --temperature 0.7 --batch-size 64 --out answers.jsonl --dry-run
+        jsfdd respond --target DIR --data chats/ --temperature 0.7 --out answers.jsonl --dry-run
     """,
     "score": """
         jsfdd score --target smollm2 --data chats.jsonl --out scored

@@ -29,7 +29,7 @@ _RULES = {
     "model_shards": (lambda x: x >= 1, "1 (whole on every device) or more"),
     "max_length": (lambda x: x >= 8, "8 tokens or more"),
     "batch_tokens": (lambda x: x >= 1, "1 or more"),
-    "retain_ratio": (lambda x: x is None or 0 < x <= 1, "a share of the samples in (0, 1]"),
+    "retain_ratio": (lambda x: 0 < x <= 1, "a share of the samples in (0, 1]"),
     "epochs": (lambda x: x >= 1, "1 or more"),
     "learning_rate": (lambda x: x > 0, "above 0"),
     "warmup_share": (lambda x: 0 <= x < 1, "a share of the run's steps in [0, 1)"),
@@ -286,7 +286,7 @@ class ProcessOptions(_Options):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RespondConfig(TargetOptions, ChatNames, ConversationLength, DecodingOptions, Batched, Seeded, ProcessOptions):
-    """Let the target answer the users' turns of chats: data on which a draft learns best, the target's own text."""
+    """Let the target answer the users' turns of chats: its own text is what a draft learns best from."""
 
     out: Path
     """File of chats to write, ending in .jsonl; an interrupted run continues it, with what is in FILE.parts."""
@@ -314,18 +314,14 @@ class ScoreConfig(TargetOptions, DataOptions, FeatureFormat, Seeded, ProcessOpti
     keep_features: tuple[str, ...] = ()
     """In the same pass keep the hidden states of what these can select, in OUT/hidden for `jsfdd train --features`: metrics,
     at --retain-ratio and, for random, --seed; or `full`, every sample. Others are dropped as soon as that is known."""
-    retain_ratio: float | None = None
-    """Share of the samples that the selection will keep; goes with --keep-features."""
+    retain_ratio: float = SelectionOptions.retain_ratio
+    """With --keep-features: the share of the samples that the selection will keep."""
     held_out_share: float = TrainingOptions.held_out_share
     """With --keep-features: the share that training will hold out, of which hidden states are kept too."""
 
     def __post_init__(self):
         super().__post_init__()
         _check_arms("--keep-features", self.keep_features)
-        if set(self.keep_features) - {"full"} and self.retain_ratio is None:
-            raise ValueError(f"--keep-features {' '.join(self.keep_features)} needs --retain-ratio, the selection's own")
-        if self.retain_ratio is not None and not self.keep_features:
-            raise ValueError("--retain-ratio goes with --keep-features METRIC; scores do not depend on it")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -471,7 +467,7 @@ class RunConfig(
     arms: tuple[str, ...] = ("full", "flatness", "random")
     """Drafts to train and compare: `full` (every sample) or the name of a metric, at --retain-ratio."""
 
-    features: Literal["store", "recompute"] = "store"
+    features: str = "store"
     """Hidden states: `store` keeps, while scoring, those of what an arm can still select; `recompute` lets the target compute
     each batch's anew in every epoch and needs no disk."""
 
@@ -479,6 +475,8 @@ class RunConfig(
         super().__post_init__()
         _check_arms("--arms", self.arms)
         _check_features(self)
+        if self.features not in ("store", "recompute"):
+            raise ValueError(f"--features: got {self.features!r}; a run stores its own (`store`) or none (`recompute`)")
 
 
 def _check_arms(option: str, arms: tuple[str, ...]) -> None:

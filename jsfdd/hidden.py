@@ -29,8 +29,7 @@ def scoring_of_run(config: RunConfig) -> ScoreConfig:
     keep = ("full",) if "full" in config.arms else config.arms if config.unit == "sample" else ()
     if config.features == RECOMPUTE:
         keep = ()
-    ratio = config.retain_ratio if keep else None
-    return ScoreConfig.taken_from(config, per_token=True, keep_features=keep, retain_ratio=ratio)
+    return ScoreConfig.taken_from(config, per_token=True, keep_features=keep)
 
 
 def still_possible(config: ScoreConfig, samples: Sequence[Sample]) -> StillPossible:
@@ -40,7 +39,7 @@ def still_possible(config: ScoreConfig, samples: Sequence[Sample]) -> StillPossi
     if "full" in config.keep_features:
         always |= {sample.id for sample in samples if sample.counted.any()}
     metrics = [arm for arm in config.keep_features if arm != "full"]
-    return StillPossible(samples, metrics, config.retain_ratio or 1.0, config.seed, always)
+    return StillPossible(samples, metrics, config.retain_ratio, config.seed, always)
 
 
 def keeper(config: ScoreConfig, loaded: Loaded) -> AbstractContextManager[FeatureKeeper]:

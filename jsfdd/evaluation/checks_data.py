@@ -119,8 +119,10 @@ def check_mask(answers: Sequence[_Answer], tokenizer) -> Finding:
         closed = not run or run[-1] in added
         stray = any(t in added for t in run) or end < len(tokens) and int(tokens[end]) in added
         open_end = not closed and not answer.truncated and stray
-        text = tokenizer.decode([t for t in run if t not in added])
-        if (not run and answer.content.strip()) or open_end or _plain(text) not in _plain(answer.content):
+        text, content = _plain(tokenizer.decode([t for t in run if t not in added])), _plain(answer.content)
+        # Without an end to look for, a cut answer's text must be there whole, unless the conversation was cut as well.
+        incomplete = answer.truncated and end < len(tokens) and text != content
+        if (not run and content) or open_end or incomplete or text not in content:
             wrong.append((answer, begin))
         elif run and begin != len(answer.prompt):
             elsewhere.append((answer, begin))
