@@ -1,287 +1,36 @@
-"""Every option of every stage, declared once.
+"""The configs: every option of every command, as the command line, the Python API and the artifacts have them.
 
-An option has one name, one meaning and one default wherever it appears: groups of options are small frozen dataclasses,
-and a stage's config inherits the groups it needs. The command line, the Python API and the `config` that each artifact
-stores are all these classes. Bad values raise ValueError with the remedy when a config is built, before any work.
+Groups of options that several commands share are in `options.py`; a stage's config inherits those that it needs, and adds
+its own. Bad values raise ValueError with the remedy when a config is built, before any work.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import typing
 from pathlib import Path
 from typing import Literal
 
-Metric = Literal["flatness", "flatness_median", "entropy", "top1", "margin", "energy", "ppl", "random"]
-Flavour = Literal["eagle", "vllm", "sglang", "speculators"]
-ExportDtype = Literal["keep", "float32", "bfloat16", "float16"]
-FeatureDtype = Literal["bfloat16", "float32", "int8"]
-MaskSpan = Literal["thinking", "tool_calls"]
-
-# Field name -> (test, what a good value is). Checked for every config that has the field.
-_RULES = {
-    "data": (lambda x: len(x) > 0, "at least one chat file"),
-    "prompts": (lambda x: len(x) > 0, "at least one prompt file"),
-    "devices": (lambda x: x is None or x >= 1, "1 or more"),
-    "device_memory": (lambda x: x is None or x > 0, "above 0"),
-    "device_rate": (lambda x: x is None or x > 0, "above 0"),
-    "model_shards": (lambda x: x >= 1, "1 (whole on every device) or more"),
-    "max_length": (lambda x: x >= 8, "8 tokens or more"),
-    "batch_tokens": (lambda x: x >= 1, "1 or more"),
-    "retain_ratio": (lambda x: 0 < x <= 1, "a share of the samples in (0, 1]"),
-    "epochs": (lambda x: x >= 1, "1 or more"),
-    "learning_rate": (lambda x: x > 0, "above 0"),
-    "warmup_share": (lambda x: 0 <= x < 1, "a share of the run's steps in [0, 1)"),
-    "max_grad_norm": (lambda x: x > 0, "above 0"),
-    "hidden_noise": (lambda x: x >= 0, "0 (no noise) or more"),
-    "held_out_share": (lambda x: 0 <= x < 0.5, "a share of the samples in [0, 0.5)"),
-    "log_every": (lambda x: x >= 1, "1 or more"),
-    "save_every": (lambda x: x >= 1, "1 or more"),
-    "temperature": (lambda x: x >= 0, "0 (greedy) or more"),
-    "top_k": (lambda x: x >= 0, "0 (all tokens) or more"),
-    "top_p": (lambda x: 0 < x <= 1, "a share of the probability in (0, 1]"),
-    "num_draft_tokens": (lambda x: 1 <= x <= 32, "from 1 to 32"),
-    "tree_nodes": (lambda x: 0 <= x <= 1024, "0 (a chain) or up to 1024 draft tokens"),
-    "tree_top_k": (lambda x: x >= 1, "1 or more"),
-    "max_new_tokens": (lambda x: x >= 1, "1 or more"),
-    "batch_size": (lambda x: x >= 1, "1 or more"),
-    "draft": (lambda x: x != (), "at least one draft"),
-    "probe_every": (lambda x: x >= 1, "1 or more"),
-    "probe_new_tokens": (lambda x: x >= 2, "2 or more: an answer's first token needs no draft"),
-    "conversations": (lambda x: x >= 1, "1 or more"),
-    "keep_features": (lambda x: len(set(x)) == len(x), "different arms"),
-    "arms": (lambda x: len(x) > 0 and len(set(x)) == len(x), "one or more different arms"),
-}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Options:
-    """What every config can do: check its values, go to JSON and come back."""
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            rule = _RULES.get(field.name)
-            value = getattr(self, field.name)
-            if rule and not rule[0](value):
-                option = "--" + field.name.replace("_", "-")
-                raise ValueError(f"{option}: got {value!r}, but it must be {rule[1]}")
-
-    def to_json(self) -> dict:
-        """A JSON-ready dict; paths become strings."""
-        return json.loads(json.dumps(dataclasses.asdict(self), default=str))
-
-    @classmethod
-    def from_json(cls, values: dict):
-        """The config of which `to_json` made `values`. Unknown names are errors."""
-        types = typing.get_type_hints(cls)
-        unknown = sorted(set(values) - set(types))
-        if unknown:
-            raise ValueError(f"{cls.__name__} has no option {', '.join(unknown)}; it has {', '.join(sorted(types))}")
-        return cls(**{name: _from_json(types[name], value) for name, value in values.items()})
-
-    @classmethod
-    def taken_from(cls, other, **changes):
-        """This stage's config with the options it shares with `other`, then `changes`."""
-        shared = {f.name for f in dataclasses.fields(cls)} & {f.name for f in dataclasses.fields(other)}
-        return cls(**{name: getattr(other, name) for name in shared} | changes)
-
-
-def _from_json(kind, value):
-    """Rebuild what JSON has no form for: paths and tuples."""
-    if value is None:
-        return None
-    if kind is Path or Path in typing.get_args(kind) and isinstance(value, str):
-        return Path(value)
-    if isinstance(value, list):
-        element = typing.get_args(kind)[0]
-        return tuple(_from_json(element, item) for item in value)
-    return value
-
-
-# --- Groups of options ---------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TargetOptions(_Options):
-    """The model that the draft is for."""
-
-    target: str
-    """The target model: a Hugging Face directory, a .gguf file, a hub name, or `smollm2` (the packaged demo model)."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the target's weights and activations. Metrics, softmax and losses are float32 either way."""
-    model_shards: int = 1
-    """Devices that share one copy of the target; the others take different rows. Must divide the devices."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ChatNames(_Options):
-    """The conversations."""
-
-    data: tuple[Path, ...]
-    """Chats: files (.jsonl or .json, each also .gz or .zst; .parquet), directories, patterns such as 'chats/*.jsonl', or
-    Hugging Face datasets (hf:NAME, hf:NAME:SPLIT). Rows are OpenAI messages, ShareGPT, Alpaca, or prompt and response."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ChatFiles(ChatNames):
-    """The conversations, and what of them counts."""
-
-    mask_spans: tuple[MaskSpan, ...] = ()
-    """Parts of answers that are read but neither scored nor trained on: `thinking` (`<think>…</think>`), `tool_calls`. By
-    default all of an answer counts."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ConversationLength(_Options):
-    """How long conversations may become."""
-
-    max_length: int = 2048
-    """Conversations are cut after this many tokens."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DataOptions(ConversationLength, ChatFiles):
-    """The conversations, and how they are cut into batches."""
-
-    batch_tokens: int = 4096
-    """Tokens in one batch, padding included: rows × length of a bucket. A training step divides one over all devices;
-    scoring gives each device one of its own. Neither scores nor drafts depend on how many devices there are."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SelectionOptions(_Options):
-    """What is kept of the scored samples."""
-
-    retain_ratio: float = 0.5
-    """Share of the samples to keep."""
-    unit: Literal["sample", "batch"] = "sample"
-    """What is kept or dropped as a whole: a conversation, or four consecutive ones (the paper's code; for parity only)."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainingOptions(_Options):
-    """How the draft learns."""
-
-    epochs: int = 10
-    """Passes over the kept samples. The learning-rate schedule is scaled to the run's own number of steps."""
-    learning_rate: float = 5e-4
-    """Peak of AdamW(0.9, 0.95): linear warm-up, then linear decay to a tenth."""
-    warmup_share: float = 0.05
-    """Share of the steps that warm up."""
-    max_grad_norm: float = 0.5
-    """Gradients are clipped to this global norm."""
-    hidden_weight: float = 1.0
-    """Weight of SmoothL1 between predicted and true hidden states."""
-    token_weight: float = 0.1
-    """Weight of the cross entropy between the target's and the draft's next-token distributions."""
-    hidden_noise: float = 0.2
-    """Width of the uniform noise on the input hidden states, scaled by 512 / length as EAGLE does; 0 for none."""
-    held_out_share: float = 0.05
-    """Share of the samples on which agreement with the target is measured and never trained."""
-    log_every: int = 10
-    """Steps between two lines of metrics.jsonl."""
-    save_every: int = 200
-    """Steps between two checkpoints; the last step is always saved."""
-    fc_bias: bool = False
-    """Give the draft's fc a bias. vLLM drops it without a word, so drafts have none unless asked."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FeatureFormat(_Options):
-    """Stored hidden states."""
-
-    feature_dtype: FeatureDtype = "bfloat16"
-    """Of hidden states for training. int8 has a scale for each token and takes half of bfloat16's disk."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ProposalOptions(_Options):
-    """How far drafts reach."""
-
-    num_draft_tokens: int = 4
-    """Draft tokens in a row (γ): the length of a chain, the depth of a tree."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ChainOptions(ProposalOptions):
-    """How far answers and drafts reach."""
-
-    max_new_tokens: int = 128
-    """Longest answer, in tokens."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DecodingOptions(ChainOptions):
-    """How answers are decoded."""
-
-    temperature: float = 0.0
-    """0 decodes greedily; above 0 samples from the target's distribution at this temperature."""
-    top_k: int = 0
-    """Above temperature 0, sample among the target's this many most probable tokens; 0 for all."""
-    top_p: float = 1.0
-    """Above temperature 0, sample among the fewest most probable tokens that together have this share of the probability."""
-    tree_nodes: int = 0
-    """Verify a tree of this many draft tokens (EAGLE-2 takes 60) instead of a chain, which is 0."""
-    tree_top_k: int = 10
-    """Children of a tree's node, and nodes that the draft reads per level."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Batched(_Options):
-    """A batch to decode."""
-
-    batch_size: int = 8
-    """Prompts decoded together."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ProbeOptions(_Options):
-    probe_prompts: tuple[Path, ...] = ()
-    """Prompt files, apart from those of the final evaluation: decode them during training and keep the draft of the best τ."""
-    probe_every: int = 200
-    """Steps between two such decodes; the last step always has one."""
-    probe_new_tokens: int = 64
-    """Longest answer of a probe, in tokens."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ExportOptions(_Options):
-    """Exported drafts."""
-
-    flavour: Flavour = "vllm"
-    """Whose layout exported drafts have."""
-    export_dtype: ExportDtype = "keep"
-    """Of an exported draft's tensors; `keep` writes them as they are, and they are trained in float32."""
-    served_target: str | None = None
-    """Hub name or directory by which a server finds the target, for the model card; else as --target or the report says."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Seeded(_Options):
-    """A seed."""
-
-    seed: int = 0
-    """Seeds every random choice of the command."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ProcessOptions(_Options):
-    """How several processes find each other. No result depends on it, so no artifact stores it."""
-
-    coordinator: str | None = None
-    """HOST:PORT of process 0, the same for all processes; or `auto` on a TPU pod or under SLURM. One process unless given."""
-    num_processes: int | None = None
-    """How many processes there are; goes with --coordinator HOST:PORT."""
-    process_id: int | None = None
-    """Which of them this is, from 0."""
-
-    def to_json(self) -> dict:
-        own = {field.name for field in dataclasses.fields(ProcessOptions)}
-        return {name: value for name, value in super().to_json().items() if name not in own}
-
-
-# --- One config per command ----------------------------------------------------------------------------------------
+from jsfdd.options import (
+    Batched,
+    ChainOptions,
+    ChatFiles,
+    ChatNames,
+    ConversationLength,
+    DataOptions,
+    DecodingOptions,
+    ExportOptions,
+    FeatureFormat,
+    Metric,
+    ProbeOptions,
+    ProcessOptions,
+    ProposalOptions,
+    Seeded,
+    SelectionOptions,
+    TargetOptions,
+    TrainingOptions,
+    _Options,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -349,10 +98,17 @@ class TrainConfig(TargetOptions, DataOptions, TrainingOptions, FeatureFormat, Pr
     features: str = "store"
     """Hidden states: `store` computes them first and keeps them in OUT/hidden; `recompute` lets the target compute each batch's
     anew in every epoch and needs no disk; or a directory that `jsfdd score --keep-features` wrote."""
+    token_scores: Path | None = None
+    """token_scores.parquet, as `jsfdd score --per-token` wrote it; needed where tokens are selected or weighted."""
 
     def __post_init__(self):
         super().__post_init__()
         _check_features(self)
+        if self.weighs_tokens != (self.token_scores is not None):
+            raise ValueError(
+                "--token-retain-ratio below 1 and --token-weighting soft need --token-scores, which `jsfdd score --per-token` "
+                "writes, and nothing else reads it"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -486,6 +242,14 @@ def _check_arms(option: str, arms: tuple[str, ...]) -> None:
             raise ValueError(f"{option}: {arm!r} is unknown; choose from {', '.join(known)}")
 
 
+def stores_means(config: TrainConfig | RunConfig) -> bool:
+    """Whether target means are stored: what --target-means comes to."""
+    possible = config.token_loss == "cross_entropy" and config.features != "recompute"
+    return config.target_means == "store" or config.target_means == "auto" and possible
+
+
 def _check_features(config: TrainConfig | RunConfig) -> None:
+    if config.draft_vocab and not stores_means(config):
+        raise ValueError("--draft-vocab trains on stored target means: take --target-means store and cross_entropy")
     if config.features == "recompute" and config.feature_dtype == "int8":
         raise ValueError("--feature-dtype int8 saves disk, and --features recompute needs none; take bfloat16 or float32")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import jax.numpy as jnp
 from rich.console import Console
 
-from jsfdd.config import DataOptions, DoctorConfig
+from jsfdd.config import DoctorConfig
 from jsfdd.data.chat import read_chats
 from jsfdd.data.template import tokenize_chats
 from jsfdd.evaluation.doctor import examine
 from jsfdd.evaluation.findings import Diagnosis, print_diagnosis
 from jsfdd.files import write_json
 from jsfdd.loading import identity_of
+from jsfdd.options import DataOptions
 from jsfdd.pipeline import load_draft_and_record
 from jsfdd.progress import console
 from jsfdd.selection.store import HiddenStore

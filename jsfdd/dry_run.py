@@ -13,17 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jsfdd import hidden, pipeline
-from jsfdd.config import (
-    DataOptions,
-    EvaluateConfig,
-    ExportConfig,
-    RespondConfig,
-    RunConfig,
-    ScoreConfig,
-    SelectConfig,
-    TargetOptions,
-    TrainConfig,
-)
+from jsfdd.config import EvaluateConfig, ExportConfig, RespondConfig, RunConfig, ScoreConfig, SelectConfig, TrainConfig
 from jsfdd.data.batches import Shape, choose_shapes, epoch_batches, make_batches, padding_share
 from jsfdd.data.chat import read_chat_files, read_prompts
 from jsfdd.data.summary import FileCounts, count_by_file, total
@@ -32,6 +22,7 @@ from jsfdd.evaluation.evaluate import check_draft
 from jsfdd.evaluation.prompts import check_length, render_turns
 from jsfdd.loading import show_counts
 from jsfdd.mesh import make_mesh, num_data_shards
+from jsfdd.options import DataOptions, TargetOptions
 from jsfdd.records import Prompt, Sample
 from jsfdd.respond import ask, parts_of
 from jsfdd.results import Result, counts_to_json
@@ -142,6 +133,10 @@ def _train(config: TrainConfig) -> Result:
         # Whose target they are of is not known without the weights.
         hidden.open_features(config, None, samples, selection)
         words.append(f"read hidden states from {config.features}")
+    values["means_bytes"], said = _means(config, inputs, kept)
+    if said:
+        words.append(said)
+        files.insert(0, f"{hidden.MEANS}/")
     return _result("train", values, words, config.out, files, continues=config.out / "checkpoints")
 
 
@@ -190,13 +185,14 @@ def _run(config: RunConfig) -> Result:
         tokens = sum(len(sample.tokens) for sample in inputs.samples)
         hidden_bytes, said = _hidden(config, inputs, tokens)
         said = f"store at most {said}, once it is selected"
-    words.insert(len(scoring_words), said)
+    means_bytes, also = _means(config, inputs, kept)
+    words[len(scoring_words) : len(scoring_words)] = [said, *([also] if also else [])]
     decoding, said = _decoding(config, inputs.target, prompts)
     words += [f"{line}, for {_many(len(arms), 'draft')}" for line in said]
-    files = ["scores.parquet", "token_scores.parquet", *([f"{hidden.FOLDER}/"] if hidden_bytes else [])]
-    files += [f"arms/{arm}/" for arm in arms]
+    stores = [f"{hidden.FOLDER}/"] * bool(hidden_bytes) + [f"{hidden.MEANS}/"] * bool(means_bytes and not config.draft_vocab)
+    files = ["scores.parquet", "token_scores.parquet", *stores, *(f"arms/{arm}/" for arm in arms)]
     files += ["summary.json", "report.html"]
-    values = {"scoring": scoring, "hidden_bytes": hidden_bytes, "arms": arms, "decoding": decoding}
+    values = {"scoring": scoring, "hidden_bytes": hidden_bytes, "means_bytes": means_bytes, "arms": arms, "decoding": decoding}
     return _result("run", values, words, config.out, files, continues=config.out / "run.json")
 
 
@@ -228,7 +224,7 @@ def _training(
 ) -> tuple[dict, list[str]]:
     """Training on `kept`; with a `share` below 1 about what that share of them would take."""
     lengths = [len(sample.tokens) for sample in kept]
-    steps = config.epochs * len(epoch_batches(lengths, inputs.shapes, config.seed, epoch=0))
+    steps = config.epochs * math.ceil(len(epoch_batches(lengths, inputs.shapes, config.seed, epoch=0)) / config.accumulate)
     samples = max(1, math.floor(share * len(kept) + 0.5))
     values = {
         "samples": samples,
@@ -256,6 +252,14 @@ def _hidden(config: ScoreConfig | TrainConfig | RunConfig, inputs: _Inputs, toke
     """Bytes of the hidden states of so many tokens on disk."""
     size = round(tokens * row_bytes(config.feature_dtype, inputs.target.config.hidden_size))
     return size, f"{size / 1e6:,.1f} MB of hidden states"
+
+
+def _means(config: TrainConfig | RunConfig, inputs: _Inputs, samples: Sequence[Sample]) -> tuple[int, str]:
+    """Bytes of the target's means of at most these samples on disk, and words; 0 and none where none are stored."""
+    if not stores_means(config):
+        return 0, ""
+    size = sum(len(sample.tokens) for sample in samples) * row_bytes("bfloat16", inputs.target.config.hidden_size + 1)
+    return size, f"store at most {size / 1e6:,.1f} MB of target means"
 
 
 def _decoding(config: EvaluateConfig | RunConfig, target: Target, prompts: Sequence[Prompt]) -> tuple[dict, list[str]]:

@@ -8,16 +8,22 @@ from pathlib import Path
 
 from jsfdd.config import RunConfig, ScoreConfig, TrainConfig
 from jsfdd.loading import Loaded
+from jsfdd.models.sharding import split_vocabulary
 from jsfdd.records import Sample
 from jsfdd.selection import features
 from jsfdd.selection.best_k import StillPossible
 from jsfdd.selection.features import FeatureKeeper
 from jsfdd.selection.sfdd import Selection
 from jsfdd.selection.store import HiddenStore
-from jsfdd.training.train import HiddenStates, split_held_out
+from jsfdd.training.batch import HiddenStates, TrainingData
+from jsfdd.training.loss import borrow
+from jsfdd.training.step import block_size
+from jsfdd.training.target_means import store_means
+from jsfdd.training.token_loss import Distance
+from jsfdd.training.train import draft_of, split_held_out
 
 STORE, RECOMPUTE = "store", "recompute"  # values of --features
-FOLDER = "hidden"  # in a stage's --out
+FOLDER, MEANS = "hidden", "means"  # in a stage's --out
 
 
 def scoring_of_run(config: RunConfig) -> ScoreConfig:
@@ -108,3 +114,19 @@ def _options(values: dict) -> str:
     """As one would type them."""
     shown = {name: " ".join(value) if isinstance(value, list) else value for name, value in values.items()}
     return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in shown.items() if value is not None)
+
+
+def means_for_training(config: TrainConfig | RunConfig, loaded: Loaded, data: TrainingData) -> HiddenStore:
+    """The target's means of what `data` weighs, in `out`/means."""
+    target = loaded.target
+    return store_means(
+        data,
+        split_vocabulary(borrow(target.config, target.params), loaded.mesh),
+        Distance.of(config),
+        loaded.mesh,
+        block=block_size(loaded.mesh),
+        batch_tokens=config.batch_tokens,
+        directory=config.out / MEANS,
+        identity=loaded.identity | {"feature_dtype": config.feature_dtype},
+        vocabulary=draft_of(target.config, config, data.samples).vocabulary,
+    )

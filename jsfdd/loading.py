@@ -10,13 +10,13 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jsfdd.config import DataOptions, TargetOptions
 from jsfdd.data.batches import Shape, choose_shapes
 from jsfdd.data.chat import read_chat_files
 from jsfdd.data.files import input_digests
 from jsfdd.data.summary import FileCounts, count_by_file, total
 from jsfdd.data.template import TokenizeSummary, tokenize_chats
 from jsfdd.mesh import make_mesh
+from jsfdd.options import DataOptions, TargetOptions
 from jsfdd.processes import agree, is_primary
 from jsfdd.progress import console
 from jsfdd.records import Sample, samples_digest

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 
 from jsfdd import hidden
 from jsfdd.config import (
-    DecodingOptions,
     EvaluateConfig,
     ExportConfig,
     ReportConfig,
@@ -27,6 +26,7 @@ from jsfdd.config import (
     ScoreConfig,
     SelectConfig,
     TrainConfig,
+    stores_means,
 )
 from jsfdd.data.batches import make_batches, padding_share
 from jsfdd.data.chat import read_prompts
@@ -40,16 +40,18 @@ from jsfdd.evaluation.report import write_report
 from jsfdd.files import differences, read_json, write_json
 from jsfdd.loading import Loaded, load
 from jsfdd.mesh import describe_hardware, make_mesh
-from jsfdd.models.draft import DraftConfig, draft_config
+from jsfdd.models.draft import DraftConfig
+from jsfdd.options import DecodingOptions
 from jsfdd.processes import agree, agree_on_directory, is_primary, several, wait_for_all
 from jsfdd.progress import console, progress
 from jsfdd.records import Sample
 from jsfdd.selection import sfdd
 from jsfdd.selection.score import score_samples
 from jsfdd.selection.sfdd import Selection
-from jsfdd.selection.table import ScoreTable, read_scores, write_scores, write_token_scores
+from jsfdd.selection.table import ScoreTable, read_scores, read_token_scores, write_scores, write_token_scores
+from jsfdd.selection.tokens import token_weights
 from jsfdd.training import train as training
-from jsfdd.training.train import HiddenStates
+from jsfdd.training.batch import HiddenStates, PerToken, TrainingData
 from jsfdd.weights.card import Provenance, Serving, read_report
 from jsfdd.weights.checkpoint import load_draft as load_trained_draft
 from jsfdd.weights.eagle import is_exported, read_draft
@@ -94,10 +96,13 @@ def select(config: SelectConfig) -> Selection:
     return selection
 
 
-def train(config: TrainConfig, loaded: Loaded | None = None, store: HiddenStates | None = None) -> training.TrainResult:
+def train(
+    config: TrainConfig, loaded: Loaded | None = None, store: HiddenStates | None = None, means: PerToken | None = None
+) -> training.TrainResult:
     """`jsfdd train`: writes checkpoints/ and metrics.jsonl, returns what happened.
 
-    Without a `store` hidden states come from where `config.features` says.
+    Without a `store` hidden states come from where `config.features` says; without `means` those of the target are
+    computed first and kept in `out`/means, if the config asks for them.
     """
     loaded = loaded or load(config)
     agree_on_directory(config.out)
@@ -106,17 +111,19 @@ def train(config: TrainConfig, loaded: Loaded | None = None, store: HiddenStates
     agree({"the selection": [sample.id for sample in kept]})
     if store is None:
         store = hidden.for_training(config, loaded, [*kept, *held_out], selection)
+    data = TrainingData(kept, store, means, _token_weights(config, kept))
+    if means is None and stores_means(config):
+        data = data._replace(means=hidden.means_for_training(config, loaded, data))
     return training.train(
         loaded.target.config,
         loaded.target.params,
-        kept,
-        held_out,
-        store,
+        data,
+        TrainingData(held_out, store),
         config,
         loaded.mesh,
         identity=loaded.identity | {"feature_dtype": config.feature_dtype} | _probe_identity(config),
         shapes=loaded.shapes,
-        probe=_make_probe(config, loaded) if config.probe_prompts else None,
+        probe=_make_probe(config, loaded, kept) if config.probe_prompts else None,
     )
 
 
@@ -231,7 +238,7 @@ def _run_stages(config: RunConfig) -> None:
         loaded = load(config)
     # Before hours of training: the drafts will have this shape.
     serving = Serving(config.served_target or config.target)
-    check_flavour(draft_config(loaded.target.config, config.fc_bias), config.flavour, serving)
+    check_flavour(training.draft_of(loaded.target.config, config, loaded.samples), config.flavour, serving)
 
     scoring = hidden.scoring_of_run(config)
     with clock.stage("score"):
@@ -251,14 +258,22 @@ def _run_stages(config: RunConfig) -> None:
     needed = {sample.id: sample for kept, held_out in sides.values() for sample in (*kept, *held_out)}
     kept_at = str(config.out / hidden.FOLDER) if scoring.keep_features else config.features
     with clock.stage("hidden"):
-        source = TrainConfig.taken_from(config, features=kept_at)
+        source = TrainConfig.taken_from(config, features=kept_at, token_retain_ratio=1.0, token_weighting="hard")
         store = hidden.for_training(source, loaded, list(needed.values()), None)
+    means = None
+    if stores_means(config) and not config.draft_vocab:  # a vocabulary is each arm's own, and so are its means
+        trained_on = {sample.id: sample for kept, _ in sides.values() for sample in kept}
+        with clock.stage("means"):
+            means = hidden.means_for_training(config, loaded, TrainingData(list(trained_on.values()), store))
 
     trained = {}
     for arm, directory in arms.items():
         console.print(f"training on {arm}: {len(selections[arm].ids)} samples", soft_wrap=True)
-        train_config = TrainConfig.taken_from(config, out=directory, selection=directory / "selection.json")
-        trained[arm] = train(train_config, loaded, store)
+        token_scores = config.out / "token_scores.parquet" if config.weighs_tokens else None
+        train_config = TrainConfig.taken_from(
+            config, out=directory, selection=directory / "selection.json", token_scores=token_scores
+        )
+        trained[arm] = train(train_config, loaded, store, means)
 
     with clock.stage("evaluate"):
         reports = _evaluate_arms(config, loaded, arms, prompts)
@@ -282,10 +297,10 @@ def _evaluate_arms(config: RunConfig, loaded: Loaded, arms: dict[str, Path], pro
     return {arm: read_json(path) for arm, path in paths.items()}
 
 
-def _make_probe(config: TrainConfig, loaded: Loaded) -> training.Probe:
+def _make_probe(config: TrainConfig, loaded: Loaded, kept: Sequence[Sample]) -> training.Probe:
     """A real decode of the probe prompts by the draft so far."""
     prompts = read_prompts(config.probe_prompts)
-    draft = draft_config(loaded.target.config, config.fc_bias)
+    draft = training.draft_of(loaded.target.config, config, kept)
     return make_probe(
         loaded.target, draft, prompts, loaded.mesh, num_draft_tokens=_PROBE_DEPTH, max_new_tokens=config.probe_new_tokens
     )
@@ -323,6 +338,20 @@ def training_sides(samples: Sequence[Sample], selection: Selection | None, share
     out = {sample.id for sample in held_out}
     kept = samples if selection is None else sfdd.selected_samples(selection, samples)
     return [sample for sample in kept if sample.id not in out], held_out
+
+
+def _token_weights(config: TrainConfig, kept: Sequence[Sample]) -> dict | None:
+    """Each sample's token weights, None where all counted tokens weigh the same."""
+    if not config.weighs_tokens:
+        return None
+    return token_weights(
+        kept,
+        read_token_scores(config.token_scores),
+        metric=config.token_metric,
+        retain_ratio=config.token_retain_ratio,
+        weighting=config.token_weighting,
+        seed=config.seed,
+    )
 
 
 def check_claim(config: RunConfig) -> dict:

@@ -106,7 +106,9 @@ class DraftBatch(NamedTuple):
 
     tokens: Int[Array, "B T"] | np.ndarray
     counted: Bool[Array, "B T"] | np.ndarray  # where the *score* counts; the loss shifts it (EAGLE pairing)
+    weight: Float[Array, "B T"] | np.ndarray  # of each score position in the loss; 0 where none is taken, as off `counted`
     hidden: Float[Array, "B T D"] | np.ndarray  # target hidden states after its final norm
+    means: Float[Array, "B T D1"] | np.ndarray | None = None  # `target_means.py`; None: the head is asked in each step
 
 
 class TrainState(NamedTuple):

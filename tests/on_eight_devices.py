@@ -23,6 +23,7 @@ from jsfdd.records import DraftBatch, Sample
 from jsfdd.selection.run import group_plans
 from jsfdd.selection.score import make_score_step, score_samples
 from jsfdd.selection.table import METRICS
+from jsfdd.training.batch import TrainingData
 from jsfdd.training.loss import borrow
 from jsfdd.training.step import init_state, make_optimizer, make_train_step, state_shardings
 from jsfdd.training.train import train
@@ -75,7 +76,8 @@ def trained(mesh, out, stop=False, **changes):
         raise Stop
 
     result = train(
-        CONFIG, place_params(PARAMS, mesh), SAMPLES, [], HIDDEN, options(out, **changes), mesh,
+        CONFIG, place_params(PARAMS, mesh), TrainingData(SAMPLES, HIDDEN), TrainingData([], HIDDEN),
+        options(out, **changes), mesh,
         identity={}, probe=probe if stop else None, progress=False,
     )  # fmt: skip
     return result.state
@@ -107,7 +109,7 @@ def train_step(mesh, shard_optimizer=False):
     hidden = pad_rows([HIDDEN[s.id] for s in SAMPLES[:8]], SHAPE)
     step = make_train_step(CONFIG, DRAFT, optimizer, mesh, options(Path("x")), shard_optimizer)
     state = jax.tree.map(put, init_state(DRAFT, optimizer, 0), state_shardings(DRAFT, optimizer, mesh, shard_optimizer))
-    batch = shard_rows(DraftBatch(padded.tokens, padded.counted, hidden), mesh)
+    batch = shard_rows(DraftBatch(padded.tokens, padded.counted, padded.counted.astype(np.float32), hidden), mesh)
     return step, (split_vocabulary(borrow(CONFIG, place_params(PARAMS, mesh)), mesh), state, batch)
 
 

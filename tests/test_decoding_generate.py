@@ -122,6 +122,24 @@ def test_a_trees_text_is_plain_decodings_at_every_temperature(models, tree, cuto
         assert np.all(emitted >= 23) and np.all(emitted <= 23 + tree.depth)
 
 
+@pytest.mark.parametrize("tree", [None, TreeShape(3, 3, 9)], ids=["chain", "tree"])
+def test_a_draft_vocabulary_bounds_what_is_accepted_and_not_what_is_said(models, tree):
+    config, draft, params = models
+    params, prompts = params | {"draft": _good_draft(config, params)}, _prompts()
+    plain = _run(DecodeSetup(config, None, 0, 24, ()), params, prompts)
+    said, times = np.unique(plain.tokens, return_counts=True)
+    few = tuple(np.sort(said[np.argsort(-times)[:4]]).tolist())
+    unsaid = tuple(np.setdiff1d(np.arange(config.vocab_size), said).tolist())
+    accepted = {}
+    for vocabulary in (few, unsaid):
+        own = dataclasses.replace(draft, vocabulary=vocabulary)
+        fast = _run(DecodeSetup(config, own, 3, 24, (), tree), params, prompts)
+        assert np.array_equal(plain.tokens, fast.tokens)
+        accepted[vocabulary] = int(np.asarray(fast.stats.accepted).sum())
+    assert 0 < accepted[few] <= np.isin(np.asarray(plain.tokens), few).sum()
+    assert accepted[unsaid] == 0
+
+
 def test_a_chain_is_a_tree_with_one_branch(models):
     config, draft, params = models
     params = params | {"draft": _good_draft(config, params)}

@@ -120,7 +120,10 @@ def test_a_training_step_is_near_what_is_allocated(tmp_path):
     frozen = jax.eval_shape(lambda: borrow(CHECKED, init_params(CHECKED, jax.random.key(0))))
     state = jax.eval_shape(lambda: init_state(draft, optimizer, 0))
     batch = DraftBatch(
-        np.zeros(SHAPE, np.int32), np.zeros(SHAPE, bool), np.zeros((*SHAPE, CHECKED.hidden_size), np.float32)
+        np.zeros(SHAPE, np.int32),
+        np.zeros(SHAPE, bool),
+        np.zeros(SHAPE, np.float32),
+        np.zeros((*SHAPE, CHECKED.hidden_size), np.float32),
     )
     compiled = make_train_step(CHECKED, draft, optimizer, mesh, training).lower(frozen, state, shapes_of(batch)).compile()
     lengths = Lengths(np.full(8, 256), np.full(8, 100), "")

@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jsfdd.config import Metric, RunConfig
+from jsfdd.config import RunConfig
 from jsfdd.evaluation import panel, plots
 from jsfdd.evaluation.report import costs, spearman, verdict, write_report
 from jsfdd.evaluation.run_files import read_run
+from jsfdd.options import Metric
 from jsfdd.selection.sfdd import Selection, write_selection
 from jsfdd.selection.table import ScoreTable, TokenRow, write_scores, write_token_scores
 

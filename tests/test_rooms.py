@@ -9,7 +9,7 @@ import jsfdd
 
 PACKAGE = Path(jsfdd.__file__).parent
 ROOMS = ["data", "models", "weights", "selection", "training", "decoding", "evaluation"]
-EVERYWHERE = {"config", "records", "mesh", "files", "processes", "progress"}
+EVERYWHERE = {"options", "config", "records", "mesh", "files", "processes", "progress"}
 STAGES = {
     "cli", "answer", "doctor", "respond", "parser", "loading", "pipeline", "hidden", "dry_run", "results", "__init__", "__main__",
 }  # fmt: skip

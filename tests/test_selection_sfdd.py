@@ -9,7 +9,8 @@ import typing
 import numpy as np
 import pytest
 
-from jsfdd.config import Metric, RunConfig
+from jsfdd.config import RunConfig
+from jsfdd.options import Metric
 from jsfdd.records import Sample
 from jsfdd.selection.sfdd import Selection, read_selection, select, selected_samples, write_selection
 from jsfdd.selection.table import METRICS, ScoreTable

@@ -1,19 +1,23 @@
-"""The loss against a slow twin that writes the definitions out, and its gradient against jax.grad of the twin."""
+"""The loss against slow twins that write the definitions out, and its gradient against jax.grad of the twin."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.special
 from toy import toy_config
 
 from jsfdd.config import TrainConfig
-from jsfdd.models.draft import Draft, draft_config, init_draft
+from jsfdd.mesh import make_mesh
+from jsfdd.models.draft import Draft, draft_config, draft_steps, init_draft
+from jsfdd.models.layers import cached_view, empty_cache
 from jsfdd.models.target import embed_tokens, head_logits, hidden_states, init_params
 from jsfdd.records import DraftBatch, Sample
-from jsfdd.training.loss import borrow, hidden_noise, loss_sums, token_loss
+from jsfdd.training.loss import borrow, hidden_noise, loss_sums
+from jsfdd.training.target_means import make_means_step
+from jsfdd.training.token_loss import Distance
 
 TOY = toy_config(vocab_size=37, tie_embeddings=True)
 UNTIED = toy_config(vocab_size=37, embedding_scale=4.0)
@@ -30,11 +34,11 @@ def toy(config):
     tokens = random.integers(0, config.vocab_size, (3, 9)).astype(np.int32)
     counted = random.random((3, 9)) < 0.6
     hidden = jax.jit(hidden_states, static_argnums=0)(config, params, tokens)
-    return params, draft, draft_params, DraftBatch(tokens, counted, hidden)
+    return params, draft, draft_params, DraftBatch(tokens, counted, counted.astype(np.float32), hidden)
 
 
 def slow_sums(draft_params, params, batch, config, draft, options):
-    """The definitions of loss.py and records.py written out, [B, T, V] materialised, one mask at the end."""
+    """The definitions of loss.py and records.py written out for one draft step, [B, T, V] materialised, one mask at the end."""
     embedding = embed_tokens(config, params, jnp.asarray(batch.tokens))
     predicted = Draft(draft).apply({"params": draft_params}, embedding[:, 1:], batch.hidden[:, :-1])
     true = batch.hidden[:, 1:]
@@ -46,6 +50,7 @@ def slow_sums(draft_params, params, batch, config, draft, options):
     per_token = {
         "hidden_loss": hidden_loss,
         "cross_entropy": cross_entropy,
+        "distance": cross_entropy,
         "total": options.hidden_weight * hidden_loss + options.token_weight * cross_entropy,
         "target_entropy": -jnp.sum(p * jnp.log(p), axis=-1),
         "agreement": (jnp.argmax(p, -1) == jnp.argmax(log_q, -1)).astype(jnp.float32),
@@ -53,7 +58,7 @@ def slow_sums(draft_params, params, batch, config, draft, options):
         "counted": jnp.ones(cross_entropy.shape),
     }
     # The loss at t counts when the score at t+1 does.
-    return {name: jnp.sum(value * batch.counted[:, 1:]) for name, value in per_token.items()}
+    return {name: jnp.sum(value * batch.weight[:, 1:]) for name, value in per_token.items()}
 
 
 @pytest.mark.parametrize("config, block", [(TOY, 4), (TOY, 64), (UNTIED, 1)], ids=["tied", "one block", "untied"])
@@ -73,7 +78,8 @@ def test_loss_and_gradient_equal_the_slow_twin(config, block):
 
     fast_gradient, sums = jax.jit(jax.grad(fast, has_aux=True))(draft_params)
     slow_gradient, expected = jax.jit(jax.grad(slow, has_aux=True))(draft_params)
-    found = {"total": sums.total, "hidden_loss": sums.hidden_loss, **sums.tokens._asdict()}
+    (step,) = sums.steps
+    found = {"total": sums.total, "hidden_loss": step.hidden_loss, **step.tokens._asdict()}
     assert found.keys() == expected.keys()
     # An entropy is the small difference of sums of logits in the hundreds, where float32 steps by 3e-5.
     for name, value in expected.items():
@@ -83,42 +89,85 @@ def test_loss_and_gradient_equal_the_slow_twin(config, block):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), fast_gradient, slow_gradient)
 
 
-def test_gradient_in_float64_equals_finite_differences():
-    with jax.enable_x64(True):
-        random = np.random.default_rng(0)
-        matrix, truth, predicted = (random.normal(size=shape) for shape in ((23, 6), (5, 6), (5, 6)))
-        counted = np.array([True, False, True, True, False])
+def sums_and_gradient(batch, options, config=TOY, block=4):
+    params, draft, draft_params, _ = toy(config)
 
-        def cross_entropy(predicted):
-            return token_loss(2, jnp.asarray(matrix), predicted, jnp.asarray(truth), jnp.asarray(counted)).cross_entropy
+    def total(draft_params):
+        sums = loss_sums(
+            draft_params, borrow(config, params), batch, None,
+            target_config=config, draft_config=draft, options=options, block=block,
+        )  # fmt: skip
+        return sums.total, sums
 
-        def exact(predicted):
-            p = scipy.special.softmax(truth @ matrix.T, axis=1)
-            return -np.sum((p * scipy.special.log_softmax(predicted @ matrix.T, axis=1))[counted])
-
-        gradient = jax.jit(jax.grad(cross_entropy))(jnp.asarray(predicted))
-        step = 1e-6
-        for index in np.ndindex(*predicted.shape):
-            moved = np.zeros(predicted.shape)
-            moved[index] = step
-            slope = (exact(predicted + moved) - exact(predicted - moved)) / (2 * step)
-            assert gradient[index] == pytest.approx(slope, rel=1e-4, abs=1e-6)
+    gradient, sums = jax.jit(jax.grad(total, has_aux=True))(draft_params)
+    return jax.device_get((sums, gradient))
 
 
-def test_extreme_logits_stay_finite_and_exact():
-    matrix = jnp.array([[1.0], [0.0], [-1.0]])
-    truth, predicted = jnp.array([[3e4], [0.0]]), jnp.array([[-3e4], [0.0]])
+@pytest.mark.parametrize("config, hass_steps, top_k_weight", [(TOY, 1, 0.0), (UNTIED, 2, 0.5)], ids=["plain", "all of it"])
+def test_stored_means_give_the_loss_of_the_whole_distribution(config, hass_steps, top_k_weight):
+    params, _, _, batch = toy(config)
+    options = dataclasses.replace(OPTIONS, hass_steps=hass_steps, hass_top_k=3, hass_top_k_weight=top_k_weight)
+    expected, expected_gradient = sums_and_gradient(batch, options, config)
+    step = make_means_step(Distance.of(options), make_mesh(data=1), 4, "float32")
+    sums, gradient = sums_and_gradient(batch._replace(means=step(borrow(config, params), batch)), options, config)
+    np.testing.assert_allclose(sums.total, expected.total, rtol=1e-5)
+    for found, known in zip(sums.steps, expected.steps, strict=True):
+        np.testing.assert_allclose(found.tokens.distance, known.tokens.distance, rtol=1e-5)
+        assert found.tokens.counted == known.tokens.counted > 0 and found.tokens.agreement is None
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), gradient, expected_gradient)
 
-    def total(predicted):
-        sums = token_loss(2, matrix, predicted, truth, jnp.array([True, True]))
-        return sums.cross_entropy, sums
 
-    gradient, sums = jax.jit(jax.grad(total, has_aux=True))(predicted)
-    assert sums.cross_entropy == pytest.approx(6e4 + np.log(3))  # all of p where log q = −6e4, then uniform
-    assert sums.target_entropy == pytest.approx(np.log(3), rel=1e-6)
-    assert sums.acceptance == pytest.approx(1.0, rel=1e-6)  # 0 at the first token, 1 at the second
-    assert sums.agreement == 1.0
-    np.testing.assert_allclose(gradient, [[-2.0], [0.0]], atol=1e-6)  # (q − p) @ matrix
+def test_each_harmonised_step_is_what_decoding_does():
+    """Step n at t: the draft reads the target's states up to t − n + 1, and then n − 1 times its own prediction."""
+    params, draft, draft_params, batch = toy(TOY)
+    embedding, hidden = embed_tokens(TOY, params, batch.tokens[:, 1:]), batch.hidden[:, :-1]
+    length = hidden.shape[1]
+    all_at_once = jax.jit(lambda *inputs: list(draft_steps(draft, draft_params, *inputs, 4)))(embedding, hidden)
+
+    def extended(embedding, states, cache):
+        predicted, cache = Draft(draft).apply(
+            {"params": draft_params}, embedding, states, cached_view(cache, states.shape[1]), cache, method="decode"
+        )
+        return predicted[:, -1:], cache._replace(length=cache.length + states.shape[1])
+
+    extended = jax.jit(extended)
+    for begin in (0, 1, 3):
+        cache = empty_cache(draft.decoder, 3, length)
+        predicted, cache = extended(embedding[:, : begin + 1], hidden[:, : begin + 1], cache)
+        for t, of_step in enumerate(all_at_once, begin):
+            np.testing.assert_allclose(of_step[:, t], predicted[:, 0], rtol=1e-4, atol=1e-5)
+            predicted, cache = extended(embedding[:, t + 1 : t + 2], predicted, cache)
+    assert np.abs(all_at_once[1][:, 2:] - all_at_once[0][:, 2:]).max() > 0.01
+
+
+def test_later_steps_count_only_what_a_draft_of_the_answer_reaches():
+    *_, batch = toy(TOY)
+    counted = np.zeros((3, 9), bool)
+    counted[0, 3:8] = True  # an answer: its draft starts at t = 2, and t = 2 … 6 count
+    counted[1, [2, 4, 6]] = True  # every answer two tokens long: no second step
+    batch = batch._replace(counted=counted, weight=counted.astype(np.float32))
+    sums, _ = sums_and_gradient(batch, dataclasses.replace(OPTIONS, hass_steps=3))
+    assert [float(step.tokens.counted) for step in sums.steps] == [5 + 3, 4, 3]
+    assert sums.total == pytest.approx(sum(0.7 * step.hidden_loss + 0.3 * step.tokens.distance for step in sums.steps))
+
+
+def test_weights_weigh_and_dropped_tokens_cost_nothing_else():
+    *_, batch = toy(TOY)
+    random = np.random.default_rng(1)
+    weight = np.where(random.random((3, 9)) < 0.5, random.random((3, 9)), 0).astype(np.float32) * batch.counted
+    sums, _ = sums_and_gradient(batch._replace(weight=weight), OPTIONS)
+    params, draft, draft_params, _ = toy(TOY)
+    expected = slow_sums(draft_params, params, batch._replace(weight=weight), TOY, draft, OPTIONS)
+    np.testing.assert_allclose(sums.total, expected["total"], rtol=1e-5)
+    np.testing.assert_allclose(sums.counted, weight[:, 1:].sum(), rtol=1e-6)
+
+
+def test_bfloat16_activations_are_close_and_leave_gradients_float32():
+    *_, batch = toy(TOY)
+    expected, _ = sums_and_gradient(batch, OPTIONS)
+    sums, gradient = sums_and_gradient(batch, dataclasses.replace(OPTIONS, compute_dtype="bfloat16"))
+    assert sums.total == pytest.approx(expected.total, rel=0.05) and sums.total != expected.total
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(gradient)} == {"float32"}
 
 
 def test_the_first_answer_token_and_the_prompt_do_not_count():
@@ -127,7 +176,7 @@ def test_the_first_answer_token_and_the_prompt_do_not_count():
     sample = Sample("a", "s", np.arange(6, dtype=np.int32), assistant)
     params, draft, draft_params, batch = toy(TOY)
     hidden = batch.hidden[:1, :6]
-    batch = DraftBatch(sample.tokens[None], sample.counted[None], hidden)
+    batch = DraftBatch(sample.tokens[None], sample.counted[None], sample.counted[None].astype(np.float32), hidden)
 
     @jax.jit
     def sums(batch):
@@ -136,24 +185,11 @@ def test_the_first_answer_token_and_the_prompt_do_not_count():
             target_config=TOY, draft_config=draft, options=OPTIONS, block=4,
         )  # fmt: skip
 
-    assert sums(batch).tokens.counted == 2  # at t = 1 and 2 the draft guesses x_3 and x_4; x_2 is the target's own
+    assert sums(batch).counted == 2  # at t = 1 and 2 the draft guesses x_3 and x_4; x_2 is the target's own
     # The loss at t = 2 compares with h_3; nothing reads h_4, h_5 or x_4, x_5.
     changed = batch._replace(hidden=hidden.at[:, 4:].add(9.0), tokens=np.array([[0, 1, 2, 3, 30, 31]], np.int32))
     jax.tree.map(np.testing.assert_array_equal, sums(changed), sums(batch))
     assert sums(batch._replace(hidden=hidden.at[:, 3].add(9.0))).total != sums(batch).total
-
-
-def test_no_counted_token_means_zero_loss_and_gradient():
-    head = borrow(TOY, toy(TOY)[0]).embedding
-    rows = jnp.ones((4, 32))
-
-    def total(predicted):
-        sums = token_loss(2, head, predicted, rows, jnp.zeros(4, bool))
-        return sums.cross_entropy, sums
-
-    gradient, sums = jax.jit(jax.grad(total, has_aux=True))(2 * rows)
-    assert all(value == 0 for value in sums)
-    np.testing.assert_array_equal(gradient, 0)
 
 
 def test_noise_is_uniform_scaled_by_length_and_blind_to_padding():

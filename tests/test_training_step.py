@@ -1,5 +1,6 @@
 """The compiled step: what its result must not depend on, the schedule, and that it compiles once."""
 
+import dataclasses
 import functools
 
 import jax
@@ -13,7 +14,7 @@ from jsfdd.models.draft import draft_config
 from jsfdd.models.target import hidden_states, init_params
 from jsfdd.records import DraftBatch
 from jsfdd.training.loss import borrow
-from jsfdd.training.step import init_state, learning_rate_schedule, make_optimizer, make_train_step
+from jsfdd.training.step import init_state, learning_rate_schedule, make_accumulating_step, make_optimizer, make_train_step
 
 CONFIG = toy_config()
 DRAFT = draft_config(CONFIG)
@@ -41,7 +42,8 @@ def batch(rows=4, length=12):
     tokens = random.integers(0, CONFIG.vocab_size, (rows, length)).astype(np.int32)
     counted = random.random((rows, length)) < 0.5
     counted[:, -1] = False
-    return DraftBatch(tokens, counted, np.asarray(jax.jit(hidden_states, static_argnums=0)(CONFIG, target(), tokens)))
+    hidden = jax.jit(hidden_states, static_argnums=0)(CONFIG, target(), tokens)
+    return DraftBatch(tokens, counted, counted.astype(np.float32), np.asarray(hidden))
 
 
 def run(batch, devices=1, steps=2):
@@ -70,10 +72,11 @@ def test_padding_rows_and_columns_change_nothing():
     padded = DraftBatch(
         np.pad(plain.tokens, ((0, 4), (0, 5))),
         np.pad(plain.counted, ((0, 4), (0, 5))),
+        np.pad(plain.weight, ((0, 4), (0, 5))),
         np.pad(plain.hidden, ((0, 4), (0, 5), (0, 0))),
     )
     (params, metrics), (padded_params, padded_metrics) = run(plain), run(padded)
-    assert metrics.sums.tokens.counted == padded_metrics.sums.tokens.counted > 0
+    assert metrics.sums.counted == padded_metrics.sums.counted > 0
     assert_close(padded_metrics, metrics, rtol=1e-5, atol=1e-6)
     assert_close(padded_params, params, rtol=1e-4, atol=2e-6)
 
@@ -84,10 +87,11 @@ def test_what_fills_the_padding_changes_nothing():
     counted = plain.counted & ~beyond[None]
     noisy = plain._replace(
         counted=counted,
+        weight=counted.astype(np.float32),
         tokens=np.where(beyond[None] & (np.arange(12) > 9)[None], 7, plain.tokens),
         hidden=np.where((np.arange(12) > 9)[None, :, None], 100.0, plain.hidden).astype(np.float32),
     )
-    expected, found = run(plain._replace(counted=counted)), run(noisy)
+    expected, found = run(plain._replace(counted=counted, weight=counted.astype(np.float32))), run(noisy)
     assert_close(found, expected, rtol=0, atol=0)
 
 
@@ -117,6 +121,21 @@ def test_devices_talk_once_a_step():
     assert "all-gather" not in text and "all-to-all" not in text
 
 
+def test_accumulated_batches_are_one_large_batch():
+    whole, mesh = batch(rows=8), make_mesh(data=1)
+    options = dataclasses.replace(OPTIONS, hidden_noise=0.0)
+    fresh = replicate(init_state(DRAFT, OPTIMIZER, seed=0), mesh)
+    one, metrics = make_train_step(CONFIG, DRAFT, OPTIMIZER, mesh, options)(frozen_on(mesh), fresh, whole)
+    options = dataclasses.replace(options, accumulate=3)
+    step = make_accumulating_step(CONFIG, DRAFT, OPTIMIZER, mesh, options)
+    parts = [jax.tree.map(lambda x, rows=rows: x[rows], whole) for rows in (slice(0, 4), slice(4, 6), slice(6, 8))]
+    fresh = replicate(init_state(DRAFT, OPTIMIZER, seed=0), mesh)
+    added, metrics_of_three = step(frozen_on(mesh), fresh, parts)
+    assert_close(metrics_of_three, metrics, rtol=1e-5, atol=1e-6)
+    assert_close(added.params, one.params, rtol=1e-4, atol=2e-6)
+    assert int(added.step) == 1
+
+
 def test_noise_changes_from_step_to_step_and_can_be_switched_off():
     mesh = make_mesh(data=1)
     for noise, number_of_losses in ((0.0, 1), (0.2, 3)):
@@ -125,7 +144,7 @@ def test_noise_changes_from_step_to_step_and_can_be_switched_off():
         )
         step = make_train_step(CONFIG, DRAFT, OPTIMIZER, mesh, options)
         state, losses = replicate(init_state(DRAFT, OPTIMIZER, seed=0), mesh), set()
-        for number in range(3):  # the same parameters each time: only the noise can differ
+        for _ in range(3):  # the same parameters each time: only the noise can differ
             fresh = replicate(init_state(DRAFT, OPTIMIZER, seed=0), mesh)._replace(step=state.step)
             state, metrics = step(frozen_on(mesh), fresh, batch())
             losses.add(float(metrics.sums.total))

@@ -16,8 +16,8 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
-from jsfdd.config import MaskSpan
 from jsfdd.data.forms import Message
+from jsfdd.options import MaskSpan
 
 _MARKS: dict[MaskSpan, tuple[tuple[str, str | None], ...]] = {
     "thinking": (("<think>", "</think>"), ("<thinking>", "</thinking>")),

@@ -31,10 +31,10 @@ import jinja2
 import numpy as np
 from jaxtyping import Bool
 
-from jsfdd.config import MaskSpan
 from jsfdd.data.chat import Chat, Message
 from jsfdd.data.forms import text_of_calls
 from jsfdd.data.spans import excluded_spans
+from jsfdd.options import MaskSpan
 from jsfdd.records import Sample
 
 _CHUNK = 256  # conversations per tokenizer call, which spreads them over the cores

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
@@ -55,6 +56,9 @@ class DecodeSetup:
         for name, top_k in (("tree's top-k", self.tree.top_k if self.tree else 0), ("top-k", self.cutoff.top_k)):
             if top_k > self.target.vocab_size:
                 raise ValueError(f"{name} {top_k} exceeds the vocabulary of {self.target.vocab_size} tokens")
+        if self.tree and self.draft.vocabulary and self.tree.top_k > len(self.draft.vocabulary):
+            size = len(self.draft.vocabulary)
+            raise ValueError(f"tree's top-k {self.tree.top_k} exceeds the draft's vocabulary of {size} tokens")
 
     def cache_slots(self, prompt_length: int) -> int:
         """Slots for a prompt bucket, its answer, and the draft tokens of a last step that starts one token short."""
@@ -244,7 +248,7 @@ def _chain_round(setup: DecodeSetup, params: dict, state: DecodeState, temperatu
     keys = _keys_at(state.keys, state.target_cache.length + 1)
 
     def draw_at(number, hidden):
-        logits = head_logits(setup.target, params["target"], hidden)
+        logits = _draft_logits(setup, params, hidden)
         return draw(_purpose(keys, number), logits, temperature, setup.cutoff), logits
 
     def deeper(carry, number):
@@ -300,7 +304,7 @@ def _grow_tree(setup: DecodeSetup, params: dict, state: DecodeState) -> tuple[Tr
         return _draft_forward(setup, params, cache, view, hidden, tokens)
 
     def log_probs(hidden):
-        return jax.nn.log_softmax(head_logits(setup.target, params["target"], hidden), axis=-1)
+        return jax.nn.log_softmax(_draft_logits(setup, params, hidden), axis=-1)
 
     proposals, cache = grow(setup.tree, state.draft_hidden, state.draft_cache, forward, log_probs)
     return rerank(setup.tree, proposals, state.last_token), cache
@@ -321,6 +325,15 @@ def _draft_forward(setup: DecodeSetup, params: dict, cache: KVCache, view: View,
     """The draft over pairs (hidden [B,T,D], tokens int[B,T]) that continue its cache, seeing what the view shows."""
     embedding = embed_tokens(setup.target, params["target"], tokens)
     return Draft(setup.draft).apply({"params": params["draft"]}, embedding, hidden, view, cache, method="decode")
+
+
+def _draft_logits(setup: DecodeSetup, params: dict, hidden) -> Float[Array, "*shape V"]:
+    """The draft's logits: the target's head, −inf where the draft has a vocabulary and a token is not in it."""
+    if not setup.draft.vocabulary:
+        return head_logits(setup.target, params["target"], hidden)
+    tokens = np.array(setup.draft.vocabulary)
+    logits = head_logits(setup.target, params["target"], hidden, tokens)
+    return jnp.full((*logits.shape[:-1], setup.target.vocab_size), -jnp.inf).at[..., tokens].set(logits)
 
 
 def _keys_at(keys, position):

@@ -42,7 +42,7 @@ def read_with_draft(reader: Reader, draft: DraftConfig, params: dict, texts: Seq
     kernel = params["fc"]["kernel"]
     width = kernel.shape[0] // 2
     exchanged = {**params, "fc": {**params["fc"], "kernel": jnp.concatenate([kernel[width:], kernel[:width]])}}
-    target_rope = DraftConfig(dataclasses.replace(draft.decoder, rope=reader.target.config.rope), draft.fc_bias)
+    target_rope = dataclasses.replace(draft, decoder=dataclasses.replace(draft.decoder, rope=reader.target.config.rope))
     given: list[Choices] = []
     variants: dict[str, list[Choices]] = {SWAPPED: [], BEFORE_NORM: [], OWN_TOKEN: []}
     if not ropes_agree(reader.target.config, draft.decoder):

@@ -17,11 +17,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jsfdd.data.batches import bucket_lengths, pad_rows
 from jsfdd.decoding.generate import DecodeSetup, PromptBatch, make_stream, prepare_params
-from jsfdd.models.draft import Draft, DraftConfig
+from jsfdd.models.draft import Draft, DraftConfig, allowed_tokens
 from jsfdd.models.layers import causal_view
 from jsfdd.models.target import embed_tokens, final_norm, head_logits, residual_stream
 from jsfdd.weights.load import Target
@@ -127,10 +127,16 @@ class Reader:
         """Of a text, right-padded to `width`; with `layers`, as a target of only the first so many layers."""
         return self._read(self.target.params, self._pad(tokens)[None], layers=layers or self.target.config.num_layers)
 
-    def choices(self, hidden: Float[Array, "T D"], tokens: Int[np.ndarray, " N"]) -> Choices:
-        """What the head says after each of the N tokens but the last, asked about the token that follows: n = N − 1."""
+    def choices(
+        self, hidden: Float[Array, "T D"], tokens: Int[np.ndarray, " N"], allowed: Bool[np.ndarray, " V"] | None = None
+    ) -> Choices:
+        """What the head says after each of the N tokens but the last, asked about the token that follows: n = N − 1.
+
+        `allowed`: the tokens that it may choose, None for all.
+        """
         asked = np.roll(self._pad(tokens), -1)
-        return Choices(*(np.asarray(x)[: len(tokens) - 1] for x in self._choose(self.target.params, hidden, asked)))
+        chosen = self._choose(self.target.params, hidden, asked, allowed)
+        return Choices(*(np.asarray(x)[: len(tokens) - 1] for x in chosen))
 
     def draft_output(
         self, config: DraftConfig, params: dict, embedding: Float[Array, "T D"], hidden: Float[Array, "T D"]
@@ -148,15 +154,17 @@ class Reader:
         stream, _ = residual_stream(config, params, tokens, causal_view(*tokens.shape), None)
         return WholeText(stream[0], final_norm(config, params, stream)[0], embed_tokens(config, params, tokens)[0])
 
-    def _head_choices(self, params, hidden, asked):
+    def _head_choices(self, params, hidden, asked, allowed):
         # A block at a time: the logits of a long text are the largest thing here by far.
         def of_block(block):
             rows, tokens = block
             logits = head_logits(self.target.config, params, rows)
+            scale = jnp.max(jnp.abs(logits), axis=1)
+            if allowed is not None:
+                logits = jnp.where(allowed[None, :], logits, -jnp.inf)
             first, best = jnp.max(logits, axis=1), jnp.argmax(logits, axis=1)
             others = jnp.where(jnp.arange(logits.shape[1])[None, :] == best[:, None], -jnp.inf, logits)
             second = jnp.max(others, axis=1)
-            scale = jnp.max(jnp.abs(logits), axis=1)
             own = jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0]
             probability = jnp.exp(first - jax.nn.logsumexp(logits, axis=1))
             return best, probability, (first - second) / scale, (first - own) / scale
@@ -184,4 +192,4 @@ def draft_choices(
       hidden: row t is what it gets as h_t.
     """
     output = reader.draft_output(config, params, embedding, hidden)
-    return Choices(*(x[: len(tokens) - 2] for x in reader.choices(output, tokens[1:])))
+    return Choices(*(x[: len(tokens) - 2] for x in reader.choices(output, tokens[1:], allowed_tokens(config))))

@@ -9,9 +9,12 @@ target's, borrowed and frozen.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Iterator
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from jsfdd.models.architecture import DecoderConfig
@@ -21,17 +24,37 @@ from jsfdd.records import KVCache
 
 @dataclasses.dataclass(frozen=True)
 class DraftConfig:
-    """A draft's shape: a one-layer decoder, and whether fc has a bias (engines disagree on it, so by default not)."""
+    """A draft's shape.
+
+    Attributes:
+      decoder: of one layer; its vocabulary is the target's.
+      fc_bias: whether fc has a bias; engines disagree on it, so by default not.
+      vocabulary: the tokens that the draft can propose, ascending; empty for all of the target's.
+    """
 
     decoder: DecoderConfig
     fc_bias: bool = False
+    vocabulary: tuple[int, ...] = ()
 
     def __post_init__(self):
+        if self.vocabulary and not 0 <= self.vocabulary[0] <= self.vocabulary[-1] < self.decoder.vocab_size:
+            raise ValueError(f"a draft vocabulary with a token outside the target's {self.decoder.vocab_size}")
+        if any(a >= b for a, b in itertools.pairwise(self.vocabulary)):
+            raise ValueError("a draft vocabulary must ascend")
         if self.decoder.num_layers != 1:
             raise ValueError(f"an EAGLE draft has one layer, not {self.decoder.num_layers}")
 
 
-def draft_config(target: DecoderConfig, fc_bias: bool = False) -> DraftConfig:
+def allowed_tokens(config: DraftConfig) -> np.ndarray | None:
+    """bool[V]: which tokens the draft can propose; None where it can propose all."""
+    if not config.vocabulary:
+        return None
+    allowed = np.zeros(config.decoder.vocab_size, bool)
+    allowed[list(config.vocabulary)] = True
+    return allowed
+
+
+def draft_config(target: DecoderConfig, fc_bias: bool = False, vocabulary: tuple[int, ...] = ()) -> DraftConfig:
     """The draft for `target`: one full-attention Llama-style layer of the target's own widths, heads and rotation.
 
     Served drafts are Llama layers whatever the target's family, so the family's extras (q/k norms, biases, sandwich
@@ -50,7 +73,7 @@ def draft_config(target: DecoderConfig, fc_bias: bool = False) -> DraftConfig:
         sliding_layers=(),
         local_rope=None,
     )
-    return DraftConfig(decoder, fc_bias)
+    return DraftConfig(decoder, fc_bias, vocabulary)
 
 
 class Draft(nn.Module):
@@ -70,12 +93,43 @@ class Draft(nn.Module):
 
     def decode(self, embedding, hidden, view: View, cache: KVCache | None):
         """Predicted hidden states [B,T,D] of new pairs, and `cache` with their keys and values, its length as it was."""
+        keys, values, start = (None, None, None) if cache is None else (cache.k, cache.v, cache.length)
+        x, keys, values = self._layer(embedding, hidden, view, keys, values, start, None)
+        return x, None if cache is None else KVCache(keys, values, cache.length)
+
+    def again(self, embedding, hidden, earlier: tuple):
+        """(predicted hidden states [B,T,D], its keys and values) of the draft step after `earlier`; see `draft_steps`."""
+        view = causal_view(*embedding.shape[:2])
+        first = view.mask & jnp.tri(hidden.shape[1], k=-len(earlier), dtype=bool)[None]
+        x, keys, values = self._layer(embedding, hidden, view._replace(mask=first), None, None, None, earlier)
+        return x, (keys, values)
+
+    def _layer(self, embedding, hidden, view: View, keys, values, start, earlier):
         cfg = self.config.decoder
         x = self.fc(jnp.concatenate([embedding.astype(hidden.dtype), hidden], axis=-1))
         table = rope_table(view.positions, cfg.rope, cfg.head_dim)
-        keys, values, start = (None, None, None) if cache is None else (cache.k, cache.v, cache.length)
-        x, keys, values = self.layer(x, table, view.mask, keys, values, 0, start)
-        return x, None if cache is None else KVCache(keys, values, cache.length)
+        return self.layer(x, table, view.mask, keys, values, 0, start, earlier)
+
+
+def draft_steps(
+    config: DraftConfig,
+    params: dict,
+    embedding: Float[Array, "B T D"],
+    hidden: Float[Array, "B T D"],
+    num_steps: int,
+) -> Iterator[Float[Array, "B T D"]]:
+    """Predicted h_{t+1} of whole sequences, of each of `num_steps` draft steps in turn (HASS, arXiv 2408.15766).
+
+    Step 1 reads the target's hidden states, as EAGLE trains. Step n reads at t what step n − 1 predicted for it, at
+    t − 1, and attends as a draft that is n tokens ahead does (`harmonised_attention`): training sees what decoding does.
+    At t < n − 1 no step n exists, and what is given there means nothing.
+    """
+    draft, earlier = Draft(config), ()
+    for _ in range(num_steps):
+        hidden, pair = draft.apply({"params": params}, embedding, hidden, earlier, method="again")
+        yield hidden
+        earlier = (*earlier, pair)
+        hidden = jnp.pad(hidden[:, :-1], ((0, 0), (1, 0), (0, 0)))
 
 
 def init_draft(config: DraftConfig, key: Array) -> dict:

@@ -7,6 +7,7 @@ Modules are stateless: parameters, masks and the KV cache are arguments, and a c
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -141,8 +142,12 @@ class Attention(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x, table, mask, keys, values, layer, start):
-        """x [B,T,D], mask bool[B,T,S]; keys, values: a `KVCache`'s arrays or None. Returns (y, keys, values)."""
+    def __call__(self, x, table, mask, keys, values, layer, start, earlier=None):
+        """x [B,T,D], mask bool[B,T,S]; keys, values: a `KVCache`'s arrays or None. Returns (y, keys, values).
+
+        In draft training, `earlier` has the keys [B,K,H,T] and values [B,K,T,H] of each earlier draft step over the same
+        tokens (`harmonised_attention`), there is no cache, `mask` is for the first, and returned are this step's own.
+        """
         cfg = self.config
         batch, length = x.shape[:2]
         heads, kv_heads, dim = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
@@ -157,6 +162,7 @@ class Attention(nn.Module):
         q, k = rotate(q, table), rotate(k, table)
         if keys is None:
             k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)  # [B,K,H,S] and [B,K,S,H], as the cache has them
+            keys, values = (None, None) if earlier is None else (k, v)
         else:
             keys, values = write_cache(keys, values, layer, k, v, start)
             k = jax.lax.dynamic_index_in_dim(keys, layer, keepdims=False)
@@ -167,6 +173,10 @@ class Attention(nn.Module):
         # The queries that share a key/value head are rows of one matrix: two plain batched products, nothing transposed
         # but the queries and the result.
         q = q.reshape(batch, length, kv_heads, shared, dim).transpose(0, 2, 3, 1, 4)
+        if earlier:
+            y = harmonised_attention(q * scale, [*earlier, (k, v)], mask)
+            y = y.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads * dim)
+            return nn.Dense(cfg.hidden_size, use_bias=False, name="o_proj")(y), keys, values
         logits = jnp.matmul(q.reshape(batch, kv_heads, shared * length, dim), k, preferred_element_type=jnp.float32) * scale
         logits = logits.reshape(batch, kv_heads, shared, length, k.shape[-1])
         logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
@@ -174,6 +184,44 @@ class Attention(nn.Module):
         y = jnp.matmul(weights.reshape(batch, kv_heads, shared * length, k.shape[-1]), v)
         y = y.reshape(batch, kv_heads, shared, length, dim).transpose(0, 3, 1, 2, 4).reshape(batch, length, heads * dim)
         return nn.Dense(cfg.hidden_size, use_bias=False, name="o_proj")(y), keys, values
+
+
+def harmonised_attention(
+    q: Float[Array, "B K G T H"],
+    steps: Sequence[tuple[Float[Array, "B K H T"], Float[Array, "B K T H"]]],
+    mask: Bool[Array, "B T T"],
+) -> Float[Array, "B K G T H"]:
+    """What the queries of a draft's step n attend to, as while decoding (HASS, arXiv 2408.15766 §3.2).
+
+    A draft that is n tokens ahead at position t has read the target's own hidden states up to position t − n + 1, and
+    those of its steps 2 … n − 1 at the positions in between. So of step 1 it sees all keys up to there (`mask`), and of
+    step m > 1 the single one at t − (n − m): a diagonal. All of them share one softmax, so what is not seen weighs
+    nothing.
+
+    Args:
+      q: scaled queries of step n, G of them to a key/value head.
+      steps: keys and values of steps 1 … n.
+      mask: which keys of step 1 each query sees.
+    """
+    (first_k, first_v), *others = steps
+    batch, kv_heads, group, length, dim = q.shape
+    flat = q.reshape(batch, kv_heads, group * length, dim)
+    logits = jnp.matmul(flat, first_k, preferred_element_type=jnp.float32).reshape(batch, kv_heads, group, length, length)
+    logits = [jnp.where(mask[:, None, None], logits, -jnp.inf)]
+    behind = []  # values of the later steps, each moved to the query that sees it
+    for distance, (k, v) in zip(reversed(range(len(others))), others):
+        pad = ((0, 0), (0, 0), (distance, 0), (0, 0))
+        k, v = (jnp.pad(x[:, :, : length - distance], pad)[:, :, None] for x in (k.swapaxes(2, 3), v))
+        seen = jnp.sum(q.astype(jnp.float32) * k.astype(jnp.float32), axis=-1, keepdims=True)
+        exists = (jnp.arange(length) >= distance)[None, None, None, :, None]
+        logits.append(jnp.where(exists, seen, -jnp.inf))
+        behind.append(v)
+    weights = jax.nn.softmax(jnp.concatenate(logits, axis=-1), axis=-1).astype(first_v.dtype)
+    y = jnp.matmul(weights[..., :length].reshape(batch, kv_heads, group * length, length), first_v)
+    y = y.reshape(q.shape)
+    for number, v in enumerate(behind):
+        y = y + weights[..., length + number, None] * v
+    return y
 
 
 class MLP(nn.Module):
@@ -197,15 +245,15 @@ class DecoderLayer(nn.Module):
     input_norm: bool = True
 
     @nn.compact
-    def __call__(self, x, table, mask, keys, values, layer, start):
-        """Shapes as in `Attention`. Returns (x, keys, values)."""
+    def __call__(self, x, table, mask, keys, values, layer, start, earlier=None):
+        """Arguments as in `Attention`. Returns (x, keys, values)."""
         cfg = self.config
 
         def norm(name, y):
             return RMSNorm(cfg.rms_norm_eps, name=name)(y)
 
         y = norm("input_norm", x) if self.input_norm else x
-        y, keys, values = Attention(cfg, name="attention")(y, table, mask, keys, values, layer, start)
+        y, keys, values = Attention(cfg, name="attention")(y, table, mask, keys, values, layer, start, earlier)
         x = x + (norm("post_attention_norm", y) if cfg.sandwich_norms else y)
         y = MLP(cfg, name="mlp")(norm("mlp_norm", x))
         x = x + (norm("post_mlp_norm", y) if cfg.sandwich_norms else y)

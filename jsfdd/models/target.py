@@ -15,6 +15,7 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jsfdd.models.architecture import DecoderConfig
@@ -89,12 +90,16 @@ def embed_tokens(config: DecoderConfig, params: dict, tokens: Int[Array, "*shape
     return embedding[tokens] * jnp.asarray(config.embedding_scale, embedding.dtype)
 
 
-def head_logits(config: DecoderConfig, params: dict, hidden: Float[Array, "*shape D"]) -> Float[Array, "*shape V"]:
-    """float32 logits of hidden states: the target's head, which the draft borrows as well."""
+def head_logits(
+    config: DecoderConfig, params: dict, hidden: Float[Array, "*shape D"], tokens: Int[np.ndarray, " V"] | None = None
+) -> Float[Array, "*shape V"]:
+    """float32 logits of hidden states: the target's head, which the draft borrows as well. `tokens`: of these alone."""
     if config.tie_embeddings:
         matrix, contract = params["embed"]["embedding"], 1
     else:
         matrix, contract = params["head"]["kernel"], 0
+    if tokens is not None:
+        matrix = jnp.take(matrix, tokens, axis=1 - contract)
     return jax.lax.dot_general(
         hidden.astype(matrix.dtype),
         matrix,

@@ -15,7 +15,7 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from jsfdd.config import Metric
+from jsfdd.options import Metric
 from jsfdd.records import Sample
 from jsfdd.selection.sfdd import how_many, place_in_order, random_score
 from jsfdd.selection.table import ScoreTable

@@ -19,12 +19,12 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
 
-from jsfdd.config import FeatureDtype
 from jsfdd.data.batches import choose_shapes, make_batches
 from jsfdd.mesh import map_over_devices
 from jsfdd.models.architecture import DecoderConfig
 from jsfdd.models.sharding import place_params
 from jsfdd.models.target import hidden_states
+from jsfdd.options import FeatureDtype
 from jsfdd.processes import several
 from jsfdd.records import Batch, Sample
 from jsfdd.selection.best_k import StillPossible

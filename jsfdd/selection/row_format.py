@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from jsfdd.config import FeatureDtype
+from jsfdd.options import FeatureDtype
 
 _PLAIN = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype("<f4")}
 _SCALE = np.dtype("<f4")

@@ -20,8 +20,8 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float
 
-from jsfdd.config import Metric
 from jsfdd.files import differences, sha256, write_json
+from jsfdd.options import Metric
 from jsfdd.records import Sample
 from jsfdd.selection.table import ScoreTable
 

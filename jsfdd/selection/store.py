@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from jsfdd.config import FeatureDtype
 from jsfdd.files import differences, plain, written_whole
+from jsfdd.options import FeatureDtype
 from jsfdd.selection.row_format import decode, row_bytes
 
 MANIFEST = "manifest.json"

@@ -21,8 +21,8 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from jsfdd.config import FeatureDtype
 from jsfdd.files import plain
+from jsfdd.options import FeatureDtype
 from jsfdd.processes import agree, is_primary, several, wait_for_all
 from jsfdd.records import Sample
 from jsfdd.selection.row_format import encode

@@ -16,34 +16,46 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from jsfdd.config import TrainingOptions
 from jsfdd.files import written_whole
-from jsfdd.training.loss import LossSums
+from jsfdd.training.loss import LossSums, StepSums
 
 _REMEDY = "delete this run's directory and train again"
 
 
-def mean_figures(batches: Sequence[LossSums], options: TrainingOptions) -> dict[str, float]:
+def mean_figures(batches: Sequence[LossSums]) -> dict[str, float | list[float]]:
     """Means per counted token over several batches' sums (host scalars); all 0 if no token counts.
 
-    `loss` weighs `hidden_loss` (SmoothL1) and `token_loss` (cross entropy, nats) as training does; `kl` is token_loss
-    less the target's own entropy; `agreement` and `acceptance` are shares in [0, 1].
+    `loss` is what is minimised, over all draft steps. The others are of the first step: `hidden_loss` (SmoothL1) and
+    `token_loss` (the distance, with HASS's top-k loss); where the target's distributions were at hand also `agreement`
+    and `acceptance`, shares in [0, 1], with `kl` (nats) or, of a draft vocabulary, its `coverage`. Of several draft steps
+    `agreement_by_step` and `acceptance_by_step` are lists, each step's over the tokens that it counts.
     """
+    count = max(_total(sums.counted for sums in batches), 1.0)
+    by_step = [_step_figures([sums.steps[n] for sums in batches]) for n in range(len(batches[0].steps) if batches else 0)]
+    if not by_step:
+        return {}
+    figures = {"loss": _total(sums.total for sums in batches) / count, **by_step[0]}
+    if len(by_step) > 1 and "agreement" in figures:
+        figures |= {f"{name}_by_step": [each[name] for each in by_step] for name in ("agreement", "acceptance")}
+    return figures
 
-    def total(values) -> float:
-        return math.fsum(float(value) for value in values)
 
-    count = max(total(sums.tokens.counted for sums in batches), 1.0)
-    hidden_loss = total(sums.hidden_loss for sums in batches) / count
-    token_loss = total(sums.tokens.cross_entropy for sums in batches) / count
-    return {
-        "loss": options.hidden_weight * hidden_loss + options.token_weight * token_loss,
-        "hidden_loss": hidden_loss,
-        "token_loss": token_loss,
-        "kl": token_loss - total(sums.tokens.target_entropy for sums in batches) / count,
-        "agreement": total(sums.tokens.agreement for sums in batches) / count,
-        "acceptance": total(sums.tokens.acceptance for sums in batches) / count,
-    }
+def _step_figures(sums: Sequence[StepSums]) -> dict[str, float]:
+    count = max(_total(each.tokens.counted for each in sums), 1.0)
+
+    def mean(name: str) -> float:
+        return _total(getattr(each.tokens, name) for each in sums) / count
+
+    figures = {"hidden_loss": _total(each.hidden_loss for each in sums) / count, "token_loss": mean("distance")}
+    known = sums[0].tokens
+    if known.cross_entropy is not None:
+        figures["kl"] = mean("cross_entropy") - mean("target_entropy")
+    names = ("agreement", "acceptance", "coverage")
+    return figures | {name: mean(name) for name in names if getattr(known, name) is not None}
+
+
+def _total(values) -> float:
+    return math.fsum(float(value) for value in values)
 
 
 def append_line(path: Path, line: dict) -> None:

@@ -10,7 +10,7 @@ up the devices', and only then is anything divided by the number of tokens. So a
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -20,10 +20,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from jsfdd.config import TrainingOptions
 from jsfdd.mesh import split_over_data, sum_over_devices
 from jsfdd.models.architecture import DecoderConfig
 from jsfdd.models.draft import DraftConfig, init_draft
+from jsfdd.options import TrainingOptions
 from jsfdd.records import DraftBatch, TrainState
 from jsfdd.training.loss import Borrowed, LossSums, loss_sums
 
@@ -84,6 +84,48 @@ def make_train_step(
     `state_shardings` says, with the same `shard_optimizer`: if True, each data shard updates its part of the draft and all
     gather the whole (ZeRO's first stage, arXiv 1910.02054 §5). The batch's rows must be a multiple of the data shards.
     """
+    gradient, update = _parts(target_config, draft_config, optimizer, mesh, options)
+
+    def train_step(frozen: Borrowed, state: TrainState, batch: DraftBatch):
+        return update(state, *gradient(frozen, state, batch, 0))
+
+    results = state_shardings(draft_config, optimizer, mesh, shard_optimizer), NamedSharding(mesh, P())
+    return jax.jit(train_step, donate_argnames=("state",), out_shardings=results)
+
+
+def make_accumulating_step(
+    target_config: DecoderConfig,
+    draft_config: DraftConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    options: TrainingOptions,
+    shard_optimizer: bool = False,
+) -> Callable[[Borrowed, TrainState, Sequence[DraftBatch]], tuple[TrainState, StepMetrics]]:
+    """As `make_train_step`, but `(frozen, state, batches) -> (state, metrics)`: one step on all batches' tokens.
+
+    Up to `options.accumulate` batches, of any shapes. Their gradients' sums are added up on the devices and divided by
+    all their tokens, so that it is the step of one large batch.
+    """
+    gradient, update = _parts(target_config, draft_config, optimizer, mesh, options)
+
+    def add(frozen: Borrowed, state: TrainState, batch: DraftBatch, number, so_far):
+        return jax.tree.map(jnp.add, so_far, gradient(frozen, state, batch, number))
+
+    first, add = jax.jit(gradient), jax.jit(add, donate_argnames=("so_far",))
+    results = state_shardings(draft_config, optimizer, mesh, shard_optimizer), NamedSharding(mesh, P())
+    update = jax.jit(update, donate_argnames=("state",), out_shardings=results)
+
+    def train_step(frozen: Borrowed, state: TrainState, batches: Sequence[DraftBatch]):
+        so_far = first(frozen, state, batches[0], 0)
+        for number, batch in enumerate(batches[1:], 1):
+            so_far = add(frozen, state, batch, number, so_far)
+        return update(state, *so_far)
+
+    return train_step
+
+
+def _parts(target_config, draft_config, optimizer, mesh, options):
+    """(a batch's summed gradient and sums, the optimizer's step with such), not compiled."""
     loss = _loss(target_config, draft_config, mesh, options)
     whole = NamedSharding(mesh, P())
 
@@ -96,12 +138,15 @@ def make_train_step(
 
     over_devices = sum_over_devices(gradient_sums, mesh, num_sharded=2)
 
-    def train_step(frozen: Borrowed, state: TrainState, batch: DraftBatch):
-        # One key per row and step: the noise does not depend on how rows are spread over devices.
+    def gradient(frozen: Borrowed, state: TrainState, batch: DraftBatch, number):
+        # One key per batch and row: the noise does not depend on how rows are spread over devices.
         rows = jnp.arange(batch.tokens.shape[0])
-        noise_keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(state.key, state.step), rows)
-        gradient, sums = over_devices({"draft": state.params, "frozen": frozen}, batch, noise_keys)
-        gradient = jax.tree.map(lambda g: g / jnp.maximum(sums.tokens.counted, 1.0), gradient)
+        key = jax.random.fold_in(state.key, state.step * options.accumulate + number)
+        noise_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
+        return over_devices({"draft": state.params, "frozen": frozen}, batch, noise_keys)
+
+    def update(state: TrainState, gradient, sums: LossSums):
+        gradient = jax.tree.map(lambda g: g / jnp.maximum(sums.counted, 1.0), gradient)
         # Else moments in parts make the compiler cut the gradient before its norm, and sum that up leaf by leaf.
         gradient = jax.lax.with_sharding_constraint(gradient, whole)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
@@ -110,8 +155,7 @@ def make_train_step(
         )
         return new, StepMetrics(sums, optax.tree.norm(gradient))
 
-    places = state_shardings(draft_config, optimizer, mesh, shard_optimizer)
-    return jax.jit(train_step, donate_argnames=("state",), out_shardings=(places, whole))
+    return gradient, update
 
 
 def make_evaluate_step(
@@ -131,9 +175,15 @@ def make_evaluate_step(
     return jax.jit(evaluate_step)
 
 
+def block_size(mesh: Mesh) -> int:
+    """Tokens that meet the vocabulary at a time.
+
+    Two [V, block] float32 arrays should stay near a CPU's caches; an accelerator wants large products instead.
+    """
+    return 128 if mesh.devices.flat[0].platform == "cpu" else 1024
+
+
 def _loss(target_config, draft_config, mesh, options):
-    # Two [V, block] float32 arrays should stay near a CPU's caches; an accelerator wants large products instead.
-    block = 128 if mesh.devices.flat[0].platform == "cpu" else 1024
     return functools.partial(
-        loss_sums, target_config=target_config, draft_config=draft_config, options=options, block=block
+        loss_sums, target_config=target_config, draft_config=draft_config, options=options, block=block_size(mesh)
     )

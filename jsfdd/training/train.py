@@ -1,7 +1,8 @@
 """The training loop: from samples and their stored hidden states to a draft, resumable at any moment.
 
     train_samples, held_out = split_held_out(samples, config.held_out_share)
-    result = train(target.config, target.params, train_samples, held_out, store, config, mesh, identity={…})
+    data, other = TrainingData(train_samples, store), TrainingData(held_out, store)
+    result = train(target.config, target.params, data, other, config, mesh, identity={…})
 
 Step s of a run is batch s of a list that is a pure function of the samples, the shapes and the seed; its noise is a
 function of the key and s. So the state of a run is its TrainState and nothing else, and a run that was killed
@@ -14,28 +15,32 @@ import dataclasses
 import hashlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jsfdd.config import Seeded, TrainConfig, TrainingOptions
-from jsfdd.data.batches import BatchPlan, Shape, choose_shapes, epoch_batches, make_batches, pad_batch, pad_rows
+from jsfdd.config import TrainConfig
+from jsfdd.data.batches import BatchPlan, Shape, choose_shapes, epoch_batches, make_batches
 from jsfdd.files import differences, plain
-from jsfdd.mesh import num_data_shards, put, shard_built_rows, to_host
+from jsfdd.mesh import put, to_host
 from jsfdd.models.architecture import DecoderConfig
 from jsfdd.models.draft import DraftConfig, draft_config
 from jsfdd.models.sharding import split_vocabulary
+from jsfdd.options import Seeded, TrainingOptions
 from jsfdd.processes import is_primary, wait_for_all
 from jsfdd.progress import progress as show_progress
-from jsfdd.records import Batch, DraftBatch, Sample, TrainState, samples_digest
+from jsfdd.records import Sample, TrainState, samples_digest
+from jsfdd.selection.vocabulary import frequent_tokens
+from jsfdd.training.batch import TrainingData, device_batch, weights_digest
 from jsfdd.training.log import append_line, drop_after, mean_figures, read_lines
-from jsfdd.training.loss import Borrowed, borrow
+from jsfdd.training.loss import Borrowed, borrow, restrict
 from jsfdd.training.step import (
     StepMetrics,
     init_state,
     learning_rate_schedule,
+    make_accumulating_step,
     make_evaluate_step,
     make_optimizer,
     make_train_step,
@@ -46,11 +51,8 @@ from jsfdd.weights import checkpoint
 METRICS = "metrics.jsonl"
 TIMINGS = "timings.jsonl"
 _STEPS_AHEAD = 2
-_STORE_AGAIN = "the store belongs to other data or another template: delete it and store again"
 _HELD_OUT_SALT = "jsfdd held out: "
 
-# Sample id -> [T, D], float32 or bfloat16; or what computes a batch's [B, T, D] on its devices.
-HiddenStates = Mapping[str, np.ndarray] | Callable[[Batch], jax.Array]
 Probe = Callable[[dict], dict]  # draft params -> figures, among them "tau"
 
 
@@ -75,6 +77,12 @@ class TrainResult:
     held_out: dict[str, float]
 
 
+def draft_of(target_config: DecoderConfig, options: TrainingOptions, samples: Sequence[Sample]) -> DraftConfig:
+    """The draft that these options train on `samples`."""
+    vocabulary = frequent_tokens(samples, options.draft_vocab, target_config.vocab_size) if options.draft_vocab else ()
+    return draft_config(target_config, options.fc_bias, vocabulary)
+
+
 def split_held_out(samples: Sequence[Sample], share: float) -> tuple[list[Sample], list[Sample]]:
     """(for training, held out): about `share` of the samples are held out, by a hash of their ids alone.
 
@@ -94,9 +102,8 @@ def split_held_out(samples: Sequence[Sample], share: float) -> tuple[list[Sample
 def train(
     target_config: DecoderConfig,
     target_params: dict,
-    samples: Sequence[Sample],
-    held_out: Sequence[Sample],
-    store: HiddenStates,
+    data: TrainingData,
+    held_out: TrainingData,
     config: TrainConfig,
     mesh: Mesh,
     *,
@@ -105,13 +112,11 @@ def train(
     probe: Probe | None = None,
     progress: bool = True,
 ) -> TrainResult:
-    """Train a draft on `samples`, or continue or just return the run that `config.out` already holds.
+    """Train a draft on `data`, or continue or just return the run that `config.out` already holds.
 
     Args:
       target_config, target_params: the target; of its parameters only embedding and head are used.
-      samples, held_out: two sides of `split_held_out`, of `samples` only the selected.
-      store: hidden states of both, after the target's final norm. What computes them should not wait for them: then the
-        devices work on the next batch's while they take this step.
+      data, held_out: two sides of `split_held_out`, of the first only the selected; means and weights matter to the first.
       config: `config.out` receives checkpoints/, metrics.jsonl and timings.jsonl.
       identity: JSON-ready; what else the result depends on (the target's fingerprint, the data's hash, …). A run is
         only continued with the same identity, options, samples and shapes.
@@ -127,25 +132,31 @@ def train(
       ValueError: no token counts, a sample's hidden states are missing or misshapen, or `config.out` holds another run.
       FloatingPointError: a loss or gradient is not finite; names the step and the samples of its batch.
     """
-    draft = draft_config(target_config, config.fc_bias)
-    shapes = shapes or choose_shapes([len(sample.tokens) for sample in [*samples, *held_out]], config.batch_tokens)
-    counted = np.array([_loss_tokens(sample) for sample in samples])
+    draft = draft_of(target_config, config, data.samples)
+    samples, others = data.samples, held_out.samples
+    shapes = shapes or choose_shapes([len(sample.tokens) for sample in [*samples, *others]], config.batch_tokens)
+    counted = np.array([_loss_tokens(data, sample) for sample in samples])
     if not counted.sum():
         raise ValueError("no token to train on: every sample's answers are empty or one token long; check the data")
     lengths = [len(sample.tokens) for sample in samples]
-    plans = [
-        (epoch, plan) for epoch in range(config.epochs) for plan in epoch_batches(lengths, shapes, config.seed, epoch)
+    steps = [
+        (epoch, batches)
+        for epoch in range(config.epochs)
+        for batches in _grouped(epoch_batches(lengths, shapes, config.seed, epoch), config.accumulate)
     ]
-    tokens_until = np.cumsum([counted[list(plan.indices)].sum() for _, plan in plans])
+    tokens_until = np.cumsum([sum(counted[list(plan.indices)].sum() for plan in batches) for _, batches in steps])
 
-    optimizer = make_optimizer(config, len(plans))
-    learning_rate = learning_rate_schedule(config, len(plans))
-    train_step = make_train_step(target_config, draft, optimizer, mesh, config, config.shard_optimizer)
-    held_out_figures = _make_held_out_figures(target_config, draft, held_out, store, config, mesh, shapes)
-    frozen = split_vocabulary(borrow(target_config, target_params), mesh)
+    optimizer = make_optimizer(config, len(steps))
+    learning_rate = learning_rate_schedule(config, len(steps))
+    accumulates = config.accumulate > 1
+    make_step = make_accumulating_step if accumulates else make_train_step
+    train_step = make_step(target_config, draft, optimizer, mesh, config, config.shard_optimizer)
+    held_out_figures = _make_held_out_figures(target_config, draft, held_out, config, mesh, shapes)
+    whole = split_vocabulary(borrow(target_config, target_params), mesh)
+    frozen = split_vocabulary(restrict(whole, draft), mesh)
     places = state_shardings(draft, optimizer, mesh, config.shard_optimizer)
     state = jax.tree.map(put, init_state(draft, optimizer, config.seed), places)
-    identity = {**identity, **_identity(samples, held_out, shapes, config)}
+    identity = {**identity, **_identity(data, others, shapes, config)}
 
     metrics_path, timings_path = config.out / METRICS, config.out / TIMINGS
     with checkpoint.open_checkpoints(config.out) as checkpoints:
@@ -166,32 +177,32 @@ def train(
         earlier = read_lines(metrics_path) if metrics_path.exists() else []
         best_tau = max((line["probe"]["tau"] for line in earlier if "probe" in line), default=0.0)
 
-        pending: list[tuple[int, BatchPlan, StepMetrics]] = []  # steps since the last line, their figures on the device
+        pending: list[tuple[int, Sequence[BatchPlan], StepMetrics]] = []  # since the last line, figures on the device
         clock = time.perf_counter()
         log = append_line if is_primary() else _log_nothing
-        with show_progress("train", "steps", len(plans), finished=start, shown=progress and is_primary()) as bar:
-            for step, (epoch, plan) in enumerate(plans[start:], start + 1):
-                batch = _device_batch([samples[i] for i in plan.indices], plan.shape, store, mesh)
-                state, metrics = train_step(frozen, state, batch)
-                pending.append((step, plan, metrics))
+        with show_progress("train", "steps", len(steps), finished=start, shown=progress and is_primary()) as bar:
+            for step, (epoch, plans) in enumerate(steps[start:], start + 1):
+                batches = [device_batch(data, plan.indices, plan.shape, mesh) for plan in plans]
+                state, metrics = train_step(frozen, state, batches if accumulates else batches[0])
+                pending.append((step, plans, metrics))
                 if len(pending) > _STEPS_AHEAD:  # else batches would queue on the device for as long as no one looks
                     jax.block_until_ready(pending[-_STEPS_AHEAD][2])
-                epoch_ends = step == len(plans) or plans[step][0] != epoch
-                save = step % config.save_every == 0 or step == len(plans)
+                epoch_ends = step == len(steps) or steps[step][0] != epoch
+                save = step % config.save_every == 0 or step == len(steps)
                 # A checkpoint ends a line too: figures that still await theirs are not part of it.
-                probes = probe is not None and (step % config.probe_every == 0 or step == len(plans))
+                probes = probe is not None and (step % config.probe_every == 0 or step == len(steps))
                 line_ends = step % config.log_every == 0 or epoch_ends or save or probes
 
                 if not line_ends:
                     bar.update(step)
                 else:
-                    figures = _checked_figures(pending, samples, config)
+                    figures = _checked_figures(pending, samples)
                     pending = []
-                    bar.update(step, figures=f"loss {figures['loss']:.3f}, agreement {figures['agreement']:.3f}")
+                    bar.update(step, figures=f"loss {figures['loss']:.3f}")
                     line = {"step": step, "epoch": epoch, **figures, "learning_rate": float(learning_rate(step - 1))}
                     log(metrics_path, {**line, "tokens": int(tokens_until[step - 1])})
-                if epoch_ends and held_out:
-                    figures = held_out_figures(frozen, state.params)
+                if epoch_ends and others:
+                    figures = held_out_figures(whole, state.params)
                     log(metrics_path, {"step": step, "epoch": epoch, "held_out": figures})
                 if probes:
                     figures = probe(state.params)
@@ -211,7 +222,7 @@ def train(
     return TrainResult(
         draft=draft,
         state=state,
-        steps=len(plans),
+        steps=len(steps),
         samples=len(samples),
         tokens=int(tokens_until[-1]),
         seconds=sum(line["seconds"] for line in read_lines(timings_path)),
@@ -219,88 +230,58 @@ def train(
     )
 
 
-def _loss_tokens(sample: Sample) -> int:
-    """Tokens of a sample that count in the loss: the EAGLE pairing needs one more to the left than the score."""
-    return int(sample.counted[1:].sum())
+def _loss_tokens(data: TrainingData, sample: Sample) -> int:
+    """Tokens of a sample that the loss visits: the EAGLE pairing needs one more to the left than the score."""
+    return int(np.count_nonzero(data.weight(sample)[1:]))
+
+
+def _grouped(plans: Sequence[BatchPlan], size: int) -> list[tuple[BatchPlan, ...]]:
+    """An epoch's batches, `size` to an optimizer step; its last step may have fewer."""
+    return [tuple(plans[begin : begin + size]) for begin in range(0, len(plans), size)]
 
 
 def _log_nothing(path, line: dict) -> None:
     """What processes other than the first log."""
 
 
-def _device_batch(samples: Sequence[Sample], shape: Shape, store: HiddenStates, mesh: Mesh) -> DraftBatch:
-    """A batch with its rows split over `mesh`, of which each process reads its own hidden states alone.
-
-    Which samples make a step does not depend on the mesh: where the data shards do not divide the rows, empty ones are
-    added.
-    """
-    shards = num_data_shards(mesh)
-    rows = -(-shape.rows // shards) * shards
-
-    def build(start: int, stop: int) -> Batch | DraftBatch:
-        own = samples[start:stop]
-        part = Shape(stop - start, shape.length)
-        # A device without samples gets one that does not count.
-        shown = own or samples[:1]
-        batch = pad_batch(shown, part)
-        batch = batch if own else batch._replace(counted=np.zeros_like(batch.counted))
-        if callable(store):
-            return batch
-        return DraftBatch(batch.tokens, batch.counted, pad_rows([_stored(sample, store) for sample in shown], part))
-
-    batch = shard_built_rows(build, rows, mesh)
-    return DraftBatch(batch.tokens, batch.counted, store(batch)) if callable(store) else batch
-
-
-def _stored(sample: Sample, store: Mapping[str, np.ndarray]) -> np.ndarray:
-    if sample.id not in store:
-        raise ValueError(f"sample {sample.id}: no stored hidden states; {_STORE_AGAIN}")
-    hidden = store[sample.id]
-    found, expected = len(hidden), len(sample.tokens)
-    if found != expected:
-        raise ValueError(f"sample {sample.id}: {found} stored hidden states for {expected} tokens; {_STORE_AGAIN}")
-    return hidden
-
-
 def _checked_figures(
-    pending: Sequence[tuple[int, BatchPlan, StepMetrics]], samples: Sequence[Sample], options: TrainingOptions
+    pending: Sequence[tuple[int, Sequence[BatchPlan], StepMetrics]], samples: Sequence[Sample]
 ) -> dict[str, float]:
     """Mean figures of the pending steps, after a look whether all of them are finite."""
     fetched = to_host([metrics for _, _, metrics in pending])
-    for (step, plan, _), metrics in zip(pending, fetched, strict=True):
+    for (step, plans, _), metrics in zip(pending, fetched, strict=True):
         if not (math.isfinite(metrics.sums.total) and math.isfinite(metrics.grad_norm)):
-            ids = ", ".join(samples[i].id for i in plan.indices)
+            ids = ", ".join(samples[i].id for plan in plans for i in plan.indices)
             raise FloatingPointError(
                 f"step {step}: loss {float(metrics.sums.total)}, gradient norm {float(metrics.grad_norm)}; look at the "
                 f"hidden states of its samples ({ids}), or lower --learning-rate"
             )
     grad_norm = float(np.mean([metrics.grad_norm for metrics in fetched], dtype=np.float64))
-    return {**mean_figures([metrics.sums for metrics in fetched], options), "grad_norm": grad_norm}
+    return {**mean_figures([metrics.sums for metrics in fetched]), "grad_norm": grad_norm}
 
 
-def _make_held_out_figures(target_config, draft, held_out, store, config, mesh, shapes):
+def _make_held_out_figures(target_config, draft, held_out: TrainingData, config, mesh, shapes):
     """`(frozen, draft_params) -> figures` of the held-out samples."""
     evaluate_step = make_evaluate_step(target_config, draft, mesh, config)
-    plans = make_batches([len(sample.tokens) for sample in held_out], shapes)
+    plans = make_batches([len(sample.tokens) for sample in held_out.samples], shapes)
 
     def figures(frozen: Borrowed, draft_params: dict) -> dict[str, float]:
         sums = []
         for plan in plans:
-            batch = _device_batch([held_out[i] for i in plan.indices], plan.shape, store, mesh)
+            batch = device_batch(held_out, plan.indices, plan.shape, mesh)
             sums.append(evaluate_step(frozen, draft_params, batch))
-        return mean_figures(to_host(sums), config)
+        return mean_figures(to_host(sums))
 
     return figures
 
 
-def _identity(
-    samples: Sequence[Sample], held_out: Sequence[Sample], shapes: Sequence[Shape], config: TrainConfig
-) -> dict:
+def _identity(data: TrainingData, held_out: Sequence[Sample], shapes: Sequence[Shape], config: TrainConfig) -> dict:
     """What the run's bits depend on and `train` can see."""
     names = [field.name for kind in (TrainingOptions, Seeded) for field in dataclasses.fields(kind)]
     return {
         "options": {name: getattr(config, name) for name in names},
-        "samples": samples_digest(samples),
+        "samples": samples_digest(data.samples),
+        "weights": None if data.weights is None else weights_digest(data),
         "held_out": samples_digest(held_out),
         "shapes": [list(shape) for shape in shapes],
     }

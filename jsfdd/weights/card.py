@@ -8,9 +8,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-from jsfdd.config import Flavour
 from jsfdd.files import read_json
 from jsfdd.models.draft import DraftConfig
+from jsfdd.options import Flavour
 
 _REPORT_KEYS = ("config", "tau", "tau_low", "tau_high", "alpha", "n_prompts")
 _PLACEHOLDER = "TARGET"

@@ -21,10 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from jsfdd.config import ExportDtype, Flavour
 from jsfdd.files import sync
 from jsfdd.models.architecture import Rope
 from jsfdd.models.draft import DraftConfig
+from jsfdd.options import ExportDtype, Flavour
 from jsfdd.weights.card import Provenance, Serving, model_card
 from jsfdd.weights.eagle import FLAT, NESTED, draft_tensors
 from jsfdd.weights.huggingface_config import read_json
@@ -100,6 +100,12 @@ def check_flavour(config: DraftConfig, flavour: Flavour, serving: Serving) -> No
             "rope",
             "this target's GGUF stores its rope scaling as a table of divisors, which config.json cannot hold; train with "
             "the target's Hugging Face directory instead",
+        )
+    if config.vocabulary:
+        refuse(
+            "vocabulary",
+            f"this draft proposes {len(config.vocabulary)} tokens, and no EAGLE-1/2 layout has a place for which (SGLang takes "
+            "them as a pickled tensor beside the draft); such a draft can only be used from its checkpoint",
         )
     if flavour == "eagle":
         if d.head_dim * d.num_heads != d.hidden_size:

@@ -1,0 +1,77 @@
+"""Token selection: within the samples that stay, train on the tokens with the flattest targets, or weigh tokens by it.
+
+    weights = token_weights(samples, read_token_scores(path), metric="flatness", retain_ratio=0.5, weighting="hard", seed=0)
+
+The vocabulary projection, most of a training step, visits a token only where its weight is above 0. The rest of the draft
+reads whole samples as before: a token that is not trained on is still context for the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float
+
+from jsfdd.options import TokenMetric
+from jsfdd.records import Sample
+from jsfdd.selection.table import TokenRow
+
+
+def token_weights(
+    samples: Sequence[Sample],
+    scores: Mapping[str, TokenRow],
+    *,
+    metric: TokenMetric,
+    retain_ratio: float,
+    weighting: Literal["hard", "soft"],
+    seed: int,
+) -> dict[str, Float[np.ndarray, " T"]]:
+    """Each sample's token weights, float32[T], 0 where a token is not trained on; sample id -> weights.
+
+    Of all the samples' counted tokens together the round(retain_ratio · N) with the highest metric stay, at least one;
+    ties are broken by the order of the samples and tokens.
+
+    Args:
+      samples: those that are trained on; tokens are ranked among them alone.
+      scores: per-token scores, of these samples at least.
+      metric: flatness or entropy (nats) of the target's distribution; `random` ranks by chance.
+      retain_ratio: share of the tokens that stays.
+      weighting: hard: tokens that stay weigh 1. soft: in proportion to the metric, so that those that stay weigh 1 on
+        average.
+      seed: of `random`.
+
+    Raises:
+      ValueError: a sample has no scores, or they are of other tokens.
+    """
+    values = [_values(sample, scores, metric, seed) for sample in samples]
+    counted = np.concatenate([sample.counted for sample in samples])
+    flat = np.concatenate(values)
+    places = np.flatnonzero(counted)
+    keep = max(round(retain_ratio * len(places)), 1)
+    kept = places[np.argsort(-flat[places], kind="stable")[:keep]]
+    weights = np.zeros(len(flat), np.float32)
+    if weighting == "hard" or not flat[kept].sum():
+        weights[kept] = 1.0
+    else:
+        weights[kept] = flat[kept] / flat[kept].mean()
+    ends = np.cumsum([len(value) for value in values])[:-1]
+    return dict(zip([sample.id for sample in samples], np.split(weights, ends), strict=True))
+
+
+def _values(sample: Sample, scores: Mapping[str, TokenRow], metric: TokenMetric, seed: int) -> Float[np.ndarray, " T"]:
+    if metric == "random":
+        # By the sample's id, so that a token's rank does not depend on which other samples there are.
+        digest = hashlib.sha256(f"{seed}:{sample.id}".encode()).digest()
+        return np.random.default_rng(int.from_bytes(digest[:8], "big")).random(len(sample.tokens))
+    if sample.id not in scores:
+        raise ValueError(f"sample {sample.id} has no token scores; score the same data again with --per-token")
+    row = scores[sample.id]
+    if not np.array_equal(row.counted, sample.counted):
+        raise ValueError(
+            f"sample {sample.id}: its token scores are of other tokens; score again with --per-token, the same template, "
+            "--max-length and --mask-spans"
+        )
+    return np.asarray(getattr(row, metric), np.float64)

@@ -1,0 +1,63 @@
+"""How far the draft's distribution q is from the target's p: plain functions of logits, all of them in nats or shares.
+
+    cross_entropy     −Σ p log q          EAGLE's soft labels (arXiv 2401.15077 §4.2); KL(p‖q) + H(p), so KL's own gradient
+    reverse_kl        Σ q log (q/p)       heeds what the draft says, not all that the target might have said
+    total_variation   ½ Σ |p − q|         1 − Σ min(p, q): the chance that a token drawn from q is refused (arXiv 2211.17192)
+    hybrid            the first + the third: total variation alone gives no slope where p and q hardly overlap
+    top_k_loss        −Σ p log q over the target's k likeliest tokens alone (HASS, arXiv 2408.15766 §3.1)
+
+Logits are [V, N] float32 with the vocabulary on the *leading* axis, where XLA's CPU backend vectorises the sums; each
+function gives float32[N]. A draft logit of −inf is a token that the draft cannot propose; where log q stands, it is left out.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Logits = Float[Array, "V N"]
+PerToken = Float[Array, " N"]
+
+
+def cross_entropy(target: Logits, draft: Logits) -> PerToken:
+    """H(p, q) = −Σ p log q, nats. At least H(p), where q = p."""
+    return -jnp.sum(jax.nn.softmax(target, axis=0) * _log_q(draft), axis=0)
+
+
+def reverse_kl(target: Logits, draft: Logits) -> PerToken:
+    """KL(q‖p) = Σ q log (q/p), nats. Zero where q = p."""
+    return jnp.sum(jax.nn.softmax(draft, axis=0) * (_log_q(draft) - jax.nn.log_softmax(target, axis=0)), axis=0)
+
+
+def total_variation(target: Logits, draft: Logits) -> PerToken:
+    """½ Σ |p − q|, in [0, 1]: one minus the acceptance of a token drawn from q."""
+    return 0.5 * jnp.sum(jnp.abs(jax.nn.softmax(target, axis=0) - jax.nn.softmax(draft, axis=0)), axis=0)
+
+
+def hybrid(target: Logits, draft: Logits) -> PerToken:
+    """H(p, q) + ½ Σ |p − q|."""
+    return cross_entropy(target, draft) + total_variation(target, draft)
+
+
+def top_k_loss(target: Logits, draft: Logits, k: int) -> PerToken:
+    """−Σ p log q over the k tokens that the target finds likeliest (with all that tie with the last of them), nats."""
+    return -jnp.sum(top_k_share(target, k) * _log_q(draft), axis=0)
+
+
+def top_k_share(target: Logits, k: int) -> Logits:
+    """p at the k likeliest tokens (and what ties with the last of them), 0 elsewhere; not normalised again."""
+    least = jax.lax.top_k(target.T, k)[0][:, -1]
+    return jnp.where(target >= least[None], jax.nn.softmax(target, axis=0), 0.0)
+
+
+def _log_q(draft: Logits) -> Logits:
+    return jnp.where(jnp.isneginf(draft), 0.0, jax.nn.log_softmax(draft, axis=0))
+
+
+DISTANCES = {
+    "cross_entropy": cross_entropy,
+    "reverse_kl": reverse_kl,
+    "total_variation": total_variation,
+    "hybrid": hybrid,
+}

@@ -1,0 +1,171 @@
+"""The token losses against their definitions in float64, and their gradients against finite differences."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+
+from jsfdd.training.distances import DISTANCES, top_k_share
+from jsfdd.training.target_means import head_means
+from jsfdd.training.token_loss import Distance, mean_loss, token_loss
+
+RANDOM = np.random.default_rng(0)
+HEAD, TRUTH, PREDICTED = (RANDOM.normal(size=shape) for shape in ((23, 6), (5, 6), (5, 6)))
+WEIGHT = np.array([1.0, 0.0, 0.25, 2.0, 0.0])
+CROSS_ENTROPY = Distance("cross_entropy")
+
+
+def exact(name, predicted, top_k=0, top_k_weight=0.0):
+    """Each token's distance by its definition, in float64."""
+    p, log_q = scipy.special.softmax(TRUTH @ HEAD.T, axis=1), scipy.special.log_softmax(predicted @ HEAD.T, axis=1)
+    q = np.exp(log_q)
+    cross_entropy, variation = -np.sum(p * log_q, axis=1), 0.5 * np.abs(p - q).sum(axis=1)
+    values = {
+        "cross_entropy": cross_entropy,
+        "reverse_kl": np.sum(q * (log_q - np.log(p)), axis=1),
+        "total_variation": variation,
+        "hybrid": cross_entropy + variation,
+    }[name]
+    likeliest = np.argsort(-p, axis=1)[:, :top_k]
+    return values - top_k_weight * np.take_along_axis(p * log_q, likeliest, axis=1).sum(axis=1)
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+@pytest.mark.parametrize("top_k_weight", [0.0, 0.5], ids=["", "top k"])
+def test_value_is_the_definition_and_gradient_its_slope(name, top_k_weight):
+    distance = Distance(name, 3, top_k_weight)
+    with jax.enable_x64(True):
+
+        @jax.jit
+        def loss(predicted):
+            arrays = (jnp.asarray(x) for x in (HEAD, predicted, TRUTH, WEIGHT))
+            return token_loss(distance, 2, *arrays).distance
+
+        def weighted(predicted):
+            return np.sum(WEIGHT * exact(name, predicted, 3, top_k_weight))
+
+        assert float(loss(PREDICTED)) == pytest.approx(weighted(PREDICTED), rel=1e-5)
+        gradient = np.asarray(jax.grad(loss)(jnp.asarray(PREDICTED)))
+        step = 1e-6
+        for index in np.ndindex(*PREDICTED.shape):
+            moved = np.zeros(PREDICTED.shape)
+            moved[index] = step
+            slope = (weighted(PREDICTED + moved) - weighted(PREDICTED - moved)) / (2 * step)
+            assert gradient[index] == pytest.approx(slope, rel=1e-4, abs=1e-6)
+    assert np.abs(gradient[0]).max() > 0.01 and np.all(gradient[np.array([1, 4])] == 0)
+
+
+def test_distances_are_least_where_both_agree():
+    z = jnp.asarray(TRUTH @ HEAD.T, jnp.float32).T
+    p = scipy.special.softmax(np.asarray(z, np.float64), axis=0)
+    entropy = -np.sum(p * np.log(p), axis=0)
+    for name, least in (("cross_entropy", entropy), ("reverse_kl", 0), ("total_variation", 0), ("hybrid", entropy)):
+        np.testing.assert_allclose(DISTANCES[name](z, z), least, atol=1e-6)
+        assert np.all(DISTANCES[name](z, z + jnp.asarray(RANDOM.normal(size=z.shape), jnp.float32)) > least)
+
+
+def test_top_k_share_keeps_ties():
+    z = jnp.log(jnp.array([[4.0], [2.0], [2.0], [1.0], [1.0]]))
+    np.testing.assert_allclose(top_k_share(z, 2)[:, 0], [0.4, 0.2, 0.2, 0, 0], rtol=1e-6)
+    np.testing.assert_allclose(top_k_share(z, 1)[:, 0], [0.4, 0, 0, 0, 0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("distance", [CROSS_ENTROPY, Distance("cross_entropy", 4, 0.5)], ids=["plain", "top k"])
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 0.02)])
+def test_mean_loss_is_token_loss_without_the_target(distance, dtype, tolerance):
+    head, truth, predicted, weight = (jnp.asarray(x, jnp.float32) for x in (HEAD, TRUTH, PREDICTED, WEIGHT))
+    means = head_means(distance, 2, head, truth, weight, dtype)
+    assert means.shape == (5, 7) and means.dtype == dtype and not np.any(means[1])
+
+    def by_means(predicted):
+        return mean_loss(2, head, predicted, means[:, :-1], means[:, -1].astype(jnp.float32), weight).distance
+
+    def by_target(predicted):
+        return token_loss(distance, 2, head, predicted, truth, weight).distance
+
+    (found, slope), (expected, expected_slope) = (jax.value_and_grad(f)(predicted) for f in (by_means, by_target))
+    assert float(found) == pytest.approx(float(expected), rel=tolerance)
+    np.testing.assert_allclose(slope, expected_slope, atol=tolerance * float(jnp.abs(expected_slope).max()))
+
+
+def test_rounding_of_means_leaves_no_bias_of_the_mass():
+    """bfloat16 rounds a mass of 1.3 by 0.2%: were e not scaled by as much, q = p would not be a minimum."""
+    distance = Distance("cross_entropy", 2, 0.3)
+    head, truth = jnp.asarray(HEAD, jnp.float32), jnp.asarray(TRUTH, jnp.float32)
+    rounded = head_means(distance, 8, head, truth, jnp.ones(5), "bfloat16").astype(jnp.float32)
+    whole = head_means(distance, 8, head, truth, jnp.ones(5), "float32")
+    assert np.all(rounded[:, -1] != whole[:, -1])
+    np.testing.assert_allclose(rounded[:, :-1], whole[:, :-1] * (rounded[:, -1] / whole[:, -1])[:, None], rtol=2**-8)
+
+
+def test_a_draft_vocabulary_limits_q_and_what_p_asks_for():
+    tokens = np.array([0, 2, 3, 7, 11, 12, 20])
+    allowed = np.isin(np.arange(23), tokens)
+    head, truth, predicted, weight = (jnp.asarray(x, jnp.float32) for x in (HEAD, TRUTH, PREDICTED, WEIGHT))
+    p = scipy.special.softmax(TRUTH @ HEAD.T, axis=1)
+    log_q = scipy.special.log_softmax(PREDICTED @ HEAD[tokens].T, axis=1)
+    expected = -np.sum(p[:, tokens] * log_q, axis=1)
+
+    sums = token_loss(CROSS_ENTROPY, 2, head, predicted, truth, weight, jnp.asarray(allowed))
+    assert float(sums.distance) == pytest.approx(np.sum(WEIGHT * expected), rel=1e-5)
+    acceptance, coverage = np.minimum(p[:, tokens], np.exp(log_q)).sum(axis=1), p[:, tokens].sum(axis=1)
+    assert float(sums.acceptance) == pytest.approx(np.sum(WEIGHT * acceptance), rel=1e-5)
+    assert float(sums.coverage) == pytest.approx(np.sum(WEIGHT * coverage), rel=1e-5)
+    agreement = np.argmax(p, axis=1) == tokens[np.argmax(log_q, axis=1)]
+    assert float(sums.agreement) == pytest.approx(np.sum(WEIGHT * agreement)) and sums.cross_entropy is None
+
+    means = head_means(CROSS_ENTROPY, 2, head, truth, weight, "float32", tuple(tokens.tolist()))
+    np.testing.assert_allclose(means[:, -1], np.where(WEIGHT > 0, coverage, 0), rtol=1e-5)
+
+    def by_means(predicted):
+        return mean_loss(2, head[tokens], predicted, means[:, :-1], means[:, -1], weight).distance
+
+    def by_target(predicted):
+        return token_loss(CROSS_ENTROPY, 2, head, predicted, truth, weight, jnp.asarray(allowed)).distance
+
+    (found, slope), (whole, whole_slope) = (jax.value_and_grad(f)(predicted) for f in (by_means, by_target))
+    assert float(found) == pytest.approx(float(whole), rel=1e-5)
+    np.testing.assert_allclose(slope, whole_slope, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_distances_stay_finite_where_the_draft_cannot_go(name):
+    z = jnp.asarray(TRUTH @ HEAD.T, jnp.float32).T
+    limited = z.at[3:9].set(-jnp.inf)
+    value, slope = jax.value_and_grad(lambda draft: DISTANCES[name](z, draft).sum())(limited)
+    assert np.isfinite(value) and np.all(np.isfinite(slope)) and np.all(slope[3:9] == 0)
+
+
+def test_extreme_logits_stay_finite_and_exact():
+    matrix = jnp.array([[1.0], [0.0], [-1.0]])
+    truth, predicted, weight = jnp.array([[3e4], [0.0]]), jnp.array([[-3e4], [0.0]]), jnp.ones(2)
+
+    def total(predicted):
+        sums = token_loss(CROSS_ENTROPY, 2, matrix, predicted, truth, weight)
+        return sums.distance, sums
+
+    gradient, sums = jax.jit(jax.grad(total, has_aux=True))(predicted)
+    assert sums.cross_entropy == sums.distance == pytest.approx(6e4 + np.log(3))  # all of p where log q = −6e4, then uniform
+    assert sums.target_entropy == pytest.approx(np.log(3), rel=1e-6)
+    assert sums.acceptance == pytest.approx(1.0, rel=1e-6)  # 0 at the first token, 1 at the second
+    assert sums.agreement == 1.0
+    np.testing.assert_allclose(gradient, [[-2.0], [0.0]], atol=1e-6)  # (q − p) @ matrix
+    means = head_means(CROSS_ENTROPY, 2, matrix, truth, weight, "float32")
+    by_means, slope = jax.value_and_grad(
+        lambda predicted: mean_loss(2, matrix, predicted, means[:, :-1], means[:, -1], weight).distance
+    )(predicted)
+    assert by_means == pytest.approx(6e4 + np.log(3))
+    np.testing.assert_allclose(slope, [[-2.0], [0.0]], atol=1e-6)
+
+
+def test_no_counted_token_means_zero_loss_and_gradient():
+    rows = jnp.ones((4, 6))
+
+    def total(predicted):
+        sums = token_loss(CROSS_ENTROPY, 2, jnp.asarray(HEAD, jnp.float32), predicted, rows, jnp.zeros(4))
+        return sums.distance, sums
+
+    gradient, sums = jax.jit(jax.grad(total, has_aux=True))(2 * rows)
+    assert all(value == 0 for value in sums if value is not None)
+    np.testing.assert_array_equal(gradient, 0)
