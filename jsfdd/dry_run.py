@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jsfdd import hidden, pipeline
-from jsfdd.config import EvaluateConfig, ExportConfig, RespondConfig, RunConfig, ScoreConfig, SelectConfig, TrainConfig
+from jsfdd.config import (
+    EvaluateConfig,
+    ExportConfig,
+    RespondConfig,
+    RunConfig,
+    ScoreConfig,
+    SelectConfig,
+    TrainConfig,
+    stores_means,
+)
 from jsfdd.data.batches import Shape, choose_shapes, epoch_batches, make_batches, padding_share
 from jsfdd.data.chat import read_chat_files, read_prompts
 from jsfdd.data.summary import FileCounts, count_by_file, total

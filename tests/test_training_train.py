@@ -102,8 +102,8 @@ def test_recomputed_hidden_states_train_the_same_draft_as_stored_ones(tmp_path):
     sides = split_held_out(samples, options.held_out_share)
     results = [
         train(
-            config, params, *sides, store, dataclasses.replace(options, out=tmp_path / name), mesh, identity={}, shapes=[shape],
-            progress=False,
+            config, params, *(TrainingData(side, store) for side in sides), dataclasses.replace(options, out=tmp_path / name),
+            mesh, identity={}, shapes=[shape], progress=False,
         )
         for name, store in (("stored", hidden), ("recomputed", hidden_of))
     ]  # fmt: skip

@@ -24,7 +24,7 @@ sizes = json.loads((Path(sys.argv[1]) / "sizes.json").read_text())
 CONFIG = DecoderConfig(
     family="llama", num_layers=1, max_position=8192, rms_norm_eps=1e-5, rope=Rope(theta=1e5), tie_embeddings=True, **sizes
 )
-OPTIONS = TrainConfig(target="random", data=("none",), out="none", hidden_noise=0.0, target_means=False)
+OPTIONS = TrainConfig(target="random", data=("none",), out="none", hidden_noise=0.0)
 mesh, draft = make_mesh(data=1), draft_config(CONFIG)
 frozen = Borrowed(jax.numpy.asarray(shared["embedding"]), None)
 counted = shared["counted"]
