@@ -124,6 +124,7 @@ def test_a_training_step_is_near_what_is_allocated(tmp_path):
         np.zeros(SHAPE, bool),
         np.zeros(SHAPE, np.float32),
         np.zeros((*SHAPE, CHECKED.hidden_size), np.float32),
+        np.zeros((*SHAPE, CHECKED.hidden_size + 1), np.float32),
     )
     compiled = make_train_step(CHECKED, draft, optimizer, mesh, training).lower(frozen, state, shapes_of(batch)).compile()
     lengths = Lengths(np.full(8, 256), np.full(8, 100), "")

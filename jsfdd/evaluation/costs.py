@@ -122,12 +122,31 @@ def hidden_stage(config: DecoderConfig, lengths: Lengths, options: PlanConfig, i
     )
 
 
+def means_stage(config: DecoderConfig, lengths: Lengths, options: PlanConfig, itemsize: int, model_shards: int) -> Stage:
+    """The target's means of what is kept: its head over the stored hidden states that count, and back, once."""
+    kept = options.retain_ratio * float(lengths.tokens.sum())
+    largest = max(_batch_shapes(lengths.tokens, options.batch_tokens), key=lambda shape: shape.rows * shape.length)
+    head = 0 if config.tie_embeddings else config.vocab_size * config.hidden_size * itemsize / model_shards
+    return Stage(
+        "target means",
+        {
+            "target": param_bytes(config, itemsize, model_shards),
+            "head": head,
+            "batch": 3 * largest.rows * largest.length * config.hidden_size * 4,
+            "temporaries": head_temporaries(config, _train_block(), model_shards, 2),
+        },
+        2 * 2 * config.hidden_size * config.vocab_size * options.retain_ratio * float(lengths.counted.sum()),
+        disk=kept * (config.hidden_size + 1) * 2,
+    )
+
+
 def train_stage(
     config: DecoderConfig, lengths: Lengths, options: PlanConfig, itemsize: int, model_shards: int, data_shards: int
 ) -> Stage:
     """The draft, its gradient and two moments in float32 on every device; the batch is split over the data shards.
 
-    The target stays where it is, and a head of its own is copied the other way round (`loss.borrow`).
+    The target stays where it is, and a head of its own is copied the other way round (`loss.borrow`). With the target's means a
+    token meets the head twice: for q's logits, and back.
     """
     draft = draft_config(config)
     shapes = _batch_shapes(lengths.tokens, options.batch_tokens)
@@ -142,16 +161,16 @@ def train_stage(
     steps = options.epochs * options.retain_ratio
     counted = float(lengths.counted.sum())
     fc = 2 * 2 * width * width * sum(shape.rows * shape.length for shape in shapes)
-    flops = 3 * (forward_flops(draft.decoder, shapes) + fc) + 3 * 2 * width * config.vocab_size * counted
+    flops = 3 * (forward_flops(draft.decoder, shapes) + fc) + 2 * 2 * width * config.vocab_size * counted
     return Stage(
         "train",
         {
             "target": param_bytes(config, itemsize, model_shards),
             "head": head,
             "draft, moments, gradient": 4 * size,
-            "batch": 3 * tokens * width * 4,
+            "batch": 4 * tokens * width * 4,
             "activations": 2 * kept,
-            "temporaries": head_temporaries(config, 128 if jax.default_backend() == "cpu" else 1024, model_shards, 4),
+            "temporaries": head_temporaries(config, _train_block(), model_shards, 2),
         },
         steps * flops,
         disk=2 * 3 * size,  # two checkpoints of the draft and its moments
@@ -178,9 +197,15 @@ def plan_stages(config: DecoderConfig, lengths: Lengths, options: PlanConfig, de
     return [
         score_stage(config, lengths, options.batch_tokens, itemsize, model_shards),
         hidden_stage(config, lengths, options, itemsize, model_shards),
+        means_stage(config, lengths, options, itemsize, model_shards),
         train_stage(config, lengths, options, itemsize, model_shards, data_shards),
         evaluate_stage(config, options, itemsize, model_shards, data_shards),
     ]
+
+
+def _train_block() -> int:
+    """As `training.step.block_size`, of the devices that are here."""
+    return 128 if jax.default_backend() == "cpu" else 1024
 
 
 def _batch_shapes(tokens: np.ndarray, batch_tokens: int) -> list[Shape]:
