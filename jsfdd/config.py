@@ -95,6 +95,8 @@ class TrainConfig(TargetOptions, DataOptions, TrainingOptions, FeatureFormat, Pr
     """selection.json, as `jsfdd select` wrote it; without it every sample is used."""
     shard_optimizer: bool = False
     """Keep Adam's moments in parts, one on each data shard, instead of whole on every device. Costs an exchange a step."""
+    tensorboard: bool = False
+    """Also write the metrics as TensorBoard's scalars, to OUT/tensorboard; needs `pip install 'jsfdd[tensorboard]'`."""
     features: str = "store"
     """Hidden states: `store` computes them first and keeps them in OUT/hidden; `recompute` lets the target compute each batch's
     anew in every epoch and needs no disk; or a directory that `jsfdd score --keep-features` wrote."""

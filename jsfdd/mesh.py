@@ -16,6 +16,18 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+# Device kind as JAX names it -> (memory in GB, dense bfloat16 TFLOP/s), as their makers state them: a page per version
+# under docs.cloud.google.com/tpu/docs for TPUs, the data sheets for NVIDIA's SXM modules (half of their figures with sparsity).
+KNOWN_DEVICES = {
+    "TPU v4": (32, 275),
+    "TPU v5 lite": (16, 197),
+    "TPU v5": (95, 459),
+    "TPU v6 lite": (32, 918),
+    "NVIDIA A100-SXM4-80GB": (80, 312),
+    "NVIDIA H100 80GB HBM3": (80, 989),
+    "NVIDIA H200": (141, 989),
+}
+
 
 def make_mesh(data: int = -1, model: int = 1) -> Mesh:
     """A mesh with axes "data" (rows of a batch) and "model" (shards of one target); data=-1 takes all devices.
@@ -208,6 +220,12 @@ def sum_over_devices(f: Callable, mesh: Mesh, *, num_sharded: int = 1) -> Callab
         out_specs=P(),
         check_vma=False,
     )
+
+
+def peak_flops(mesh: Mesh) -> float | None:
+    """FLOP/s of all the mesh's devices together in dense bfloat16, as their makers state it; None of an unknown kind."""
+    known = KNOWN_DEVICES.get(mesh.devices.flat[0].device_kind)
+    return None if known is None else mesh.devices.size * known[1] * 1e12
 
 
 def describe_hardware() -> dict:

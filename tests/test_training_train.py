@@ -26,6 +26,7 @@ from jsfdd.training.log import read_lines
 from jsfdd.training.loss import borrow
 from jsfdd.training.step import make_evaluate_step
 from jsfdd.training.target_means import store_means
+from jsfdd.training.tensorboard import scalars
 from jsfdd.training.token_loss import Distance
 from jsfdd.training.train import METRICS, TIMINGS, draft_of, split_held_out, train
 from jsfdd.weights import checkpoint
@@ -277,6 +278,32 @@ def test_accumulation_takes_fewer_steps_of_the_same_tokens(finished, tmp_path):
     accumulated = run(tmp_path, accumulate=2)
     assert accumulated.steps == 3 * -(-result.steps // 3 // 2) and accumulated.tokens == result.tokens
     assert accumulated.held_out["kl"] < 1.5 * result.held_out["kl"]
+
+
+def test_timings_are_in_parts_and_rates(finished):
+    result, directory = finished
+    lines = read_lines(directory / TIMINGS)
+    assert sum(line["seconds"] for line in lines) == pytest.approx(result.seconds)
+    for line in lines:
+        assert 0 < line["reading"] and line["reading"] + line["held_out"] + line["probe"] < line["seconds"]
+        assert line["tflops"] > 0 and line["probe"] == 0 and "mfu" not in line  # a CPU's peak is not known
+    assert sum(line["held_out"] > 0 for line in lines) == 3
+    train_samples, _ = split_held_out(toy_data()[2], 0.2)
+    steps_seconds = [line["seconds"] - line["held_out"] for line in lines]
+    tokens = sum(line["tokens_per_second"] * seconds for line, seconds in zip(lines, steps_seconds, strict=True))
+    assert tokens == pytest.approx(3 * sum(len(sample.tokens) for sample in train_samples))
+
+
+def test_tensorboard_has_the_lines_numbers(tmp_path, monkeypatch):
+    result = run(tmp_path, tensorboard=True, epochs=1)
+    (events,) = (tmp_path / "tensorboard").glob("events*")
+    assert events.stat().st_size > 1000 and b"held_out/acceptance" in events.read_bytes()
+    line = {"step": 3, "loss": 1.5, "held_out": {"kl": 2.0, "alpha": [0.5, None]}}
+    assert scalars(line) == {"loss": 1.5, "held_out/kl": 2.0, "held_out/alpha/1": 0.5}
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(ValueError, match=r"pip install 'jsfdd\[tensorboard\]'"):
+        run(tmp_path / "without", tensorboard=True)
+    assert result.steps > 0
 
 
 def test_other_inputs_are_refused_by_name(finished):

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -19,6 +18,7 @@ import numpy as np
 from jsfdd.config import PlanConfig
 from jsfdd.data.batches import Shape, choose_shapes, make_batches
 from jsfdd.models.architecture import DecoderConfig
+from jsfdd.models.arithmetic import forward_flops, step_flops
 from jsfdd.models.draft import DraftConfig, draft_config, init_draft
 from jsfdd.models.sharding import shard_shape
 from jsfdd.models.target import init_params
@@ -60,19 +60,6 @@ def param_bytes(config: DecoderConfig, itemsize: int, model_shards: int) -> int:
 def draft_params(draft: DraftConfig) -> int:
     """How many parameters a draft trains."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(jax.eval_shape(lambda: init_draft(draft, jax.random.key(0)))))
-
-
-def layer_matrices(config: DecoderConfig) -> int:
-    """Entries of one layer's matrices: multiply-adds of one token."""
-    width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    return config.hidden_size * (width + config.num_heads * config.head_dim + 3 * config.intermediate_size)
-
-
-def forward_flops(config: DecoderConfig, shapes: Sequence[Shape]) -> float:
-    """FLOPs of the layers over batches of these shapes; attention over all pairs of a row, masked or not."""
-    tokens = sum(shape.rows * shape.length for shape in shapes)
-    pairs = sum(shape.rows * shape.length**2 for shape in shapes)
-    return 2 * config.num_layers * (layer_matrices(config) * tokens + 2 * config.num_heads * config.head_dim * pairs)
 
 
 def layer_temporaries(config: DecoderConfig, shape: Shape, itemsize: int, model_shards: int) -> float:
@@ -160,8 +147,7 @@ def train_stage(
     kept += layer_temporaries(draft.decoder, largest, 4, 1)
     steps = options.epochs * options.retain_ratio
     counted = float(lengths.counted.sum())
-    fc = 2 * 2 * width * width * sum(shape.rows * shape.length for shape in shapes)
-    flops = 3 * (forward_flops(draft.decoder, shapes) + fc) + 2 * 2 * width * config.vocab_size * counted
+    flops = step_flops(draft, shapes, counted, products=2)
     return Stage(
         "train",
         {

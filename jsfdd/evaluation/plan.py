@@ -22,20 +22,10 @@ from jsfdd.config import PlanConfig
 from jsfdd.data.chat import Chat, read_chats
 from jsfdd.data.template import tokenize_chats
 from jsfdd.evaluation.costs import Lengths, Stage, plan_stages
+from jsfdd.mesh import KNOWN_DEVICES
 from jsfdd.models.architecture import DecoderConfig
 from jsfdd.weights.load import load_tokenizer, locate_target, read_architecture
 
-# Device kind as JAX names it -> (memory in GB, dense bfloat16 TFLOP/s), as their makers state them: a page per version
-# under docs.cloud.google.com/tpu/docs for TPUs, the data sheets for NVIDIA's SXM modules (half of their figures with sparsity).
-KNOWN_DEVICES = {
-    "TPU v4": (32, 275),
-    "TPU v5 lite": (16, 197),
-    "TPU v5": (95, 459),
-    "TPU v6 lite": (32, 918),
-    "NVIDIA A100-SXM4-80GB": (80, 312),
-    "NVIDIA H100 80GB HBM3": (80, 989),
-    "NVIDIA H200": (141, 989),
-}
 GB = 1e9
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _CHARACTERS_PER_TOKEN = 4  # where there is no tokenizer to ask

@@ -14,8 +14,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import jax
 import numpy as np
@@ -46,6 +46,8 @@ from jsfdd.training.step import (
     make_train_step,
     state_shardings,
 )
+from jsfdd.training.tensorboard import open_board
+from jsfdd.training.timings import Laps, Throughput
 from jsfdd.weights import checkpoint
 
 METRICS = "metrics.jsonl"
@@ -177,12 +179,23 @@ def train(
         earlier = read_lines(metrics_path) if metrics_path.exists() else []
         best_tau = max((line["probe"]["tau"] for line in earlier if "probe" in line), default=0.0)
 
+        products = 3 if data.means is None else 2
+        throughput = Throughput(draft, mesh, np.array(lengths), counted, products, config.hass_steps)
         pending: list[tuple[int, Sequence[BatchPlan], StepMetrics]] = []  # since the last line, figures on the device
-        clock = time.perf_counter()
+        laps = Laps()
         log = append_line if is_primary() else _log_nothing
-        with show_progress("train", "steps", len(steps), finished=start, shown=progress and is_primary()) as bar:
+        with_board = config.tensorboard and is_primary()
+        board = open_board(config.out / "tensorboard", start) if with_board else nullcontext(_show_nothing)
+        shown = progress and is_primary()
+        with board as show, show_progress("train", "steps", len(steps), finished=start, shown=shown) as bar:
+
+            def note(line: dict) -> None:
+                log(metrics_path, line)
+                show(line)
+
             for step, (epoch, plans) in enumerate(steps[start:], start + 1):
-                batches = [device_batch(data, plan.indices, plan.shape, mesh) for plan in plans]
+                with laps.lap("reading"):
+                    batches = [device_batch(data, plan.indices, plan.shape, mesh) for plan in plans]
                 state, metrics = train_step(frozen, state, batches if accumulates else batches[0])
                 pending.append((step, plans, metrics))
                 if len(pending) > _STEPS_AHEAD:  # else batches would queue on the device for as long as no one looks
@@ -197,23 +210,24 @@ def train(
                     bar.update(step)
                 else:
                     figures = _checked_figures(pending, samples)
-                    pending = []
+                    done, pending = [plan for _, plans, _ in pending for plan in plans], []
                     bar.update(step, figures=f"loss {figures['loss']:.3f}")
                     line = {"step": step, "epoch": epoch, **figures, "learning_rate": float(learning_rate(step - 1))}
-                    log(metrics_path, {**line, "tokens": int(tokens_until[step - 1])})
+                    note({**line, "tokens": int(tokens_until[step - 1])})
                 if epoch_ends and others:
-                    figures = held_out_figures(whole, state.params)
-                    log(metrics_path, {"step": step, "epoch": epoch, "held_out": figures})
+                    with laps.lap("held_out"):
+                        figures = held_out_figures(whole, state.params)
+                    note({"step": step, "epoch": epoch, "held_out": figures})
                 if probes:
-                    figures = probe(state.params)
+                    with laps.lap("probe"):
+                        figures = probe(state.params)
                     if figures["tau"] > best_tau:
                         best_tau = figures["tau"]
                         checkpoint.save_best(config.out, state, draft, identity)
-                    log(metrics_path, {"step": step, "epoch": epoch, "probe": figures})
+                    note({"step": step, "epoch": epoch, "probe": figures})
                 if line_ends:
-                    now = time.perf_counter()
-                    log(timings_path, {"step": step, "seconds": now - clock})
-                    clock = now
+                    lap = laps.since_last()
+                    log(timings_path, {"step": step, **lap, **throughput.of(done, lap)})
                 if save:
                     checkpoint.save(checkpoints, state, draft, identity)
 
@@ -242,6 +256,10 @@ def _grouped(plans: Sequence[BatchPlan], size: int) -> list[tuple[BatchPlan, ...
 
 def _log_nothing(path, line: dict) -> None:
     """What processes other than the first log."""
+
+
+def _show_nothing(line: dict) -> None:
+    """What is shown without a board."""
 
 
 def _checked_figures(

@@ -1,0 +1,36 @@
+"""FLOPs of the models from shapes alone: multiply-adds of matrix products times two, padding and masked attention included."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jsfdd.models.architecture import DecoderConfig
+from jsfdd.models.draft import DraftConfig
+
+Shapes = Sequence[tuple[int, int]]  # rows and length of each batch
+
+
+def layer_matrices(config: DecoderConfig) -> int:
+    """Entries of one layer's matrices: multiply-adds of one token."""
+    width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    return config.hidden_size * (width + config.num_heads * config.head_dim + 3 * config.intermediate_size)
+
+
+def forward_flops(config: DecoderConfig, shapes: Shapes) -> float:
+    """FLOPs of the layers over batches of these shapes; attention over all pairs of a row, masked or not."""
+    tokens = sum(rows * length for rows, length in shapes)
+    pairs = sum(rows * length**2 for rows, length in shapes)
+    return 2 * config.num_layers * (layer_matrices(config) * tokens + 2 * config.num_heads * config.head_dim * pairs)
+
+
+def step_flops(draft: DraftConfig, shapes: Shapes, visited: float, products: int, draft_steps: int = 1) -> float:
+    """FLOPs of training a draft on batches of these shapes: a forward pass and twice as much backward, of each draft step.
+
+    Args:
+      visited: tokens that meet the vocabulary; of further draft steps at most as many do.
+      products: with the head, of each such token: 2 with the target's means, else 3.
+      draft_steps: as in `draft_steps` of `models/draft.py`.
+    """
+    width, vocabulary = draft.decoder.hidden_size, len(draft.vocabulary) or draft.decoder.vocab_size
+    fc = 2 * 2 * width * width * sum(rows * length for rows, length in shapes)
+    return draft_steps * (3 * (forward_flops(draft.decoder, shapes) + fc) + products * 2 * width * vocabulary * visited)

@@ -1,0 +1,76 @@
+"""Where training's time goes: the lines of timings.jsonl.
+
+    {"step": 20, "seconds": 8.1, "reading": 0.02, "held_out": 0.0, "probe": 0.0, "tokens_per_second": 1204.5, "tflops": 0.11}
+
+`seconds` are all since the line before; the named parts are in them, and what is left are the steps themselves. Rates are
+over the seconds of the steps. `tflops` counts the arithmetic of `models/arithmetic.py`, in 10¹² FLOP/s over all devices;
+`mfu`, its share of what the devices' makers state, is there where their kind is known.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+
+import numpy as np
+from jax.sharding import Mesh
+
+from jsfdd.data.batches import BatchPlan
+from jsfdd.mesh import peak_flops
+from jsfdd.models.arithmetic import step_flops
+from jsfdd.models.draft import DraftConfig
+
+_PARTS = ("reading", "held_out", "probe")
+
+
+class Laps:
+    """A clock with laps: `with laps.lap("reading"): …`."""
+
+    def __init__(self):
+        self._since, self._parts = time.perf_counter(), dict.fromkeys(_PARTS, 0.0)
+
+    @contextmanager
+    def lap(self, part: str):
+        """What is done inside belongs to `part`."""
+        begin = time.perf_counter()
+        yield
+        self._parts[part] += time.perf_counter() - begin
+
+    def since_last(self) -> dict[str, float]:
+        """`seconds` since the last call, or since the start, and the parts of them; all begin at 0 again."""
+        now = time.perf_counter()
+        lap = {"seconds": now - self._since, **self._parts}
+        self._since, self._parts = now, dict.fromkeys(_PARTS, 0.0)
+        return lap
+
+
+class Throughput:
+    """Rates of steps.
+
+    Args:
+      draft, mesh: what is trained, and on what.
+      tokens, visited: of each sample, all its tokens, and those that meet the vocabulary.
+      products, draft_steps: as in `arithmetic.step_flops`.
+    """
+
+    def __init__(
+        self,
+        draft: DraftConfig,
+        mesh: Mesh,
+        tokens: np.ndarray,
+        visited: np.ndarray,
+        products: int,
+        draft_steps: int,
+    ):
+        self._draft, self._peak, self._tokens, self._visited = draft, peak_flops(mesh), tokens, visited
+        self._products, self._draft_steps = products, draft_steps
+
+    def of(self, plans: Sequence[BatchPlan], lap: dict[str, float]) -> dict[str, float]:
+        """The rates of the batches that were trained on in a lap."""
+        samples = [i for plan in plans for i in plan.indices]
+        seconds = lap["seconds"] - lap["held_out"] - lap["probe"]
+        visited = float(self._visited[samples].sum())
+        flops = step_flops(self._draft, [plan.shape for plan in plans], visited, self._products, self._draft_steps) / seconds
+        rates = {"tokens_per_second": float(self._tokens[samples].sum()) / seconds, "tflops": flops / 1e12}
+        return rates if self._peak is None else rates | {"mfu": flops / self._peak}
