@@ -19,8 +19,9 @@ from jsfdd.models.architecture import DecoderConfig, Rope
 from jsfdd.models.counted import fold_counted
 from jsfdd.models.draft import draft_config
 from jsfdd.records import DraftBatch
-from jsfdd.training.loss import Borrowed, token_loss
+from jsfdd.training.loss import Borrowed
 from jsfdd.training.step import init_state, make_optimizer, make_train_step
+from jsfdd.training.token_loss import Distance, token_loss
 
 SMOLLM2 = DecoderConfig(
     family="llama", vocab_size=49_152, hidden_size=576, intermediate_size=1536, num_layers=30, num_heads=9,
@@ -62,8 +63,8 @@ def ours(block, matrix, predicted, truth):
     """`token_loss` with all its figures and its gradient."""
 
     def loss(predicted):
-        sums = token_loss(block, matrix, predicted, truth, jnp.ones(len(predicted), bool))
-        return sums.cross_entropy, sums
+        sums = token_loss(Distance("cross_entropy"), block, matrix, predicted, truth, jnp.ones(len(predicted)))
+        return sums.distance, sums
 
     return jax.grad(loss, has_aux=True)(predicted)
 
@@ -130,9 +131,11 @@ def training_step(config, tokens):
     embedding = 0.1 * jax.random.normal(jax.random.key(2), (config.vocab_size, config.hidden_size))
     frozen = replicate(Borrowed(embedding, None), mesh)
     position = jnp.arange(shape[1])
+    counted = jnp.broadcast_to((position > 0) & (position < shape[1] - 1), shape)
     batch = DraftBatch(
         jax.random.randint(jax.random.key(3), shape, 0, config.vocab_size),
-        jnp.broadcast_to((position > 0) & (position < shape[1] - 1), shape),
+        counted,
+        counted.astype(jnp.float32),
         2 * jax.random.normal(jax.random.key(4), (*shape, config.hidden_size)),
     )
     state, batch = replicate(init_state(draft, optimizer, 0), mesh), shard_rows(batch, mesh)

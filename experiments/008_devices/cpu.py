@@ -119,7 +119,8 @@ def exchanges() -> dict:
     optimizer = make_optimizer(options, 100)
     shapes = jax.eval_shape(lambda: init_state(draft, optimizer, 0))
     frozen = jax.eval_shape(lambda p: borrow(config, p), params)
-    batch = DraftBatch(tokens, mask, jax.ShapeDtypeStruct((*shape, config.hidden_size), np.float32))
+    weight, hidden = (jax.ShapeDtypeStruct(size, np.float32) for size in (shape, (*shape, config.hidden_size)))
+    batch = DraftBatch(tokens, mask, weight, hidden)
     for name, parts in (("train", False), ("train --shard-optimizer", True)):
         places = state_shardings(draft, optimizer, mesh, parts)
         state = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)

@@ -23,6 +23,7 @@ from jsfdd.selection.score import score_samples
 from jsfdd.selection.sfdd import select
 from jsfdd.selection.store import HiddenStore
 from jsfdd.training import train as training
+from jsfdd.training.batch import TrainingData
 from jsfdd.weights.load import load_target
 
 compiling = 0.0
@@ -125,21 +126,10 @@ def train_reading(target, samples, store, mesh, arguments, work) -> dict:
         target=arguments.target, data=(arguments.data,), batch_tokens=1024, held_out_share=0.0, epochs=1, log_every=1,
         out=work / "draft",
     )  # fmt: skip
-    spent, build = [], training._device_batch
-
-    def timed(*values):
-        start = time.perf_counter()
-        batch = jax.block_until_ready(build(*values))
-        spent.append(time.perf_counter() - start)
-        return batch
-
-    training._device_batch = timed
-    result = training.train(
-        target.config, target.params, samples[: 2 * arguments.steps], [], store, options, mesh, identity={}, progress=False
-    )
+    data, nothing = TrainingData(samples[: 2 * arguments.steps], store), TrainingData([], store)
+    result = training.train(target.config, target.params, data, nothing, options, mesh, identity={}, progress=False)
     lines = training.read_lines(work / "draft" / training.TIMINGS)
-    steps = sorted(line["seconds"] for line in lines)
-    host = sorted(spent)
+    steps, host = (sorted(line[name] for line in lines) for name in ("seconds", "reading"))
     return {
         "steps": result.steps, "median_step_seconds": steps[len(steps) // 2], "median_host_seconds": host[len(host) // 2]
     }  # fmt: skip
