@@ -61,35 +61,6 @@ def slow_sums(draft_params, params, batch, config, draft, options):
     return {name: jnp.sum(value * batch.weight[:, 1:]) for name, value in per_token.items()}
 
 
-@pytest.mark.parametrize("config, block", [(TOY, 4), (TOY, 64), (UNTIED, 1)], ids=["tied", "one block", "untied"])
-def test_loss_and_gradient_equal_the_slow_twin(config, block):
-    params, draft, draft_params, batch = toy(config)
-
-    def fast(draft_params):
-        sums = loss_sums(
-            draft_params, borrow(config, params), batch, None,
-            target_config=config, draft_config=draft, options=OPTIONS, block=block,
-        )  # fmt: skip
-        return sums.total, sums
-
-    def slow(draft_params):
-        sums = slow_sums(draft_params, params, batch, config, draft, OPTIONS)
-        return sums["total"], sums
-
-    fast_gradient, sums = jax.jit(jax.grad(fast, has_aux=True))(draft_params)
-    slow_gradient, expected = jax.jit(jax.grad(slow, has_aux=True))(draft_params)
-    (step,) = sums.steps
-    found = {"total": sums.total, "hidden_loss": step.hidden_loss, **step.tokens._asdict()}
-    assert found.pop("coverage") is None  # of no draft vocabulary
-    assert found.keys() == expected.keys()
-    # An entropy is the small difference of sums of logits in the hundreds, where float32 steps by 3e-5.
-    for name, value in expected.items():
-        np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=3e-5, err_msg=name)
-    assert 0 < found["counted"] < batch.tokens.size
-    # Entries are sums that cancel: their rounding is that of the largest, about 6, not their own.
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), fast_gradient, slow_gradient)
-
-
 def sums_and_gradient(batch, options, config=TOY, block=4):
     params, draft, draft_params, _ = toy(config)
 
@@ -102,6 +73,28 @@ def sums_and_gradient(batch, options, config=TOY, block=4):
 
     gradient, sums = jax.jit(jax.grad(total, has_aux=True))(draft_params)
     return jax.device_get((sums, gradient))
+
+
+@pytest.mark.parametrize("config, block", [(TOY, 4), (TOY, 64), (UNTIED, 1)], ids=["tied", "one block", "untied"])
+def test_loss_and_gradient_equal_the_slow_twin(config, block):
+    params, draft, draft_params, batch = toy(config)
+
+    def slow(draft_params):
+        sums = slow_sums(draft_params, params, batch, config, draft, OPTIONS)
+        return sums["total"], sums
+
+    sums, fast_gradient = sums_and_gradient(batch, OPTIONS, config, block)
+    slow_gradient, expected = jax.jit(jax.grad(slow, has_aux=True))(draft_params)
+    (step,) = sums.steps
+    found = {"total": sums.total, "hidden_loss": step.hidden_loss, **step.tokens._asdict()}
+    assert found.pop("coverage") is None  # of no draft vocabulary
+    assert found.keys() == expected.keys()
+    # An entropy is the small difference of sums of logits in the hundreds, where float32 steps by 3e-5.
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=3e-5, err_msg=name)
+    assert 0 < found["counted"] < batch.tokens.size
+    # Entries are sums that cancel: their rounding is that of the largest, about 6, not their own.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), fast_gradient, slow_gradient)
 
 
 @pytest.mark.parametrize("config, hass_steps, top_k_weight", [(TOY, 1, 0.0), (UNTIED, 2, 0.5)], ids=["plain", "all of it"])

@@ -34,16 +34,13 @@ ARMS = {
     "half + half the tokens": HALF | TOKENS,
     "half + half the tokens, seed 1": HALF | TOKENS | dict(seed=1),
     "half + random half of the tokens": HALF | TOKENS | dict(token_metric="random"),
-    "half + soft token weights": HALF | dict(token_weighting="soft"),
     "half, int8 features": HALF | dict(feature_dtype="int8"),
     "half, reverse KL": HALF | dict(token_loss="reverse_kl"),
     "half, total variation": HALF | dict(token_loss="total_variation"),
     "half, hybrid": HALF | dict(token_loss="hybrid"),
     "half, HASS 3": HALF | dict(hass_steps=3),
-    "half, EAGLE, thrice the epochs": HALF | dict(epochs_times=3),
     "half, draft vocabulary 4k": HALF | dict(draft_vocab=4096),
     "half, draft vocabulary 8k": HALF | dict(draft_vocab=8192),
-    "half, draft vocabulary 16k": HALF | dict(draft_vocab=16384),
 }
 
 
@@ -82,12 +79,11 @@ def main() -> None:
     rows = {}
     for name, changes in arms.items():
         changes = dict(changes)
-        times, share = changes.pop("epochs_times", 1), changes.pop("share", 1.0)
+        share = changes.pop("share", 1.0)
         directory = options.work / "arms" / name.replace(" ", "_").replace(",", "").replace("+", "and")
         arm = dataclasses.replace(
             base,
             out=directory,
-            epochs=base.epochs * times,
             selection=options.work / "selection.json" if share < 1 else None,
             token_scores=options.work / "token_scores.parquet" if _WEIGHING & set(changes) else None,
             **changes,
