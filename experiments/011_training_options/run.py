@@ -50,10 +50,11 @@ def main() -> None:
     parser.add_argument("--data", type=Path, nargs="+", required=True)
     parser.add_argument("--prompts", type=Path, nargs="+", required=True)
     parser.add_argument("--work", type=Path, required=True, help="directory for stores, drafts and their logs; continued")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help="all unless given")
     parser.add_argument("--epochs", type=int, default=1 if smoke else 3)
     parser.add_argument("--max-new-tokens", type=int, default=8 if smoke else 48)
     options = parser.parse_args()
-    arms = dict(list(ARMS.items())[2:5]) if smoke else ARMS
+    arms = {name: ARMS[name] for name in (list(ARMS)[2:5] if smoke else options.arms)}
     shared = dict(target="smollm2", data=tuple(options.data), max_length=384, batch_tokens=1024)
     clock, seconds = time.perf_counter, {}
 
