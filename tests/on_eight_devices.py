@@ -23,9 +23,11 @@ from jsfdd.records import DraftBatch, Sample
 from jsfdd.selection.run import group_plans
 from jsfdd.selection.score import make_score_step, score_samples
 from jsfdd.selection.table import METRICS
-from jsfdd.training.batch import TrainingData
+from jsfdd.training.batch import TrainingData, device_batch
 from jsfdd.training.loss import borrow
 from jsfdd.training.step import init_state, make_optimizer, make_train_step, state_shardings
+from jsfdd.training.target_means import make_means_step
+from jsfdd.training.token_loss import Distance
 from jsfdd.training.train import train
 
 MESHES = {"1x1": (1, 1), "8x1": (8, 1), "4x2": (4, 2), "2x4": (2, 4)}
@@ -63,6 +65,12 @@ def options(out, **changes):
     return TrainConfig(
         target="toy", data=(Path("x"),), out=out, epochs=2, batch_tokens=512, save_every=3, probe_every=4, **changes
     )
+
+
+def means(mesh):
+    frozen = split_vocabulary(borrow(CONFIG, place_params(PARAMS, mesh)), mesh)
+    batch = device_batch(TrainingData(SAMPLES, HIDDEN), range(SHAPE.rows), SHAPE, mesh)
+    return to_host(make_means_step(Distance("cross_entropy"), mesh, 16, "float32")(frozen, batch))
 
 
 class Stop(Exception):
@@ -127,6 +135,8 @@ def main(out: Path) -> None:
         mesh = make_mesh(*shape)
         for key, value in score(mesh).items():
             results[f"score {name} {key}"] = value
+    for name, shape in MESHES.items():
+        results[f"means {name}"] = means(make_mesh(*shape))
     for name in ("1x1", "8x1", "4x2"):
         for i, leaf in leaves(trained(make_mesh(*MESHES[name]), out / f"train-{name}")):
             results[f"train {name} {i}"] = leaf

@@ -57,6 +57,14 @@ def test_a_model_axis_changes_scores_by_rounding_alone(eight, mesh):
         np.testing.assert_allclose(many[name], one[name], rtol=1e-5, atol=2e-6, err_msg=name)
 
 
+def test_target_means_are_the_same_and_a_model_axis_changes_them_by_rounding_alone(eight):
+    one = eight[0]["means 1x1"]
+    np.testing.assert_array_equal(eight[0]["means 8x1"], one)
+    for mesh in ("4x2", "2x4"):
+        np.testing.assert_allclose(eight[0][f"means {mesh}"], one, rtol=1e-5, atol=1e-5)
+    assert np.abs(one).max() > 0.1
+
+
 @pytest.mark.parametrize("mesh", ["8x1", "4x2", "sharded", "moved"])
 def test_the_trained_draft_is_the_same(eight, mesh):
     """`sharded` is 8x1 with Adam's moments in parts; `moved` was saved by Orbax half-way on 8x1 and went on so on 2x4."""
