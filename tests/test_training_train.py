@@ -271,6 +271,8 @@ def test_a_draft_vocabulary_is_of_the_data_and_is_kept(tmp_path):
     assert 0 < result.held_out["acceptance"] < result.held_out["coverage"] < 1 and "kl" not in result.held_out
     with pytest.raises(ValueError, match="vocabulary"):
         store_of_means(tmp_path / "means", options)
+    with pytest.raises(ValueError, match="--hass-top-k: 65 exceeds the target's vocabulary of 64"):
+        draft_of(config, dataclasses.replace(options, hass_top_k=65, hass_top_k_weight=1.0), samples)
 
 
 def test_accumulation_takes_fewer_steps_of_the_same_tokens(finished, tmp_path):

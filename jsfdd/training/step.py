@@ -84,13 +84,12 @@ def make_train_step(
     `state_shardings` says, with the same `shard_optimizer`: if True, each data shard updates its part of the draft and all
     gather the whole (ZeRO's first stage, arXiv 1910.02054 §5). The batch's rows must be a multiple of the data shards.
     """
-    gradient, update = _parts(target_config, draft_config, optimizer, mesh, options)
+    gradient, update, places = _parts(target_config, draft_config, optimizer, mesh, options, shard_optimizer)
 
     def train_step(frozen: Borrowed, state: TrainState, batch: DraftBatch):
         return update(state, *gradient(frozen, state, batch, 0))
 
-    results = state_shardings(draft_config, optimizer, mesh, shard_optimizer), NamedSharding(mesh, P())
-    return jax.jit(train_step, donate_argnames=("state",), out_shardings=results)
+    return jax.jit(train_step, donate_argnames=("state",), out_shardings=places)
 
 
 def make_accumulating_step(
@@ -106,14 +105,13 @@ def make_accumulating_step(
     Up to `options.accumulate` batches, of any shapes. Their gradients' sums are added up on the devices and divided by
     all their tokens, so that it is the step of one large batch.
     """
-    gradient, update = _parts(target_config, draft_config, optimizer, mesh, options)
+    gradient, update, places = _parts(target_config, draft_config, optimizer, mesh, options, shard_optimizer)
 
     def add(frozen: Borrowed, state: TrainState, batch: DraftBatch, number, so_far):
         return jax.tree.map(jnp.add, so_far, gradient(frozen, state, batch, number))
 
     first, add = jax.jit(gradient), jax.jit(add, donate_argnames=("so_far",))
-    results = state_shardings(draft_config, optimizer, mesh, shard_optimizer), NamedSharding(mesh, P())
-    update = jax.jit(update, donate_argnames=("state",), out_shardings=results)
+    update = jax.jit(update, donate_argnames=("state",), out_shardings=places)
 
     def train_step(frozen: Borrowed, state: TrainState, batches: Sequence[DraftBatch]):
         so_far = first(frozen, state, batches[0], 0)
@@ -124,8 +122,8 @@ def make_accumulating_step(
     return train_step
 
 
-def _parts(target_config, draft_config, optimizer, mesh, options):
-    """(a batch's summed gradient and sums, the optimizer's step with such), not compiled."""
+def _parts(target_config, draft_config, optimizer, mesh, options, shard_optimizer):
+    """(a batch's summed gradient and sums, the optimizer's step with such), not compiled; where that step's results live."""
     loss = _loss(target_config, draft_config, mesh, options)
     whole = NamedSharding(mesh, P())
 
@@ -155,7 +153,7 @@ def _parts(target_config, draft_config, optimizer, mesh, options):
         )
         return new, StepMetrics(sums, optax.tree.norm(gradient))
 
-    return gradient, update
+    return gradient, update, (state_shardings(draft_config, optimizer, mesh, shard_optimizer), whole)
 
 
 def make_evaluate_step(
