@@ -19,6 +19,7 @@ FeatureDtype = Literal["bfloat16", "float32", "int8"]
 MaskSpan = Literal["thinking", "tool_calls"]
 TokenMetric = Literal["flatness", "entropy", "random"]
 TokenLoss = Literal["cross_entropy", "reverse_kl", "total_variation", "hybrid"]
+RouteBy = Literal["confidence", "entropy"]
 
 # Field name -> (test, what a good value is). Checked for every config that has the field.
 _RULES = {
