@@ -51,6 +51,19 @@ class Ensemble(NamedTuple):
     combine: Combine
 
 
+def members_of(name: str, draft: tuple[DraftConfig, dict] | Ensemble) -> dict[str, tuple[DraftConfig, dict]]:
+    """The drafts that one draft or several come to, by name."""
+    return draft.drafts if isinstance(draft, Ensemble) else {name: draft}
+
+
+def as_decoded(draft: tuple[DraftConfig, dict] | Ensemble):
+    """`DecodeSetup`'s `draft`, its parameters, and `DecodeSetup`'s `combine`."""
+    if not isinstance(draft, Ensemble):
+        return *draft, None
+    configs, params = zip(*draft.drafts.values())
+    return configs, params, draft.combine
+
+
 class Choices(NamedTuple):
     """How sure each draft E was so far of the answers that one draft is to be chosen for."""
 
