@@ -126,7 +126,7 @@ class EvaluateConfig(TargetOptions, DecodingOptions, CombineOptions, Batched, Se
     out: Path
     """Directory for report.json, or where several drafts are compared for a directory of each and differences.json."""
     each_draft: bool = False
-    """With --combine: also measure each draft alone, and compare them all, on the same prompts and with the same --tree-nodes."""
+    """With --combine: also measure each draft alone, and compare them all on the same prompts, with the same --tree-nodes."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -162,8 +162,8 @@ class GenerateConfig(TargetOptions, DecodingOptions, CombineOptions, Seeded):
     no_draft: bool = False
     """Decode without a draft, one token a step."""
     show_accepted: bool = False
-    """Mark the tokens that the draft proposed: green on a terminal, in [brackets] elsewhere. Of several drafts each has a colour
-    of its own, or its number: [1:…] [2:…]."""
+    """Mark the tokens that the draft proposed: green on a terminal, in [brackets] elsewhere. Of several drafts each has a
+    colour of its own, or its number: [1:…] [2:…]."""
 
     def __post_init__(self):
         super().__post_init__()

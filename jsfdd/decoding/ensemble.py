@@ -119,7 +119,7 @@ def average_drafts(drafts: dict[str, tuple[DraftConfig, dict]], weights: Sequenc
     Raises ValueError, naming what differs, where the drafts' shapes, rotations or vocabularies do.
     """
     configs = {name: config for name, (config, _) in drafts.items()}
-    _check_equal(configs, lambda config: vars(config.decoder) | {name: getattr(config, name) for name in ("fc_bias", "vocabulary")})
+    _check_equal(configs, lambda c: vars(c.decoder) | {"fc_bias": c.fc_bias, "the draft vocabulary": c.vocabulary})
     averaged = jax.tree.map(
         lambda *leaves: sum(weight * leaf for weight, leaf in zip(weights, leaves, strict=True)),
         *(params for _, params in drafts.values()),
