@@ -22,6 +22,7 @@ from jsfdd.options import (
     ExportOptions,
     FeatureFormat,
     Metric,
+    MixOptions,
     ProbeOptions,
     ProcessOptions,
     ProposalOptions,
@@ -86,7 +87,9 @@ class SelectConfig(SelectionOptions, Seeded, ProcessOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig(TargetOptions, DataOptions, TrainingOptions, FeatureFormat, ProbeOptions, Seeded, ProcessOptions):
+class TrainConfig(
+    TargetOptions, DataOptions, MixOptions, TrainingOptions, FeatureFormat, ProbeOptions, Seeded, ProcessOptions
+):
     """Train an EAGLE draft on the selected samples."""
 
     out: Path
@@ -209,6 +212,7 @@ class RunConfig(
     TargetOptions,
     DataOptions,
     SelectionOptions,
+    MixOptions,
     TrainingOptions,
     FeatureFormat,
     DecodingOptions,
