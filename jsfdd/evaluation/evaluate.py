@@ -27,7 +27,8 @@ from jax.sharding import Mesh
 from jsfdd.decoding.generate import DecodeSetup, make_generate, prepare_params
 from jsfdd.decoding.tree import TreeShape
 from jsfdd.decoding.verify import EVERY_TOKEN, Cutoff
-from jsfdd.evaluation.intervals import interval, resample_ratios, tau_difference
+from jsfdd.evaluation.acceptance import AcceptanceCounts, acceptance_figures, with_interval
+from jsfdd.evaluation.intervals import resample_ratios, tau_difference
 from jsfdd.evaluation.prompts import bucket_width, check_length, prompt_batch, render_turns
 from jsfdd.mesh import describe_hardware, num_data_shards, replicate, shard_rows, to_host
 from jsfdd.models.draft import DraftConfig
@@ -44,28 +45,16 @@ class Answers(NamedTuple):
     Attributes:
       texts: [N][turns] answers as text.
       tokens: [N][turns] answers as int32 ids.
-      accept_counts: int64[N, G+1]; reached, accepted: int64[N, G] (records.DecodeStats).
+      counts: int64.
       batch_tokens, batch_seconds: float64[batches], of each timed call; batch_sources, whose prompts they were.
     """
 
     texts: list[list[str]]
     tokens: list[list[np.ndarray]]
-    accept_counts: np.ndarray
-    reached: np.ndarray
-    accepted: np.ndarray
+    counts: AcceptanceCounts
     batch_tokens: list[float]
     batch_seconds: list[float]
     batch_sources: list[str]
-
-    @property
-    def steps(self) -> np.ndarray:
-        """int64[N], target verifications."""
-        return self.accept_counts.sum(axis=1)
-
-    @property
-    def emitted(self) -> np.ndarray:
-        """int64[N], tokens that those verifications emitted."""
-        return self.accept_counts @ np.arange(1, self.accept_counts.shape[1] + 1)
 
 
 class _Program(NamedTuple):
@@ -121,7 +110,7 @@ def evaluate(
                 programs[name] = _Program(target_params | {"draft": replicate(params, mesh)}, decode, num_draft_tokens)
 
     answers = {
-        name: Answers([[] for _ in prompts], [[] for _ in prompts], *_zero_counts(len(prompts), program), [], [], [])
+        name: Answers([[] for _ in prompts], [[] for _ in prompts], _zero_counts(len(prompts), program), [], [], [])
         for name, program in programs.items()
     }
     compile_seconds = _answer_all(
@@ -207,9 +196,8 @@ def _keep(target: Target, answers: Answers, rows: Sequence[int], out, seconds: f
         tokens = out.tokens[k, : out.lengths[k]]
         answers.tokens[row].append(tokens)
         answers.texts[row].append(target.tokenizer.decode(tokens, skip_special_tokens=True))
-        answers.accept_counts[row] += out.stats.accept_counts[k]
-        answers.reached[row] += out.stats.reached[k]
-        answers.accepted[row] += out.stats.accepted[k]
+        for total, own in zip(answers.counts, out.stats, strict=True):
+            total[row] += own[k]
     answers.batch_tokens.append(float(out.lengths.sum()))
     answers.batch_seconds.append(seconds)
     answers.batch_sources.append(source)
@@ -223,17 +211,17 @@ def _report(prompts, answers: Answers, baseline: Answers, compile_seconds: float
     rate, rate_values = _rate(answers, seed)
     base_rate, base_values = _rate(baseline, seed)
     return {
-        **_acceptance(answers, everywhere, seed),
-        **_with_interval("tokens_per_second", rate, rate_values),
-        **_with_interval("baseline_tokens_per_second", base_rate, base_values),
-        **_with_interval("speedup", rate / base_rate, rate_values / base_values),
+        **acceptance_figures(answers.counts, everywhere, seed),
+        **with_interval("tokens_per_second", rate, rate_values),
+        **with_interval("baseline_tokens_per_second", base_rate, base_values),
+        **with_interval("speedup", rate / base_rate, rate_values / base_values),
         "n_tokens": int(sum(answers.batch_tokens)),
         # But where two logits tie within rounding, and where sampling has keys of its own.
         "same_text_share": float(np.mean(same)) if same_text else None,
         "compile_seconds": compile_seconds,
         "per_source": {
             source: {
-                **_acceptance(answers, np.array([prompt.source == source for prompt in prompts]), seed),
+                **acceptance_figures(answers.counts, np.array([prompt.source == source for prompt in prompts]), seed),
                 "tokens_per_second": _rate(answers, seed, source)[0],
                 "baseline_tokens_per_second": _rate(baseline, seed, source)[0],
                 "speedup": _rate(answers, seed, source)[0] / _rate(baseline, seed, source)[0],
@@ -242,38 +230,13 @@ def _report(prompts, answers: Answers, baseline: Answers, compile_seconds: float
         },
         "prompts": [
             {"id": prompt.id, "source": prompt.source, "emitted": int(e), "steps": int(s), "same_text": bool(t)}
-            for prompt, e, s, t in zip(prompts, answers.emitted, answers.steps, same)
+            for prompt, e, s, t in zip(prompts, answers.counts.emitted, answers.counts.steps, same)
         ],
         "examples": [
             {"id": prompt.id, "source": prompt.source, "prompt": prompt.turns[0], "text": texts[0]}
             for prompt, texts in list(zip(prompts, answers.texts))[:8]
         ],
         "hardware": describe_hardware(),
-    }
-
-
-def _acceptance(answers: Answers, rows: np.ndarray, seed: int) -> dict:
-    """Everything about acceptance, over the prompts that `rows` (bool[N]) picks."""
-    emitted, steps = answers.emitted[rows], answers.steps[rows]
-    reached, accepted = answers.reached[rows], answers.accepted[rows]
-    # A prompt whose answer ended with its first token was never verified: it has no τ of its own.
-    verified = steps > 0
-    per_prompt = emitted[verified] / steps[verified]
-    ones = np.ones((len(per_prompt), 1))
-    tau = resample_ratios(emitted[:, None], steps[:, None], seed)[:, 0]
-    tau_macro = resample_ratios(per_prompt[:, None], ones, seed)[:, 0] if len(per_prompt) else np.array([np.nan])
-    alpha = resample_ratios(accepted, reached, seed)
-    depths = range(reached.shape[1])
-    return {
-        **_with_interval("tau", _share(emitted.sum(), steps.sum()), tau),
-        **_with_interval("tau_macro", float(per_prompt.mean()) if len(per_prompt) else None, tau_macro),
-        "l": float(emitted.sum() / steps.sum() - 1) if steps.sum() else None,
-        "alpha": [_share(accepted[:, i].sum(), reached[:, i].sum()) for i in depths],
-        "alpha_low": [interval(alpha[:, i])[0] for i in depths],
-        "alpha_high": [interval(alpha[:, i])[1] for i in depths],
-        "accept_counts": answers.accept_counts[rows].sum(axis=0).tolist(),
-        "n_prompts": int(rows.sum()),
-        "n_steps": int(steps.sum()),
     }
 
 
@@ -284,15 +247,6 @@ def _rate(answers: Answers, seed: int, source: str | None = None):
     return float(tokens.sum() / seconds.sum()), resample_ratios(tokens, seconds, seed)[:, 0]
 
 
-def _with_interval(name: str, value: float | None, resampled: np.ndarray) -> dict:
-    low, high = interval(resampled)
-    return {name: value, f"{name}_low": low, f"{name}_high": high}
-
-
-def _share(part, whole) -> float | None:
-    return float(part / whole) if whole else None
-
-
-def _zero_counts(num_prompts: int, program: _Program):
+def _zero_counts(num_prompts: int, program: _Program) -> AcceptanceCounts:
     depth = program.num_draft_tokens
-    return tuple(np.zeros((num_prompts, columns), np.int64) for columns in (depth + 1, depth, depth))
+    return AcceptanceCounts(*(np.zeros((num_prompts, columns), np.int64) for columns in (depth + 1, depth, depth)))

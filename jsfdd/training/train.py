@@ -112,6 +112,7 @@ def train(
     mesh: Mesh,
     *,
     identity: dict,
+    draft: DraftConfig | None = None,
     shapes: Sequence[Shape] | None = None,
     probe: Probe | None = None,
     progress: bool = True,
@@ -124,6 +125,7 @@ def train(
       config: `config.out` receives checkpoints/, metrics.jsonl and timings.jsonl.
       identity: JSON-ready; what else the result depends on (the target's fingerprint, the data's hash, …). A run is
         only continued with the same identity, options, samples and shapes.
+      draft: its shape, if several runs should share one draft vocabulary; `draft_of` of the options and `data` otherwise.
       shapes: batch shapes, if several runs should share programs; chosen for `samples` and `held_out` otherwise.
       probe: a real decode, every `config.probe_every` steps and after the last: its figures are logged, and the draft of the
         best τ so far is kept beside the checkpoints.
@@ -136,7 +138,7 @@ def train(
       ValueError: no token counts, a sample's hidden states are missing or misshapen, or `config.out` holds another run.
       FloatingPointError: a loss or gradient is not finite; names the step and the samples of its batch.
     """
-    draft = draft_of(target_config, config, data.samples)
+    draft = draft or draft_of(target_config, config, data.samples)
     samples, others = data.samples, held_out.samples
     shapes = shapes or choose_shapes([len(sample.tokens) for sample in [*samples, *others]], config.batch_tokens)
     counted = np.array([_loss_tokens(data, sample) for sample in samples])
@@ -160,7 +162,7 @@ def train(
     frozen = split_vocabulary(restrict(whole, draft), mesh)
     places = state_shardings(draft, optimizer, mesh, config.shard_optimizer)
     state = jax.tree.map(put, init_state(draft, optimizer, config.seed), places)
-    identity = {**identity, **_identity(data, others, shapes, config)}
+    identity = {**identity, **_identity(data, others, shapes, config), "vocabulary": _vocabulary_digest(draft)}
 
     metrics_path, timings_path = config.out / METRICS, config.out / TIMINGS
     with checkpoint.open_checkpoints(config.out) as checkpoints:
@@ -293,6 +295,10 @@ def _make_held_out_figures(target_config, draft, held_out: TrainingData, config,
         return mean_figures(to_host(sums))
 
     return figures
+
+
+def _vocabulary_digest(draft: DraftConfig) -> str | None:
+    return hashlib.sha256(np.array(draft.vocabulary, np.int32).tobytes()).hexdigest() if draft.vocabulary else None
 
 
 def _identity(data: TrainingData, held_out: Sequence[Sample], shapes: Sequence[Shape], config: TrainConfig) -> dict:

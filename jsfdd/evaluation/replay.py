@@ -1,0 +1,274 @@
+"""Acceptance without decoding: a draft judged on text that the target wrote once.
+
+    recorded = record(target, prompts, mesh, …)                    # the target answers, once
+    hidden = store_hidden(…, recorded.samples, …)                  # and reads its answers, once
+    judge = make_judge(target, hidden, recorded, draft, mesh, …)   # compiled once for all drafts of one shape
+    counts = walk(recorded, judge(draft_params))                   # what a decoder would have counted
+
+Whatever the draft, a lossless decoder emits the target's text. So that text can be decoded beforehand, and what remains of a
+draft's measurement is to ask it from every position: the draft step that is i tokens ahead at every position at once is
+HASS's step i (`models.draft.draft_steps`), which no target has to verify. At temperature 0 a draft token is accepted where it is
+the text's own next token, and the counts are the decoder's own. Above it, speculative sampling emits x and has accepted it with
+probability min(p(x), q(x)), and emits x at all with p(x) (`decoding.verify`): given the text, a draft token was accepted with
+
+    P(accepted | x) = min(1, q(x) / p(x))
+
+independently from step to step. `walk` sums over all ways in which that can have cut the text into steps, so that no chance but
+the text's is left. Chains alone; a tree's shape would have to be grown at every position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float
+
+from jsfdd.data.batches import choose_shapes, make_batches
+from jsfdd.decoding.generate import DecodeSetup, make_generate, prepare_params
+from jsfdd.evaluation.acceptance import AcceptanceCounts
+from jsfdd.evaluation.prompts import bucket_width, check_length, prompt_batch, render_turns
+from jsfdd.mesh import map_over_devices, num_data_shards, own_rows, replicate, shard_rows, to_host
+from jsfdd.models.counted import fold_counted
+from jsfdd.models.draft import DraftConfig, draft_steps
+from jsfdd.models.sharding import place_params
+from jsfdd.models.target import embed_tokens
+from jsfdd.records import DraftBatch, Prompt, Sample
+from jsfdd.training.batch import PerToken, TrainingData, device_batch
+from jsfdd.training.loss import Borrowed, borrow, restrict
+from jsfdd.training.step import block_size
+from jsfdd.training.token_loss import row_logits
+from jsfdd.weights.load import Target
+
+
+class Recorded(NamedTuple):
+    """What the target answered, and how.
+
+    Attributes:
+      samples: a prompt's turn each: the conversation up to it with the answer, on which `assistant_mask` is True.
+      prompts: int[N], of each sample, the number of its prompt; turns of one prompt follow each other.
+      temperature: at which the answers were drawn.
+      max_new_tokens: longest answer that counts. What is recorded goes on for `ahead` tokens, unless it stopped, since a
+        decoder's last step may overshoot.
+      stop_tokens: the target's.
+    """
+
+    samples: list[Sample]
+    prompts: np.ndarray
+    temperature: float
+    max_new_tokens: int
+    ahead: int
+    stop_tokens: tuple[int, ...]
+
+
+class Judged(NamedTuple):
+    """What a draft says at every position of one text, at each depth i = 1 … G; 0 where no step can lead.
+
+    Entry [i − 1, t] is about token t + 2, as the draft step that reads x_{t+1} gives it.
+
+    Attributes:
+      accept: chance that the text's own token was accepted there, given that the depth was reached.
+      probability: of the draft's likeliest token, without temperature.
+      entropy: of the draft's distribution, nats, without temperature.
+    """
+
+    accept: Float[np.ndarray, "G T"]
+    probability: Float[np.ndarray, "G T"]
+    entropy: Float[np.ndarray, "G T"]
+
+
+def record(
+    target: Target,
+    prompts: Sequence[Prompt],
+    mesh: Mesh,
+    *,
+    temperature: float,
+    max_new_tokens: int,
+    ahead: int,
+    batch_size: int,
+    seed: int,
+) -> Recorded:
+    """Let the target answer all turns of all prompts, as `evaluate`'s baseline does with the same arguments.
+
+    Args:
+      ahead: the longest chain (γ) that will be judged.
+
+    Raises:
+      ValueError: a prompt with its answer is longer than the target's context.
+    """
+    longest = max_new_tokens + ahead
+    shards = num_data_shards(mesh)
+    batch_size = -(-batch_size // shards) * shards
+    decode = make_generate(DecodeSetup(target.config, None, 0, longest, target.stop_tokens), mesh)
+    params = prepare_params(place_params(target.params, mesh))
+    texts: list[list[str]] = [[] for _ in prompts]
+    found: dict[tuple[int, int], Sample] = {}
+    for turn in range(max(len(prompt.turns) for prompt in prompts)):
+        asked = {i: render_turns(target, prompt, texts[i]) for i, prompt in enumerate(prompts) if len(prompt.turns) > turn}
+        for i, ids in asked.items():
+            check_length(target, prompts[i], len(ids), longest)
+        order = sorted(asked, key=lambda i: len(asked[i]))
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            width = bucket_width(max(len(asked[i]) for i in rows))
+            batch = shard_rows(prompt_batch([asked[i] for i in rows], rows, batch_size, width, seed, turn), mesh)
+            out = to_host(decode((params, np.float32(temperature)), batch))
+            for i, tokens, length in zip(rows, out.tokens, out.lengths):
+                answer = tokens[:length]
+                texts[i].append(target.tokenizer.decode(answer[:max_new_tokens], skip_special_tokens=True))
+                found[i, turn] = _sample(prompts[i], turn, asked[i], answer)
+    order = sorted(found)
+    numbers = np.array([i for i, _ in order])
+    return Recorded([found[key] for key in order], numbers, temperature, max_new_tokens, ahead, target.stop_tokens)
+
+
+def _sample(prompt: Prompt, turn: int, asked: list[int], answer: np.ndarray) -> Sample:
+    tokens = np.concatenate([asked, answer]).astype(np.int32)
+    return Sample(f"{prompt.id}/{turn}", prompt.source, tokens, np.arange(len(tokens)) >= len(asked))
+
+
+def make_judge(
+    target: Target,
+    hidden: PerToken,
+    recorded: Recorded,
+    draft: DraftConfig,
+    mesh: Mesh,
+    *,
+    num_draft_tokens: int,
+    batch_tokens: int = 4096,
+) -> Callable[[dict], list[Judged]]:
+    """`judge(draft_params)`: what a draft says along every recorded text, in the order of `recorded.samples`.
+
+    Args:
+      hidden: the target's hidden states of the samples, by id; float32, or the figures are of rounded ones.
+      draft: the shape of all drafts to come.
+      num_draft_tokens: γ, at most `recorded.ahead`.
+      batch_tokens: tokens of a batch.
+
+    Raises:
+      ValueError: γ exceeds what was recorded; later, a sample's hidden states are missing.
+    """
+    if num_draft_tokens > recorded.ahead:
+        raise ValueError(f"num_draft_tokens={num_draft_tokens}: the answers were recorded for up to {recorded.ahead}")
+    step = _make_judge_step(target, draft, mesh, num_draft_tokens, recorded.temperature)
+    whole = borrow(target.config, target.params)
+    frozen = replicate((whole, restrict(whole, draft)), mesh)
+    data = TrainingData(recorded.samples, hidden)
+    lengths = [len(sample.tokens) for sample in recorded.samples]
+    plans = make_batches(lengths, choose_shapes(lengths, batch_tokens))
+
+    def judge(draft_params: dict) -> list[Judged]:
+        everywhere = (*frozen, replicate(draft_params, mesh))
+        found: dict[int, Judged] = {}
+        for plan in plans:
+            judged = step(everywhere, device_batch(data, plan.indices, plan.shape, mesh))
+            for row, i in zip(np.concatenate(list(own_rows(judged, mesh).values())), plan.indices):
+                found[i] = Judged(*row[:, :, : lengths[i]])
+        return [found[i] for i in range(len(lengths))]
+
+    return judge
+
+
+def _make_judge_step(target: Target, draft: DraftConfig, mesh: Mesh, depth: int, temperature: float):
+    """Compile `((whole, restricted, draft params), DraftBatch) -> [B, 3, G, T]`, the three of `Judged`."""
+    slots = None
+    if draft.vocabulary:  # where each token is in it, −1 where it is not
+        slots = np.full(target.config.vocab_size, -1, np.int32)
+        slots[list(draft.vocabulary)] = np.arange(len(draft.vocabulary))
+    block = block_size(mesh)
+
+    def step(everywhere: tuple[Borrowed, Borrowed, dict], batch: DraftBatch) -> Float[Array, "B three G T"]:
+        whole, restricted, draft_params = everywhere
+        rows, length = batch.tokens.shape
+        hidden = batch.hidden.astype(jnp.float32)
+        embedding = embed_tokens(target.config, {"embed": {"embedding": whole.embedding}}, batch.tokens[:, 1:])
+        text = jnp.pad(batch.tokens[:, 2:], ((0, 0), (0, 1))).reshape(-1)
+        reached = batch.counted[:, 1:]
+        own = jnp.zeros(0)
+        if temperature > 0:
+            own = _text_log_probs(whole.output, hidden[:, 1:], reached, text, temperature, block)
+        depths = []
+        for predicted in draft_steps(draft, draft_params, embedding, hidden[:, :-1], depth):
+            said = _said(restricted.output, predicted.reshape(-1, hidden.shape[2]), reached, text, own)
+            depths.append(jnp.pad(said.reshape(3, rows, length - 1), ((0, 0), (0, 0), (0, 1))))
+            # A step never starts before the answer's first token, so depth i is not reached before its i-th.
+            reached = batch.counted[:, 1:] & jnp.pad(reached[:, :-1], ((0, 0), (1, 0)))
+        return jnp.stack(depths).transpose(2, 1, 0, 3)
+
+    def _said(head, predicted, reached, text, own):
+        def visit(numbers, said):
+            z = row_logits(head, predicted, numbers)
+            token = text.at[numbers].get(mode="fill", fill_value=0)
+            slot = token if slots is None else jnp.asarray(slots)[token]
+            of_text = jnp.where(slot < 0, -jnp.inf, jnp.take_along_axis(z, jnp.maximum(slot, 0)[None], axis=0)[0])
+            top = jnp.max(z, axis=0)
+            above = jnp.exp(z - top[None])
+            total = jnp.sum(above, axis=0)
+            entropy = jnp.log(total) - jnp.sum((z - top[None]) * above, axis=0) / total
+            if temperature > 0:
+                log_q = (of_text - top) / temperature - jnp.log(jnp.sum(jnp.exp((z - top[None]) / temperature), axis=0))
+                accept = jnp.exp(jnp.minimum(log_q - own.at[numbers].get(mode="fill", fill_value=0.0), 0.0))
+            else:
+                accept = (of_text == top).astype(jnp.float32)
+            return said.at[:, numbers].set(jnp.stack([accept, 1 / total, entropy]), mode="drop")
+
+        return fold_counted(reached.reshape(-1), block, visit, jnp.zeros((3, reached.size)))
+
+    return map_over_devices(step, mesh)
+
+
+def _text_log_probs(head, hidden, counted: Bool[Array, "B T1"], text, temperature: float, block: int):
+    """log p of each text token at the temperature, flat."""
+    rows = hidden.reshape(-1, hidden.shape[2])
+
+    def visit(numbers, found):
+        z = row_logits(head, rows, numbers) / temperature
+        token = text.at[numbers].get(mode="fill", fill_value=0)
+        own = jnp.take_along_axis(z, token[None], axis=0)[0] - jax.nn.logsumexp(z, axis=0)
+        return found.at[numbers].set(own, mode="drop")
+
+    return fold_counted(counted.reshape(-1), block, visit, jnp.zeros(counted.size))
+
+
+def walk(recorded: Recorded, judged: Sequence[Judged]) -> AcceptanceCounts:
+    """The counts that decoding would have, per prompt (its turns added up); above temperature 0 their expectation."""
+    depth = judged[0].accept.shape[0]
+    size = int(recorded.prompts.max()) + 1
+    counts = AcceptanceCounts(np.zeros((size, depth + 1)), np.zeros((size, depth)), np.zeros((size, depth)))
+    for sample, number, each in zip(recorded.samples, recorded.prompts, judged):
+        start = int(np.argmax(sample.assistant_mask))
+        stops = np.isin(sample.tokens[start:], recorded.stop_tokens)
+        for total, own in zip(counts, _walk_text(each.accept, start, stops, recorded.max_new_tokens)):
+            total[number] += own
+    return counts
+
+
+def _walk_text(accept: Float[np.ndarray, "G T"], start: int, stops: Bool[np.ndarray, " N"], max_new_tokens: int):
+    """Expected counts of one answer, which begins at token `start`; `stops`: where it holds a stop token."""
+    depth = len(accept)
+    histogram, reached, accepted = np.zeros(depth + 1), np.zeros(depth), np.zeros(depth)
+    begins = np.zeros(len(stops) + depth + 2)  # begins[n]: chance that a step starts when n tokens are there
+    begins[1] = 1.0
+    for n in range(1, min(max_new_tokens, len(stops))):
+        chance = begins[n]
+        if not chance or stops[n - 1]:
+            continue
+        for i in range(depth):
+            yes = chance * accept[i, start + n + i - 2]
+            reached[i] += chance
+            accepted[i] += yes
+            histogram[i] += chance - yes
+            begins[n + i + 1] += chance - yes
+            chance = yes
+            if stops[n + i]:
+                # What lies behind the end of the answer is not judged.
+                histogram[i + 1] += chance
+                chance = 0.0
+                break
+        histogram[depth] += chance
+        begins[n + depth + 1] += chance
+    return histogram, reached, accepted

@@ -1,0 +1,120 @@
+"""Judging recorded text is decoding it: the same counts greedily, the same law when sampled."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toy import loaded_target, toy_draft
+
+from jsfdd.data.batches import pad_rows
+from jsfdd.decoding.generate import DecodeSetup, make_generate, prepare_params
+from jsfdd.evaluation.acceptance import acceptance_figures
+from jsfdd.evaluation.evaluate import evaluate
+from jsfdd.evaluation.prompts import bucket_width, prompt_batch, render_turns
+from jsfdd.evaluation.replay import Recorded, _walk_text, make_judge, record, walk
+from jsfdd.mesh import make_mesh
+from jsfdd.models.draft import DraftConfig
+from jsfdd.models.target import hidden_states
+from jsfdd.records import Prompt, Sample
+
+PROMPTS = [Prompt(f"p{i}", "even" if i % 2 == 0 else "odd", ("hi" * (i + 1),)) for i in range(3)]
+PROMPTS.append(Prompt("two", "odd", ("first turn", "second turn")))
+VOCABULARY = tuple(range(0, 258, 2))
+
+
+def _damped_target(stop_tokens=(257,)):
+    """A target whose hidden state is its last token's embedding, but for a little of its layers."""
+    target = loaded_target()
+    layers = target.params["layers"]
+    for part, name in (("attention", "o_proj"), ("mlp", "down_proj")):
+        layers[part][name]["kernel"] = 0.3 * layers[part][name]["kernel"]
+    return target._replace(stop_tokens=stop_tokens)
+
+
+def _often_right(target, vocabulary=()):
+    """A draft that passes the embedding through, and has a little of its own layer, so that what it attends to matters."""
+    draft, params = toy_draft(target.config)
+    width = target.config.hidden_size
+    params["fc"]["kernel"] = jnp.zeros_like(params["fc"]["kernel"]).at[:width].set(jnp.eye(width))
+    params["layer"] = jax.tree.map(lambda x: 0.5 * x, params["layer"])
+    return dataclasses.replace(draft, vocabulary=vocabulary), params
+
+
+def _hidden(target, recorded):
+    rows = [sample.tokens for sample in recorded.samples]
+    tokens = pad_rows(rows, (len(rows), max(map(len, rows))))
+    read = jax.jit(lambda tokens: hidden_states(target.config, target.params, tokens))(tokens)
+    return {sample.id: states[: len(sample.tokens)] for sample, states in zip(recorded.samples, np.asarray(read))}
+
+
+def _replay(target, recorded, draft: DraftConfig, params, depth):
+    judge = make_judge(target, _hidden(target, recorded), recorded, draft, make_mesh(), num_draft_tokens=depth, batch_tokens=256)
+    return walk(recorded, judge(params))
+
+
+@pytest.mark.parametrize(
+    "stop, vocabulary", [((257,), ()), ((257, 27, 92), VOCABULARY)], ids=["whole answers", "stops, a draft vocabulary"]
+)
+def test_greedy_counts_are_the_decoders(stop, vocabulary):
+    target = _damped_target(stop)
+    draft, params = _often_right(target, vocabulary)
+    mesh = make_mesh()
+    options = dict(temperature=0.0, max_new_tokens=24, batch_size=4, seed=0)
+    report = evaluate(target, {"draft": (draft, params)}, PROMPTS, mesh, num_draft_tokens=3, **options)["draft"]
+    recorded = record(target, PROMPTS, mesh, ahead=4, **options)
+    counts = _replay(target, recorded, draft, params, depth=3)
+    figures = acceptance_figures(counts, np.ones(len(PROMPTS), bool), seed=0)
+    assert min(report["accept_counts"]) > 0, "a draft that is never right, or always, would prove nothing"
+    for name, value in figures.items():
+        assert report[name] == value, name
+    assert [p["emitted"] for p in report["prompts"]] == counts.emitted.tolist()
+
+
+def test_sampled_counts_have_the_decoders_law():
+    """Over many sampled answers to one prompt, decoding's mean counts and replay's expectations agree."""
+    target = _damped_target()
+    draft, params = _often_right(target)
+    mesh, depth, longest, rows = make_mesh(), 3, 10, 1500
+    prompts = [Prompt(f"p{i}", "same", ("hi",)) for i in range(rows)]
+    ids = [render_turns(target, prompt, []) for prompt in prompts]
+    batch = prompt_batch(ids, range(rows), rows, bucket_width(len(ids[0])), 1, 0)
+    decode = make_generate(DecodeSetup(target.config, draft, depth, longest, target.stop_tokens), mesh)
+    stats = decode((prepare_params(target.params, params), np.float32(1)), batch).stats
+    recorded = record(
+        target, prompts, mesh, temperature=1.0, max_new_tokens=longest, ahead=depth, batch_size=rows, seed=2
+    )
+    counts = _replay(target, recorded, draft, params, depth)
+    assert np.asarray(stats.accepted).sum() > 0.1 * np.asarray(stats.reached).sum()
+    for drawn, expected in zip(stats, counts, strict=True):
+        drawn, expected = np.asarray(drawn, np.float64), np.asarray(expected)
+        error = np.sqrt((drawn.var(axis=0) + expected.var(axis=0)) / rows)
+        assert np.all(np.abs(drawn.mean(axis=0) - expected.mean(axis=0)) < 5 * error + 1e-9)
+        # Given the text nothing is left to chance, so the expectations must vary less.
+        assert expected.var(axis=0).sum() < drawn.var(axis=0).sum()
+
+
+def test_walk_by_hand():
+    """Answer of five tokens from position 2, γ = 2: every way to cut it, added up by hand."""
+    accept = np.zeros((2, 7))
+    accept[0] = [0, 0.5, 0.25, 1.0, 0.5, 0, 0]  # entry t is about token t + 2
+    accept[1] = [0, 0, 0.5, 0.5, 0.5, 0, 0]
+    histogram, reached, accepted = _walk_text(accept, 2, np.zeros(5, bool), max_new_tokens=3)
+    # A first step at one token: 1/2 rejects (a second step at two tokens follows), 1/4 accepts one, 1/4 two; both end.
+    # The second step: 3/4 rejects at once, 1/8 accepts one, 1/8 two.
+    assert np.allclose(histogram, [0.5 + 0.5 * 0.75, 0.25 + 0.5 * 0.125, 0.25 + 0.5 * 0.125])
+    assert np.allclose(reached, [1.5, 0.5 + 0.5 * 0.25])
+    assert np.allclose(accepted, [0.5 + 0.125, 0.25 + 0.0625])
+    stopped = _walk_text(accept, 2, np.array([False, True]), max_new_tokens=3)
+    assert np.allclose(stopped[0], [0.5, 0.5, 0])
+    assert np.allclose(stopped[1], [1, 0])
+
+
+def test_more_depth_than_recorded_is_refused():
+    target = loaded_target()
+    draft, _ = _often_right(target)
+    tokens = np.arange(6, dtype=np.int32)
+    recorded = Recorded([Sample("a/0", "s", tokens, tokens > 2)], np.array([0]), 0.0, 3, 2, (257,))
+    with pytest.raises(ValueError, match="recorded for up to 2"):
+        make_judge(target, {}, recorded, draft, make_mesh(), num_draft_tokens=3)
