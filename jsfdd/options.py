@@ -246,11 +246,11 @@ class MixOptions(_Options):
 
     mix: tuple[str, ...] = ()
     """Train on a mixture of sources, as in `math=0.5 chat=0.5`; a row's source is its "source" or else its file's name. Weights
-    count in proportion; sources without one are left out. What is mixed was selected and is not held out; nothing is repeated."""
+    count in proportion; sources without one are left out. What is selected and not held out is mixed, and nothing repeated."""
     mix_unit: MixUnit = "samples"
     """What the weights are shares of: conversations, or the tokens of their answers."""
     mix_total: int | None = None
-    """So many of them in all; unless given, as many as the scarcest source allows. A larger total has a smaller one's samples."""
+    """So many of them in all; unless given, as many as the scarcest source allows. A larger total keeps a smaller one's."""
 
     def __post_init__(self):
         super().__post_init__()

@@ -80,7 +80,7 @@ def contents(samples: Sequence[Sample]) -> dict[str, dict[str, int]]:
 
 def in_words(found: Mapping[str, Mapping[str, int]]) -> str:
     """What `contents` found, for a person."""
-    each = (f"{number['samples']:,} of {source} ({number['counted_tokens']:,} counted tokens)" for source, number in found.items())
+    each = (f"{own['samples']:,} of {source} ({own['counted_tokens']:,} counted tokens)" for source, own in found.items())
     return f"samples: {', '.join(each)}"
 
 
