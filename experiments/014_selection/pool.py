@@ -1,0 +1,230 @@
+"""One pool of chats, read by the target once, on which any number of drafts are trained and judged. See README.md.
+
+    pool = open_pool(data, prompts, work, …)      # scores, hidden states, target means, recorded answers: computed once, kept
+    row = run_arm(pool, name, arm)                # trains one draft, judges it on all recorded answers; done arms are read
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from jsfdd import hidden, pipeline
+from jsfdd.config import ScoreConfig, TrainConfig, stores_means
+from jsfdd.data.chat import read_prompts
+from jsfdd.evaluation import replay
+from jsfdd.loading import Loaded, load
+from jsfdd.models.draft import DraftConfig
+from jsfdd.records import Prompt, Sample
+from jsfdd.selection.features import store_hidden
+from jsfdd.selection.table import ScoreTable, read_token_scores
+from jsfdd.selection.tokens import token_weights
+from jsfdd.training import train as training
+from jsfdd.training.batch import PerToken, TrainingData
+from jsfdd.training.log import read_lines
+from jsfdd.training.loss import borrow
+from jsfdd.training.step import block_size
+from jsfdd.training.target_means import store_means
+from jsfdd.training.token_loss import Distance
+from jsfdd.training.train import TIMINGS
+from jsfdd.weights.checkpoint import load_draft
+
+TEMPERATURES = (0.0, 1.0)
+GAMMA = 5  # the paper's
+
+
+class Pool(NamedTuple):
+    """What all arms share."""
+
+    work: Path
+    loaded: Loaded
+    base: TrainConfig
+    table: ScoreTable
+    store: PerToken  # the target's hidden states of all chats
+    draft: DraftConfig  # with a vocabulary counted over all chats, the same for every arm
+    means: PerToken
+    prompts: list[Prompt]
+    recorded: dict[float, replay.Recorded]
+    judges: dict[float, tuple]  # (hidden states of the recorded answers, what is compiled for which shape of draft)
+
+    @property
+    def samples(self) -> list[Sample]:
+        return self.loaded.samples
+
+
+def open_pool(
+    data: Path, prompts: list[Prompt], work: Path, *, draft_vocab: int, epochs: int, max_new_tokens: int, batch_size: int = 32
+) -> Pool:
+    """Compute, or read again, what the arms share. Seconds of each part go to WORK/seconds.json."""
+    shared = dict(target="smollm2", data=(data,), max_length=384, batch_tokens=1024)
+    base = TrainConfig(
+        **shared, out=work, epochs=epochs, learning_rate=1e-3, draft_vocab=draft_vocab, log_every=20, save_every=100_000,
+        held_out_share=0.0,
+    )  # fmt: skip
+    config = ScoreConfig(**shared, out=work, per_token=True, keep_features=("full",), held_out_share=0.0)
+    loaded = load(config)
+    with timed(work, "score"):
+        table = pipeline.score(config, loaded)
+    store = hidden.for_training(dataclasses.replace(base, features=str(work / "hidden")), loaded, loaded.samples, None)
+    draft = training.draft_of(loaded.target.config, base, loaded.samples)
+    with timed(work, "means"):
+        means = means_of(base, loaded, TrainingData(loaded.samples, store), draft, work / "means")
+    recorded, judges = {}, {}
+    for temperature in TEMPERATURES:
+        with timed(work, f"record at {temperature}"):
+            recorded[temperature] = _recorded(loaded, prompts, work, temperature, max_new_tokens, batch_size)
+        directory = work / f"answers_{temperature}"
+        digest = hashlib.sha256(b"".join(sample.tokens.tobytes() for sample in recorded[temperature].samples)).hexdigest()
+        with timed(work, f"read at {temperature}"):
+            states = store_hidden(
+                loaded.target.config, loaded.target.params, recorded[temperature].samples, loaded.mesh,
+                batch_tokens=4096, directory=directory, identity={"answers": digest}, dtype="float32",
+            )  # fmt: skip
+        judges[temperature] = (states, {})
+    return Pool(work, loaded, base, table, store, draft, means, prompts, recorded, judges)
+
+
+def means_of(config: TrainConfig, loaded: Loaded, data: TrainingData, draft: DraftConfig, directory: Path) -> PerToken:
+    """The target's means of the samples over a draft's vocabulary."""
+    return store_means(
+        data, borrow(loaded.target.config, loaded.target.params), Distance.of(config), loaded.mesh,
+        block=block_size(loaded.mesh), batch_tokens=config.batch_tokens, directory=directory,
+        identity=loaded.identity | {"feature_dtype": config.feature_dtype}, vocabulary=draft.vocabulary,
+    )  # fmt: skip
+
+
+def _recorded(loaded: Loaded, prompts, work: Path, temperature: float, max_new_tokens: int, batch_size: int) -> replay.Recorded:
+    path = work / f"answers_{temperature}.json"
+    if not path.exists():
+        recorded = replay.record(
+            loaded.target, prompts, loaded.mesh,
+            temperature=temperature, max_new_tokens=max_new_tokens, ahead=GAMMA, batch_size=batch_size, seed=0,
+        )  # fmt: skip
+        rows = [
+            {"id": s.id, "source": s.source, "tokens": s.tokens.tolist(), "answer": int(s.assistant_mask.sum())}
+            for s in recorded.samples
+        ]
+        path.write_text(json.dumps({"prompts": recorded.prompts.tolist(), "samples": rows}))
+    kept = json.loads(path.read_text())
+    samples = []
+    for row in kept["samples"]:
+        tokens = np.array(row["tokens"], np.int32)
+        samples.append(Sample(row["id"], row["source"], tokens, np.arange(len(tokens)) >= len(tokens) - row["answer"]))
+    return replay.Recorded(
+        samples, np.array(kept["prompts"]), temperature, max_new_tokens, GAMMA, loaded.target.stop_tokens
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One draft: which samples, which tokens, and what of the training's options is different.
+
+    Attributes:
+      ids: samples trained on.
+      options: of TrainConfig.
+      weights: token weights by sample id; None for all counted tokens alike.
+    """
+
+    ids: Sequence[str]
+    options: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    weights: PerToken | None = None
+
+
+def run_arm(pool: Pool, name: str, arm: Arm, temperatures: Sequence[float] = TEMPERATURES) -> dict:
+    """The arm's row: cost, and per temperature the counts of every prompt. Read again where it was run before."""
+    directory = pool.work / "arms" / name.replace(" ", "_").replace("/", "-")
+    path = directory / "row.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    chosen = set(arm.ids)
+    kept = [sample for sample in pool.samples if sample.id in chosen]
+    config = dataclasses.replace(pool.base, out=directory, **arm.options)
+    draft = training.draft_of(pool.loaded.target.config, config, pool.samples)
+    data = TrainingData(kept, pool.store, None, arm.weights)
+    cpu = time.process_time()
+    if stores_means(config):
+        same = draft == pool.draft and Distance.of(config) == Distance.of(pool.base)
+        data = data._replace(means=pool.means if same else means_of(config, pool.loaded, data, draft, directory / "means"))
+    cpu_of_means = time.process_time() - cpu
+    cpu = time.process_time()
+    result = training.train(
+        pool.loaded.target.config, pool.loaded.target.params, data, TrainingData([], pool.store), config, pool.loaded.mesh,
+        identity=pool.loaded.identity, draft=draft, shapes=pool.loaded.shapes,
+    )  # fmt: skip
+    row = {
+        "samples": result.samples, "steps": result.steps, "tokens_in_loss": result.tokens,
+        "tokens": sum(len(sample.tokens) for sample in kept), "seconds": result.seconds,
+        "cpu_seconds": time.process_time() - cpu, "cpu_seconds_of_own_means": cpu_of_means,
+    }  # fmt: skip
+    row |= judge_draft(pool, draft, jax.device_get(result.state.params), temperatures)
+    path.write_text(json.dumps(row))
+    print(f"{name}: {result.samples} samples, {result.steps} steps, {result.seconds:.0f} s; {taus(row)}", flush=True)
+    return row
+
+
+def judge_draft(pool: Pool, draft: DraftConfig, params: dict, temperatures: Sequence[float]) -> dict:
+    """{"T=0": {"accept_counts", "reached", "accepted"}, …}: lists by prompt."""
+    found = {}
+    for temperature in temperatures:
+        states, compiled = pool.judges[temperature]
+        if draft not in compiled:
+            compiled[draft] = replay.make_judge(
+                pool.loaded.target, states, pool.recorded[temperature], draft, pool.loaded.mesh, num_draft_tokens=GAMMA
+            )
+        counts = replay.walk(pool.recorded[temperature], compiled[draft](params))
+        found[f"T={temperature:g}"] = {name: np.round(value, 6).tolist() for name, value in counts._asdict().items()}
+    return found
+
+
+def taus(row: dict) -> str:
+    """τ at each temperature, in words."""
+    shown = []
+    for temperature in (key for key in row if key.startswith("T=")):
+        counts = np.array(row[temperature]["accept_counts"])
+        shown.append(f"τ {(counts @ np.arange(1, counts.shape[1] + 1)).sum() / counts.sum():.3f} at {temperature}")
+    return ", ".join(shown)
+
+
+def trained_draft(pool: Pool, name: str) -> tuple[DraftConfig, dict]:
+    """The draft of an arm that was run."""
+    config, params, _ = load_draft(pool.work / "arms" / name.replace(" ", "_").replace("/", "-"))
+    return config, params
+
+
+def token_weights_of(pool: Pool, samples: Sequence[Sample], **choice) -> dict:
+    """As `selection.tokens.token_weights`, from the pool's scores."""
+    return token_weights(samples, read_token_scores(pool.work / "token_scores.parquet"), **choice)
+
+
+class timed:
+    """Adds the seconds of a block to WORK/seconds.json, unless they are there: a part that is read again took nothing."""
+
+    def __init__(self, work: Path, name: str):
+        self.path, self.name = work / "seconds.json", name
+
+    def __enter__(self):
+        self.begin = time.perf_counter()
+
+    def __exit__(self, kind, value, traceback):
+        if kind is None:
+            seconds = json.loads(self.path.read_text()) if self.path.exists() else {}
+            seconds.setdefault(self.name, time.perf_counter() - self.begin)
+            self.path.write_text(json.dumps(seconds, indent=1))
+
+
+def pick_prompts(folder: Path, per_file: Mapping[str, int]) -> list[Prompt]:
+    """Evenly spaced prompts of each file: {"mt_bench": 40, …}."""
+    chosen = []
+    for name, count in per_file.items():
+        prompts = read_prompts((folder / f"{name}.jsonl",))
+        places = np.linspace(0, len(prompts) - 1, count).round().astype(int)
+        chosen += [dataclasses.replace(prompts[i], source=name) for i in places]
+    return chosen

@@ -1,0 +1,196 @@
+"""Tables, paired intervals and plots from the arms that were run. See README.md."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+
+from jsfdd.mesh import describe_hardware
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+HERE = Path(__file__).parent
+RESAMPLES = 4000
+TEMPERATURES = ("T=0", "T=1")
+
+
+class Runs(NamedTuple):
+    """The runs of one arm: emitted tokens and steps of every prompt, [seed, prompt] at each temperature."""
+
+    seeds: list[int]
+    rows: list[dict]
+    emitted: dict[str, np.ndarray]
+    steps: dict[str, np.ndarray]
+
+
+def read_runs(work: Path) -> dict[str, Runs]:
+    """Every arm that was run, by its name without the seed."""
+    found: dict[str, list] = {}
+    for path in sorted(work.glob("arms/*/row.json")):
+        name, seed = re.fullmatch(r"(.*)_seed_(\d+)", path.parent.name).groups()
+        found.setdefault(name.replace("_", " "), []).append((int(seed), json.loads(path.read_text())))
+    runs = {}
+    for name, each in found.items():
+        each.sort(key=lambda pair: pair[0])
+        temperatures = [t for t in TEMPERATURES if all(t in row for _, row in each)]
+        counts = {t: [np.array(row[t]["accept_counts"]) for _, row in each] for t in temperatures}
+        runs[name] = Runs(
+            [seed for seed, _ in each],
+            [row for _, row in each],
+            {t: np.stack([c @ np.arange(1, c.shape[1] + 1) for c in counts[t]]) for t in temperatures},
+            {t: np.stack([c.sum(axis=1) for c in counts[t]]) for t in temperatures},
+        )
+    return runs
+
+
+def tau(runs: Runs, temperature: str, rows: np.ndarray | None = None) -> float:
+    """Total over total, over all seeds."""
+    picked = slice(None) if rows is None else rows
+    return float(runs.emitted[temperature][:, picked].sum() / runs.steps[temperature][:, picked].sum())
+
+
+def resampled(runs: Runs, temperature: str, times: np.ndarray, seeds: Sequence[np.ndarray]) -> np.ndarray:
+    """τ on resamples: `times` [R, N], how often each prompt is drawn; `seeds[r]`, rows of seeds that are drawn."""
+    emitted, steps = times @ runs.emitted[temperature].T, times @ runs.steps[temperature].T  # [R, S]
+    rows = np.arange(len(times))[:, None]
+    return emitted[rows, seeds].sum(axis=1) / steps[rows, seeds].sum(axis=1)
+
+
+def draws(num_prompts: int, num_seeds: int) -> tuple[np.ndarray, np.ndarray]:
+    """Resamples of prompts and of seeds, the same whenever asked: arms are compared in pairs."""
+    random = np.random.default_rng(0)
+    picked = random.integers(0, num_prompts, (RESAMPLES, num_prompts))
+    times = np.zeros((RESAMPLES, num_prompts))
+    np.add.at(times, (np.arange(RESAMPLES)[:, None], picked), 1)
+    return times, random.integers(0, num_seeds, (RESAMPLES, num_seeds))
+
+
+def difference(a: Runs, b: Runs, temperature: str) -> dict:
+    """τ_a − τ_b over the seeds that both were run with, paired over prompts and seeds; 95% over both."""
+    common = [seed for seed in a.seeds if seed in b.seeds]
+    a, b = (_with_seeds(runs, common) for runs in (a, b))
+    times, seeds = draws(a.emitted[temperature].shape[1], len(common))
+    values = resampled(a, temperature, times, seeds) - resampled(b, temperature, times, seeds)
+    low, high = np.percentile(values, [2.5, 97.5])
+    return {"difference": tau(a, temperature) - tau(b, temperature), "low": float(low), "high": float(high), "seeds": len(common)}
+
+
+def _with_seeds(runs: Runs, seeds: Sequence[int]) -> Runs:
+    rows = [runs.seeds.index(seed) for seed in seeds]
+    return Runs(
+        list(seeds), [runs.rows[i] for i in rows],
+        {t: x[rows] for t, x in runs.emitted.items()}, {t: x[rows] for t, x in runs.steps.items()},
+    )  # fmt: skip
+
+
+def summary(runs: Runs, sources: np.ndarray) -> dict:
+    """What the tables say of one arm."""
+    found = {
+        "seeds": runs.seeds, "samples": runs.rows[0]["samples"], "steps": runs.rows[0]["steps"],
+        "tokens_in_loss": runs.rows[0]["tokens_in_loss"], "cpu_seconds": [row["cpu_seconds"] for row in runs.rows],
+    }  # fmt: skip
+    for t in runs.emitted:
+        times, seeds = draws(len(sources), len(runs.seeds))
+        low, high = np.percentile(resampled(runs, t, times, seeds), [2.5, 97.5])
+        found[t] = {
+            "tau": tau(runs, t), "low": float(low), "high": float(high),
+            "by_seed": [float(e.sum() / s.sum()) for e, s in zip(runs.emitted[t], runs.steps[t])],
+            "by_benchmark": {name: tau(runs, t, np.flatnonzero(sources == name)) for name in dict.fromkeys(sources)},
+        }  # fmt: skip
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=HERE)
+    options = parser.parse_args()
+    runs = read_runs(options.work)
+    kept = json.loads((options.work / "answers_0.0.json").read_text())
+    sources = np.array([dict(zip(kept["prompts"], (s["source"] for s in kept["samples"])))[i] for i in sorted(set(kept["prompts"]))])
+    results = {
+        "hardware": describe_hardware(),
+        "seconds": json.loads((options.work / "seconds.json").read_text()),
+        "prompts": {name: int((sources == name).sum()) for name in dict.fromkeys(sources)},
+        "arms": {name: summary(each, sources) for name, each in runs.items()},
+        "minus_full": {}, "minus_random": {},
+    }  # fmt: skip
+    for name, each in runs.items():
+        if name != "full" and "full" in runs and set(each.seeds) & set(runs["full"].seeds):
+            results["minus_full"][name] = {t: difference(each, runs["full"], t) for t in each.emitted}
+        share = re.search(r"(\d+)%", name)
+        control = f"random {share.group(1)}%" if share else None
+        if "equal steps" in name:
+            control += " equal steps"
+        if control in runs and control != name:
+            shared = each.emitted.keys() & runs[control].emitted.keys()
+            results["minus_random"][name] = {t: difference(each, runs[control], t) for t in sorted(shared)}
+    (options.out / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    _print(results)
+    _plot_arms(results, options.out / "tau.png")
+    _plot_ratios(results, options.out / "ratios.png")
+
+
+def _print(results: dict) -> None:
+    benchmarks = list(results["prompts"])
+    print("| arm | samples | steps | T=0: τ [95%] | " + " | ".join(benchmarks) + " | T=1: τ [95%] | − full, T=0 | − random, T=0 |")
+    print("|---" * (7 + len(benchmarks)) + "|")
+    for name, arm in sorted(results["arms"].items(), key=lambda item: -item[1]["T=0"]["tau"]):
+        t0, t1 = arm["T=0"], arm.get("T=1")
+        cells = [f"{name} ({len(arm['seeds'])})", str(arm["samples"]), str(arm["steps"])]
+        cells += [f"{t0['tau']:.3f} [{t0['low']:.3f}, {t0['high']:.3f}]", *(f"{t0['by_benchmark'][b]:.3f}" for b in benchmarks)]
+        cells += [f"{t1['tau']:.3f} [{t1['low']:.3f}, {t1['high']:.3f}]" if t1 else ""]
+        for kind in ("minus_full", "minus_random"):
+            d = results[kind].get(name)
+            cells.append(f"{d['T=0']['difference']:+.3f} [{d['T=0']['low']:+.3f}, {d['T=0']['high']:+.3f}]" if d else "")
+        print("| " + " | ".join(cells) + " |")
+
+
+def _plot_arms(results: dict, path: Path) -> None:
+    """τ of every arm at both temperatures, with intervals and the single seeds."""
+    names = sorted(results["arms"], key=lambda name: results["arms"][name]["T=0"]["tau"])
+    names = [name for name in names if not re.search(r"\d+%$", name) or name.endswith(" 50%")]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 0.27 * len(names) + 1), sharey=True, layout="constrained")
+    for axis, t in zip(axes, TEMPERATURES):
+        for row, name in enumerate(names):
+            arm = results["arms"][name].get(t)
+            if arm is None:
+                continue
+            colour = "C3" if name.startswith("flatness") else "C7" if name.startswith("random") else "k" if name == "full" else "C0"
+            axis.plot([arm["low"], arm["high"]], [row, row], color=colour, lw=1.5)
+            axis.plot(arm["by_seed"], [row] * len(arm["by_seed"]), "|", color=colour, ms=6)
+            axis.plot(arm["tau"], row, "o", color=colour, ms=4)
+        axis.set(title=f"acceptance length τ at {t}", yticks=range(len(names)), yticklabels=names)
+        axis.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def _plot_ratios(results: dict, path: Path) -> None:
+    figure, axis = plt.subplots(figsize=(5.5, 3.6), layout="constrained")
+    for metric, colour in (("flatness", "C3"), ("random", "C7"), ("entropy", "C0")):
+        named = {name: re.fullmatch(rf"{metric} (\d+)%", name) for name in results["arms"]}
+        arms = {int(match.group(1)): results["arms"][name]["T=0"] for name, match in named.items() if match}
+        arms[100] = results["arms"]["full"]["T=0"]
+        x = sorted(arms)
+        axis.plot(x, [arms[i]["tau"] for i in x], "o-", ms=3, color=colour, label=metric)
+        axis.fill_between(x, [arms[i]["low"] for i in x], [arms[i]["high"] for i in x], color=colour, alpha=0.15, lw=0)
+    axis.set(title="acceptance length τ at T=0", xlabel="samples kept (%)", xscale="log")
+    axis.set_xticks([5, 10, 20, 30, 50, 70, 100], [5, 10, 20, 30, 50, 70, 100])
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""What happens to tokens of different flatness while a draft trains (the paper's figure 2). See README.md."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "014_selection"))
+from pool import Pool, open_pool, pick_prompts  # noqa: E402
+
+from jsfdd.data.batches import epoch_batches, make_batches  # noqa: E402
+from jsfdd.evaluation.intervals import interval, resample_ratios  # noqa: E402
+from jsfdd.mesh import describe_hardware  # noqa: E402
+from jsfdd.models.draft import Draft, allowed_tokens  # noqa: E402
+from jsfdd.models.target import embed_tokens, head_logits  # noqa: E402
+from jsfdd.selection.table import read_token_scores  # noqa: E402
+from jsfdd.training import train as training  # noqa: E402
+from jsfdd.training.batch import TrainingData, device_batch  # noqa: E402
+from jsfdd.training.step import init_state, make_optimizer  # noqa: E402
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+BINS = 10
+FIGURES = ("cross_entropy", "l1", "gradient", "acceptance")
+
+
+def main() -> None:
+    smoke = os.environ.get("SMOKE") == "1"
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--prompts", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True, help="the pool's directory (experiment 014)")
+    parser.add_argument("--epochs", type=int, default=2 if smoke else 8)
+    options = parser.parse_args()
+    prompts = pick_prompts(options.prompts, {"gsm8k": 2, "qa": 2} if smoke else {"gsm8k": 40, "qa": 40})
+    pool = open_pool(options.data, prompts, options.work, draft_vocab=8192, epochs=options.epochs, max_new_tokens=8)
+    kept, held_out = training.split_held_out(pool.samples, 0.15)
+    if smoke:
+        kept, held_out = kept[:40], held_out[:8]
+    flatness, owner = _flatness(pool, held_out)
+    edges = np.quantile(flatness, np.linspace(0, 1, BINS + 1))
+    bins = np.clip(np.searchsorted(edges, flatness, side="right") - 1, 0, BINS - 1)
+    look = _make_look(pool, held_out)
+    seen = [look(init_state(pool.draft, make_optimizer(pool.base, 1), pool.base.seed).params)]
+
+    def probe(params: dict) -> dict:
+        seen.append(look(params))
+        return {"tau": float(1 + seen[-1][3].mean())}  # of the first depth alone; only the log reads it
+
+    steps_an_epoch = len(epoch_batches([len(s.tokens) for s in kept], pool.loaded.shapes, 0, 0))
+    config = dataclasses.replace(pool.base, probe_every=steps_an_epoch, out=options.work / "dynamics")
+    training.train(
+        pool.loaded.target.config, pool.loaded.target.params, TrainingData(kept, pool.store, pool.means),
+        TrainingData([], pool.store), config, pool.loaded.mesh,
+        identity=pool.loaded.identity, draft=pool.draft, shapes=pool.loaded.shapes, probe=probe,
+    )  # fmt: skip
+    seen = np.stack(seen)  # [epoch, figure, token]
+    results = {
+        "hardware": describe_hardware(), "train_samples": len(kept), "held_out_samples": len(held_out),
+        "held_out_tokens": len(flatness), "epochs": options.epochs, "steps_an_epoch": steps_an_epoch,
+        "flatness_edges": edges.tolist(), "by_epoch_and_bin": _by_bin(seen, bins),
+    }  # fmt: skip
+    results["change_of_l1"] = _changes(seen, bins, owner)
+    out = options.work if smoke else HERE
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    _plot(seen, bins, out / "dynamics.png")
+
+
+def _flatness(pool: Pool, samples) -> tuple[np.ndarray, np.ndarray]:
+    """(flatness, number of the sample) of every token that a draft is trained to match, in order."""
+    scores = read_token_scores(pool.work / "token_scores.parquet")
+    values, owners = [], []
+    for number, sample in enumerate(samples):
+        places = _loss_places(sample)
+        values.append(scores[sample.id].flatness[places])
+        owners.append(np.full(len(places), number))
+    return np.concatenate(values), np.concatenate(owners)
+
+
+def _loss_places(sample) -> np.ndarray:
+    """Where the scores lie that a draft is trained to match: the pairing needs a token to the left."""
+    counted = np.flatnonzero(sample.counted)
+    return counted[counted >= 1]
+
+
+def _make_look(pool: Pool, samples):
+    """`look(draft_params) -> [4, tokens]`: FIGURES at every counted token of the samples, in order."""
+    target = pool.loaded.target
+    data = TrainingData(samples, pool.store)
+    lengths = [len(sample.tokens) for sample in samples]
+    allowed = jnp.asarray(allowed_tokens(pool.draft))
+
+    @jax.jit
+    def of_batch(params, batch):
+        hidden = batch.hidden.astype(jnp.float32)
+        embedding = embed_tokens(target.config, target.params, batch.tokens[:, 1:])
+        predicted = Draft(pool.draft).apply({"params": params}, embedding, hidden[:, :-1])
+
+        def of_row(pair):
+            truth, guess = pair
+            p = jax.nn.softmax(head_logits(target.config, target.params, truth), axis=-1)
+            log_q = jax.nn.log_softmax(jnp.where(allowed, head_logits(target.config, target.params, guess), -jnp.inf), axis=-1)
+            q = jnp.exp(log_q)
+            # Over the draft's vocabulary alone: what it cannot say it cannot learn.
+            cross_entropy = -jnp.sum(jnp.where(allowed, p * jnp.where(allowed, log_q, 0.0), 0.0), axis=-1)
+            l1 = jnp.sum(jnp.abs(p - q), axis=-1)
+            mass = jnp.sum(jnp.where(allowed, p, 0.0), axis=-1, keepdims=True)
+            gradient = jnp.linalg.norm(jnp.where(allowed, mass * q - p, 0.0), axis=-1)  # of the cross entropy by the logits
+            return jnp.stack([cross_entropy, l1, gradient, 1 - l1 / 2])
+
+        shape = (-1, 16, hidden.shape[2])
+        blocks = (hidden[:, 1:].reshape(-1, hidden.shape[2]), predicted.reshape(-1, hidden.shape[2]))
+        size = blocks[0].shape[0]
+        blocks = jax.tree.map(lambda x: jnp.pad(x, ((0, -size % 16), (0, 0))).reshape(shape), blocks)
+        found = jax.lax.map(of_row, blocks).swapaxes(0, 1).reshape(len(FIGURES), -1)[:, :size]
+        return found.reshape(len(FIGURES), *batch.tokens[:, 1:].shape)
+
+    def look(params) -> np.ndarray:
+        found = {}
+        for plan in make_batches(lengths, pool.loaded.shapes):
+            rows = np.asarray(of_batch(params, device_batch(data, plan.indices, plan.shape, pool.loaded.mesh)))
+            for row, i in zip(rows.swapaxes(0, 1), plan.indices):
+                found[i] = row[:, _loss_places(samples[i]) - 1]  # the loss at t is of the distribution scored at t + 1
+        return np.concatenate([found[i] for i in range(len(samples))], axis=1)
+
+    return look
+
+
+def _by_bin(seen, bins) -> list[dict]:
+    return [
+        {name: [float(figures[i][bins == b].mean()) for b in range(BINS)] for i, name in enumerate(FIGURES)} for figures in seen
+    ]
+
+
+def _changes(seen, bins, owner) -> dict:
+    """Mean fall of ‖p − q‖₁ per bin from before training to the end, and in the last epoch; 95% over samples."""
+    found = {}
+    for name, before in (("in all", seen[0]), ("last epoch", seen[-2])):
+        fall = before[1] - seen[-1][1]
+        rows = []
+        for b in range(BINS):
+            own = bins == b
+            sums = np.bincount(owner[own], weights=fall[own], minlength=owner.max() + 1)
+            counts = np.bincount(owner[own], minlength=owner.max() + 1)
+            low, high = interval(resample_ratios(sums[:, None], counts[:, None], 0)[:, 0])
+            rows.append({"mean": float(fall[own].mean()), "low": low, "high": high})
+        found[name] = rows
+    return found
+
+
+def _plot(seen, bins, path: Path) -> None:
+    figure, axes = plt.subplots(1, 4, figsize=(14, 3.4), layout="constrained")
+    titles = ("cross entropy (nats)", "‖p − q‖₁", "gradient norm ‖q − p‖₂", "acceptance Σ min(p, q)")
+    colours = plt.cm.viridis(np.linspace(0, 0.95, BINS))
+    for i, (axis, title) in enumerate(zip(axes, titles)):
+        for b in range(BINS):
+            axis.plot([figures[i][bins == b].mean() for figures in seen[1:]], color=colours[b], label=f"tenth {b + 1}")
+        axis.set(title=title, xlabel="epoch", xticks=range(len(seen) - 1), xticklabels=range(1, len(seen)))
+    axes[-1].legend(fontsize=6, title="of flatness", title_fontsize=6)
+    figure.savefig(path, dpi=90)
+
+
+if __name__ == "__main__":
+    main()

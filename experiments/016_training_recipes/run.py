@@ -1,0 +1,75 @@
+"""What losses, HASS, draft vocabularies and token selection do to τ, on the pool of experiment 014. See README.md."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "014_selection"))
+from arms import by_metric  # noqa: E402
+from pool import Arm, Pool, open_pool, pick_prompts, run_arm, token_weights_of  # noqa: E402
+from run import PROMPTS  # noqa: E402
+
+TOP_K = dict(target_means="none", target_top_k=128)  # distances other than cross entropy, over the target's 128 likeliest tokens
+
+
+def recipes(pool: Pool, seed: int) -> dict[str, Arm]:
+    """Arms on the flattest half at the pool's epochs, unless the name says otherwise."""
+    half = by_metric(pool, "flatness", 0.5, 0)
+    kept = [sample for sample in pool.samples if sample.id in set(half)]
+    epochs = pool.base.epochs
+    tokens = {
+        metric: token_weights_of(pool, kept, metric=metric, weighting="hard", retain_ratio=0.5, seed=seed)
+        for metric in ("flatness", "random")
+    }
+    options = {
+        "half": {},
+        "half, CE weight 1": dict(token_weight=1.0),
+        "half, CE alone": dict(token_weight=1.0, hidden_weight=0.0),
+        "half, top-k targets 8": dict(target_means="none", target_top_k=8),
+        "half, top-k targets 32": dict(target_means="none", target_top_k=32),
+        "half, top-k targets 128": TOP_K,
+        "half, top-k targets 256": dict(target_means="none", target_top_k=256),
+        "half, reverse KL": TOP_K | dict(token_loss="reverse_kl"),
+        "half, total variation": TOP_K | dict(token_loss="total_variation"),
+        "half, hybrid": TOP_K | dict(token_loss="hybrid"),
+        "half, HASS 3": dict(hass_steps=3),
+        "half, equal FLOPs to HASS 3": dict(epochs=3 * epochs),
+        "half, HASS 3 and top-k loss": dict(hass_steps=3, hass_top_k_weight=1.0),
+        "half, 4k vocabulary": dict(draft_vocab=4096),
+        "half, 16k vocabulary": dict(draft_vocab=16384),
+        "half, full vocabulary": dict(draft_vocab=0),
+    }
+    arms = {f"{name} seed {seed}": Arm(half, changes | {"seed": seed}) for name, changes in options.items()}
+    for metric, weights in tokens.items():
+        arms[f"half, {metric} half of the tokens seed {seed}"] = Arm(half, {"seed": seed}, weights)
+    everything = [sample.id for sample in pool.samples]
+    arms[f"full, half the epochs seed {seed}"] = Arm(everything, {"seed": seed, "epochs": epochs // 2})
+    return arms
+
+
+def main() -> None:
+    smoke = os.environ.get("SMOKE") == "1"
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--prompts", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True, help="the pool's directory (experiment 014)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--epochs", type=int, default=2 if smoke else 4)
+    parser.add_argument("--only", nargs="+", help="parts of names; all unless given")
+    options = parser.parse_args()
+    prompts = pick_prompts(options.prompts, {"gsm8k": 2, "qa": 2} if smoke else PROMPTS)
+    pool = open_pool(
+        options.data, prompts, options.work, draft_vocab=8192, epochs=options.epochs, max_new_tokens=8 if smoke else 48
+    )
+    for seed in options.seeds:
+        for name, arm in recipes(pool, seed).items():
+            if not options.only or any(part in name for part in options.only):
+                run_arm(pool, name, arm, (0.0,))
+
+
+if __name__ == "__main__":
+    main()
