@@ -68,6 +68,7 @@ _EXAMPLES = {
         jsfdd train --target smollm2 --data chats.jsonl --selection scored/selection.json --out draft
         jsfdd train --target DIR --data chats/ --mask-spans thinking tool_calls --out draft --dry-run
         jsfdd train --target DIR --data chats/ --selection S --features scored/hidden --out draft
+        jsfdd train --target DIR --data math.jsonl chat.jsonl --mix math=0.5 chat=0.5 --out draft
     """,
     "evaluate": """
         jsfdd evaluate --target smollm2 --draft draft --prompts prompts.jsonl --out evaluated

@@ -23,6 +23,7 @@ from jsfdd.options import (
     ExportOptions,
     FeatureFormat,
     Metric,
+    MixOptions,
     ProbeOptions,
     ProcessOptions,
     ProposalOptions,
@@ -87,7 +88,9 @@ class SelectConfig(SelectionOptions, Seeded, ProcessOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig(TargetOptions, DataOptions, TrainingOptions, FeatureFormat, ProbeOptions, Seeded, ProcessOptions):
+class TrainConfig(
+    TargetOptions, DataOptions, MixOptions, TrainingOptions, FeatureFormat, ProbeOptions, Seeded, ProcessOptions
+):
     """Train an EAGLE draft on the selected samples."""
 
     out: Path
@@ -225,6 +228,7 @@ class RunConfig(
     TargetOptions,
     DataOptions,
     SelectionOptions,
+    MixOptions,
     TrainingOptions,
     FeatureFormat,
     DecodingOptions,

@@ -38,6 +38,7 @@ from jsfdd.records import Prompt, Sample
 from jsfdd.respond import ask, parts_of
 from jsfdd.results import Result, counts_to_json
 from jsfdd.selection import sfdd
+from jsfdd.selection.mixture import contents, in_words
 from jsfdd.selection.row_format import row_bytes
 from jsfdd.selection.table import read_scores
 from jsfdd.weights.load import Target, describe_target
@@ -129,7 +130,7 @@ def _train(config: TrainConfig) -> Result:
         read_prompts(config.probe_prompts)
     inputs = _inputs(config)
     selection = None if config.selection is None else sfdd.read_selection(config.selection)
-    kept, held_out = pipeline.training_sides(inputs.samples, selection, config.held_out_share)
+    kept, held_out = pipeline.training_sides(inputs.samples, selection, config)
     values, words = _training(config, inputs, kept, held_out)
     samples, files = [*kept, *held_out], ["checkpoints/", "metrics.jsonl", "timings.jsonl"]
     values["hidden_bytes"] = 0
@@ -186,12 +187,12 @@ def _run(config: RunConfig) -> Result:
     inputs = _inputs(config)
     scoring, scoring_words = _scoring(inputs)
     words = list(scoring_words)
-    kept, held_out = pipeline.training_sides(inputs.samples, None, config.held_out_share)
+    kept, held_out = pipeline.training_sides(inputs.samples, None, config)
     arms = {}
     for arm in config.arms:
         # Which samples an arm keeps is known when they are scored; how many, and so about how many steps, is known now.
-        ratio = 1.0 if arm == "full" else config.retain_ratio
-        values, said = _training(config, inputs, kept, held_out, ratio)
+        share = 1.0 if arm == "full" or config.mix_total else config.retain_ratio
+        values, said = _training(config, inputs, kept, held_out, share, estimated=arm != "full")
         arms[arm] = values
         words += [f"{arm}: {line}" for line in said]
     scoring_config, hidden_bytes, said = hidden.scoring_of_run(config), 0, _RECOMPUTED
@@ -201,7 +202,8 @@ def _run(config: RunConfig) -> Result:
         tokens = sum(len(sample.tokens) for sample in inputs.samples)
         hidden_bytes, said = _hidden(config, inputs, tokens)
         said = f"store at most {said}, once it is selected"
-    means_bytes, also = _means(config, inputs, kept)
+    # Arms mix what they selected, so together they may train on more than one mixture.
+    means_bytes, also = _means(config, inputs, inputs.samples if config.mix else kept)
     words[len(scoring_words) : len(scoring_words)] = [said, *([also] if also else [])]
     decoding, said = _decoding(config, inputs.target, prompts)
     words += [f"{line}, for {_many(len(arms), 'draft')}" for line in said]
@@ -236,9 +238,14 @@ def _scoring(inputs: _Inputs) -> tuple[dict, list[str]]:
 
 
 def _training(
-    config: TrainConfig | RunConfig, inputs: _Inputs, kept: Sequence[Sample], held_out: Sequence[Sample], share: float = 1.0
+    config: TrainConfig | RunConfig,
+    inputs: _Inputs,
+    kept: Sequence[Sample],
+    held_out: Sequence[Sample],
+    share: float = 1.0,
+    estimated: bool = False,
 ) -> tuple[dict, list[str]]:
-    """Training on `kept`; with a `share` below 1 about what that share of them would take."""
+    """Training on `kept`; if `estimated`, about what a `share` of such samples would take."""
     lengths = [len(sample.tokens) for sample in kept]
     steps = config.epochs * math.ceil(len(epoch_batches(lengths, inputs.shapes, config.seed, epoch=0)) / config.accumulate)
     samples = max(1, math.floor(share * len(kept) + 0.5))
@@ -249,13 +256,17 @@ def _training(
         "counted_tokens": round(share * _counted(kept)),
         "epochs": config.epochs,
         "steps": math.ceil(share * steps),
-        "estimated": share < 1,
+        "estimated": estimated,
     }
-    about = "about " if share < 1 else ""
-    return values, [
+    about = "about " if estimated else ""
+    words = [
         f"train on {about}{_many(samples, 'sample')} ({len(held_out):,} held out): {about}{_many(values['steps'], 'step')} in "
         f"{_many(config.epochs, 'epoch')} of {about}{values['tokens']:,} tokens",
     ]
+    if config.mix and not estimated:
+        values["mix"] = contents(kept)
+        words.append(f"a mixture of {in_words(values['mix'])}")
+    return values, words
 
 
 def _kept_while_scoring(config: ScoreConfig, inputs: _Inputs) -> tuple[int, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import typing
 from pathlib import Path
 from typing import Literal
@@ -21,6 +22,7 @@ TokenMetric = Literal["flatness", "entropy", "random"]
 TokenLoss = Literal["cross_entropy", "reverse_kl", "total_variation", "hybrid"]
 CombineBy = Literal["average", "route", "merge"]
 RouteBy = Literal["confidence", "entropy"]
+MixUnit = Literal["samples", "tokens"]
 
 # Field name -> (test, what a good value is). Checked for every config that has the field.
 _RULES = {
@@ -45,6 +47,8 @@ _RULES = {
     "hass_top_k_weight": (lambda x: x >= 0, "0 (without) or more"),
     "accumulate": (lambda x: x >= 1, "1 or more"),
     "held_out_share": (lambda x: 0 <= x < 0.5, "a share of the samples in [0, 0.5)"),
+    "mix": (lambda x: _is_mix(x), "different SOURCE=WEIGHT with weights above 0, as in math=0.5 chat=0.5"),
+    "mix_total": (lambda x: x is None or x >= 1, "1 or more"),
     "log_every": (lambda x: x >= 1, "1 or more"),
     "save_every": (lambda x: x >= 1, "1 or more"),
     "temperature": (lambda x: x >= 0, "0 (greedy) or more"),
@@ -107,6 +111,11 @@ def _from_json(kind, value):
         element = typing.get_args(kind)[0]
         return tuple(_from_json(element, item) for item in value)
     return value
+
+
+def _is_mix(mix: tuple[str, ...]) -> bool:
+    parts = [re.fullmatch(r"(.+)=(\d+|\d*\.\d+)", each) for each in mix]
+    return all(part and float(part[2]) > 0 for part in parts) and len({part[1] for part in parts}) == len(parts)
 
 
 # --- Groups of options ---------------------------------------------------------------------------------------------
@@ -232,6 +241,30 @@ class TrainingOptions(_Options):
     def weighs_tokens(self) -> bool:
         """Whether some counted tokens weigh more than others, so that their scores are needed."""
         return self.token_retain_ratio < 1 or self.token_weighting == "soft"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixOptions(_Options):
+    """How much of each source is trained on."""
+
+    mix: tuple[str, ...] = ()
+    """Train on a mixture of sources, as in `math=0.5 chat=0.5`; a row's source is its "source" or else its file's name. Weights
+    count in proportion; sources without one are left out. What is selected and not held out is mixed, and nothing repeated."""
+    mix_unit: MixUnit = "samples"
+    """What the weights are shares of: conversations, or the tokens of their answers."""
+    mix_total: int | None = None
+    """So many of them in all; unless given, as many as the scarcest source allows. A larger total keeps a smaller one's."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.mix_total is not None and not self.mix:
+            raise ValueError("--mix-total is the size of a mixture; say of what with --mix SOURCE=WEIGHT …")
+
+    @property
+    def mix_shares(self) -> dict[str, float]:
+        """Each source's share of the mixture; empty without one."""
+        weights = {source: float(weight) for source, _, weight in (each.rpartition("=") for each in sorted(self.mix))}
+        return {source: weight / sum(weights.values()) for source, weight in weights.items()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -47,6 +47,7 @@ from jsfdd.processes import agree, agree_on_directory, is_primary, several, wait
 from jsfdd.progress import console, progress
 from jsfdd.records import Sample
 from jsfdd.selection import sfdd
+from jsfdd.selection.mixture import contents, in_words, mixture
 from jsfdd.selection.score import score_samples
 from jsfdd.selection.sfdd import Selection
 from jsfdd.selection.table import ScoreTable, read_scores, read_token_scores, write_scores, write_token_scores
@@ -106,8 +107,10 @@ def train(
     loaded = loaded or load(config)
     agree_on_directory(config.out)
     selection = None if config.selection is None else sfdd.read_selection(config.selection)
-    kept, held_out = training_sides(loaded.samples, selection, config.held_out_share)
+    kept, held_out = training_sides(loaded.samples, selection, config)
     agree({"the selection": [sample.id for sample in kept]})
+    if config.mix and is_primary():
+        console.print(f"mixture of {in_words(contents(kept))}", soft_wrap=True)
     if store is None:
         store = hidden.for_training(config, loaded, [*kept, *held_out], selection)
     data = TrainingData(kept, store, means, _token_weights(config, kept))
@@ -120,7 +123,10 @@ def train(
         TrainingData(held_out, store),
         config,
         loaded.mesh,
-        identity=loaded.identity | {"feature_dtype": config.feature_dtype} | _probe_identity(config),
+        identity=loaded.identity
+        | {"feature_dtype": config.feature_dtype}
+        | _mix_identity(config, kept)
+        | _probe_identity(config),
         shapes=loaded.shapes,
         probe=_make_probe(config, loaded, kept) if config.probe_prompts else None,
     )
@@ -220,6 +226,7 @@ def _run_stages(config: RunConfig) -> None:
     # Before hours of training: the drafts will have this shape.
     serving = Serving(config.served_target or config.target)
     check_flavour(training.draft_of(loaded.target.config, config, loaded.samples), config.flavour, serving)
+    training_sides(loaded.samples, None, config)  # a mixture that not even all samples allow is no arm's
 
     scoring = hidden.scoring_of_run(config)
     with clock.stage("score"):
@@ -234,8 +241,7 @@ def _run_stages(config: RunConfig) -> None:
                 config, scores=config.out / "scores.parquet", metric=metric, retain_ratio=ratio, out=directory
             )
         )
-    share = config.held_out_share
-    sides = {arm: training_sides(loaded.samples, selection, share) for arm, selection in selections.items()}
+    sides = {arm: training_sides(loaded.samples, selection, config) for arm, selection in selections.items()}
     needed = {sample.id: sample for kept, held_out in sides.values() for sample in (*kept, *held_out)}
     kept_at = str(config.out / hidden.FOLDER) if scoring.keep_features else config.features
     with clock.stage("hidden"):
@@ -249,7 +255,7 @@ def _run_stages(config: RunConfig) -> None:
 
     trained = {}
     for arm, directory in arms.items():
-        console.print(f"training on {arm}: {len(selections[arm].ids)} samples", soft_wrap=True)
+        console.print(f"training on {arm}: {len(sides[arm][0])} samples", soft_wrap=True)
         token_scores = config.out / "token_scores.parquet" if config.weighs_tokens else None
         train_config = TrainConfig.taken_from(
             config, out=directory, selection=directory / "selection.json", token_scores=token_scores
@@ -287,6 +293,12 @@ def _make_probe(config: TrainConfig, loaded: Loaded, kept: Sequence[Sample]) -> 
     )
 
 
+def _mix_identity(config: TrainConfig, kept: Sequence[Sample]) -> dict:
+    """The mixture that was asked for, and what it came to."""
+    asked = {"shares": config.mix_shares, "unit": config.mix_unit, "total": config.mix_total}
+    return {"mix": asked | {"contents": contents(kept)}} if config.mix else {}
+
+
 def _probe_identity(config: TrainConfig) -> dict:
     """What decides which draft is best, beside the training itself."""
     if not config.probe_prompts:
@@ -313,12 +325,17 @@ def _evaluate(config: EvaluateConfig | RunConfig, target: Target, drafts, prompt
         )
 
 
-def training_sides(samples: Sequence[Sample], selection: Selection | None, share: float) -> tuple[list[Sample], list[Sample]]:
-    """(samples to train on, held-out samples): the selected ones of the training side, and the whole held-out side."""
-    _, held_out = training.split_held_out(samples, share)
+def training_sides(
+    samples: Sequence[Sample], selection: Selection | None, config: TrainConfig | RunConfig
+) -> tuple[list[Sample], list[Sample]]:
+    """(samples to train on, held-out samples): the mixture of the training side's selected ones, the whole held-out side."""
+    _, held_out = training.split_held_out(samples, config.held_out_share)
     out = {sample.id for sample in held_out}
     kept = samples if selection is None else sfdd.selected_samples(selection, samples)
-    return [sample for sample in kept if sample.id not in out], held_out
+    kept = [sample for sample in kept if sample.id not in out]
+    if config.mix:
+        kept = mixture(kept, config.mix_shares, config.mix_unit, config.mix_total, config.seed)
+    return kept, held_out
 
 
 def _token_weights(config: TrainConfig, kept: Sequence[Sample]) -> dict | None:

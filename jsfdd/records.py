@@ -30,7 +30,7 @@ class Sample:
 
     Attributes:
       id: unique in a run.
-      source: where it came from ("gsm8k", …); reported, never used for selection.
+      source: where it came from ("gsm8k", …); reported, and what a mixture names; no score or selection reads it.
       tokens: int32[T] token ids, template included.
       assistant_mask: bool[T], True on an answer's content and on the end-of-turn token that closes it.
     """

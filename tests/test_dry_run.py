@@ -94,6 +94,25 @@ def test_train(place, capsys):
     assert not values["estimated"]
 
 
+def test_train_on_a_mixture(place, capsys):
+    """Sources are the files' names; what is held out is the same as without."""
+    shared = ["--held-out-share", "0.2", "--batch-tokens", "512", "--epochs", "3", "--out", "out"]
+    plain, _ = _dry(capsys, "train", *DATA, *shared)
+    values, words = _dry(capsys, "train", *DATA, *shared, "--mix", "a=2", "b=1", "--mix-total", "3")
+    tokens = len(CHAT["content"])
+    assert values["mix"] == {"a": {"samples": 2, "counted_tokens": 2 * tokens}, "b": {"samples": 1, "counted_tokens": tokens}}
+    assert (values["samples"], values["steps"], values["held_out"]) == (3, 3, plain["held_out"]) and "mix" not in plain
+    assert f"a mixture of samples: 2 of a ({2 * tokens} counted tokens), 1 of b ({tokens} counted tokens)" in words
+    by_tokens, _ = _dry(capsys, "train", *DATA, *shared, "--mix", "b=1", "--mix-unit", "tokens", "--mix-total", str(2 * tokens))
+    assert by_tokens["mix"] == {"b": {"samples": 2, "counted_tokens": 2 * tokens}}
+    for mix, message in (
+        (["--mix", "maths=1"], "no sample to train on is of source 'maths'; choose from a ("),
+        (["--mix", "a=1", "b=1", "--mix-total", "9"], "for b is to be 0.5 of it"),
+    ):
+        assert main(["train", *DATA, *shared, *mix, "--dry-run"]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_evaluate(place, capsys):
     arguments = ["--target", "target", "--draft", "draft", "--prompts", "prompts.jsonl", "--batch-size", "4", "--out", "out"]
     values, words = _dry(capsys, "evaluate", *arguments)
@@ -117,6 +136,16 @@ def test_run(place, capsys):
     assert not full["estimated"] and half["estimated"] and half["samples"] == (full["samples"] + 1) // 2
     assert "flatness: train on about" in words and "for 3 drafts" in words
     assert "out/summary.json" in values["would_write"] and "out/arms/random/" in values["would_write"]
+
+
+def test_a_run_mixes_what_each_arm_selects(place, capsys):
+    shared = ["--prompts", "prompts.jsonl", "--held-out-share", "0", "--out", "out", "--mix", "a=1", "b=1"]
+    values, words = _dry(capsys, "run", *DATA, *shared)
+    full, half = values["arms"]["full"], values["arms"]["flatness"]
+    assert full["mix"]["a"] == full["mix"]["b"] and full["samples"] == 6 and half["samples"] == 3
+    values, words = _dry(capsys, "run", *DATA, *shared, "--mix-total", "4")
+    assert [arm["samples"] for arm in values["arms"].values()] == [4, 4, 4]
+    assert [arm["estimated"] for arm in values["arms"].values()] == [False, True, True]
 
 
 def test_wrong_input_is_the_stages_own_error(place, capsys):

@@ -328,7 +328,7 @@ def test_figures_that_do_not_exist_are_dashes(run, tmp_path):
     """One arm, sampled, nothing held out, and a draft that never got anywhere: no verdict, no panel without data."""
     copy = shutil.copytree(run, tmp_path / "run")
     nothing = {f"{name}{end}": None for name in ("tau", "tau_macro", "speedup") for end in ("", "_low", "_high")}
-    _change(copy / "config.json", {"arms": ["full"], "temperature": 1.0, "held_out_share": 0.0})
+    _change(copy / "config.json", {"arms": ["full"], "temperature": 1.0, "held_out_share": 0.0, "mix": ["a=1"]})
     rows = json.loads((copy / "summary.json").read_text())["arms"]
     target = {"name": "models/tiny", "fingerprint": "0", "vocab_size": VOCAB}
     _change(copy / "summary.json", {"arms": [rows[0] | nothing], "differences": [], "target": target})
@@ -343,6 +343,7 @@ def test_figures_that_do_not_exist_are_dashes(run, tmp_path):
     assert 'class="verdict"' not in page and "Paired differences" not in page and "Held-out agreement" not in page
     assert page.count("not measured") == 2  # τ and speedup, of the one arm
     assert "no samples were held out" in page
+    assert f"Of these a mixture was trained on (a=1): {rows[0]['samples']} in full." in page
     assert "<title>Drafts for tiny</title>" in page
     assert "nan" not in re.sub(r"<svg.*?</svg>", "", page, flags=re.DOTALL).lower()
 

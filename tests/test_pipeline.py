@@ -181,6 +181,35 @@ def test_a_second_run_computes_nothing(finished, monkeypatch, capsys):
     assert "finished before" in capsys.readouterr().err
 
 
+def test_a_mixture_is_of_what_was_selected_and_is_recorded(finished, tmp_path):
+    """From features that were stored for all; another mixture in the same directory is refused by name."""
+    of_run, _ = finished
+    selected = of_run.out / "arms" / "flatness" / "selection.json"
+    config = TrainConfig.taken_from(
+        of_run, selection=selected, features=str(of_run.out / "hidden"), epochs=1, out=tmp_path, mix=("a=2", "b=1"), mix_total=3
+    )
+    samples, _ = tokenize_chats(read_chats(config.data), toy_tokenizer(), 128)
+    kept, held_out = pipeline.training_sides(samples, read_selection(selected), config)
+    assert {sample.id for sample in kept} <= set(read_selection(selected).ids) - {sample.id for sample in held_out}
+    assert sorted(sample.source for sample in kept) == ["a", "a", "b"] and held_out
+
+    result = pipeline.train(config)
+    assert result.samples == 3 and not (tmp_path / "hidden").exists()
+    recorded = pipeline.load_draft_and_record(tmp_path)[2]["mix"]
+    assert recorded["shares"] == {"a": 2 / 3, "b": 1 / 3} and recorded["total"] == 3
+    assert {source: found["samples"] for source, found in recorded["contents"].items()} == {"a": 2, "b": 1}
+    assert pipeline.train(dataclasses.replace(config, mix=("b=0.5", "a=1"))).seconds == result.seconds, "the same mixture"
+    for changes, named in (
+        ({"mix": ("a=1", "b=1")}, "mix.shares.a: found 0.666"),
+        ({"mix_total": 2}, "mix.total: found 3, expected 2"),
+        ({"mix_unit": "tokens", "mix_total": 40}, "mix.unit: found 'samples', expected 'tokens'"),
+        ({"mix": (), "mix_total": None}, "mix: found {"),
+    ):
+        with pytest.raises(ValueError, match="other inputs or options") as error:
+            pipeline.train(dataclasses.replace(config, **changes))
+        assert named in str(error.value)
+
+
 def test_an_interrupted_run_continues_to_the_same_result(inputs, finished, tmp_path, monkeypatch):
     """Stopped after scoring, after the first arm and before the summary, it ends with the same drafts."""
     config = _run_config(inputs, tmp_path / "out")

@@ -69,7 +69,7 @@ def main() -> None:
         **shared, out=options.work, epochs=options.epochs, learning_rate=1e-3, log_every=10, save_every=10_000,
         held_out_share=0.1,
     )  # fmt: skip
-    kept, held_out = pipeline.training_sides(loaded.samples, None, base.held_out_share)
+    kept, held_out = pipeline.training_sides(loaded.samples, None, base)
     store = hidden.for_training(
         dataclasses.replace(base, features=str(options.work / "hidden")), loaded, [*kept, *held_out], None
     )

@@ -12,6 +12,14 @@ from jaxtyping import Float, Num
 RESAMPLES = 2000
 
 
+def resample_times(rows: int, seed: int) -> Float[np.ndarray, "R N"]:
+    """How often each of N rows is drawn in each of RESAMPLES draws of N with replacement: a total is then a matrix product."""
+    draws = np.random.default_rng(seed).integers(0, rows, (RESAMPLES, rows))
+    times = np.zeros((RESAMPLES, rows))
+    np.add.at(times, (np.arange(RESAMPLES)[:, None], draws), 1)
+    return times
+
+
 def resample_ratios(
     numerators: Num[np.ndarray, "N K"], denominators: Num[np.ndarray, "N K"], seed: int
 ) -> Float[np.ndarray, "R K"]:
@@ -20,11 +28,7 @@ def resample_ratios(
     The same seed and N draw the same rows, so that two systems measured on the same prompts are compared in pairs.
     0/0 is NaN: the figure does not exist on that resample.
     """
-    rows = len(numerators)
-    draws = np.random.default_rng(seed).integers(0, rows, (RESAMPLES, rows))
-    # How often each row was drawn, [R, N]: a total over a resample is then one matrix product.
-    times = np.zeros((RESAMPLES, rows))
-    np.add.at(times, (np.arange(RESAMPLES)[:, None], draws), 1)
+    times = resample_times(len(numerators), seed)
     with np.errstate(invalid="ignore", divide="ignore"):
         return (times @ numerators) / (times @ denominators)
 

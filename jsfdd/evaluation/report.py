@@ -267,6 +267,9 @@ def _selection_sentences(files: RunFiles) -> list[str]:
     data, share = files.summary["data"], files.config.held_out_share
     parts = [f"{whole(len(arm.kept))} in {arm.name}" for arm in files.arms]
     sentences = [f"Of {whole(data['kept'])} scored samples the arms kept {_listed(parts)}."]
+    if files.config.mix:
+        parts = [f"{whole(arm.row['samples'])} in {arm.name}" for arm in files.arms]
+        sentences.append(f"Of these a mixture was trained on ({' '.join(files.config.mix)}): {_listed(parts)}.")
     if share:
         sentences.append(f"About {percent(share)} of them are held out: no arm trains on these.")
     for field, reason in _SKIPPED.items():
