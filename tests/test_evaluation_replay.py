@@ -9,11 +9,15 @@ import pytest
 from toy import loaded_target, toy_draft
 
 from jsfdd.data.batches import pad_rows
-from jsfdd.decoding.generate import DecodeSetup, make_generate, prepare_params
+from jsfdd.decoding.ensemble import Combine, Ensemble
+from jsfdd.decoding.generate import make_generate, prepare_params
+from jsfdd.decoding.state import DecodeSetup
+from jsfdd.decoding.tree import TreeShape
 from jsfdd.evaluation.acceptance import acceptance_figures
 from jsfdd.evaluation.evaluate import evaluate
 from jsfdd.evaluation.prompts import bucket_width, prompt_batch, render_turns
 from jsfdd.evaluation.replay import Recorded, _walk_text, make_judge, record, walk
+from jsfdd.evaluation.replay_trees import make_tree_replay
 from jsfdd.mesh import make_mesh
 from jsfdd.models.draft import DraftConfig
 from jsfdd.models.target import hidden_states
@@ -118,3 +122,29 @@ def test_more_depth_than_recorded_is_refused():
     recorded = Recorded([Sample("a/0", "s", tokens, tokens > 2)], np.array([0]), 0.0, 3, 2, (257,))
     with pytest.raises(ValueError, match="recorded for up to 2"):
         make_judge(target, {}, recorded, draft, make_mesh(), num_draft_tokens=3)
+
+
+@pytest.mark.parametrize("rule, temperature", [(None, 0.0), ("route", 1.0), ("merge", 1.0)])
+def test_tree_counts_are_the_decoders_at_every_temperature(rule, temperature):
+    prompts = PROMPTS[:3]
+    target = _damped_target((257, 27, 92))
+    draft, params = _often_right(target)
+    shape = TreeShape(3, 3, 8)
+    drafts, combine = {"one": (draft, params)}, None
+    if rule:
+        other = jax.tree.map(lambda x, y: 0.8 * x + 0.2 * y, params, toy_draft(target.config, seed=7)[1])
+        combine = Combine(rule)
+        drafts = {"both": Ensemble({"one": (draft, params), "two": (draft, other)}, combine)}
+        params, draft = (params, other), (draft, draft)
+    mesh = make_mesh()
+    options = dict(temperature=temperature, max_new_tokens=24, batch_size=4, seed=0)
+    (report,) = evaluate(target, drafts, prompts, mesh, num_draft_tokens=3, tree=shape, **options).values()
+    recorded = record(target, prompts, mesh, ahead=4, **options)
+    setup = DecodeSetup(target.config, draft, 3, 24, target.stop_tokens, shape, combine=combine)
+    counts, shares = make_tree_replay(target, _hidden(target, recorded), recorded, setup, mesh, batch_size=4)(params)
+    assert min(report["accept_counts"][:3]) > 0, "trees that are never right, or always, would prove nothing"
+    for name, value in acceptance_figures(counts, np.ones(len(prompts), bool), seed=0).items():
+        assert report[name] == value, name
+    if rule:
+        told = [each["accepted_share"] for each in report["drafts"].values()]
+        assert told == (shares.accepted.sum(axis=0) / shares.accepted.sum()).tolist()

@@ -131,13 +131,14 @@ def arms(pool: Pool, plan: str, seeds: Sequence[int]) -> dict[str, Arm]:
             add("flatness 50% within lengths", within(pool, length_bands(pool), flat, 0.5))
             add("flatness 50% within clusters", within(pool, prompt_clusters(pool), flat, 0.5))
             add("flatness_median 50%", by_metric(pool, "flatness_median", 0.5, seed))
-            add("refused 50%", within(pool, np.zeros(len(everything)), refused_share(pool, "random 20% seed 0"), 0.5))
             choice = dict(retain_ratio=0.5, seed=seed)
             for metric in ("flatness", "random"):
                 weights = token_weights_of(pool, pool.samples, metric=metric, weighting="hard", **choice)
                 add(f"full, {metric} 50% of the tokens", everything, weights=weights)
             soft = token_weights_of(pool, pool.samples, metric="flatness", weighting="soft", retain_ratio=1.0, seed=seed)
             add("full, tokens weighted by flatness", everything, weights=soft)
+        elif plan == "draft-aware":  # asks a draft that was trained on a random fifth
+            add("most refused 50%", within(pool, np.zeros(len(everything)), refused_share(pool, "random 20% seed 0"), 0.5))
         else:
             raise ValueError(f"no plan {plan!r}")
     return found

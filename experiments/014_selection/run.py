@@ -20,6 +20,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="directory for all that is computed; continued")
     parser.add_argument("--plans", nargs="+", default=["table"], help="table, steps, ratios, controls, better")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--only", nargs="+", help="parts of arms' names; all unless given")
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 1.0], help="to judge at; done arms are judged anew")
     parser.add_argument("--chats", type=int, default=16 if smoke else 430, help="how many of the data")
     parser.add_argument("--epochs", type=int, default=1 if smoke else 4)
@@ -31,7 +32,8 @@ def main() -> None:
     )  # fmt: skip
     for plan in options.plans:
         for name, arm in arms(pool, plan, options.seeds).items():
-            run_arm(pool, name, arm)
+            if not options.only or any(part in name for part in options.only):
+                run_arm(pool, name, arm)
 
 
 if __name__ == "__main__":

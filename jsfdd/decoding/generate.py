@@ -27,10 +27,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from jsfdd.decoding.drafting import draft_forward, next_logits, observe, propose
+from jsfdd.decoding.drafting import Proposed, draft_forward, next_logits, observe, propose
 from jsfdd.decoding.ensemble import Choices, no_choices
 from jsfdd.decoding.state import DecodeSetup, DecodeState, Emitted, PromptBatch
-from jsfdd.decoding.tree import keep_path, tree_view, walk
+from jsfdd.decoding.tree import Path, keep_path, tree_view, walk
 from jsfdd.decoding.verify import draw, verify
 from jsfdd.mesh import map_over_devices
 from jsfdd.models.layers import cached_view, empty_cache
@@ -60,7 +60,7 @@ def prefill(setup: DecodeSetup, params: dict, batch: PromptBatch, temperature: F
     generated = jnp.zeros((rows, setup.max_new_tokens + setup.num_draft_tokens + 1), jnp.int32).at[:, 0].set(first)
     state = DecodeState(
         generated=generated,
-        num_generated=jnp.ones_like(batch.lengths),
+        num_generated=jnp.minimum(batch.lengths, 1),  # a row that only fills the batch stays empty
         last_token=first,
         done=(batch.lengths == 0) | _is_stop(setup, first) | (setup.max_new_tokens <= 1),
         target_cache=cache._replace(length=batch.lengths),
@@ -71,13 +71,18 @@ def prefill(setup: DecodeSetup, params: dict, batch: PromptBatch, temperature: F
     if setup.draft is None:
         return state
     next_tokens = jnp.roll(batch.tokens, -1, axis=1).at[row, last].set(first)
+    return show_prompt(setup, params, state, hidden, next_tokens, setup.cache_slots(width))
 
-    caches = tuple(empty_cache(draft.decoder, rows, setup.cache_slots(width), dtype) for draft in setup.drafts)
+
+def show_prompt(setup: DecodeSetup, params: dict, state: DecodeState, hidden, next_tokens, slots: int) -> DecodeState:
+    """The state with draft caches of so many slots, of drafts that were shown all pairs up to the answer's first token."""
+    rows, dtype = state.done.shape[0], params["target"]["norm"]["scale"].dtype
+    caches = tuple(empty_cache(draft.decoder, rows, slots, dtype) for draft in setup.drafts)
     if setup.combine is None:
         state = state._replace(draft_cache=caches[0])
     else:
         state = state._replace(draft_cache=caches, draft_hidden=(None,) * len(caches))
-    state = observe(setup, params, state, hidden, next_tokens, batch.lengths)
+    state = observe(setup, params, state, hidden, next_tokens, state.target_cache.length)
     return state._replace(choices=no_choices(setup.combine, rows, len(caches)))
 
 
@@ -86,8 +91,11 @@ def speculative_step(
 ) -> tuple[DecodeState, Emitted]:
     """One verification: (state) -> (state, what was emitted). Rows that are done stay as they are."""
     chain = setup.draft is not None and setup.tree is None
-    round_ = (_chain_round if chain else _tree_round)(setup, params, state, temperature)
+    return commit(setup, params, state, (_chain_round if chain else _tree_round)(setup, params, state, temperature))
 
+
+def commit(setup: DecodeSetup, params: dict, state: DecodeState, round_: Round) -> tuple[DecodeState, Emitted]:
+    """The state after a round, and what it emitted. Rows that are done stay as they are."""
     # The emitted tokens: accepted ones, then the target's own, up to a stop token.
     row, column = jnp.arange(state.done.shape[0]), jnp.arange(setup.num_draft_tokens + 1)[None, :]
     tokens, next_token = round_.tokens, round_.tokens[row, round_.num_accepted]
@@ -119,6 +127,13 @@ def speculative_step(
 def generate(setup: DecodeSetup, params: dict, batch: PromptBatch, temperature: Float[Array, ""]) -> Generation:
     """Whole answers: prefill, then steps until every row is done, as one program."""
     state = prefill(setup, params, batch, temperature)
+    return until_done(setup, state, lambda state: speculative_step(setup, params, state, temperature))
+
+
+def until_done(
+    setup: DecodeSetup, state: DecodeState, take_step: Callable[[DecodeState], tuple[DecodeState, Emitted]]
+) -> Generation:
+    """Steps until every row is done."""
     rows, depth = state.done.shape[0], setup.num_draft_tokens
     stats = DecodeStats(
         accept_counts=jnp.zeros((rows, depth + 1), jnp.int32),
@@ -130,12 +145,12 @@ def generate(setup: DecodeSetup, params: dict, batch: PromptBatch, temperature: 
 
     def step(carry):
         state, stats, shares = carry
-        state, emitted = speculative_step(setup, params, state, temperature)
+        state, emitted = take_step(state)
         return state, count_step(stats, emitted), count_shares(shares, emitted) if setup.combine else None
 
     carry = (state, stats, shares)
     state, stats, shares = jax.lax.while_loop(lambda carry: ~jnp.all(carry[0].done), step, carry)
-    lengths = jnp.where(batch.lengths == 0, 0, jnp.minimum(state.num_generated, setup.max_new_tokens))
+    lengths = jnp.minimum(state.num_generated, setup.max_new_tokens)
     return Generation(state.generated[:, : setup.max_new_tokens], lengths, stats, shares)
 
 
@@ -187,7 +202,7 @@ def make_stream(setup: DecodeSetup):
     return jax.jit(start), jax.jit(step, donate_argnames=("state",))
 
 
-class _Round(NamedTuple):
+class Round(NamedTuple):
     """One proposal and its verification, chain or tree. `tokens[:, :num_accepted + 1]` are the target's own choice.
 
     `num_judged` draft depths were judged; `hidden` are the target's at the last committed and the accepted tokens. Both
@@ -205,7 +220,7 @@ class _Round(NamedTuple):
     choices: Choices | None = None
 
 
-def _chain_round(setup: DecodeSetup, params: dict, state: DecodeState, temperature) -> _Round:
+def _chain_round(setup: DecodeSetup, params: dict, state: DecodeState, temperature) -> Round:
     """G draft tokens, each drawn from q after the one before it, judged by speculative sampling."""
     depth = setup.num_draft_tokens
     keys = _keys_at(state.keys, state.target_cache.length + 1)
@@ -236,12 +251,12 @@ def _chain_round(setup: DecodeSetup, params: dict, state: DecodeState, temperatu
     tokens = jnp.concatenate([draft_tokens, verdict.next_token[:, None]], axis=1)
     tokens = tokens.at[jnp.arange(tokens.shape[0]), verdict.num_accepted].set(verdict.next_token)
     judged = jnp.minimum(verdict.num_accepted + 1, depth)
-    return _Round(
+    return Round(
         tokens, verdict.num_accepted, judged, hidden, target_cache, draft_cache._replace(length=state.draft_cache.length)
     )
 
 
-def _tree_round(setup: DecodeSetup, params: dict, state: DecodeState, temperature) -> _Round:
+def _tree_round(setup: DecodeSetup, params: dict, state: DecodeState, temperature) -> Round:
     """A tree of the draft's best guesses, or without a draft its root alone; the target's own choices lead through it."""
     proposed = propose(setup, params, state)
     tree = proposed.tree
@@ -256,8 +271,13 @@ def _tree_round(setup: DecodeSetup, params: dict, state: DecodeState, temperatur
     if setup.draft is not None:
         hidden = jnp.take_along_axis(hidden, path.nodes[:, :, None], axis=1)
         target_cache = keep_path(target_cache, path.nodes)
+    return round_along(setup, proposed, path, hidden, target_cache)
+
+
+def round_along(setup: DecodeSetup, proposed: Proposed, path: Path, hidden, target_cache: KVCache) -> Round:
+    """The round in which the target took `path` through what was proposed."""
     judged = path.num_accepted + path.went_on
-    round_ = _Round(path.tokens, path.num_accepted, judged, hidden, target_cache, proposed.draft_cache)
+    round_ = Round(path.tokens, path.num_accepted, judged, hidden, target_cache, proposed.draft_cache)
     if setup.combine is None:
         return round_
     drafts = jnp.arange(len(setup.draft))[None, None, :]
