@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 from jaxtyping import Array, Float
-from record import record
+from record import record, recorded
 from scipy.stats import rankdata
 from step import budgeted_step, gain
 
@@ -23,7 +23,7 @@ from jsfdd.data.batches import bucket_lengths, pad_rows
 from jsfdd.data.chat import read_chats
 from jsfdd.data.template import tokenize_chats
 from jsfdd.evaluation.intervals import interval
-from jsfdd.evaluation.panel import MUTED, STYLE
+from jsfdd.evaluation.panel import INK, MUTED, STYLE
 from jsfdd.models.draft import Draft
 from jsfdd.models.target import embed_tokens, head_logits, hidden_states
 from jsfdd.pipeline import load_draft
@@ -47,6 +47,7 @@ OF_DRAFT = {"draft entropy": 1, "‖p−q‖₁": 1, "KL(p‖q)": 1, "1/√Σp²
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--name", required=True, help="of the draft, in results.json and the picture")
     parser.add_argument("--draft", type=Path, required=True)
     parser.add_argument("--on-policy", type=Path, nargs="+", required=True, help="chats that the target wrote itself")
     parser.add_argument("--off-policy", type=Path, nargs="+", required=True)
@@ -63,8 +64,8 @@ def main() -> None:
         with np.load(path) as found:
             results[name] = summarise(dict(found))
     if not SMOKE:
-        record("real", results)
-        draw(results)
+        record(options.name, results)
+        draw({(name, text): found for name, part in recorded().items() if "on-policy" in part for text, found in part.items()})
 
 
 def measure(options: argparse.Namespace, files: Sequence[Path], path: Path) -> None:
@@ -236,40 +237,40 @@ def group_means(y: np.ndarray, group: np.ndarray, rows: np.ndarray) -> np.ndarra
     return np.stack([y[rows[group[rows] == k]].mean(0) for k in range(GROUPS)])
 
 
-def draw(results: dict) -> None:
-    """real.png: ΔL1 by tenths of flatness, and how well each metric ranks it."""
+def draw(results: dict[tuple[str, str], dict]) -> None:
+    """real.png: for each draft and kind of text ΔL1 by tenths of flatness, and how well each metric ranks it."""
     shown = {"θ = 0.01": "#88CCEE", "θ = 0.1": "#0072B2", "θ = 2": "#223388", "η = 1": "#D55E00"}
+    names = {name: f"−{name}" if sign < 0 else name for name, sign in (OF_TARGET | OF_DRAFT).items()}
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(2, 2, figsize=(10.5, 7.2), gridspec_kw=dict(width_ratios=(1, 1.25)))
-        for (left, right), (text, found) in zip(axes, results.items()):
+        figure, axes = plt.subplots(2, len(results), figsize=(4 * len(results), 7.6), sharey="row", squeeze=False)
+        for (upper, lower), ((draft, text), found) in zip(axes.T, results.items()):
             curve = found["by tenth of flatness"]
             for name, colour in shown.items():
                 mean, low, high = np.array(curve[name], float).T / found["mean gain"][name]
-                left.plot(curve["choices"], mean, "o-", color=colour, label=name, markersize=4)
-                left.fill_between(curve["choices"], low, high, color=colour, alpha=0.15, linewidth=0)
-            left.axhline(1, color=MUTED, linewidth=1, linestyle=(0, (2, 2)))
-            left.set_xscale("log")
-            left.set_xticks(*tick_labels((1, 2, 5, 10, 20, 50, 100), curve["choices"][-1]))
-            left.minorticks_off()
-            left.set_ylim(bottom=0)
-            left.set_title(f"{text}: ΔL1 of a token, by tenths of flatness")
-            left.set_xlabel("effective number of choices, exp(H₂)")
-            left.set_ylabel("mean ΔL1 / mean of all")
-            left.legend(frameon=False, fontsize=9)
-            names = list(OF_TARGET | OF_DRAFT)
+                upper.plot(curve["choices"], mean, "o-", color=colour, label=name, markersize=4)
+                upper.fill_between(curve["choices"], low, high, color=colour, alpha=0.15, linewidth=0)
+            upper.axhline(1, color=MUTED, linewidth=1, linestyle=(0, (2, 2)))
+            upper.set_xscale("log")
+            upper.set_xticks(*tick_labels((1, 2, 5, 10, 20, 50, 100), curve["choices"][-1]))
+            upper.minorticks_off()
+            upper.set_ylim(bottom=0)
+            upper.set_title(f"{draft}, {text}")
+            upper.set_xlabel("effective number of choices, exp(H₂)")
             for offset, (name, colour) in zip((-0.3, -0.1, 0.1, 0.3), shown.items()):
                 value, low, high = np.array([found["spearman of tokens"][name][m] for m in names], float).T
                 y = np.arange(len(names)) + offset
-                right.barh(y, value, 0.18, color=colour, linewidth=0)
-                right.hlines(y, low, high, color="black", linewidth=0.8)
-            right.set_yticks(range(len(names)), [f"−{n}" if (OF_TARGET | OF_DRAFT)[n] < 0 else n for n in names])
-            right.invert_yaxis()
-            right.axvline(0, color=MUTED, linewidth=1)
-            right.set_xlim(-1, 1)
-            right.set_title(f"{text}: Spearman with ΔL1")
+                lower.barh(y, value, 0.18, color=colour, linewidth=0)
+                lower.hlines(y, low, high, color=INK, linewidth=0.8)
+            lower.set_yticks(range(len(names)), list(names.values()))
+            lower.axvline(0, color=MUTED, linewidth=1)
+            lower.set_xlim(-1, 1)
+            lower.set_xlabel("Spearman with ΔL1, tokens")
+        axes[0, 0].set_ylabel("ΔL1 by tenths of flatness / mean of all")
+        axes[0, 0].legend(frameon=False)
+        axes[1, 0].invert_yaxis()
         for ax in axes.flat:
             ax.grid()
-        figure.savefig(HERE / "real.png", dpi=80)
+        figure.savefig(HERE / "real.png", dpi=70)
 
 
 def tick_labels(ticks: Sequence[int], most: float) -> tuple[list[int], list[str]]:
