@@ -142,7 +142,11 @@ def check_exactness(trials: int) -> dict[str, float]:
     tiny = 1e-7
     step = budgeted_step(np.log(p)[None], np.log(q)[None], tiny)
     first_order = gain(p[None], q[None], step)[0] / small_step_gain(p[None], q[None], tiny)[0]
-    return {"largest_difference_of_r": max(differences), "most_that_the_optimiser_gains": max(excess), "first_order": first_order}
+    return {
+        "largest_difference_of_r": max(differences),
+        "most_that_the_optimiser_gains": max(excess),
+        "first_order": first_order,
+    }
 
 
 def rising_share(values: list[float]) -> float:

@@ -1,15 +1,30 @@
 #!/usr/bin/env bash
-# The theory alone, then one step on real distributions: ON_POLICY.jsonl OFF_POLICY_FOLDER WORK. SMOKE=1: one minute and a draft of 4 steps.
+# The theory, then one step from two real drafts: ON_POLICY.jsonl OFF_POLICY_FOLDER WORK; stopped, it goes on in WORK.
+# SMOKE=1: one draft of three steps, five chats.
 set -euo pipefail
 on=$1 off=$2 work=$3
 here=$(dirname "$0")
 mkdir -p "$work"
-train=150 epochs=2
-if [[ ${SMOKE:-} ]]; then train=6 epochs=1; fi
-head -n "$train" "$on" > "$work/train.jsonl"
-tail -n +151 "$on" > "$work/rest.jsonl"
+train() { # NAME and options; trains on WORK/NAME.jsonl
+    jsfdd train --target smollm2 --data "$work/$1.jsonl" --max-length 384 --batch-tokens 1024 --learning-rate 1e-3 \
+        --out "$work/$1" "${@:2}"
+}
+measure() { # NAME and options; on WORK/NAME-text.jsonl
+    python "$here/real.py" --name "$1 draft" --draft "$work/$1" --work "$work/$1-columns" --on-policy "$work/$1-text.jsonl" \
+        --off-policy "$off"/{chat_sharegpt,math_gsm8k,code_instruct,instruct_roleplay,math_aqua}.jsonl.gz "${@:2}"
+}
 python "$here/families.py"
-jsfdd train --target smollm2 --data "$work/train.jsonl" --max-length 384 --batch-tokens 1024 --epochs "$epochs" \
-    --learning-rate 1e-3 --out "$work/draft"
-python "$here/real.py" --draft "$work/draft" --on-policy "$work/rest.jsonl" --work "$work" --off-policy \
-    "$off"/{chat_sharegpt,math_gsm8k,code_instruct,instruct_roleplay,math_aqua}.jsonl.gz
+tail -n +151 "$on" > "$work/early-text.jsonl"
+if [[ ${SMOKE:-} ]]; then
+    head -n 6 "$on" > "$work/early.jsonl"
+    train early --epochs 1
+    measure early
+    exit
+fi
+head -n 150 "$on" > "$work/early.jsonl"
+train early --epochs 2
+measure early
+grep '"source": "math_' "$on" | head -n 140 > "$work/later.jsonl"
+grep -vxF -f "$work/later.jsonl" "$work/early-text.jsonl" > "$work/later-text.jsonl"
+train later --epochs 4 --draft-vocab 8192
+measure later --tokens 45

@@ -1,6 +1,6 @@
 """What `score.py` found, in numbers and a picture. See README.md.
 
-    python analyse.py --on DIR --off DIR [--excerpts]
+    python analyse.py --on DIR --off DIR [--on-scores scores.parquet] [--excerpts]
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from jsfdd.evaluation.intervals import interval
 from jsfdd.evaluation.panel import MUTED, STYLE
 from jsfdd.records import TokenScores
 from jsfdd.selection.flatness import effective_choices
+from jsfdd.selection.table import read_scores
 from jsfdd.weights.load import load_target
 
 HERE = Path(__file__).parent
@@ -59,11 +60,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--on", type=Path, required=True)
     parser.add_argument("--off", type=Path, required=True)
+    parser.add_argument("--on-scores", type=Path, help="scores.parquet of all on-policy chats, as `jsfdd score` wrote it")
     parser.add_argument("--excerpts", action="store_true", help="print the flattest and the least flat on-policy answers")
     options = parser.parse_args()
     tokenizer = load_target("smollm2").tokenizer
     both = {"on-policy": read(options.on), "off-policy": read(options.off)}
-    results = {name: describe(scored, tokenizer) for name, scored in both.items()}
+    results = {
+        name: describe_samples(scored, np.bincount(scored.sample)) | describe_tokens(scored, tokenizer)
+        for name, scored in both.items()
+    }
+    if options.on_scores:
+        results["on-policy, all chats"] = describe_samples(*from_scores(options.on_scores))
     print(json.dumps(results, indent=1, ensure_ascii=False))
     if options.excerpts:
         show_ends(both["on-policy"], tokenizer)
@@ -88,57 +95,77 @@ def read(directory: Path) -> Scored:
     return Scored(tokens=[row for part in parts for row in part["tokens"]], **joined)
 
 
-def describe(scored: Scored, tokenizer) -> dict:
-    """Everything of results.json about one set of chats."""
+def describe_tokens(scored: Scored, tokenizer) -> dict:
+    """What results.json says of one set of chats and its tokens."""
     flatness = scored.scores[:, 0].astype(float)
-    means = sample_means(scored)
-    counted = np.bincount(scored.sample)
     choices = effective_choices(flatness, VOCAB)
-    five = np.array([source in FIVE for source in scored.sources])
-    half = keeps(means[:, 0])
-    token_columns = np.column_stack(
-        [scored.scores, scored.position - first_positions(scored)[scored.sample], counted[scored.sample]]
-    ).astype(float)
-    sample_columns = np.column_stack([means, counted, scored.lengths])
-    token_names, sample_names = (*METRICS, "place in the chat", "counted tokens"), (*METRICS[:5], "ppl", "counted tokens", "length")
+    counted = np.bincount(scored.sample)
+    place = scored.position - first_positions(scored)[scored.sample]
+    columns = np.column_stack([scored.scores, place, counted[scored.sample]]).astype(float)
+    names = (*METRICS, "place in the chat", "counted tokens")
+    flattest = np.sort(flatness)[-len(flatness) // 10 :]
     return {
-        "chats": len(scored.ids),
-        "chats of a source": {s: int(np.sum(scored.sources == s)) for s in sorted(set(scored.sources.tolist()))},
         "cut": float(scored.truncated.mean()),
         "tokens read": int(scored.lengths.sum()),
-        "tokens counted": len(flatness),
         "token flatness": quantiles(flatness),
         "token choices exp(H2)": quantiles(choices) | {"mean": float(choices.mean())},
         "share of tokens with fewer choices than": {f"{c:g}": float(np.mean(choices < c)) for c in (1.01, 1.1, 1.5, 2, 5, 10)},
-        "share of all flatness in the flattest tenth of tokens": float(np.sort(flatness)[-len(flatness) // 10 :].sum() / flatness.sum()),
-        "sample flatness": quantiles(means[:, 0]),
-        "sample flatness by source": {
-            s: quantiles(means[scored.sources == s, 0]) | {"kept": float(half[scored.sources == s].mean())}
-            for s in sorted(set(scored.sources.tolist()))
-        },
-        "tokens, flatness with": correlations(scored, token_names, lambda chats, rows: token_columns[rows]),
-        "samples, flatness with": correlations(scored, sample_names, lambda chats, rows: sample_columns[chats]),
-        "samples within a source, flatness with": within_source(scored, sample_names, sample_columns),
-        "share of the variance of sample metrics between sources": {
-            name: with_interval(scored, lambda chats, rows, j=j: eta(means[chats, j], scored.sources[chats]))
-            for j, name in enumerate((*METRICS[:5], "ppl"))
-        },
-        "the same, five sources of the small trial": with_interval(
-            scored, lambda chats, rows: eta(means[chats, 0][five[chats]], scored.sources[chats][five[chats]])
-        ),
+        "share of all flatness in the flattest tenth of tokens": float(flattest.sum() / flatness.sum()),
+        "tokens, flatness with": correlations(scored, names, lambda _, rows: columns[rows]),
         "share of the variance of token flatness between sources": with_interval(
-            scored, lambda chats, rows: eta(flatness[rows], scored.sources[scored.sample[rows]])
+            scored, lambda _, rows: eta(flatness[rows], scored.sources[scored.sample[rows]])
         ),
         "share of the variance of token flatness between samples": eta(flatness, scored.sample),
         "what chance gives it": (len(scored.ids) - 1) / (len(flatness) - 1),
+        "tokens at the ends, by what follows": ends_by_kind(scored, flatness, tokenizer),
+    }
+
+
+def describe_samples(scored: Scored, counted: np.ndarray) -> dict:
+    """What results.json says of one set of chats as wholes; `counted` [N] tokens each."""
+    means, sources = sample_means(scored), scored.sources
+    names = (*METRICS[:5], "ppl", "counted tokens")
+    columns = np.column_stack([means, counted])
+    five = np.array([source in FIVE for source in sources])
+    half = keeps(means[:, 0])
+    return {
+        "chats": len(scored.ids),
+        "tokens counted": int(counted.sum()),
+        "sample flatness": quantiles(means[:, 0]),
+        "sample flatness by source": {
+            str(s): {"chats": int(np.sum(sources == s))}
+            | quantiles(means[sources == s, 0])
+            | {"choices of the median": float(effective_choices(np.median(means[sources == s, 0]), VOCAB))}
+            | {"kept": float(half[sources == s].mean())}
+            for s in np.unique(sources)
+        },
+        "samples, flatness with": correlations(scored, names, lambda chats, _: columns[chats]),
+        "samples within a source, flatness with": within_source(scored, names, columns),
+        "share of the variance of sample metrics between sources": {
+            name: with_interval(scored, lambda chats, _, j=j: eta(columns[chats, j], sources[chats]))
+            for j, name in enumerate(names)
+        },
+        "the same of flatness, five sources of the small trial": with_interval(
+            scored, lambda chats, _: eta(means[chats, 0][five[chats]], sources[chats][five[chats]])
+        ),
         "flattest half": {
             "its share of the counted tokens": float(counted[half].sum() / counted.sum()),
             "in the half of the highest entropy too": float(np.mean(keeps(means[:, 1])[half])),
-            "in the flattest half of its own source too": float(np.mean(stratified(means[:, 0], scored.sources)[half])),
+            "in the flattest half of its own source too": float(np.mean(stratified(means[:, 0], sources)[half])),
         },
-        "tokens at the ends, by what follows": ends_by_kind(scored, flatness, tokenizer),
-        "samples at the ends, by source": ends_by_source(means[:, 0], scored.sources),
+        "samples at the ends, by source": ends_by_source(means[:, 0], sources),
     }
+
+
+def from_scores(path: Path) -> tuple[Scored, np.ndarray]:
+    """A scores.parquet as if each chat had one token, of its means; and the counted tokens of each."""
+    table = read_scores(path)
+    columns = [getattr(table, name) for name in METRICS[:5]] + [np.log(table.ppl)]
+    number, none = len(table.ids), np.zeros(len(table.ids), int)
+    scored = Scored(
+        np.array(table.ids), np.array(table.sources), table.num_tokens, none, [], np.arange(number), none, np.stack(columns, 1)
+    )
+    return scored, table.num_tokens
 
 
 def sample_means(scored: Scored) -> np.ndarray:
@@ -176,7 +203,7 @@ def eta(values: np.ndarray, groups: np.ndarray) -> float:
     return float(means.var() / values.var())
 
 
-def with_interval(scored: Scored, statistic: Callable[[np.ndarray, np.ndarray], np.ndarray | float], resamples: int = RESAMPLES):
+def with_interval(scored: Scored, statistic: Callable, resamples: int = RESAMPLES) -> list:
     """[value, low, high] of statistic(chats, token rows); chats are drawn anew within each source."""
     random = np.random.default_rng(0)
     starts = np.searchsorted(scored.sample, np.arange(len(scored.ids) + 1))
@@ -280,7 +307,8 @@ def draw(both: dict[str, Scored]) -> None:
         for name, scored in both.items():
             choices = effective_choices(scored.scores[:, 0].astype(float), VOCAB)
             weights = np.full(len(choices), 100 / len(choices))
-            axes[0, 0].hist(np.clip(choices, 1, None), edges, weights=weights, histtype="step", color=colours[name], linewidth=1.6, label=name)
+            look = dict(histtype="step", color=colours[name], linewidth=1.6, label=name)
+            axes[0, 0].hist(np.clip(choices, 1, None), edges, weights=weights, **look)
             axes[0, 0].axvline(np.median(choices), color=colours[name], linewidth=1, linestyle=(0, (2, 2)))
         ax = axes[0, 0]
         ax.set_xscale("log")

@@ -1,6 +1,6 @@
 """Every metric of every counted token of a nested sample of chats, in rounds that a later call continues. See README.md.
 
-    python score.py --data FILES… --samples 60 --out DIR
+    python score.py --data FILES… --samples 40 --out DIR
 
 Of each source it takes the first chats in the order of their ids' hashes, so that a larger sample holds a smaller one.
 DIR/round-000.npz and so on hold, for 20 chats of each source:
@@ -39,7 +39,7 @@ def main() -> None:
     smoke = os.environ.get("SMOKE") == "1"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, nargs="+", required=True)
-    parser.add_argument("--samples", type=int, default=3 if smoke else 60, help="of each source, at most")
+    parser.add_argument("--samples", type=int, default=3 if smoke else 40, help="of each source, at most")
     parser.add_argument("--max-length", type=int, default=128 if smoke else 384)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
