@@ -1,6 +1,8 @@
 """What `score.py` found, in numbers and a picture. See README.md.
 
-    python analyse.py --on DIR --off DIR [--on-scores scores.parquet] [--excerpts]
+    python analyse.py --on-data CHATS.jsonl --on SCORED --off DIR [--excerpts]
+
+DIR is from `score.py`, all six metrics of every token; SCORED from `jsfdd score --per-token`, two of them.
 """
 
 from __future__ import annotations
@@ -16,16 +18,17 @@ import matplotlib.pyplot as plt
 import numpy as np
 from scipy.stats import rankdata
 
-from jsfdd.evaluation.intervals import interval
+from jsfdd.data.chat import read_chats
+from jsfdd.data.template import tokenize_chats
 from jsfdd.evaluation.panel import MUTED, STYLE
 from jsfdd.records import TokenScores
 from jsfdd.selection.flatness import effective_choices
-from jsfdd.selection.table import read_scores
+from jsfdd.selection.table import read_scores, read_token_scores
 from jsfdd.weights.load import load_target
 
 HERE = Path(__file__).parent
 SMOKE = os.environ.get("SMOKE") == "1"
-RESAMPLES = 20 if SMOKE else 1000
+RESAMPLES, TOKEN_RESAMPLES = (20, 5) if SMOKE else (300, 60)
 VOCAB = 49152
 METRICS = TokenScores._fields
 FIVE = {  # the mixture of the small trial, under the names that the files and the on-policy pool give its sources
@@ -36,20 +39,21 @@ ENDS = 0.05
 
 
 class Scored(NamedTuple):
-    """Chats and their counted tokens, of all rounds of a directory.
+    """Chats and their counted tokens.
 
     Attributes:
-      ids, sources, lengths, truncated: [N].
+      sources, counted, truncated: [N]; counted tokens of each, and whether it was cut.
+      means: float[N, 6], each chat's METRICS as `jsfdd score` aggregates them: means, and ppl = exp of the mean nll.
       tokens: of each chat.
       sample: int[n], the chat of each counted token; ascending.
       position: int[n], t.
-      scores: float[n, 6], METRICS.
+      scores: float[n, k], the first k of METRICS.
     """
 
-    ids: np.ndarray
     sources: np.ndarray
-    lengths: np.ndarray
+    counted: np.ndarray
     truncated: np.ndarray
+    means: np.ndarray
     tokens: list[np.ndarray]
     sample: np.ndarray
     position: np.ndarray
@@ -58,19 +62,14 @@ class Scored(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--on-data", type=Path, required=True)
     parser.add_argument("--on", type=Path, required=True)
     parser.add_argument("--off", type=Path, required=True)
-    parser.add_argument("--on-scores", type=Path, help="scores.parquet of all on-policy chats, as `jsfdd score` wrote it")
     parser.add_argument("--excerpts", action="store_true", help="print the flattest and the least flat on-policy answers")
     options = parser.parse_args()
     tokenizer = load_target("smollm2").tokenizer
-    both = {"on-policy": read(options.on), "off-policy": read(options.off)}
-    results = {
-        name: describe_samples(scored, np.bincount(scored.sample)) | describe_tokens(scored, tokenizer)
-        for name, scored in both.items()
-    }
-    if options.on_scores:
-        results["on-policy, all chats"] = describe_samples(*from_scores(options.on_scores))
+    both = {"on-policy": from_scores(options.on, options.on_data, tokenizer), "off-policy": from_rounds(options.off)}
+    results = {name: describe_samples(scored) | describe_tokens(scored, tokenizer) for name, scored in both.items()}
     print(json.dumps(results, indent=1, ensure_ascii=False))
     if options.excerpts:
         show_ends(both["on-policy"], tokenizer)
@@ -80,57 +79,83 @@ def main() -> None:
         draw(both)
 
 
-def read(directory: Path) -> Scored:
-    """All rounds of a directory as one."""
+def from_rounds(directory: Path) -> Scored:
+    """All rounds that `score.py` left in a directory, as one."""
     parts, first = [], 0
     for path in sorted(directory.glob("round-???.npz")):
         with np.load(path) as found:
             part = dict(found)
-        ends = np.cumsum(part["lengths"])[:-1]
-        part["tokens"] = np.split(part["tokens"], ends)
+        part["tokens"] = np.split(part["tokens"], np.cumsum(part["lengths"])[:-1])
         part["sample"] = part["sample"] + first
         first += len(part["ids"])
         parts.append(part)
-    joined = {name: np.concatenate([part[name] for part in parts]) for name in Scored._fields if name != "tokens"}
-    return Scored(tokens=[row for part in parts for row in part["tokens"]], **joined)
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0] if name != "tokens"}
+    counted = np.bincount(joined["sample"])
+    scores = joined["scores"].astype(float)
+    means = np.stack([np.bincount(joined["sample"], column) / counted for column in scores.T], 1)
+    means[:, -1] = np.exp(means[:, -1])
+    tokens = [row for part in parts for row in part["tokens"]]
+    return Scored(
+        joined["sources"], counted, joined["truncated"], means, tokens, joined["sample"], joined["position"], scores
+    )
+
+
+def from_scores(directory: Path, data: Path, tokenizer) -> Scored:
+    """What `jsfdd score --per-token` wrote of the chats in `data`."""
+    table = read_scores(directory / "scores.parquet")
+    rows = read_token_scores(directory / "token_scores.parquet")
+    samples, summary = tokenize_chats(read_chats([data]), tokenizer, table.identity["max_length"])
+    tokens = {sample.id: sample.tokens for sample in samples}
+    places = [np.flatnonzero(rows[name].counted) for name in table.ids]
+    scores = [np.stack([rows[name].flatness[at], rows[name].entropy[at]], 1) for name, at in zip(table.ids, places)]
+    return Scored(
+        sources=np.array(table.sources),
+        counted=table.num_tokens,
+        truncated=np.isin(table.ids, summary.truncated),
+        means=np.stack([getattr(table, name) for name in (*METRICS[:5], "ppl")], 1),
+        tokens=[tokens[name] for name in table.ids],
+        sample=np.repeat(np.arange(len(table.ids)), table.num_tokens),
+        position=np.concatenate(places),
+        scores=np.concatenate(scores).astype(float),
+    )
 
 
 def describe_tokens(scored: Scored, tokenizer) -> dict:
-    """What results.json says of one set of chats and its tokens."""
-    flatness = scored.scores[:, 0].astype(float)
+    """What results.json says of one set's tokens."""
+    flatness = scored.scores[:, 0]
     choices = effective_choices(flatness, VOCAB)
-    counted = np.bincount(scored.sample)
     place = scored.position - first_positions(scored)[scored.sample]
-    columns = np.column_stack([scored.scores, place, counted[scored.sample]]).astype(float)
-    names = (*METRICS, "place in the chat", "counted tokens")
+    columns = np.column_stack([scored.scores, place, scored.counted[scored.sample]])
+    names = (*METRICS[: scored.scores.shape[1]], "place in the chat", "counted tokens")
     flattest = np.sort(flatness)[-len(flatness) // 10 :]
+    source = scored.sources[scored.sample]
     return {
         "cut": float(scored.truncated.mean()),
-        "tokens read": int(scored.lengths.sum()),
+        "tokens read": sum(len(row) for row in scored.tokens),
         "token flatness": quantiles(flatness),
         "token choices exp(H2)": quantiles(choices) | {"mean": float(choices.mean())},
         "share of tokens with fewer choices than": {f"{c:g}": float(np.mean(choices < c)) for c in (1.01, 1.1, 1.5, 2, 5, 10)},
         "share of all flatness in the flattest tenth of tokens": float(flattest.sum() / flatness.sum()),
-        "tokens, flatness with": correlations(scored, names, lambda _, rows: columns[rows]),
+        "tokens, flatness with": correlations(scored, names, lambda chats: columns[rows_of(scored, chats)], TOKEN_RESAMPLES),
         "share of the variance of token flatness between sources": with_interval(
-            scored, lambda _, rows: eta(flatness[rows], scored.sources[scored.sample[rows]])
+            scored, lambda chats: eta(flatness[rows_of(scored, chats)], source[rows_of(scored, chats)]), TOKEN_RESAMPLES
         ),
         "share of the variance of token flatness between samples": eta(flatness, scored.sample),
-        "what chance gives it": (len(scored.ids) - 1) / (len(flatness) - 1),
+        "what chance gives it": (len(scored.sources) - 1) / (len(flatness) - 1),
         "tokens at the ends, by what follows": ends_by_kind(scored, flatness, tokenizer),
     }
 
 
-def describe_samples(scored: Scored, counted: np.ndarray) -> dict:
-    """What results.json says of one set of chats as wholes; `counted` [N] tokens each."""
-    means, sources = sample_means(scored), scored.sources
+def describe_samples(scored: Scored) -> dict:
+    """What results.json says of one set's chats as wholes."""
+    means, sources = scored.means, scored.sources
     names = (*METRICS[:5], "ppl", "counted tokens")
-    columns = np.column_stack([means, counted])
+    columns = np.column_stack([means, scored.counted])
     five = np.array([source in FIVE for source in sources])
     half = keeps(means[:, 0])
     return {
-        "chats": len(scored.ids),
-        "tokens counted": int(counted.sum()),
+        "chats": len(sources),
+        "tokens counted": int(scored.counted.sum()),
         "sample flatness": quantiles(means[:, 0]),
         "sample flatness by source": {
             str(s): {"chats": int(np.sum(sources == s))}
@@ -139,41 +164,22 @@ def describe_samples(scored: Scored, counted: np.ndarray) -> dict:
             | {"kept": float(half[sources == s].mean())}
             for s in np.unique(sources)
         },
-        "samples, flatness with": correlations(scored, names, lambda chats, _: columns[chats]),
+        "samples, flatness with": correlations(scored, names, lambda chats: columns[chats], RESAMPLES),
         "samples within a source, flatness with": within_source(scored, names, columns),
         "share of the variance of sample metrics between sources": {
-            name: with_interval(scored, lambda chats, _, j=j: eta(columns[chats, j], sources[chats]))
+            name: with_interval(scored, lambda chats, j=j: eta(columns[chats, j], sources[chats]), RESAMPLES)
             for j, name in enumerate(names)
         },
         "the same of flatness, five sources of the small trial": with_interval(
-            scored, lambda chats, _: eta(means[chats, 0][five[chats]], sources[chats][five[chats]])
+            scored, lambda chats: eta(means[chats, 0][five[chats]], sources[chats][five[chats]]), RESAMPLES
         ),
         "flattest half": {
-            "its share of the counted tokens": float(counted[half].sum() / counted.sum()),
+            "its share of the counted tokens": float(scored.counted[half].sum() / scored.counted.sum()),
             "in the half of the highest entropy too": float(np.mean(keeps(means[:, 1])[half])),
             "in the flattest half of its own source too": float(np.mean(stratified(means[:, 0], sources)[half])),
         },
         "samples at the ends, by source": ends_by_source(means[:, 0], sources),
     }
-
-
-def from_scores(path: Path) -> tuple[Scored, np.ndarray]:
-    """A scores.parquet as if each chat had one token, of its means; and the counted tokens of each."""
-    table = read_scores(path)
-    columns = [getattr(table, name) for name in METRICS[:5]] + [np.log(table.ppl)]
-    number, none = len(table.ids), np.zeros(len(table.ids), int)
-    scored = Scored(
-        np.array(table.ids), np.array(table.sources), table.num_tokens, none, [], np.arange(number), none, np.stack(columns, 1)
-    )
-    return scored, table.num_tokens
-
-
-def sample_means(scored: Scored) -> np.ndarray:
-    """[N, 6]: each chat's metrics, as `jsfdd score` aggregates them: means, and ppl = exp of the mean nll."""
-    counts = np.bincount(scored.sample)
-    means = np.stack([np.bincount(scored.sample, column) / counts for column in scored.scores.T.astype(float)], 1)
-    means[:, METRICS.index("nll")] = np.exp(means[:, METRICS.index("nll")])
-    return means
 
 
 def first_positions(scored: Scored) -> np.ndarray:
@@ -203,44 +209,40 @@ def eta(values: np.ndarray, groups: np.ndarray) -> float:
     return float(means.var() / values.var())
 
 
-def with_interval(scored: Scored, statistic: Callable, resamples: int = RESAMPLES) -> list:
-    """[value, low, high] of statistic(chats, token rows); chats are drawn anew within each source."""
+def with_interval(scored: Scored, statistic: Callable, resamples: int) -> list:
+    """[value, low, high] of statistic(chats); chats are drawn anew within each source."""
     random = np.random.default_rng(0)
-    starts = np.searchsorted(scored.sample, np.arange(len(scored.ids) + 1))
     of_source = [np.flatnonzero(scored.sources == source) for source in np.unique(scored.sources)]
-
-    def rows_of(chats):
-        return np.concatenate([np.arange(starts[chat], starts[chat + 1]) for chat in chats])
-
-    drawn = []
-    for _ in range(resamples):
-        chats = np.concatenate([random.choice(found, len(found)) for found in of_source])
-        drawn.append(statistic(chats, rows_of(chats)))
-    everything = np.arange(len(scored.ids))
-    value = np.asarray(statistic(everything, rows_of(everything)))
+    drawn = [statistic(np.concatenate([random.choice(found, len(found)) for found in of_source])) for _ in range(resamples)]
     bounds = np.percentile(drawn, [2.5, 97.5], axis=0)
-    return np.stack([value, *bounds], -1).tolist()
+    return np.stack([statistic(np.arange(len(scored.sources))), *bounds], -1).tolist()
 
 
-def correlations(scored: Scored, names: tuple[str, ...], columns: Callable) -> dict:
+def rows_of(scored: Scored, chats: np.ndarray) -> np.ndarray:
+    """The counted tokens of these chats, one after the other."""
+    ends = np.cumsum(scored.counted)
+    return np.concatenate([np.arange(end - count, end) for end, count in zip(ends[chats], scored.counted[chats])])
+
+
+def correlations(scored: Scored, names: tuple[str, ...], columns: Callable, resamples: int) -> dict:
     """Of flatness, the first column, with every other one."""
 
-    def both(chats, rows):
-        values = columns(chats, rows)
+    def both(chats):
+        values = columns(chats)
         return np.stack([np.corrcoef(rankdata(values, axis=0), rowvar=False)[0, 1:], np.corrcoef(values, rowvar=False)[0, 1:]])
 
-    found = with_interval(scored, both, RESAMPLES // 5)
+    found = with_interval(scored, both, resamples)
     return {kind: dict(zip(names[1:], rows)) for kind, rows in zip(("spearman", "pearson"), found)}
 
 
 def within_source(scored: Scored, names: tuple[str, ...], columns: np.ndarray) -> dict:
     """Mean over the sources of Spearman within each."""
 
-    def statistic(chats, rows):
+    def statistic(chats):
         groups = [chats[scored.sources[chats] == source] for source in np.unique(scored.sources)]
         return np.mean([np.corrcoef(rankdata(columns[g], axis=0), rowvar=False)[0, 1:] for g in groups], axis=0)
 
-    return dict(zip(names[1:], with_interval(scored, statistic, RESAMPLES // 5)))
+    return dict(zip(names[1:], with_interval(scored, statistic, RESAMPLES)))
 
 
 def quantiles(values: np.ndarray) -> dict[str, float]:
@@ -284,7 +286,7 @@ def ends_by_source(flatness: np.ndarray, sources: np.ndarray) -> dict:
 
 def show_ends(scored: Scored, tokenizer) -> None:
     """How the answers at the ends begin: to read, and only of text that the target wrote."""
-    flatness = sample_means(scored)[:, 0]
+    flatness = scored.means[:, 0]
     order, first = np.argsort(flatness), first_positions(scored)
     for rows, name in ((order[::-1][:15], "flattest"), (order[:15], "least flat")):
         for chat in rows:
@@ -305,7 +307,7 @@ def draw(both: dict[str, Scored]) -> None:
         figure, axes = plt.subplots(2, 2, figsize=(11, 7.6))
         edges = np.geomspace(1, 3000, 49)
         for name, scored in both.items():
-            choices = effective_choices(scored.scores[:, 0].astype(float), VOCAB)
+            choices = effective_choices(scored.scores[:, 0], VOCAB)
             weights = np.full(len(choices), 100 / len(choices))
             look = dict(histtype="step", color=colours[name], linewidth=1.6, label=name)
             axes[0, 0].hist(np.clip(choices, 1, None), edges, weights=weights, **look)
@@ -321,7 +323,7 @@ def draw(both: dict[str, Scored]) -> None:
         ax.set_title("tokens (dashed: medians)")
         ax.legend(frameon=False)
         for ax, (name, scored) in zip((axes[0, 1], axes[1, 1]), both.items()):
-            flatness = sample_means(scored)[:, 0]
+            flatness = scored.means[:, 0]
             sources = sorted(set(scored.sources.tolist()), key=lambda s: np.median(flatness[scored.sources == s]))
             boxes = ax.boxplot(
                 [flatness[scored.sources == s] for s in sources], orientation="horizontal", widths=0.6, whis=(5, 95),
@@ -336,8 +338,7 @@ def draw(both: dict[str, Scored]) -> None:
             ax.set_xlim(left=0)
         ax = axes[1, 0]
         for name, scored in both.items():
-            means = sample_means(scored)
-            ax.plot(means[:, 0], means[:, 1], ".", color=colours[name], markersize=4, alpha=0.6, label=name)
+            ax.plot(scored.means[:, 0], scored.means[:, 1], ".", color=colours[name], markersize=4, alpha=0.6, label=name)
         ax.set_xlabel("sample flatness")
         ax.set_ylabel("mean entropy, nats")
         ax.set_title("chats: flatness against entropy")

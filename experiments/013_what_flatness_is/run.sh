@@ -4,9 +4,9 @@ set -euo pipefail
 on=$1 off=$2 work=$3
 here=$(dirname "$0")
 python "$here/score.py" --data "$off"/*.jsonl.gz --out "$work/off"
-python "$here/score.py" --data "$on" --out "$work/on"
 if [[ ${SMOKE:-} ]]; then
-    exec python "$here/analyse.py" --on "$work/on" --off "$work/off"
+    head -n 12 "$on" > "$work/few.jsonl"
+    on=$work/few.jsonl
 fi
-jsfdd score --target smollm2 --data "$on" --max-length 384 --batch-tokens 1024 --out "$work/all"
-python "$here/analyse.py" --on "$work/on" --off "$work/off" --on-scores "$work/all/scores.parquet"
+jsfdd score --target smollm2 --data "$on" --per-token --max-length 384 --batch-tokens 1024 --out "$work/on"
+python "$here/analyse.py" --on-data "$on" --on "$work/on" --off "$work/off"
