@@ -185,6 +185,10 @@ def summarise(columns: dict[str, np.ndarray]) -> dict:
         "spearman of tokens within a source": table(
             partial(spearman_within, groups=sources[sample]), x, y, everything, draws[: RESAMPLES // 5], metrics, gains
         ),
+        "each source": {
+            source: one_source(columns, x, y, np.flatnonzero(sources[sample] == source), metrics, gains)
+            for source in sorted(set(sources.tolist()))
+        },
         "gain of the upper half / gain of all": table(upper_half, x, y, everything, draws, metrics, gains),
         "spearman of chats": table(
             spearman, means[:, : x.shape[1]], means[:, x.shape[1] :], np.arange(len(sources)), chat_draws, metrics, gains
@@ -209,6 +213,17 @@ def table(statistic, x, y, everything, draws, metrics, gains) -> dict[str, dict[
     return {
         name: {m: [float(value[i, j]), *interval(resampled[:, i, j])] for i, m in enumerate(metrics)}
         for j, name in enumerate(gains)
+    }
+
+
+def one_source(columns, x, y, rows, metrics, gains) -> dict:
+    """How far the draft is on one source, and gain -> metric -> Spearman there."""
+    found = spearman(x, y, rows)
+    return {
+        "tokens": len(rows),
+        "top-1 agreement": float(columns["agree"][rows].mean()),
+        "acceptance": float(1 - columns["‖p−q‖₁"][rows].mean() / 2),
+        "spearman": {name: dict(zip(metrics, found[:, j].tolist())) for j, name in enumerate(gains)},
     }
 
 

@@ -24,7 +24,7 @@ fi
 head -n 150 "$on" > "$work/early.jsonl"
 train early --epochs 2
 measure early
-grep '"source": "math_' "$on" | head -n 140 > "$work/later.jsonl"
-grep -vxF -f "$work/later.jsonl" "$work/early-text.jsonl" > "$work/later-text.jsonl"
-train later --epochs 4 --draft-vocab 8192
-measure later --tokens 45
+grep '"source": "math_' "$on" | head -n 140 > "$work/maths.jsonl"
+grep -vxF -f "$work/maths.jsonl" "$work/early-text.jsonl" > "$work/maths-text.jsonl"
+train maths --epochs 4 --draft-vocab 8192
+measure maths --tokens 45

@@ -214,7 +214,7 @@ def with_interval(scored: Scored, statistic: Callable, resamples: int) -> list:
     random = np.random.default_rng(0)
     of_source = [np.flatnonzero(scored.sources == source) for source in np.unique(scored.sources)]
     drawn = [statistic(np.concatenate([random.choice(found, len(found)) for found in of_source])) for _ in range(resamples)]
-    bounds = np.percentile(drawn, [2.5, 97.5], axis=0)
+    bounds = np.nanpercentile(drawn, [2.5, 97.5], axis=0)
     return np.stack([statistic(np.arange(len(scored.sources))), *bounds], -1).tolist()
 
 
@@ -334,7 +334,7 @@ def draw(both: dict[str, Scored]) -> None:
                 line.set(color=colours[name], linewidth=2)
             ax.axvline(np.median(flatness), color=MUTED, linewidth=1, linestyle=(0, (2, 2)))
             ax.set_xlabel("sample flatness (box: half of the chats, line: 90%)")
-            ax.set_title(f"chats by source, {name} (dashed: the cut at one half)")
+            ax.set_title(f"chats, {name} (dashed: cut at one half)")
             ax.set_xlim(left=0)
         ax = axes[1, 0]
         for name, scored in both.items():
