@@ -74,6 +74,7 @@ _EXAMPLES = {
         jsfdd evaluate --target smollm2 --draft draft --prompts prompts.jsonl --out evaluated
         jsfdd evaluate --target DIR --draft draft-a draft-b --prompts prompts/ --out compared --json
         jsfdd evaluate --target DIR --draft draft --tree-nodes 60 --prompts p.jsonl --out evaluated
+        jsfdd evaluate --target DIR --draft a b --combine merge --tree-nodes 60 --prompts p.jsonl --out o
     """,
     "export": """
         jsfdd export --draft draft --flavour vllm --out draft-vllm
@@ -81,6 +82,7 @@ _EXAMPLES = {
     "generate": """
         jsfdd generate --target smollm2 --draft draft --prompt "Why is the sky blue?"
         jsfdd generate --target smollm2 --draft draft --show-accepted --prompt "Write a limerick."
+        jsfdd generate --target DIR --draft a b --combine route --tree-nodes 60 --prompt "What is 2 + 2?"
         jsfdd generate --target smollm2 --no-draft --prompt "Why is the sky blue?" > answer.txt
     """,
     "doctor": """

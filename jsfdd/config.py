@@ -16,6 +16,7 @@ from jsfdd.options import (
     ChainOptions,
     ChatFiles,
     ChatNames,
+    CombineOptions,
     ConversationLength,
     DataOptions,
     DecodingOptions,
@@ -117,15 +118,26 @@ class TrainConfig(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(TargetOptions, DecodingOptions, Batched, Seeded, ProcessOptions):
+class EvaluateConfig(TargetOptions, DecodingOptions, CombineOptions, Batched, Seeded, ProcessOptions):
     """Measure acceptance and speed by real speculative decoding."""
 
     draft: tuple[Path, ...]
-    """Drafts, each a training run's directory, its checkpoints/, or an exported draft; several are compared in pairs."""
+    """Drafts, each a training run's directory, its checkpoints/, or an exported draft. Several are compared in pairs, unless
+    --combine makes one of them."""
     prompts: tuple[Path, ...]
     """Prompts: files, directories or patterns as for --data; rows with "turns"; each turn's own answer feeds the next."""
     out: Path
-    """Directory for report.json, or with several drafts for a directory of each and differences.json."""
+    """Directory for report.json, or where several drafts are compared for a directory of each and differences.json."""
+    each_draft: bool = False
+    """With --combine: also measure each draft alone, and compare them all on the same prompts, with the same --tree-nodes."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.draft:
+            raise ValueError("--draft: got none, but it must be at least one draft")
+        _check_combine(self)
+        if self.each_draft and self.combine is None:
+            raise ValueError("--each-draft does nothing without --combine: drafts are measured alone anyway")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,22 +155,26 @@ class ExportConfig(ExportOptions, ProposalOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerateConfig(TargetOptions, DecodingOptions, Seeded):
+class GenerateConfig(TargetOptions, DecodingOptions, CombineOptions, Seeded):
     """Answer one prompt and print the text as it is decoded."""
 
     prompt: str
     """The user's message."""
-    draft: Path | None = None
-    """A training run's directory, its checkpoints/, or an exported draft."""
+    draft: tuple[Path, ...] = ()
+    """A training run's directory, its checkpoints/, or an exported draft; several with --combine."""
     no_draft: bool = False
     """Decode without a draft, one token a step."""
     show_accepted: bool = False
-    """Mark the tokens that the draft proposed: green on a terminal, in [brackets] elsewhere."""
+    """Mark the tokens that the draft proposed: green on a terminal, in [brackets] elsewhere. Of several drafts each has a
+    colour of its own, or its number: [1:…] [2:…]."""
 
     def __post_init__(self):
         super().__post_init__()
-        if (self.draft is None) != self.no_draft:
+        if bool(self.draft) == self.no_draft:
             raise ValueError("give either --draft DIR or --no-draft")
+        _check_combine(self)
+        if len(self.draft) > 1 and self.combine is None:
+            raise ValueError(f"--draft: got {len(self.draft)}, but without --combine one draft decodes")
         if self.no_draft and self.show_accepted:
             raise ValueError("--show-accepted marks a draft's tokens, and there are none with --no-draft")
         if not self.prompt.strip():
@@ -252,6 +268,21 @@ def stores_means(config: TrainConfig | RunConfig) -> bool:
     """Whether target means are stored: what --target-means comes to."""
     possible = config.token_loss == "cross_entropy" and config.features != "recompute"
     return config.target_means == "store" or config.target_means == "auto" and possible
+
+
+def _check_combine(config: EvaluateConfig | GenerateConfig) -> None:
+    if config.combine is None:
+        return
+    count = len(config.draft)
+    if count < 2:
+        raise ValueError(f"--combine {config.combine}: needs two drafts or more, but --draft gives {count}")
+    if config.combine_weights and len(config.combine_weights) != count:
+        raise ValueError(f"--combine-weights: got {len(config.combine_weights)} of them for {count} drafts; give one for each")
+    if config.combine != "average" and not config.tree_nodes:
+        raise ValueError(
+            f"--combine {config.combine} works on trees, since a choice between sampled chains would change what is sampled; "
+            "give --tree-nodes, with --tree-top-k 1 for a tree that is a chain"
+        )
 
 
 def _check_features(config: TrainConfig | RunConfig) -> None:

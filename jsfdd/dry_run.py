@@ -27,6 +27,8 @@ from jsfdd.data.batches import Shape, choose_shapes, epoch_batches, make_batches
 from jsfdd.data.chat import read_chat_files, read_prompts
 from jsfdd.data.summary import FileCounts, count_by_file, total
 from jsfdd.data.template import tokenize_chats
+from jsfdd.decoding.ensemble import members_of
+from jsfdd.drafts import measured_drafts, names_of
 from jsfdd.evaluation.evaluate import check_draft
 from jsfdd.evaluation.prompts import check_length, render_turns
 from jsfdd.loading import show_counts
@@ -153,15 +155,20 @@ def _train(config: TrainConfig) -> Result:
 def _evaluate(config: EvaluateConfig) -> Result:
     pipeline.tree_shape(config)
     prompts = read_prompts(config.prompts)
-    drafts = {name: pipeline.load_draft(path)[0] for name, path in pipeline.names_of(config.draft).items()}
+    drafts = measured_drafts(config)
     target = describe_target(config.target)
     for name, draft in drafts.items():
-        check_draft(target, draft, name)
+        for member, (its, _) in members_of(name, draft).items():
+            check_draft(target, its, member)
     values, words = _decoding(config, target, prompts)
     words = [f"{line}, for {_many(len(drafts), 'draft')}" for line in words]
+    if config.combine is not None:
+        how = {"average": "their average", "route": "each step routed to one of them", "merge": "their trees merged"}
+        nodes = f", {_many(config.tree_nodes, 'node')} a tree" if config.tree_nodes else ""
+        words.append(f"{config.combine}: {' and '.join(names_of(config.draft))}, {how[config.combine]}{nodes}")
     several = [*(f"{name}/report.json" for name in drafts), "differences.json"]
     files = several if len(drafts) > 1 else ["report.json"]
-    return _result("evaluate", values | {"drafts": list(drafts)}, words, config.out, files)
+    return _result("evaluate", values | {"drafts": list(drafts), "combine": config.combine}, words, config.out, files)
 
 
 def _export(config: ExportConfig) -> Result:

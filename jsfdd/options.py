@@ -20,6 +20,8 @@ FeatureDtype = Literal["bfloat16", "float32", "int8"]
 MaskSpan = Literal["thinking", "tool_calls"]
 TokenMetric = Literal["flatness", "entropy", "random"]
 TokenLoss = Literal["cross_entropy", "reverse_kl", "total_variation", "hybrid"]
+CombineBy = Literal["average", "route", "merge"]
+RouteBy = Literal["confidence", "entropy"]
 MixUnit = Literal["samples", "tokens"]
 
 # Field name -> (test, what a good value is). Checked for every config that has the field.
@@ -55,9 +57,10 @@ _RULES = {
     "num_draft_tokens": (lambda x: 1 <= x <= 32, "from 1 to 32"),
     "tree_nodes": (lambda x: 0 <= x <= 1024, "0 (a chain) or up to 1024 draft tokens"),
     "tree_top_k": (lambda x: x >= 1, "1 or more"),
+    "combine_weights": (lambda x: not x or abs(sum(x) - 1) < 1e-6, "weights that sum to 1, for else they scale the draft"),
+    "route_steps": (lambda x: x >= 0, "0 (every step decides) or more"),
     "max_new_tokens": (lambda x: x >= 1, "1 or more"),
     "batch_size": (lambda x: x >= 1, "1 or more"),
-    "draft": (lambda x: x != (), "at least one draft"),
     "probe_every": (lambda x: x >= 1, "1 or more"),
     "probe_new_tokens": (lambda x: x >= 2, "2 or more: an answer's first token needs no draft"),
     "conversations": (lambda x: x >= 1, "1 or more"),
@@ -302,6 +305,29 @@ class DecodingOptions(ChainOptions):
     """Verify a tree of this many draft tokens (EAGLE-2 takes 60) instead of a chain, which is 0."""
     tree_top_k: int = 10
     """Children of a tree's node, and nodes that the draft reads per level."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CombineOptions(_Options):
+    """Several drafts at once."""
+
+    combine: CombineBy | None = None
+    """Decode with all drafts at once: `average` their weights into one draft, `route` each step to the draft that is surest of
+    its tree, or `merge` their trees into one of --tree-nodes. Of drafts that tie the earlier counts."""
+    combine_weights: tuple[float, ...] = ()
+    """For `average`: a weight for each draft, 1 in all; below 0 leads away from a draft. Equal weights unless given."""
+    route_by: RouteBy = "confidence"
+    """For `route`: a draft is as sure as its tree's paths are probable, on average, or as the entropy of its first token is low."""
+    route_steps: int = 0
+    """For `route`: after this many steps an answer is left to the draft that was surest in them, and the other drafts only run
+    while another answer of the batch needs them; 0 decides anew in every step."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.combine_weights and self.combine != "average":
+            raise ValueError("--combine-weights does nothing without --combine average")
+        if (self.route_by, self.route_steps) != ("confidence", 0) and self.combine != "route":
+            raise ValueError("--route-by and --route-steps do nothing without --combine route")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -34,6 +34,7 @@ from jsfdd.data.files import input_digests
 from jsfdd.data.summary import total
 from jsfdd.decoding.tree import TreeShape
 from jsfdd.decoding.verify import Cutoff
+from jsfdd.drafts import load_draft, load_draft_and_record, measured_drafts
 from jsfdd.evaluation import evaluate as evaluation
 from jsfdd.evaluation.probe import make_probe
 from jsfdd.evaluation.report import write_report
@@ -54,8 +55,6 @@ from jsfdd.selection.tokens import token_weights
 from jsfdd.training import train as training
 from jsfdd.training.batch import HiddenStates, PerToken, TrainingData
 from jsfdd.weights.card import Provenance, Serving, read_report
-from jsfdd.weights.checkpoint import load_draft as load_trained_draft
-from jsfdd.weights.eagle import is_exported, read_draft
 from jsfdd.weights.export import check_flavour, write_draft
 from jsfdd.weights.load import Target, load_target
 
@@ -134,10 +133,13 @@ def train(
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, dict]:
-    """`jsfdd evaluate`: writes a report.json a draft (and differences.json), returns {draft's name: report}."""
+    """`jsfdd evaluate`: writes a report.json a draft (and differences.json), returns {draft's name: report}.
+
+    Drafts that are combined are one, named as what combines them.
+    """
     tree_shape(config)
     prompts = read_prompts(config.prompts)
-    drafts = {name: load_draft(path) for name, path in names_of(config.draft).items()}
+    drafts = measured_drafts(config)
     mesh = make_mesh(model=config.model_shards)
     target = load_target(config.target, jnp.dtype(config.dtype), mesh)
     agree({"the options": config.to_json(), "the prompts": [dataclasses.asdict(prompt) for prompt in prompts]})
@@ -177,30 +179,9 @@ def report(config: ReportConfig) -> Path:
     return write_report(config.run, config.out)
 
 
-def load_draft(path: Path) -> tuple[DraftConfig, dict]:
-    """A draft from wherever it is: an exported directory, or a training run's last checkpoint."""
-    return load_draft_and_record(path)[:2]
-
-
-def load_draft_and_record(path: Path) -> tuple[DraftConfig, dict, dict | None]:
-    """A draft, and what its training run recorded: None for an exported one."""
-    return (*read_draft(path), None) if is_exported(path) else load_trained_draft(path)
-
-
 def tree_shape(config: DecodingOptions) -> TreeShape | None:
     """The tree that a config asks for, None for chains. ValueError if its depth cannot hold it."""
     return TreeShape(config.num_draft_tokens, config.tree_top_k, config.tree_nodes) if config.tree_nodes else None
-
-
-def names_of(drafts: Sequence[Path]) -> dict[str, Path]:
-    """Each draft under as much of its path's end as tells it from the others."""
-    if len(set(drafts)) < len(drafts):
-        raise ValueError(f"--draft: one draft is given twice: {', '.join(map(str, drafts))}")
-    for length in range(1, max(len(path.parts) for path in drafts) + 1):
-        names = ["-".join(path.parts[-length:]).strip("/") for path in drafts]
-        if len(set(names)) == len(names):
-            return dict(zip(names, drafts, strict=True))
-    raise ValueError(f"--draft: {', '.join(map(str, drafts))} cannot be told apart by name; rename one")
 
 
 def _provenance(config: ExportConfig, identity: dict | None) -> Provenance:

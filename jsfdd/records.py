@@ -134,9 +134,22 @@ class DecodeStats(NamedTuple):
     accepted: Int[Array, "B G"]
 
 
+class DraftShares(NamedTuple):
+    """What each of E drafts that decode together had its part in, per row.
+
+    Attributes:
+      offered: int32[B, E], draft tokens that the target verified, each counted for one draft that proposed it.
+      accepted: int32[B, E], those of them that were accepted.
+    """
+
+    offered: Int[Array, "B E"]
+    accepted: Int[Array, "B E"]
+
+
 class Generation(NamedTuple):
-    """Generated tokens of a batch: `tokens[b, :lengths[b]]`, the stopping token included."""
+    """Generated tokens of a batch: `tokens[b, :lengths[b]]`, the stopping token included. `shares` where drafts are combined."""
 
     tokens: Int[Array, "B N"]
     lengths: Int[Array, " B"]
     stats: DecodeStats
+    shares: DraftShares | None = None

@@ -92,7 +92,7 @@ def of_evaluate(config: EvaluateConfig, reports: dict[str, dict]) -> Result:
     differences = compare(reports, config.seed)
     drafts = {
         name: {key: value for key, value in report.items() if isinstance(value, int | float) or value is None}
-        | {"alpha": report["alpha"], "accept_counts": report["accept_counts"]}
+        | {key: report[key] for key in ("alpha", "accept_counts", "combined", "drafts") if key in report}
         for name, report in reports.items()
     }
     # A figure cut off is worse than a line that wraps.

@@ -74,6 +74,9 @@ def test_a_draft_that_is_not_there(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+_GENERATE = ["generate", "--target", "t", "--prompt", "x"]
+_EVALUATE = ["evaluate", "--target", "t", "--prompts", "p", "--out", "o"]
+_AVERAGE = [*_EVALUATE, "--draft", "a", "b", "--combine", "average"]
 _SCORE = ["score", "--target", "t", "--data", "d", "--out", "o"]
 
 
@@ -100,6 +103,18 @@ _SCORE = ["score", "--target", "t", "--data", "d", "--out", "o"]
         (["generate", "--target", "t", "--prompt", "x", "--no-draft", "--top-p", "0"], "--top-p"),
         (["respond", "--target", "t", "--data", "d", "--out", "o.jsonl", "--tree-nodes", "9"], "--tree-nodes"),
         (["respond", "--target", "t", "--data", "d", "--out", "answers"], "ends in .jsonl"),
+        ([*_GENERATE, "--draft", "a", "b"], "got 2, but without --combine one draft decodes"),
+        ([*_GENERATE, "--no-draft", "--combine", "route", "--tree-nodes", "9"], "needs two drafts or more, but --draft gives 0"),
+        ([*_EVALUATE, "--draft"], "at least one draft"),
+        ([*_EVALUATE, "--draft", "a", "--combine", "merge", "--tree-nodes", "9"], "needs two drafts or more, but --draft gives 1"),
+        ([*_EVALUATE, "--draft", "a", "b", "--combine", "merge"], "--combine merge works on trees"),
+        ([*_EVALUATE, "--draft", "a", "b", "--combine", "route"], "give --tree-nodes, with --tree-top-k 1"),
+        ([*_EVALUATE, "--draft", "a", "b", "--each-draft"], "--each-draft does nothing without --combine"),
+        ([*_AVERAGE, "--combine-weights", "1"], "--combine-weights: got 1 of them for 2 drafts"),
+        ([*_AVERAGE, "--combine-weights", "0.5", "0.4"], "weights that sum to 1"),
+        ([*_AVERAGE, "--route-steps", "3"], "--route-by and --route-steps do nothing without --combine route"),
+        ([*_EVALUATE, "--draft", "a", "b", "--combine-weights", "0.5", "0.5"], "does nothing without --combine average"),
+        ([*_EVALUATE, "--draft", "a", "b", "--route-by", "entropy"], "do nothing without --combine route"),
     ],
 )
 def test_wrong_options_exit_with_2(arguments, word, capsys):
@@ -134,9 +149,9 @@ def test_a_tree_larger_than_its_depth_allows_is_refused_before_anything_is_read(
     assert not (tmp_path / "out").exists()
 
 
-def _export_draft(target, directory, **changes):
+def _export_draft(target, directory, seed=1, **changes):
     config = load_target(target).config
-    draft, params = toy_draft(dataclasses.replace(config, **changes))
+    draft, params = toy_draft(dataclasses.replace(config, **changes), seed)
     write_draft(directory, draft, params, "vllm")
     return str(directory)
 
@@ -154,6 +169,48 @@ def test_generate_marks_what_the_draft_proposed(tmp_path, target, capsys):
     assert main([*common, *tree, "--show-accepted"]) == 0
     marked = capsys.readouterr().out
     assert re.sub(r"\[(.*?)\]", r"\1", marked, flags=re.DOTALL) == plain and marked != plain
+
+
+def test_generate_marks_which_draft_proposed(tmp_path, target, capsys):
+    """By its number; the text without marks is that of each draft alone, and who had how many accepted is told at the end."""
+    drafts = [_export_draft(target, tmp_path / "first"), _export_draft(target, tmp_path / "second", seed=2)]
+    common = ["generate", "--target", target, "--prompt", "hello", "--max-new-tokens", "40", "--num-draft-tokens", "2"]
+    tree = ["--tree-nodes", "150", "--tree-top-k", "100"]
+    assert main([*common, *tree, "--draft", drafts[0]]) == 0
+    plain = capsys.readouterr().out
+    assert main([*common, *tree, "--draft", *drafts, "--combine", "merge", "--show-accepted"]) == 0
+    captured = capsys.readouterr()
+    assert re.sub(r"\[[12]:(.*?)\]", r"\1", captured.out, flags=re.DOTALL) == plain
+    counts = [int(count) for count in re.search(r"accepted: \[1:first\] (\d+), \[2:second\] (\d+)", captured.err).groups()]
+    assert min(counts) > 0
+
+
+def test_evaluate_combines_drafts_beside_each_alone(tmp_path, target, capsys):
+    drafts = [_export_draft(target, tmp_path / "first"), _export_draft(target, tmp_path / "second", seed=2)]
+    prompts = _file(tmp_path, "p.jsonl", *({"id": str(i), "source": "ab"[i % 2], "turns": ["hello"]} for i in range(4)))
+    arguments = ["evaluate", "--target", target, "--prompts", prompts, "--max-new-tokens", "12", "--num-draft-tokens", "2"]
+    arguments += ["--draft", *drafts, "--tree-nodes", "60", "--tree-top-k", "40"]
+    merged = [*arguments, "--combine", "merge", "--each-draft", "--out", str(tmp_path / "out")]
+    assert main([*merged, "--dry-run"]) == 0
+    words = capsys.readouterr().out
+    assert "for 3 drafts" in words and "merge: first and second, their trees merged, 60 nodes a tree" in words
+    assert main([*merged, "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)["drafts"]
+    assert list(values) == ["first", "second", "merge"] and "drafts" not in values["first"]
+    assert len(read_json(tmp_path / "out" / "differences.json")) == 3
+    report = read_json(tmp_path / "out" / "merge" / "report.json")
+    assert report["combined"] == {"rule": "merge", "route_by": "confidence", "route_steps": 0, "tree_nodes": 60}
+    assert report["same_text_share"] == 1.0 and len(report["alpha"]) == 2
+    for figures in (report, *report["per_source"].values()):
+        for share in ("verified_share", "accepted_share"):
+            assert sum(figures["drafts"][name][share] for name in ("first", "second")) == pytest.approx(1)
+    assert main([*arguments[:-4], "--combine", "average", "--combine-weights", "1", "0", "--out", str(tmp_path / "one")]) == 0
+    assert "average" in capsys.readouterr().out
+    assert read_json(tmp_path / "one" / "report.json")["config"]["combine_weights"] == [1.0, 0.0]
+    other = _export_draft(target, tmp_path / "other", rope=Rope(5e5))
+    wrong = ["--draft", drafts[0], other, "--combine", "merge", "--tree-nodes", "9", "--out", str(tmp_path / "no")]
+    assert main([*arguments[:9], *wrong]) == 2
+    assert "drafts first and other cannot be combined: rope is" in capsys.readouterr().err
 
 
 def test_evaluate_compares_drafts_and_prints_a_table(tmp_path, target, capsys):

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toy import toy_draft, toy_target
+from toy import TOY_LENGTHS, good_draft, toy_draft, toy_prompts, toy_target
 
 from jsfdd.decoding import generate as generate_module
+from jsfdd.decoding.ensemble import Combine
 from jsfdd.decoding.generate import (
     DecodeSetup,
     PromptBatch,
@@ -26,16 +27,7 @@ from jsfdd.models.target import head_logits, hidden_states
 from jsfdd.records import DecodeStats
 
 GREEDY = jnp.float32(0)
-LENGTHS = [3, 9, 5, 12]
-
-
-def _prompts(lengths=LENGTHS, width=12, vocab=64, seed=5):
-    rng = np.random.default_rng(seed)
-    tokens = np.zeros((len(lengths), width), np.int32)
-    for row, length in enumerate(lengths):
-        tokens[row, :length] = rng.integers(0, vocab, length)
-    keys = jax.random.split(jax.random.key(seed), len(lengths))
-    return PromptBatch(jnp.asarray(tokens), jnp.asarray(lengths, jnp.int32), keys)
+TOGETHER = {"route": Combine("route"), "route prompts": Combine("route", route_steps=2), "merge": Combine("merge")}
 
 
 def _slow_greedy(config, params, prompt, num_tokens):
@@ -58,6 +50,11 @@ def _run(setup, params, prompts, temperature=GREEDY):
     return _compiled(setup, params, prompts, temperature)
 
 
+def _two(draft, params, combine):
+    """The models with this draft or, where drafts are to be combined, this one and another."""
+    return ((draft, draft), params | {"draft": (params["draft"], params["draft"])}) if combine else (draft, params)
+
+
 @pytest.fixture(scope="module")
 def models():
     config, target = toy_target()
@@ -65,21 +62,11 @@ def models():
     return config, draft, prepare_params(target, draft_params)
 
 
-def _good_draft(config, params):
-    """A draft that is often right: fc passes the hidden state through and the layer adds nothing."""
-    _, draft_params = toy_draft(config)
-    width = config.hidden_size
-    draft_params = jax.tree.map(jnp.zeros_like, draft_params)
-    draft_params["fc"]["kernel"] = draft_params["fc"]["kernel"].at[width:].set(jnp.eye(width))
-    draft_params["layer"]["mlp_norm"]["scale"] = jnp.ones(width)
-    return draft_params
-
-
 def test_autoregressive_equals_the_slow_decoder(models):
     config, _, params = models
-    prompts = _prompts()
+    prompts = toy_prompts()
     out = _run(DecodeSetup(config, None, 0, 10, ()), params, prompts)
-    for row, length in enumerate(LENGTHS):
+    for row, length in enumerate(TOY_LENGTHS):
         slow, gaps = _slow_greedy(config, params["target"], np.asarray(prompts.tokens[row, :length]), 10)
         assert min(gaps) > 1e-3, "a near-tie would make the comparison meaningless"
         assert slow == out.tokens[row].tolist()
@@ -91,8 +78,8 @@ def test_greedy_speculative_equals_autoregressive(models, depth, which):
     config, draft, params = models
     if which == "good draft":
         # A target that repeats its input's argmax chain often: layers damped, so that h_{t+1} ≈ embedding of x_{t+1}.
-        params = params | {"draft": _good_draft(config, params)}
-    prompts = _prompts()
+        params = params | {"draft": good_draft(config, params)}
+    prompts = toy_prompts()
     plain = _run(DecodeSetup(config, None, 0, 24, ()), params, prompts)
     fast = _run(DecodeSetup(config, draft, depth, 24, ()), params, prompts)
     assert np.array_equal(plain.tokens, fast.tokens)
@@ -112,7 +99,7 @@ TREES = [TreeShape(1, 3, 3), TreeShape(4, 1, 4), TreeShape(3, 3, 9)]
 def test_a_trees_text_is_plain_decodings_at_every_temperature(models, tree, cutoff):
     """Sampled too: both draw the token at a position with that position's key, from the same distribution."""
     config, draft, params = models
-    params, prompts = params | {"draft": _good_draft(config, params)}, _prompts()
+    params, prompts = params | {"draft": good_draft(config, params)}, toy_prompts()
     for temperature in (0.0, 0.7, 1.0):
         plain = _run(DecodeSetup(config, None, 0, 24, (), cutoff=cutoff), params, prompts, jnp.float32(temperature))
         fast = _run(DecodeSetup(config, draft, tree.depth, 24, (), tree, cutoff), params, prompts, jnp.float32(temperature))
@@ -125,7 +112,7 @@ def test_a_trees_text_is_plain_decodings_at_every_temperature(models, tree, cuto
 @pytest.mark.parametrize("tree", [None, TreeShape(3, 3, 9)], ids=["chain", "tree"])
 def test_a_draft_vocabulary_bounds_what_is_accepted_and_not_what_is_said(models, tree):
     config, draft, params = models
-    params, prompts = params | {"draft": _good_draft(config, params)}, _prompts()
+    params, prompts = params | {"draft": good_draft(config, params)}, toy_prompts()
     plain = _run(DecodeSetup(config, None, 0, 24, ()), params, prompts)
     said, times = np.unique(plain.tokens, return_counts=True)
     few = tuple(np.sort(said[np.argsort(-times)[:4]]).tolist())
@@ -142,18 +129,18 @@ def test_a_draft_vocabulary_bounds_what_is_accepted_and_not_what_is_said(models,
 
 def test_a_chain_is_a_tree_with_one_branch(models):
     config, draft, params = models
-    params = params | {"draft": _good_draft(config, params)}
-    chain = _run(DecodeSetup(config, draft, 4, 24, ()), params, _prompts())
-    branch = _run(DecodeSetup(config, draft, 4, 24, (), TreeShape(4, 1, 4)), params, _prompts())
+    params = params | {"draft": good_draft(config, params)}
+    chain = _run(DecodeSetup(config, draft, 4, 24, ()), params, toy_prompts())
+    branch = _run(DecodeSetup(config, draft, 4, 24, (), TreeShape(4, 1, 4)), params, toy_prompts())
     assert jax.tree.all(jax.tree.map(np.array_equal, chain, branch))
 
 
 def test_a_wider_tree_accepts_more(models):
     """The same draft, three levels deep: each added branch can only find more of the target's choices."""
     config, draft, params = models
-    params = params | {"draft": _good_draft(config, params)}
+    params = params | {"draft": good_draft(config, params)}
     shapes = [TreeShape(3, 1, 3), TreeShape(3, 4, 12), TreeShape(3, 8, 60)]
-    outs = [_run(DecodeSetup(config, draft, 3, 48, (), shape), params, _prompts()) for shape in shapes]
+    outs = [_run(DecodeSetup(config, draft, 3, 48, (), shape), params, toy_prompts()) for shape in shapes]
     steps = [int(out.stats.accept_counts.sum()) for out in outs]
     assert steps[0] > steps[1] > steps[2]
 
@@ -169,7 +156,7 @@ def test_a_perfect_draft_is_always_accepted():
     draft, draft_params = toy_draft(config)
     draft_params = jax.tree.map(jnp.zeros_like, draft_params)
     draft_params["fc"]["kernel"] = draft_params["fc"]["kernel"].at[: config.hidden_size].set(jnp.eye(config.hidden_size))
-    out = _run(DecodeSetup(config, draft, 4, 21, ()), prepare_params(target, draft_params), _prompts())
+    out = _run(DecodeSetup(config, draft, 4, 21, ()), prepare_params(target, draft_params), toy_prompts())
     assert np.array_equal(out.stats.accept_counts[:, 4], [4] * 4)  # 20 tokens after the first: 4 steps of 5
     assert np.asarray(out.stats.accept_counts[:, :4]).sum() == 0
     assert np.array_equal(out.stats.accepted, out.stats.reached)
@@ -177,7 +164,7 @@ def test_a_perfect_draft_is_always_accepted():
 
 def test_stop_token_ends_a_row_and_only_that_row(models):
     config, draft, params = models
-    prompts = _prompts()
+    prompts = toy_prompts()
     free = np.asarray(_run(DecodeSetup(config, None, 0, 24, ()), params, prompts).tokens)
     stop = int(free[1, 7])  # row 1 stops here at the latest
     for setup in (DecodeSetup(config, None, 0, 24, (stop,)), DecodeSetup(config, draft, 3, 24, (stop,))):
@@ -191,7 +178,7 @@ def test_stop_token_ends_a_row_and_only_that_row(models):
 
 def test_text_does_not_depend_on_batch_or_devices(models):
     config, draft, params = models
-    setup, prompts = DecodeSetup(config, draft, 3, 16, ()), _prompts()
+    setup, prompts = DecodeSetup(config, draft, 3, 16, ()), toy_prompts()
     temperature = jnp.float32(1.0)
     whole = _run(setup, params, prompts, temperature)
     for row in range(4):
@@ -204,7 +191,7 @@ def test_text_does_not_depend_on_batch_or_devices(models):
 
 def test_filler_rows_emit_nothing(models):
     config, draft, params = models
-    prompts = _prompts()
+    prompts = toy_prompts()
     padded = PromptBatch(
         jnp.concatenate([prompts.tokens, jnp.zeros((2, 12), jnp.int32)]),
         jnp.concatenate([prompts.lengths, jnp.zeros(2, jnp.int32)]),
@@ -216,10 +203,14 @@ def test_filler_rows_emit_nothing(models):
     assert np.array_equal(out.tokens[:4], _run(DecodeSetup(config, draft, 3, 16, ()), params, prompts).tokens)
 
 
-@pytest.mark.parametrize("tree", [None, TreeShape(3, 3, 9)], ids=["chain", "tree"])
-def test_streaming_equals_generate(models, tree):
+STREAMED = {"chain": (None, None), "tree": (TreeShape(3, 3, 9), None), "merge": (TreeShape(3, 3, 9), Combine("merge"))}
+
+
+@pytest.mark.parametrize("tree, combine", STREAMED.values(), ids=STREAMED.keys())
+def test_streaming_equals_generate(models, tree, combine):
     config, draft, params = models
-    setup, prompts = DecodeSetup(config, draft, 3, 16, (), tree), _prompts()
+    draft, params = _two(draft, params | {"draft": good_draft(config, params)}, combine)
+    setup, prompts = DecodeSetup(config, draft, 3, 16, (), tree, combine=combine), toy_prompts()
     start, step = make_stream(setup)
     state = start(params, prompts, GREEDY)
     pieces = [[int(t)] for t in state.last_token]
@@ -241,16 +232,20 @@ SAMPLED = {
     "tree": (2, TreeShape(2, 2, 4), Cutoff()),
     "chain, top-k and top-p": (2, None, Cutoff(top_k=4, top_p=0.85)),
     "tree, top-k and top-p": (2, TreeShape(2, 2, 4), Cutoff(top_k=4, top_p=0.85)),
+    "routed trees": (2, TreeShape(2, 2, 4), Cutoff(), Combine("route")),
+    "merged trees": (2, TreeShape(2, 2, 4), Cutoff(), Combine("merge")),
 }
 
 
-@pytest.mark.parametrize("depth, tree, cutoff", SAMPLED.values(), ids=SAMPLED.keys())
-def test_sampled_text_has_the_targets_distribution(depth, tree, cutoff):
+@pytest.mark.parametrize("depth, tree, cutoff, combine", [(*x, None)[:4] for x in SAMPLED.values()], ids=SAMPLED.keys())
+def test_sampled_text_has_the_targets_distribution(depth, tree, cutoff, combine):
     """Three tokens, over 100k sampled continuations of one prompt, against the exact joint of the warped target."""
     vocab, trials = 5, 100_000
     config, target = toy_target(seed=2, sharpness=1.5, vocab_size=vocab, num_layers=1, hidden_size=16)
     draft, draft_params = toy_draft(config)
-    setup = DecodeSetup(config, draft if depth else None, depth, 3, (), tree, cutoff)
+    if combine:
+        draft, draft_params = (draft, draft), (draft_params, toy_draft(config, seed=4)[1])
+    setup = DecodeSetup(config, draft if depth else None, depth, 3, (), tree, cutoff, combine)
     params, prompt = prepare_params(target, draft_params), [1, 4, 2]
 
     texts = np.array([[*prompt, a, b] for a in range(vocab) for b in range(vocab)], np.int32)
@@ -272,24 +267,32 @@ def test_sampled_text_has_the_targets_distribution(depth, tree, cutoff):
     assert abs(statistic - freedom) / np.sqrt(2 * freedom) < 5
 
 
-def test_traces_once_per_shape(models, monkeypatch):
+@pytest.mark.parametrize("combine", [None, *TOGETHER.values()], ids=["one draft", *TOGETHER])
+def test_traces_once_per_shape(models, monkeypatch, combine):
     config, draft, params = models
+    draft, params = _two(draft, params, combine)
     traces = []
     original = generate_module.decode
     monkeypatch.setattr(generate_module, "decode", lambda *a: traces.append(1) or original(*a))
-    run = make_generate(DecodeSetup(config, draft, 2, 8, ()), make_mesh(data=1))
-    run((params, GREEDY), _prompts())
+    tree = TreeShape(2, 2, 4) if combine else None
+    run = make_generate(DecodeSetup(config, draft, 2, 8, (), tree, combine=combine), make_mesh(data=1))
+    run((params, GREEDY), toy_prompts())
     before = len(traces)
-    run((params, jnp.float32(0.8)), _prompts(seed=6))
+    run((params, jnp.float32(0.8)), toy_prompts(seed=6))
     assert len(traces) == before > 0
 
 
-@pytest.mark.parametrize("depth, tree", [(0, None), (2, None), (2, TreeShape(2, 3, 7))], ids=["plain", "chain", "tree"])
-def test_the_compiled_loop_never_copies_a_cache(models, depth, tree):
+COMPILED = {"plain": (0, None, None), "chain": (2, None, None), "tree": (2, TreeShape(2, 3, 7), None)}
+COMPILED |= {name: (2, TreeShape(2, 3, 7), combine) for name, combine in TOGETHER.items()}
+
+
+@pytest.mark.parametrize("depth, tree, combine", COMPILED.values(), ids=COMPILED.keys())
+def test_the_compiled_loop_never_copies_a_cache(models, depth, tree, combine):
     """Inside the loop's body a cache is only ever updated in place: no copy or transpose of its shape, or of a layer's part."""
     config, draft, params = models
-    setup = DecodeSetup(config, draft if depth else None, depth, 8, (), tree)
-    text = make_generate(setup, make_mesh(data=1)).lower((params, GREEDY), _prompts()).compile().as_text()
+    draft, params = _two(draft, params, combine)
+    setup = DecodeSetup(config, draft if depth else None, depth, 8, (), tree, combine=combine)
+    text = make_generate(setup, make_mesh(data=1)).lower((params, GREEDY), toy_prompts()).compile().as_text()
     slots = setup.cache_slots(12)
     cache = rf"f32\[(?:[12],)?(?:4,2|8),(?:8,{slots}|{slots},8)\]"
     assert re.search(cache + r".* scatter\(", text)

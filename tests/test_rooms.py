@@ -11,7 +11,7 @@ PACKAGE = Path(jsfdd.__file__).parent
 ROOMS = ["data", "models", "weights", "selection", "training", "decoding", "evaluation"]
 EVERYWHERE = {"options", "config", "records", "mesh", "files", "processes", "progress"}
 STAGES = {
-    "cli", "answer", "doctor", "respond", "parser", "loading", "pipeline", "hidden", "dry_run", "results", "__init__", "__main__",
+    "cli", "answer", "doctor", "respond", "parser", "loading", "pipeline", "drafts", "hidden", "dry_run", "results", "__init__", "__main__",
 }  # fmt: skip
 FORBIDDEN = {("training", "decoding")}  # a probe that decodes comes in as an argument
 

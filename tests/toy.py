@@ -3,11 +3,13 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from jsfdd.decoding.generate import PromptBatch
 from jsfdd.models.architecture import DecoderConfig, Rope
 from jsfdd.models.draft import draft_config, init_draft
 from jsfdd.models.target import init_params
@@ -43,6 +45,28 @@ def toy_target(seed=0, sharpness=3.0, **changes):
 def toy_draft(config, seed=1):
     draft = draft_config(config)
     return draft, init_draft(draft, jax.random.key(seed))
+
+
+def good_draft(config, params):
+    """A draft that is often right: fc passes the hidden state through and the layer adds nothing."""
+    _, draft_params = toy_draft(config)
+    width = config.hidden_size
+    draft_params = jax.tree.map(jnp.zeros_like, draft_params)
+    draft_params["fc"]["kernel"] = draft_params["fc"]["kernel"].at[width:].set(jnp.eye(width))
+    draft_params["layer"]["mlp_norm"]["scale"] = jnp.ones(width)
+    return draft_params
+
+
+TOY_LENGTHS = [3, 9, 5, 12]
+
+
+def toy_prompts(lengths=TOY_LENGTHS, width=12, vocab=64, seed=5):
+    rng = np.random.default_rng(seed)
+    tokens = np.zeros((len(lengths), width), np.int32)
+    for row, length in enumerate(lengths):
+        tokens[row, :length] = rng.integers(0, vocab, length)
+    keys = jax.random.split(jax.random.key(seed), len(lengths))
+    return PromptBatch(jnp.asarray(tokens), jnp.asarray(lengths, jnp.int32), keys)
 
 
 CHATML = (

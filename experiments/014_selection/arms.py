@@ -89,7 +89,7 @@ def refused_share(pool: Pool, name: str) -> np.ndarray:
     data = TrainingData(pool.samples, pool.store)
     frozen, found = borrow(target.config, target.params), np.zeros(len(pool.samples))
     lengths = [len(sample.tokens) for sample in pool.samples]
-    for plan in make_batches(lengths, [shape._replace(rows=1) for shape in pool.loaded.shapes]):
+    for plan in make_batches(lengths, [shape._replace(rows=1) for shape in pool.shapes]):
         tokens = step(frozen, params, device_batch(data, plan.indices, plan.shape, mesh)).steps[0].tokens
         found[plan.indices[0]] = 1 - float(tokens.acceptance) / max(float(tokens.counted), 1)
     return found

@@ -19,13 +19,14 @@ import numpy as np
 
 from jsfdd import hidden, pipeline
 from jsfdd.config import ScoreConfig, TrainConfig, stores_means
+from jsfdd.data.batches import Shape, choose_shapes
 from jsfdd.data.chat import read_prompts
 from jsfdd.evaluation import replay
 from jsfdd.loading import Loaded, load
 from jsfdd.models.draft import DraftConfig
 from jsfdd.records import Prompt, Sample
 from jsfdd.selection.features import store_hidden
-from jsfdd.selection.table import ScoreTable, read_token_scores
+from jsfdd.selection.table import ScoreTable, join, read_token_scores
 from jsfdd.selection.tokens import token_weights
 from jsfdd.training import train as training
 from jsfdd.training.batch import PerToken, TrainingData
@@ -37,8 +38,8 @@ from jsfdd.training.token_loss import Distance
 from jsfdd.training.train import TIMINGS
 from jsfdd.weights.checkpoint import load_draft
 
-TEMPERATURES = (0.0, 1.0)
-GAMMA = 5  # the paper's
+GAMMA, AHEAD = 4, 5
+TRAIN_BATCH_TOKENS = 512  # small steps: a draft of few chats should have many
 
 
 class Pool(NamedTuple):
@@ -46,6 +47,8 @@ class Pool(NamedTuple):
 
     work: Path
     loaded: Loaded
+    samples: list[Sample]  # those that arms are made from
+    shapes: tuple[Shape, ...]
     base: TrainConfig
     table: ScoreTable
     store: PerToken  # the target's hidden states of all chats
@@ -55,15 +58,14 @@ class Pool(NamedTuple):
     recorded: dict[float, replay.Recorded]
     judges: dict[float, tuple]  # (hidden states of the recorded answers, what is compiled for which shape of draft)
 
-    @property
-    def samples(self) -> list[Sample]:
-        return self.loaded.samples
-
-
 def open_pool(
-    data: Path, prompts: list[Prompt], work: Path, *, draft_vocab: int, epochs: int, max_new_tokens: int, batch_size: int = 32
-) -> Pool:
-    """Compute, or read again, what the arms share. Seconds of each part go to WORK/seconds.json."""
+    data: Path, prompts: list[Prompt], work: Path, *, draft_vocab: int, epochs: int, max_new_tokens: int,
+    temperatures: Sequence[float] = (0.0,), chats: int | None = None, batch_size: int = 40,
+) -> Pool:  # fmt: skip
+    """Compute, or read again, what the arms share. Seconds of each part go to WORK/seconds.json.
+
+    `chats`: arms are made from the first so many; answers are recorded at `temperatures`.
+    """
     shared = dict(target="smollm2", data=(data,), max_length=384, batch_tokens=1024)
     base = TrainConfig(
         **shared, out=work, epochs=epochs, learning_rate=1e-3, draft_vocab=draft_vocab, log_every=20, save_every=100_000,
@@ -78,7 +80,7 @@ def open_pool(
     with timed(work, "means"):
         means = means_of(base, loaded, TrainingData(loaded.samples, store), draft, work / "means")
     recorded, judges = {}, {}
-    for temperature in TEMPERATURES:
+    for temperature in temperatures:
         with timed(work, f"record at {temperature}"):
             recorded[temperature] = _recorded(loaded, prompts, work, temperature, max_new_tokens, batch_size)
         directory = work / f"answers_{temperature}"
@@ -89,7 +91,10 @@ def open_pool(
                 batch_tokens=4096, directory=directory, identity={"answers": digest}, dtype="float32",
             )  # fmt: skip
         judges[temperature] = (states, {})
-    return Pool(work, loaded, base, table, store, draft, means, prompts, recorded, judges)
+    samples = loaded.samples[:chats]
+    shapes = choose_shapes([len(sample.tokens) for sample in samples], TRAIN_BATCH_TOKENS)
+    table = join([table], [sample.id for sample in samples])
+    return Pool(work, loaded, samples, shapes, base, table, store, draft, means, prompts, recorded, judges)
 
 
 def means_of(config: TrainConfig, loaded: Loaded, data: TrainingData, draft: DraftConfig, directory: Path) -> PerToken:
@@ -106,7 +111,7 @@ def _recorded(loaded: Loaded, prompts, work: Path, temperature: float, max_new_t
     if not path.exists():
         recorded = replay.record(
             loaded.target, prompts, loaded.mesh,
-            temperature=temperature, max_new_tokens=max_new_tokens, ahead=GAMMA, batch_size=batch_size, seed=0,
+            temperature=temperature, max_new_tokens=max_new_tokens, ahead=AHEAD, batch_size=batch_size, seed=0,
         )  # fmt: skip
         rows = [
             {"id": s.id, "source": s.source, "tokens": s.tokens.tolist(), "answer": int(s.assistant_mask.sum())}
@@ -119,7 +124,7 @@ def _recorded(loaded: Loaded, prompts, work: Path, temperature: float, max_new_t
         tokens = np.array(row["tokens"], np.int32)
         samples.append(Sample(row["id"], row["source"], tokens, np.arange(len(tokens)) >= len(tokens) - row["answer"]))
     return replay.Recorded(
-        samples, np.array(kept["prompts"]), temperature, max_new_tokens, GAMMA, loaded.target.stop_tokens
+        samples, np.array(kept["prompts"]), temperature, max_new_tokens, AHEAD, loaded.target.stop_tokens
     )
 
 
@@ -138,50 +143,58 @@ class Arm:
     weights: PerToken | None = None
 
 
-def run_arm(pool: Pool, name: str, arm: Arm, temperatures: Sequence[float] = TEMPERATURES) -> dict:
-    """The arm's row: cost, and per temperature the counts of every prompt. Read again where it was run before."""
+def run_arm(pool: Pool, name: str, arm: Arm) -> dict:
+    """The arm's row: cost, and at each of the pool's temperatures the counts of every prompt. What is there is read again."""
     directory = pool.work / "arms" / name.replace(" ", "_").replace("/", "-")
     path = directory / "row.json"
-    if path.exists():
-        return json.loads(path.read_text())
+    row = json.loads(path.read_text()) if path.exists() else None
+    lacking = [temperature for temperature in pool.judges if row is None or f"T={temperature:g}" not in row]
+    if row is None:
+        row, draft, params = _train(pool, arm, directory)
+    elif lacking:
+        draft, params = trained_draft(pool, name)
+    for temperature in lacking:
+        row[f"T={temperature:g}"] = judge_draft(pool, draft, params, temperature)
+    if lacking:
+        path.write_text(json.dumps(row))
+        print(f"{name}: {row['samples']} samples, {row['steps']} steps, {row['seconds']:.0f} s; {taus(row)}", flush=True)
+    return row
+
+
+def _train(pool: Pool, arm: Arm, directory: Path) -> tuple[dict, DraftConfig, dict]:
+    """(cost, draft, its parameters)."""
     chosen = set(arm.ids)
     kept = [sample for sample in pool.samples if sample.id in chosen]
     config = dataclasses.replace(pool.base, out=directory, **arm.options)
-    draft = training.draft_of(pool.loaded.target.config, config, pool.samples)
+    draft = training.draft_of(pool.loaded.target.config, config, pool.loaded.samples)
     data = TrainingData(kept, pool.store, None, arm.weights)
     cpu = time.process_time()
     if stores_means(config):
         same = draft == pool.draft and Distance.of(config) == Distance.of(pool.base)
         data = data._replace(means=pool.means if same else means_of(config, pool.loaded, data, draft, directory / "means"))
-    cpu_of_means = time.process_time() - cpu
-    cpu = time.process_time()
+    cpu_of_means, cpu = time.process_time() - cpu, time.process_time()
     result = training.train(
         pool.loaded.target.config, pool.loaded.target.params, data, TrainingData([], pool.store), config, pool.loaded.mesh,
-        identity=pool.loaded.identity, draft=draft, shapes=pool.loaded.shapes,
+        identity=pool.loaded.identity, draft=draft, shapes=pool.shapes,
     )  # fmt: skip
     row = {
         "samples": result.samples, "steps": result.steps, "tokens_in_loss": result.tokens,
         "tokens": sum(len(sample.tokens) for sample in kept), "seconds": result.seconds,
         "cpu_seconds": time.process_time() - cpu, "cpu_seconds_of_own_means": cpu_of_means,
     }  # fmt: skip
-    row |= judge_draft(pool, draft, jax.device_get(result.state.params), temperatures)
-    path.write_text(json.dumps(row))
-    print(f"{name}: {result.samples} samples, {result.steps} steps, {result.seconds:.0f} s; {taus(row)}", flush=True)
-    return row
+    return row, draft, jax.device_get(result.state.params)
 
 
-def judge_draft(pool: Pool, draft: DraftConfig, params: dict, temperatures: Sequence[float]) -> dict:
-    """{"T=0": {"accept_counts", "reached", "accepted"}, …}: lists by prompt."""
-    found = {}
-    for temperature in temperatures:
-        states, compiled = pool.judges[temperature]
-        if draft not in compiled:
-            compiled[draft] = replay.make_judge(
-                pool.loaded.target, states, pool.recorded[temperature], draft, pool.loaded.mesh, num_draft_tokens=GAMMA
-            )
-        counts = replay.walk(pool.recorded[temperature], compiled[draft](params))
-        found[f"T={temperature:g}"] = {name: np.round(value, 6).tolist() for name, value in counts._asdict().items()}
-    return found
+def judge_draft(pool: Pool, draft: DraftConfig, params: dict, temperature: float) -> dict:
+    """{"accept_counts", "reached", "accepted"}: lists by prompt."""
+    recorded = pool.recorded[temperature]
+    states, compiled = pool.judges[temperature]
+    if draft not in compiled:
+        compiled[draft] = replay.make_judge(
+            pool.loaded.target, states, recorded, draft, pool.loaded.mesh, num_draft_tokens=GAMMA
+        )
+    counts = replay.walk(recorded, compiled[draft](params))
+    return {name: np.round(value, 6).tolist() for name, value in counts._asdict().items()}
 
 
 def taus(row: dict) -> str:
@@ -220,11 +233,11 @@ class timed:
             self.path.write_text(json.dumps(seconds, indent=1))
 
 
-def pick_prompts(folder: Path, per_file: Mapping[str, int]) -> list[Prompt]:
-    """Evenly spaced prompts of each file: {"mt_bench": 40, …}."""
+def pick_prompts(folder: Path, per_file: Mapping[str, int], longest: int = 3000) -> list[Prompt]:
+    """Evenly spaced prompts of each file, {"mt_bench": 40, …}, of those with at most `longest` characters."""
     chosen = []
     for name, count in per_file.items():
-        prompts = read_prompts((folder / f"{name}.jsonl",))
+        prompts = [p for p in read_prompts((folder / f"{name}.jsonl",)) if sum(map(len, p.turns)) <= longest]
         places = np.linspace(0, len(prompts) - 1, count).round().astype(int)
         chosen += [dataclasses.replace(prompts[i], source=name) for i in places]
     return chosen

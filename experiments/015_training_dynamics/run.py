@@ -58,12 +58,12 @@ def main() -> None:
         seen.append(look(params))
         return {"tau": float(1 + seen[-1][3].mean())}  # of the first depth alone; only the log reads it
 
-    steps_an_epoch = len(epoch_batches([len(s.tokens) for s in kept], pool.loaded.shapes, 0, 0))
+    steps_an_epoch = len(epoch_batches([len(s.tokens) for s in kept], pool.shapes, 0, 0))
     config = dataclasses.replace(pool.base, probe_every=steps_an_epoch, out=options.work / "dynamics")
     training.train(
         pool.loaded.target.config, pool.loaded.target.params, TrainingData(kept, pool.store, pool.means),
         TrainingData([], pool.store), config, pool.loaded.mesh,
-        identity=pool.loaded.identity, draft=pool.draft, shapes=pool.loaded.shapes, probe=probe,
+        identity=pool.loaded.identity, draft=pool.draft, shapes=pool.shapes, probe=probe,
     )  # fmt: skip
     seen = np.stack(seen)  # [epoch, figure, token]
     results = {
@@ -128,7 +128,7 @@ def _make_look(pool: Pool, samples):
 
     def look(params) -> np.ndarray:
         found = {}
-        for plan in make_batches(lengths, pool.loaded.shapes):
+        for plan in make_batches(lengths, pool.shapes):
             rows = np.asarray(of_batch(params, device_batch(data, plan.indices, plan.shape, pool.loaded.mesh)))
             for row, i in zip(rows.swapaxes(0, 1), plan.indices):
                 found[i] = row[:, _loss_places(samples[i]) - 1]  # the loss at t is of the distribution scored at t + 1

@@ -58,17 +58,19 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="the pool's directory (experiment 014)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--chats", type=int, default=16 if smoke else 430, help="how many of the data")
     parser.add_argument("--epochs", type=int, default=2 if smoke else 4)
     parser.add_argument("--only", nargs="+", help="parts of names; all unless given")
     options = parser.parse_args()
     prompts = pick_prompts(options.prompts, {"gsm8k": 2, "qa": 2} if smoke else PROMPTS)
     pool = open_pool(
-        options.data, prompts, options.work, draft_vocab=8192, epochs=options.epochs, max_new_tokens=8 if smoke else 48
-    )
+        options.data, prompts, options.work, draft_vocab=8192, epochs=options.epochs, max_new_tokens=8 if smoke else 48,
+        chats=options.chats,
+    )  # fmt: skip
     for seed in options.seeds:
         for name, arm in recipes(pool, seed).items():
             if not options.only or any(part in name for part in options.only):
-                run_arm(pool, name, arm, (0.0,))
+                run_arm(pool, name, arm)
 
 
 if __name__ == "__main__":

@@ -12,97 +12,34 @@ Draft tokens are a chain (`_chain_round`), sampled from q and judged by speculat
 draft's best guesses among which the target's own choice is looked up. Rolling back a rejected tail is lowering a length;
 of a tree the accepted path is first moved together. Without a draft the tree is its root, observe falls away, and the
 same loop is plain autoregressive decoding: the baseline that every speedup is measured against.
+
+Several drafts (`ensemble.py`) are one more way to propose a tree: each does its part of a step as if it were the only one
+(`drafting.py`), with a cache of its own.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int
 
-from jsfdd.decoding.tree import Tree, TreeShape, grow, keep_path, rerank, root_only, tree_view, walk
-from jsfdd.decoding.verify import EVERY_TOKEN, Cutoff, draw, verify
+from jsfdd.decoding.drafting import draft_forward, next_logits, observe, propose
+from jsfdd.decoding.ensemble import Choices, no_choices
+from jsfdd.decoding.state import DecodeSetup, DecodeState, Emitted, PromptBatch
+from jsfdd.decoding.tree import keep_path, tree_view, walk
+from jsfdd.decoding.verify import draw, verify
 from jsfdd.mesh import map_over_devices
-from jsfdd.models.architecture import DecoderConfig
-from jsfdd.models.draft import Draft, DraftConfig
-from jsfdd.models.layers import View, cached_view, empty_cache
-from jsfdd.models.target import decode, embed_tokens, head_logits, unstack_layers
-from jsfdd.records import DecodeStats, Generation, KVCache
+from jsfdd.models.layers import cached_view, empty_cache
+from jsfdd.models.target import decode, head_logits, unstack_layers
+from jsfdd.records import DecodeStats, DraftShares, Generation, KVCache
 
 
-@dataclasses.dataclass(frozen=True)
-class DecodeSetup:
-    """All that is fixed at compile time. `draft=None` (then `num_draft_tokens` must be 0) decodes autoregressively."""
-
-    target: DecoderConfig
-    draft: DraftConfig | None
-    num_draft_tokens: int  # G: of a chain, or the depth of a tree
-    max_new_tokens: int
-    stop_tokens: tuple[int, ...]
-    tree: TreeShape | None = None  # None proposes a chain
-    cutoff: Cutoff = EVERY_TOKEN
-
-    def __post_init__(self):
-        if (self.draft is None) != (self.num_draft_tokens == 0):
-            raise ValueError(f"num_draft_tokens={self.num_draft_tokens} with draft={self.draft}: both or neither")
-        if self.tree and self.tree.depth != self.num_draft_tokens:
-            raise ValueError(f"num_draft_tokens={self.num_draft_tokens} with a tree of depth {self.tree.depth}")
-        for name, top_k in (("tree's top-k", self.tree.top_k if self.tree else 0), ("top-k", self.cutoff.top_k)):
-            if top_k > self.target.vocab_size:
-                raise ValueError(f"{name} {top_k} exceeds the vocabulary of {self.target.vocab_size} tokens")
-        if self.tree and self.draft.vocabulary and self.tree.top_k > len(self.draft.vocabulary):
-            size = len(self.draft.vocabulary)
-            raise ValueError(f"tree's top-k {self.tree.top_k} exceeds the draft's vocabulary of {size} tokens")
-
-    def cache_slots(self, prompt_length: int) -> int:
-        """Slots for a prompt bucket, its answer, and the draft tokens of a last step that starts one token short."""
-        nodes = max(self.tree.nodes + 1, self.tree.draft_slots) if self.tree else self.num_draft_tokens + 1
-        return prompt_length + self.max_new_tokens + nodes
-
-
-class PromptBatch(NamedTuple):
-    """Right-padded prompts. A row of length 0 only fills the batch. One typed key a row: text depends on nothing else."""
-
-    tokens: Int[Array, "B P"]
-    lengths: Int[Array, " B"]
-    keys: Key[Array, " B"]
-
-
-class DecodeState(NamedTuple):
-    """What the next step needs. `generated` has room for a last step that overshoots max_new_tokens."""
-
-    generated: Int[Array, "B N"]
-    num_generated: Int[Array, " B"]
-    last_token: Int[Array, " B"]  # committed, but not yet read by the target
-    done: Bool[Array, " B"]
-    target_cache: KVCache
-    draft_cache: KVCache | None
-    draft_hidden: Float[Array, "B D"] | None
-    keys: Key[Array, " B"]
-
-
-class Emitted(NamedTuple):
-    """What one step did, for counting and streaming: row b emitted `tokens[b, :count[b]]`.
-
-    `accepted` of them came from the draft; `verified` draft depths were judged (fewer than G where a stop token ended the
-    answer before the verdict was reached); `active` rows were not done before the step.
-    """
-
-    tokens: Int[Array, "B G1"]
-    count: Int[Array, " B"]
-    accepted: Int[Array, " B"]
-    verified: Int[Array, " B"]
-    active: Bool[Array, " B"]
-
-
-def prepare_params(target_params: dict, draft_params: dict | None = None) -> dict:
-    """{"target": for prompts, "stepping": the target again, for steps of few rows, "draft": if there is one}.
+def prepare_params(target_params: dict, draft_params: dict | tuple[dict, ...] | None = None) -> dict:
+    """{"target": for prompts, "stepping": the target again, for steps of few rows, "draft": if there is one or are several}.
 
     Prompts and steps want different layouts on a CPU (see `unstack_layers`); elsewhere both names are one tree.
     """
@@ -133,9 +70,15 @@ def prefill(setup: DecodeSetup, params: dict, batch: PromptBatch, temperature: F
     )
     if setup.draft is None:
         return state
-    draft_cache = empty_cache(setup.draft.decoder, rows, setup.cache_slots(width), dtype)
     next_tokens = jnp.roll(batch.tokens, -1, axis=1).at[row, last].set(first)
-    return _observe(setup, params, state._replace(draft_cache=draft_cache), hidden, next_tokens, batch.lengths)
+
+    caches = tuple(empty_cache(draft.decoder, rows, setup.cache_slots(width), dtype) for draft in setup.drafts)
+    if setup.combine is None:
+        state = state._replace(draft_cache=caches[0])
+    else:
+        state = state._replace(draft_cache=caches, draft_hidden=(None,) * len(caches))
+    state = observe(setup, params, state, hidden, next_tokens, batch.lengths)
+    return state._replace(choices=no_choices(setup.combine, rows, len(caches)))
 
 
 def speculative_step(
@@ -155,7 +98,8 @@ def speculative_step(
     accepted = jnp.minimum(round_.num_accepted, count)
     # Where a stop token came first, what lies behind it was not judged.
     verified = jnp.where(count > round_.num_accepted, round_.num_judged, accepted)
-    emitted = Emitted(tokens, count, accepted, jnp.where(state.done, 0, verified), ~state.done)
+    verified = jnp.where(state.done, 0, verified)
+    emitted = Emitted(tokens, count, accepted, verified, ~state.done, round_.proposers, round_.offered)
 
     num_generated = state.num_generated + count
     state = state._replace(
@@ -164,9 +108,11 @@ def speculative_step(
         last_token=jnp.where(state.done, state.last_token, next_token),
         done=state.done | stopped | (num_generated >= setup.max_new_tokens),
         target_cache=round_.target_cache._replace(length=state.target_cache.length + count),
+        draft_cache=round_.draft_cache,
+        choices=round_.choices,
     )
     if setup.draft is not None:
-        state = _observe(setup, params, state._replace(draft_cache=round_.draft_cache), round_.hidden, tokens, count)
+        state = observe(setup, params, state, round_.hidden, tokens, count)
     return state, emitted
 
 
@@ -179,15 +125,18 @@ def generate(setup: DecodeSetup, params: dict, batch: PromptBatch, temperature: 
         reached=jnp.zeros((rows, depth), jnp.int32),
         accepted=jnp.zeros((rows, depth), jnp.int32),
     )
+    nothing = jnp.zeros((rows, len(setup.drafts)), jnp.int32)
+    shares = DraftShares(nothing, nothing) if setup.combine else None
 
     def step(carry):
-        state, stats = carry
+        state, stats, shares = carry
         state, emitted = speculative_step(setup, params, state, temperature)
-        return state, count_step(stats, emitted)
+        return state, count_step(stats, emitted), count_shares(shares, emitted) if setup.combine else None
 
-    state, stats = jax.lax.while_loop(lambda carry: ~jnp.all(carry[0].done), step, (state, stats))
+    carry = (state, stats, shares)
+    state, stats, shares = jax.lax.while_loop(lambda carry: ~jnp.all(carry[0].done), step, carry)
     lengths = jnp.where(batch.lengths == 0, 0, jnp.minimum(state.num_generated, setup.max_new_tokens))
-    return Generation(state.generated[:, : setup.max_new_tokens], lengths, stats)
+    return Generation(state.generated[:, : setup.max_new_tokens], lengths, stats, shares)
 
 
 def count_step(stats: DecodeStats, emitted: Emitted) -> DecodeStats:
@@ -199,6 +148,17 @@ def count_step(stats: DecodeStats, emitted: Emitted) -> DecodeStats:
         accept_counts=stats.accept_counts + histogram,
         reached=stats.reached + (level < emitted.verified[:, None]),
         accepted=stats.accepted + ((level < emitted.accepted[:, None]) & emitted.active[:, None]),
+    )
+
+
+def count_shares(shares: DraftShares, emitted: Emitted) -> DraftShares:
+    """Add one step of several drafts to their shares."""
+    drafts, level = jnp.arange(shares.offered.shape[1]), jnp.arange(emitted.proposers.shape[1])
+    accepted = level[None, :, None] < emitted.accepted[:, None, None]
+    own = (emitted.proposers[:, :, None] == drafts[None, None, :]) & accepted
+    return DraftShares(
+        offered=shares.offered + jnp.where(emitted.active[:, None], emitted.offered, 0),
+        accepted=shares.accepted + jnp.sum(own, axis=1, dtype=jnp.int32),
     )
 
 
@@ -231,7 +191,7 @@ class _Round(NamedTuple):
     """One proposal and its verification, chain or tree. `tokens[:, :num_accepted + 1]` are the target's own choice.
 
     `num_judged` draft depths were judged; `hidden` are the target's at the last committed and the accepted tokens. Both
-    caches have their old length; the accepted tokens' slots follow it.
+    caches have their old length; the accepted tokens' slots follow it. Of several drafts the rest is as in `Emitted`.
     """
 
     tokens: Int[Array, "B G1"]
@@ -239,7 +199,10 @@ class _Round(NamedTuple):
     num_judged: Int[Array, " B"]
     hidden: Float[Array, "B G1 D"]
     target_cache: KVCache
-    draft_cache: KVCache | None
+    draft_cache: KVCache | tuple[KVCache, ...] | None
+    proposers: Int[Array, "B G"] | None = None
+    offered: Int[Array, "B E"] | None = None
+    choices: Choices | None = None
 
 
 def _chain_round(setup: DecodeSetup, params: dict, state: DecodeState, temperature) -> _Round:
@@ -248,13 +211,13 @@ def _chain_round(setup: DecodeSetup, params: dict, state: DecodeState, temperatu
     keys = _keys_at(state.keys, state.target_cache.length + 1)
 
     def draw_at(number, hidden):
-        logits = _draft_logits(setup, params, hidden)
+        logits = next_logits(setup, params, hidden)
         return draw(_purpose(keys, number), logits, temperature, setup.cutoff), logits
 
     def deeper(carry, number):
         hidden, token, cache = carry
         view = cached_view(cache, 1)
-        hidden, cache = _draft_forward(setup, params, cache, view, hidden[:, None], token[:, None])
+        hidden, cache = draft_forward(setup, params, cache, view, hidden[:, None], token[:, None])
         cache = cache._replace(length=cache.length + 1)
         token, logits = draw_at(number, hidden[:, 0])
         return (hidden[:, 0], token, cache), (token, logits)
@@ -280,9 +243,8 @@ def _chain_round(setup: DecodeSetup, params: dict, state: DecodeState, temperatu
 
 def _tree_round(setup: DecodeSetup, params: dict, state: DecodeState, temperature) -> _Round:
     """A tree of the draft's best guesses, or without a draft its root alone; the target's own choices lead through it."""
-    tree, draft_cache = root_only(state.last_token), None
-    if setup.draft is not None:
-        tree, draft_cache = _grow_tree(setup, params, state)
+    proposed = propose(setup, params, state)
+    tree = proposed.tree
     view = tree_view(state.target_cache, tree)
     hidden, target_cache = decode(setup.target, params["stepping"], tree.tokens, view, state.target_cache)
     logits = head_logits(setup.target, params["target"], hidden)
@@ -294,46 +256,16 @@ def _tree_round(setup: DecodeSetup, params: dict, state: DecodeState, temperatur
     if setup.draft is not None:
         hidden = jnp.take_along_axis(hidden, path.nodes[:, :, None], axis=1)
         target_cache = keep_path(target_cache, path.nodes)
-    return _Round(path.tokens, path.num_accepted, path.num_accepted + path.went_on, hidden, target_cache, draft_cache)
-
-
-def _grow_tree(setup: DecodeSetup, params: dict, state: DecodeState) -> tuple[Tree, KVCache]:
-    """The draft's tree below the last committed token. Its probabilities are the draft's own, without a temperature."""
-
-    def forward(cache, view, hidden, tokens):
-        return _draft_forward(setup, params, cache, view, hidden, tokens)
-
-    def log_probs(hidden):
-        return jax.nn.log_softmax(_draft_logits(setup, params, hidden), axis=-1)
-
-    proposals, cache = grow(setup.tree, state.draft_hidden, state.draft_cache, forward, log_probs)
-    return rerank(setup.tree, proposals, state.last_token), cache
-
-
-def _observe(setup: DecodeSetup, params: dict, state: DecodeState, hidden, next_tokens, count) -> DecodeState:
-    """Show the draft the true pairs (hidden[:, i], next_tokens[:, i]), i < count; it keeps its output at the last one."""
-    view = cached_view(state.draft_cache, next_tokens.shape[1])
-    output, cache = _draft_forward(setup, params, state.draft_cache, view, hidden, next_tokens)
-    rows = jnp.arange(count.shape[0])
-    last = output[rows, jnp.maximum(count - 1, 0)]
-    if state.draft_hidden is not None:  # after prefill there is nothing older to keep
-        last = jnp.where((count > 0)[:, None], last, state.draft_hidden)
-    return state._replace(draft_cache=cache._replace(length=cache.length + count), draft_hidden=last)
-
-
-def _draft_forward(setup: DecodeSetup, params: dict, cache: KVCache, view: View, hidden, tokens):
-    """The draft over pairs (hidden [B,T,D], tokens int[B,T]) that continue its cache, seeing what the view shows."""
-    embedding = embed_tokens(setup.target, params["target"], tokens)
-    return Draft(setup.draft).apply({"params": params["draft"]}, embedding, hidden, view, cache, method="decode")
-
-
-def _draft_logits(setup: DecodeSetup, params: dict, hidden) -> Float[Array, "*shape V"]:
-    """The draft's logits: the target's head, −inf where the draft has a vocabulary and a token is not in it."""
-    if not setup.draft.vocabulary:
-        return head_logits(setup.target, params["target"], hidden)
-    tokens = np.array(setup.draft.vocabulary)
-    logits = head_logits(setup.target, params["target"], hidden, tokens)
-    return jnp.full((*logits.shape[:-1], setup.target.vocab_size), -jnp.inf).at[..., tokens].set(logits)
+    judged = path.num_accepted + path.went_on
+    round_ = _Round(path.tokens, path.num_accepted, judged, hidden, target_cache, proposed.draft_cache)
+    if setup.combine is None:
+        return round_
+    drafts = jnp.arange(len(setup.draft))[None, None, :]
+    return round_._replace(
+        proposers=jnp.take_along_axis(proposed.proposers, path.nodes[:, 1:], axis=1),
+        offered=jnp.sum(proposed.proposers[:, 1:, None] == drafts, axis=1, dtype=jnp.int32),
+        choices=proposed.choices,
+    )
 
 
 def _keys_at(keys, position):

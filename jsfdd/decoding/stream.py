@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -14,12 +15,14 @@ from jsfdd.decoding.generate import DecodeSetup, PromptBatch, make_stream
 
 
 class StreamResult(NamedTuple):
-    """Attributes: tokens emitted (first one included), target verifications, τ (None without one), seconds after compiling."""
+    """Attributes: tokens emitted (first one included), target verifications, τ (None without one), seconds after compiling,
+    draft tokens accepted by the draft that proposed them."""
 
     tokens: list[int]
     steps: int
     tau: float | None
     seconds: float
+    accepted: Counter[int]
 
 
 def stream_answer(
@@ -28,9 +31,11 @@ def stream_answer(
     prompt: Sequence[int],
     seed: int,
     temperature: float,
-    show: Callable[[list[int], int], None],
+    show: Callable[[list[int], list[int]], None],
 ) -> StreamResult:
-    """Decode one prompt, calling `show(tokens, accepted)` as each step comes: the first `accepted` are the draft's.
+    """Decode one prompt, calling `show(tokens, proposers)` as each step comes.
+
+    The first len(proposers) tokens were proposed, each by the draft of that number, from 0; what follows is the target's.
 
     Args:
       params: from `prepare_params`.
@@ -49,14 +54,17 @@ def stream_answer(
     begin = time.perf_counter()
     state = start(params, batch, scalar)
     answer = [int(state.last_token[0])]
-    show(answer, 0)
-    steps = emitted_by_steps = 0
+    show(answer, [])
+    steps, emitted_by_steps, accepted = 0, 0, Counter()
     while not bool(state.done[0]):
         state, emitted = step(params, state, scalar)
         count = int(emitted.count[0])
         new = [int(token) for token in emitted.tokens[0, :count]][: setup.max_new_tokens - len(answer)]
         steps, emitted_by_steps = steps + 1, emitted_by_steps + count
+        proposers = [0] * len(new) if emitted.proposers is None else emitted.proposers[0].tolist()
+        proposers = proposers[: min(len(new), int(emitted.accepted[0]))]
+        accepted.update(proposers)
         answer += new
-        show(new, int(emitted.accepted[0]))
+        show(new, proposers)
     tau = emitted_by_steps / steps if steps else None
-    return StreamResult(answer, steps, tau, time.perf_counter() - begin)
+    return StreamResult(answer, steps, tau, time.perf_counter() - begin, accepted)

@@ -154,8 +154,7 @@ def grow(
 def rerank(shape: TreeShape, proposals: Proposals, root_tokens: Int[Array, " B"]) -> Tree:
     """The tree of the `nodes` best proposals. A path is never more probable than its parent, so none loses its parent."""
     rows = root_tokens.shape[0]
-    _, chosen = jax.lax.top_k(proposals.scores, shape.nodes)  # of equals the earlier, so a parent before its child
-    chosen = jnp.sort(chosen, axis=1)
+    chosen = _best(shape, proposals)
     above = _take(proposals.parents, chosen)
     number = jax.vmap(jnp.searchsorted)(chosen, above).astype(jnp.int32)
     level = jnp.where(chosen < shape.top_k, 1, 2 + (chosen - shape.top_k) // shape.top_k**2).astype(jnp.int32)
@@ -165,8 +164,14 @@ def rerank(shape: TreeShape, proposals: Proposals, root_tokens: Int[Array, " B"]
         tokens=jnp.concatenate([root_tokens[:, None], _take(proposals.tokens, chosen)], axis=1),
         parents=parents,
         depths=jnp.concatenate([root, level], axis=1),
-        ancestors=_ancestors(parents, shape.depth),
+        ancestors=ancestors_of(parents, shape.depth),
     )
+
+
+def path_probs(shape: TreeShape, proposals: Proposals) -> Float[Array, "B N"]:
+    """How probable the draft finds the path to each node of `rerank`'s tree; the root's is 1."""
+    scores = _take(proposals.scores, _best(shape, proposals))
+    return jnp.exp(jnp.pad(scores, ((0, 0), (1, 0))))
 
 
 def tree_view(cache: KVCache, tree: Tree) -> View:
@@ -217,6 +222,15 @@ def keep_path(cache: KVCache, nodes: Int[Array, "B G1"]) -> KVCache:
     )
 
 
+def ancestors_of(parents: Int[Array, "B N"], depth: int) -> Bool[Array, "B N N"]:
+    """`Tree.ancestors` of a tree at most `depth` deep."""
+    itself = jnp.eye(parents.shape[1], dtype=bool)[None]
+    seen = jnp.broadcast_to(itself, (parents.shape[0], *itself.shape[1:]))
+    for _ in range(depth):
+        seen = itself | jnp.take_along_axis(seen, parents[:, :, None], axis=1)
+    return seen
+
+
 def _view_after(start, slots, depths, visible, slot_depths):
     """The view of nodes written after `start`: they see every slot before it, and behind it what `visible` [B,n,R] says.
 
@@ -234,12 +248,10 @@ def _view_after(start, slots, depths, visible, slot_depths):
     return View(start[:, None] + depths, key_positions, mask)
 
 
-def _ancestors(parents: Int[Array, "B N"], depth: int) -> Bool[Array, "B N N"]:
-    itself = jnp.eye(parents.shape[1], dtype=bool)[None]
-    seen = jnp.broadcast_to(itself, (parents.shape[0], *itself.shape[1:]))
-    for _ in range(depth):
-        seen = itself | jnp.take_along_axis(seen, parents[:, :, None], axis=1)
-    return seen
+def _best(shape: TreeShape, proposals: Proposals) -> Int[Array, "B M"]:
+    """The numbers of the `nodes` best proposals, ascending."""
+    _, chosen = jax.lax.top_k(proposals.scores, shape.nodes)  # of equals the earlier, so a parent before its child
+    return jnp.sort(chosen, axis=1)
 
 
 def _take(values, index):

@@ -24,16 +24,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jsfdd.decoding.ensemble import Ensemble, as_decoded, members_of
 from jsfdd.decoding.generate import DecodeSetup, make_generate, prepare_params
 from jsfdd.decoding.tree import TreeShape
 from jsfdd.decoding.verify import EVERY_TOKEN, Cutoff
 from jsfdd.evaluation.acceptance import AcceptanceCounts, acceptance_figures, with_interval
 from jsfdd.evaluation.intervals import resample_ratios, tau_difference
 from jsfdd.evaluation.prompts import bucket_width, check_length, prompt_batch, render_turns
+from jsfdd.evaluation.shares import no_shares, with_shares
 from jsfdd.mesh import describe_hardware, num_data_shards, replicate, shard_rows, to_host
 from jsfdd.models.draft import DraftConfig
 from jsfdd.models.sharding import place_params
-from jsfdd.records import Prompt
+from jsfdd.records import DraftShares, Prompt
 from jsfdd.weights.load import Target
 
 BASELINE = "autoregressive"
@@ -46,12 +48,14 @@ class Answers(NamedTuple):
       texts: [N][turns] answers as text.
       tokens: [N][turns] answers as int32 ids.
       counts: int64.
+      shares: int64[N, E] each; E is 0 where no drafts decode together.
       batch_tokens, batch_seconds: float64[batches], of each timed call; batch_sources, whose prompts they were.
     """
 
     texts: list[list[str]]
     tokens: list[list[np.ndarray]]
     counts: AcceptanceCounts
+    shares: DraftShares
     batch_tokens: list[float]
     batch_seconds: list[float]
     batch_sources: list[str]
@@ -63,11 +67,12 @@ class _Program(NamedTuple):
     params: dict
     decode: Callable
     num_draft_tokens: int
+    num_combined: int = 0  # drafts that decode together
 
 
 def evaluate(
     target: Target,
-    drafts: dict[str, tuple[DraftConfig, dict]],
+    drafts: dict[str, tuple[DraftConfig, dict] | Ensemble],
     prompts: Sequence[Prompt],
     mesh: Mesh,
     *,
@@ -84,7 +89,8 @@ def evaluate(
 
     Args:
       target: from `load_target`.
-      drafts: name -> (config, params), as `load_draft` gives them; all are compiled as one program.
+      drafts: name -> (config, params), as `load_draft` gives them; those of one config are one program. Or several drafts that
+        decode together.
       prompts: from `read_prompts`.
       mesh: rows are split over its "data" axis.
       batch_size: prompts decoded together, rounded up to the devices that share them.
@@ -95,30 +101,35 @@ def evaluate(
     Raises:
       ValueError: a prompt with its answer is longer than the target's context, or a draft is of another target.
     """
-    for name, (config, _) in drafts.items():
-        check_draft(target, config, name)
+    for name, draft in drafts.items():
+        for member, (config, _) in members_of(name, draft).items():
+            check_draft(target, config, member)
     shards = num_data_shards(mesh)
     batch_size = -(-batch_size // shards) * shards
     plain = make_generate(DecodeSetup(target.config, None, 0, max_new_tokens, target.stop_tokens, cutoff=cutoff), mesh)
     target_params = prepare_params(place_params(target.params, mesh))
     programs = {BASELINE: _Program(target_params, plain, 0)}
-    for config in {config for config, _ in drafts.values()}:
-        setup = DecodeSetup(target.config, config, num_draft_tokens, max_new_tokens, target.stop_tokens, tree, cutoff)
-        decode = make_generate(setup, mesh)
-        for name, (own, params) in drafts.items():
-            if own == config:
-                programs[name] = _Program(target_params | {"draft": replicate(params, mesh)}, decode, num_draft_tokens)
+    decoders = {}
+    for name, draft in drafts.items():
+        configs, params, combine = as_decoded(draft)
+        setup = DecodeSetup(target.config, configs, num_draft_tokens, max_new_tokens, target.stop_tokens, tree, cutoff, combine)
+        if setup not in decoders:
+            decoders[setup] = make_generate(setup, mesh)
+        params = target_params | {"draft": replicate(params, mesh)}
+        programs[name] = _Program(params, decoders[setup], num_draft_tokens, len(configs) if combine else 0)
 
-    answers = {
-        name: Answers([[] for _ in prompts], [[] for _ in prompts], _zero_counts(len(prompts), program), [], [], [])
-        for name, program in programs.items()
-    }
+    answers = {name: _no_answers(len(prompts), program) for name, program in programs.items()}
     compile_seconds = _answer_all(
         target, programs, answers, prompts, mesh, temperature, max_new_tokens, batch_size, seed, progress
     )
     # Trees draw with plain decoding's own keys, so their text is its text at any temperature; sampled chains' need not be.
     same_text = temperature == 0 or tree is not None
-    return {name: _report(prompts, answers[name], answers[BASELINE], compile_seconds, same_text, seed) for name in drafts}
+    reports = {name: _report(prompts, answers[name], answers[BASELINE], compile_seconds, same_text, seed) for name in drafts}
+    sources = [prompt.source for prompt in prompts]
+    for name, draft in drafts.items():
+        if isinstance(draft, Ensemble):
+            reports[name] = with_shares(reports[name], sources, answers[name].shares, draft, tree)
+    return reports
 
 
 def compare(reports: dict[str, dict], seed: int) -> list[dict]:
@@ -196,7 +207,7 @@ def _keep(target: Target, answers: Answers, rows: Sequence[int], out, seconds: f
         tokens = out.tokens[k, : out.lengths[k]]
         answers.tokens[row].append(tokens)
         answers.texts[row].append(target.tokenizer.decode(tokens, skip_special_tokens=True))
-        for total, own in zip(answers.counts, out.stats, strict=True):
+        for total, own in zip((*answers.counts, *answers.shares), (*out.stats, *(out.shares or ()))):
             total[row] += own[k]
     answers.batch_tokens.append(float(out.lengths.sum()))
     answers.batch_seconds.append(seconds)
@@ -247,6 +258,9 @@ def _rate(answers: Answers, seed: int, source: str | None = None):
     return float(tokens.sum() / seconds.sum()), resample_ratios(tokens, seconds, seed)[:, 0]
 
 
-def _zero_counts(num_prompts: int, program: _Program) -> AcceptanceCounts:
+def _no_answers(num_prompts: int, program: _Program) -> Answers:
+    """What the answers are added to."""
     depth = program.num_draft_tokens
-    return AcceptanceCounts(*(np.zeros((num_prompts, columns), np.int64) for columns in (depth + 1, depth, depth)))
+    counts = AcceptanceCounts(*(np.zeros((num_prompts, columns), np.int64) for columns in (depth + 1, depth, depth)))
+    shares = no_shares(num_prompts, program.num_combined)
+    return Answers([[] for _ in range(num_prompts)], [[] for _ in range(num_prompts)], counts, shares, [], [], [])

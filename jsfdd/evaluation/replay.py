@@ -102,7 +102,6 @@ def record(
     """
     longest = max_new_tokens + ahead
     shards = num_data_shards(mesh)
-    batch_size = -(-batch_size // shards) * shards
     decode = make_generate(DecodeSetup(target.config, None, 0, longest, target.stop_tokens), mesh)
     params = prepare_params(place_params(target.params, mesh))
     texts: list[list[str]] = [[] for _ in prompts]
@@ -111,16 +110,19 @@ def record(
         asked = {i: render_turns(target, prompt, texts[i]) for i, prompt in enumerate(prompts) if len(prompt.turns) > turn}
         for i, ids in asked.items():
             check_length(target, prompts[i], len(ids), longest)
-        order = sorted(asked, key=lambda i: len(asked[i]))
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            width = bucket_width(max(len(asked[i]) for i in rows))
-            batch = shard_rows(prompt_batch([asked[i] for i in rows], rows, batch_size, width, seed, turn), mesh)
-            out = to_host(decode((params, np.float32(temperature)), batch))
-            for i, tokens, length in zip(rows, out.tokens, out.lengths):
-                answer = tokens[:length]
-                texts[i].append(target.tokenizer.decode(answer[:max_new_tokens], skip_special_tokens=True))
-                found[i, turn] = _sample(prompts[i], turn, asked[i], answer)
+        widths = {i: bucket_width(len(ids)) for i, ids in asked.items()}
+        for width in sorted(set(widths.values())):
+            rows = [i for i in asked if widths[i] == width]
+            # Rows that only fill a batch up are read like any other.
+            size = -(-min(batch_size, len(rows)) // shards) * shards
+            for start in range(0, len(rows), size):
+                own = rows[start : start + size]
+                batch = shard_rows(prompt_batch([asked[i] for i in own], own, size, width, seed, turn), mesh)
+                out = to_host(decode((params, np.float32(temperature)), batch))
+                for i, tokens, length in zip(own, out.tokens, out.lengths):
+                    answer = tokens[:length]
+                    texts[i].append(target.tokenizer.decode(answer[:max_new_tokens], skip_special_tokens=True))
+                    found[i, turn] = _sample(prompts[i], turn, asked[i], answer)
     order = sorted(found)
     numbers = np.array([i for i, _ in order])
     return Recorded([found[key] for key in order], numbers, temperature, max_new_tokens, ahead, target.stop_tokens)

@@ -13,6 +13,8 @@ def print_evaluation(reports: dict[str, dict], differences: list[dict], out: Con
         rows = {**report["per_source"], "all": report} if len(report["per_source"]) > 1 else {"all": report}
         out.print(_speed(name, rows))
         out.print(_acceptance(rows, len(report["alpha"])))
+        if "drafts" in report:
+            out.print(_shares(rows))
         share = report["same_text_share"]
         same = "" if share is None else f"; {share:.0%} of the answers are plain decoding's"
         out.print(f"speed without compiling, which took {report['compile_seconds']:.0f} s for all programs{same}")
@@ -55,6 +57,15 @@ def _acceptance(rows: dict[str, dict], depth: int) -> Table:
     return table
 
 
+def _shares(rows: dict[str, dict]) -> Table:
+    """What each of several drafts proposed of what was verified, and of what was accepted (`shares.py`)."""
+    table = _table(None, "source", *(f"{name}: verified, accepted" for name in rows["all"]["drafts"]))
+    for source, row in rows.items():
+        drafts = row["drafts"].values()
+        table.add_row(source, *(f"{_percent(own['verified_share'])}, {_percent(own['accepted_share'])}" for own in drafts))
+    return table
+
+
 def _table(title: str | None, *columns: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title=title, title_justify="left")
     for column in columns:
@@ -66,6 +77,10 @@ def _interval(row: dict, name: str, digits: int) -> str:
     if row[name] is None:
         return "–"
     return f"{row[name]:.{digits}f} [{row[name + '_low']:.{digits}f}, {row[name + '_high']:.{digits}f}]"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0%}"
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -1,0 +1,141 @@
+"""Several drafts for one target (TAPS, arXiv 2603.27027): averaged into one, or decoding together.
+
+    average  one draft whose weights are a linear combination of theirs; nothing else changes
+    route    all drafts propose a tree, the surest draft's is verified (`route`); or a prompt is given to one draft for good
+             after its first steps, from where on the others need not run for it
+    merge    their trees become one tree of as many nodes as a single draft's (`merge.py`)
+
+Route and merge are for trees alone. What is verified may depend on what drafts propose only where text does not: a tree's
+text is the target's own draw looked up among its nodes, whichever tree it is. A chain's draft tokens are themselves drawn, and
+accepting those of the chain that looks best would no longer give the target's distribution. (`top_k=1` makes chains of
+trees.) Whichever draft wins a step, every draft's cache observes the same true pairs afterwards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jsfdd.decoding.tree import Proposals, TreeShape, path_probs
+from jsfdd.models.draft import DraftConfig
+from jsfdd.options import RouteBy
+
+
+@dataclasses.dataclass(frozen=True)
+class Combine:
+    """How drafts decode together, fixed at compile time.
+
+    Attributes:
+      rule: whether one draft's tree is verified in a step, or all of them merged.
+      route_by: what makes a draft the surest: a high mean probability of its tree's paths (TAPS), or a low entropy of its
+        distribution of the first token.
+      route_steps: 0 decides anew in every step; K > 0 does so for K steps of an answer, then gives the rest of it to the draft
+        that was the surest in them, all added up.
+    """
+
+    rule: Literal["route", "merge"]
+    route_by: RouteBy = "confidence"
+    route_steps: int = 0
+
+
+class Ensemble(NamedTuple):
+    """Drafts, as `load_draft` gives them, that decode together; by name, the earlier ones first where they tie."""
+
+    drafts: dict[str, tuple[DraftConfig, dict]]
+    combine: Combine
+
+
+def members_of(name: str, draft: tuple[DraftConfig, dict] | Ensemble) -> dict[str, tuple[DraftConfig, dict]]:
+    """The drafts that one draft or several come to, by name."""
+    return draft.drafts if isinstance(draft, Ensemble) else {name: draft}
+
+
+def as_decoded(draft: tuple[DraftConfig, dict] | Ensemble):
+    """`DecodeSetup`'s `draft`, its parameters, and `DecodeSetup`'s `combine`."""
+    if not isinstance(draft, Ensemble):
+        return *draft, None
+    configs, params = zip(*draft.drafts.values())
+    return configs, params, draft.combine
+
+
+class Choices(NamedTuple):
+    """How sure each draft E was so far of the answers that one draft is to be chosen for."""
+
+    sureness: Float[Array, "B E"]  # added up over the steps
+    steps: Int[Array, " B"]  # how many they were, at most `route_steps`
+
+
+def no_choices(combine: Combine | None, rows: int, drafts: int) -> Choices | None:
+    """What is known before the first step; None where no draft is ever chosen for good."""
+    if combine is None or not combine.route_steps:
+        return None
+    return Choices(jnp.zeros((rows, drafts)), jnp.zeros(rows, jnp.int32))
+
+
+def confidence(shape: TreeShape, proposals: Proposals) -> Float[Array, " B"]:
+    """The mean over the nodes of a draft's tree, without its root, of their paths' probabilities."""
+    return jnp.mean(path_probs(shape, proposals)[:, 1:], axis=1)
+
+
+def certainty(log_probs: Float[Array, "B V"]) -> Float[Array, " B"]:
+    """The negative entropy of a distribution, in nats."""
+    return jnp.sum(jnp.where(log_probs > -jnp.inf, jnp.exp(log_probs) * log_probs, 0.0), axis=-1)
+
+
+def route(
+    combine: Combine, sureness: Float[Array, "B E"], choices: Choices | None, done: Bool[Array, " B"]
+) -> tuple[Int[Array, " B"], Choices | None]:
+    """The draft whose tree each row verifies in this step, of equals the earlier; and the choices with this step in them."""
+    if choices is None:
+        return jnp.argmax(sureness, axis=1).astype(jnp.int32), None
+    chosen = _chosen(combine, choices)
+    winner = jnp.argmax(jnp.where(chosen[:, None], choices.sureness, sureness), axis=1).astype(jnp.int32)
+    counts = ~(chosen | done)
+    return winner, Choices(choices.sureness + jnp.where(counts[:, None], sureness, 0.0), choices.steps + counts)
+
+
+def still_needed(combine: Combine, choices: Choices, done: Bool[Array, " B"]) -> Bool[Array, " E"]:
+    """Which drafts some row that is not done still needs. One that no row needs is never needed again."""
+    drafts = jnp.arange(choices.sureness.shape[1])
+    own = jnp.argmax(choices.sureness, axis=1)[:, None] == drafts[None, :]
+    return jnp.any(~done[:, None] & (own | ~_chosen(combine, choices)[:, None]), axis=0)
+
+
+def _chosen(combine: Combine, choices: Choices) -> Bool[Array, " B"]:
+    return choices.steps >= combine.route_steps
+
+
+def average_drafts(drafts: dict[str, tuple[DraftConfig, dict]], weights: Sequence[float]) -> tuple[DraftConfig, dict]:
+    """The draft whose every parameter is Σ weight · theirs: linear in any weights, taken as they are.
+
+    Weights that sum to 1 keep the parameters' scale; (1, 0, …) gives the first draft to the bit.
+
+    Raises ValueError, naming what differs, where the drafts' shapes, rotations or vocabularies do.
+    """
+    configs = {name: config for name, (config, _) in drafts.items()}
+    _check_equal(configs, lambda c: vars(c.decoder) | {"fc_bias": c.fc_bias, "the draft vocabulary": c.vocabulary})
+    averaged = jax.tree.map(
+        lambda *leaves: sum(weight * leaf for weight, leaf in zip(weights, leaves, strict=True)),
+        *(params for _, params in drafts.values()),
+    )
+    return next(iter(configs.values())), averaged
+
+
+def check_one_target(drafts: dict[str, DraftConfig]) -> None:
+    """Raise ValueError where drafts cannot be of one target, naming what differs."""
+    _check_equal(drafts, lambda config: {name: getattr(config.decoder, name) for name in ("vocab_size", "hidden_size", "rope")})
+
+
+def _check_equal(drafts: dict[str, DraftConfig], facts: Callable[[DraftConfig], dict]) -> None:
+    (first, config), *others = drafts.items()
+    for other, its_config in others:
+        for name, value in facts(config).items():
+            if value != (its := facts(its_config)[name]):
+                values = " and ".join(textwrap.shorten(str(each), 60, placeholder="…") for each in (value, its))
+                raise ValueError(f"drafts {first} and {other} cannot be combined: {name} is {values}")

@@ -1,0 +1,226 @@
+"""Several drafts at once: two equal ones are one, text is the target's own, and no draft loses sight of it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toy import good_draft, toy_draft, toy_prompts, toy_target
+
+from jsfdd.decoding.ensemble import (
+    Choices,
+    Combine,
+    average_drafts,
+    certainty,
+    check_one_target,
+    confidence,
+    no_choices,
+    route,
+    still_needed,
+)
+from jsfdd.decoding.generate import DecodeSetup, generate, make_stream, prepare_params
+from jsfdd.decoding.tree import Proposals, TreeShape
+from jsfdd.models.architecture import Rope
+
+TREE = TreeShape(3, 3, 9)
+RULES = {
+    "route": Combine("route"),
+    "route by entropy": Combine("route", "entropy"),
+    "route prompts": Combine("route", route_steps=2),
+    "merge": Combine("merge"),
+}
+_compiled = jax.jit(generate, static_argnums=0)
+
+
+class Models:
+    """A target, a draft that is often right, one that seldom is, and the former's shape for even and for odd tokens alone."""
+
+    def __init__(self):
+        self.target, target_params = toy_target()
+        self.draft, _ = toy_draft(self.target)
+        self.params = prepare_params(target_params)
+        self.good, self.other = good_draft(self.target, self.params), toy_draft(self.target, seed=1)[1]
+        self.halves = tuple(dataclasses.replace(self.draft, vocabulary=tuple(range(odd, 64, 2))) for odd in (0, 1))
+
+    def setup(self, draft, combine=None, **changes):
+        values = dict(target=self.target, draft=draft, num_draft_tokens=3, max_new_tokens=24, stop_tokens=(), tree=TREE)
+        return DecodeSetup(**values | changes, combine=combine)
+
+    def decode(self, setup, draft_params, temperature=0.0, prompts=None):
+        return _compiled(setup, self.params | {"draft": draft_params}, prompts or toy_prompts(), jnp.float32(temperature))
+
+    def plain(self, temperature):
+        return self.decode(self.setup(None, num_draft_tokens=0, tree=None), None, temperature).tokens
+
+
+@pytest.fixture(scope="module")
+def models():
+    return Models()
+
+
+@pytest.mark.parametrize("combine", RULES.values(), ids=RULES)
+def test_two_equal_drafts_are_one(models, combine):
+    """Token for token and count for count; of equals the earlier proposes."""
+    for temperature in (0.0, 0.8):
+        one = models.decode(models.setup(models.draft), models.good, temperature)
+        two = models.decode(models.setup((models.draft,) * 2, combine), (models.good,) * 2, temperature)
+        assert jax.tree.all(jax.tree.map(np.array_equal, one, two._replace(shares=None)))
+        assert np.asarray(one.stats.accepted).sum() > 0
+        assert np.array_equal(two.shares.offered[:, 0], TREE.nodes * one.stats.accept_counts.sum(1))
+        assert np.array_equal(two.shares.accepted[:, 0], one.stats.accepted.sum(1))
+        assert not np.any(two.shares.offered[:, 1]) and not np.any(two.shares.accepted[:, 1])
+
+
+@pytest.mark.parametrize("combine", RULES.values(), ids=RULES)
+def test_text_is_plain_decodings_whoever_proposes(models, combine):
+    for temperature in (0.0, 0.8):
+        out = models.decode(models.setup((models.draft,) * 2, combine), (models.other, models.good), temperature)
+        assert np.array_equal(out.tokens, models.plain(temperature))
+        assert np.all(np.asarray(out.shares.offered).sum(0) > 0)
+        assert np.array_equal(out.shares.offered.sum(1), TREE.nodes * out.stats.accept_counts.sum(1))
+        assert np.array_equal(out.shares.accepted.sum(1), out.stats.accepted.sum(1))
+
+
+def test_merged_drafts_of_two_vocabularies_accept_more_than_either(models):
+    """Each is right in places where the other cannot be."""
+    out = models.decode(models.setup(models.halves, Combine("merge")), (models.good,) * 2)
+    assert np.array_equal(out.tokens, models.plain(0.0))
+    merged = np.asarray(out.shares.accepted).sum(0)
+    alone = [models.decode(models.setup(half), models.good).stats.accepted.sum() for half in models.halves]
+    assert np.all(merged > 0) and merged.sum() > max(alone)
+
+
+def test_every_cache_holds_what_its_draft_alone_would(models):
+    """Whichever draft won a step, both have observed the same true pairs."""
+
+    def decoded(draft, draft_params, combine=None):
+        start, step = make_stream(models.setup(draft, combine))
+        params = models.params | {"draft": draft_params}
+        state = start(params, toy_prompts(), jnp.float32(0))
+        while not np.all(state.done):
+            state, _ = step(params, state, jnp.float32(0))
+        return state.draft_cache
+
+    both = models.other, models.good
+    together = decoded((models.draft,) * 2, both, Combine("route"))
+    for cache, own in zip(together, both, strict=True):
+        expected = decoded(models.draft, own)
+        for row in range(4):
+            held = min(int(cache.length[row]), int(expected.length[row]))  # a last step may overshoot by more or less
+            assert held >= toy_prompts().lengths[row] + 22
+            assert np.allclose(cache.k[:, row, :, :, :held], expected.k[:, row, :, :, :held], atol=1e-5)
+            assert np.allclose(cache.v[:, row, :, :held], expected.v[:, row, :, :held], atol=1e-5)
+
+
+# --- Routing -------------------------------------------------------------------------------------------------------
+
+
+def test_confidence_is_the_mean_of_the_trees_paths():
+    """The paper's rule: over the nodes that are verified, without the root; what was proposed beyond them does not count."""
+    proposals = Proposals(
+        tokens=jnp.array([[1, 2, 3, 4, 5, 3]], jnp.int32),
+        scores=jnp.log(jnp.array([[0.6, 0.4, 0.54, 0.06, 0.2, 0.19]])),
+        parents=jnp.array([[-1, -1, 0, 0, 1, 1]], jnp.int32),
+    )
+    assert confidence(TreeShape(2, 2, 4), proposals)[0] == pytest.approx((0.6 + 0.4 + 0.54 + 0.2) / 4, rel=1e-6)
+
+
+def test_certainty_is_the_negative_entropy():
+    log_probs = jnp.log(jnp.array([[0.5, 0.25, 0.25, 0.0], [1.0, 0.0, 0.0, 0.0]]))
+    assert np.allclose(certainty(log_probs), [0.5 * np.log(0.5) + 0.5 * np.log(0.25), 0.0])
+
+
+def test_routing_literal():
+    """Every step its own winner; or, after two steps, the winner of their sums, whatever comes then."""
+    done = jnp.array([False, False])
+    steps = [[[0.2, 0.3], [0.5, 0.5]], [[0.4, 0.1], [0.1, 0.9]], [[0.1, 0.9], [0.9, 0.1]]]
+    each, prompt = Combine("route"), Combine("route", route_steps=2)
+    choices, won = no_choices(prompt, 2, 2), []
+    for sureness in map(jnp.array, steps):
+        winner, choices = route(prompt, sureness, choices, done)
+        won.append(winner.tolist())
+        assert route(each, sureness, None, done)[0].tolist() == np.argmax(sureness, axis=1).tolist()
+    assert won == [[1, 0], [0, 1], [0, 1]]
+    assert choices.steps.tolist() == [2, 2] and np.allclose(choices.sureness, [[0.6, 0.4], [0.6, 1.4]])
+
+
+def test_a_draft_is_needed_while_a_row_may_still_choose_it():
+    combine = Combine("route", route_steps=2)
+    choices = Choices(jnp.array([[0.6, 0.4, 0.1], [0.1, 0.9, 0.2]]), jnp.array([2, 2], jnp.int32))
+    assert still_needed(combine, choices, jnp.array([False, False])).tolist() == [True, True, False]
+    assert still_needed(combine, choices, jnp.array([False, True])).tolist() == [True, False, False]
+    undecided = choices._replace(steps=jnp.array([2, 1], jnp.int32))
+    assert still_needed(combine, undecided, jnp.array([False, False])).tolist() == [True, True, True]
+    assert still_needed(combine, undecided, jnp.array([False, True])).tolist() == [True, False, False]
+
+
+def test_a_routed_prompt_stays_with_its_draft_and_the_other_rests(models):
+    """One prompt: three steps by both, then the draft that was surest in them; the other one's cache is not touched again."""
+    setup = models.setup((models.draft,) * 2, Combine("route", route_steps=3))
+    start, step = make_stream(setup)
+    params = models.params | {"draft": (models.other, models.good)}
+    prompt = jax.tree.map(lambda x: x[1:2], toy_prompts())
+    state, won, lengths = start(params, prompt, jnp.float32(0)), [], []
+    while not np.all(state.done):
+        state, emitted = step(params, state, jnp.float32(0))
+        won.append(int(np.argmax(emitted.offered[0])))
+        lengths.append([int(cache.length[0]) for cache in state.draft_cache])
+    chosen = int(np.argmax(state.choices.sureness[0]))
+    assert state.choices.steps.tolist() == [3] and set(won[3:]) == {chosen} and len(won) > 5
+    read = np.array(lengths)
+    assert np.array_equal(read[:2, 0], read[:2, 1]) and np.all(np.diff(read[:, chosen]) > 0)
+    assert np.all(read[2:, 1 - chosen] == read[1, 1 - chosen]), "decided in the third step, it did not even observe that one"
+
+
+def test_what_a_row_is_given_does_not_depend_on_the_batch(models):
+    setup, both = models.setup((models.draft,) * 2, RULES["route prompts"]), (models.other, models.good)
+    whole = models.decode(setup, both)
+    for row in range(4):
+        alone = models.decode(setup, both, prompts=jax.tree.map(lambda x, row=row: x[row : row + 1], toy_prompts()))
+        assert jax.tree.all(jax.tree.map(lambda a, b, row=row: np.array_equal(a[0], b[row]), alone, whole))
+
+
+# --- Averaging and refusals ----------------------------------------------------------------------------------------
+
+
+def test_averages_are_linear(models):
+    one, two = (models.draft, models.good), toy_draft(models.target, seed=4)
+    config, same = average_drafts({"a": one, "b": two}, (1.0, 0.0))
+    assert config == models.draft and jax.tree.all(jax.tree.map(np.array_equal, same, models.good))
+    _, third = average_drafts({"a": one, "b": two, "c": one}, (0.2, -0.5, 1.3))
+    expected = jax.tree.map(lambda a, b: 1.5 * a - 0.5 * b, one[1], two[1])
+    assert jax.tree.all(jax.tree.map(lambda a, b: np.allclose(a, b, atol=1e-6), third, expected))
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"intermediate_size": 40}, "intermediate_size is 48 and 40"),
+        ({"rope": Rope(5e5)}, "rope is Rope.*and Rope"),
+        ({"vocab_size": 60}, "vocab_size is 64 and 60"),
+    ],
+)
+def test_drafts_of_other_shapes_are_not_averaged(models, changes, words):
+    other = toy_draft(dataclasses.replace(models.target, **changes))
+    with pytest.raises(ValueError, match=f"drafts a and b cannot be combined: {words}"):
+        average_drafts({"a": (models.draft, models.good), "b": other}, (0.5, 0.5))
+    if "intermediate_size" in changes:
+        check_one_target({"a": models.draft, "b": other[0]})  # that alone does not stop them from decoding together
+    else:
+        with pytest.raises(ValueError, match=words):
+            check_one_target({"a": models.draft, "b": other[0]})
+
+
+def test_drafts_of_other_vocabularies_are_not_averaged(models):
+    even, odd = ((half, models.good) for half in models.halves)
+    with pytest.raises(ValueError, match=r"the draft vocabulary is \(0, 2, .*… and \(1, 3, .*…"):
+        average_drafts({"a": even, "b": odd}, (0.5, 0.5))
+
+
+def test_setups_that_cannot_be(models):
+    with pytest.raises(ValueError, match="route needs a tree: chains are drawn"):
+        models.setup(models.halves, Combine("route"), tree=None)
+    small = dataclasses.replace(models.draft, vocabulary=(1, 2))
+    with pytest.raises(ValueError, match="tree's top-k 3 exceeds the draft's vocabulary of 2"):
+        models.setup((models.draft, small), Combine("merge"))
