@@ -80,7 +80,7 @@ def _of_text(sample: Sample, prompt: int, judged: Judged, max_new_tokens: int) -
     length = len(sample.tokens) - start
     depth = np.arange(1, len(judged.accept) + 1)
     begin = np.arange(1, min(max_new_tokens, length))[:, None]  # tokens that are there when a step begins
-    # What lies behind the end of the answer is not proposed. At depth i a step proposes the answer's token begin + i − 1, from 0.
+    # At depth i a step proposes the answer's token begin + i − 1, counted from 0; nothing behind the answer's end.
     there = begin + depth <= length
     at = np.where(there, start + begin + depth - 3, 0)
     accepted, probability, entropy = (np.where(there, field[depth - 1, at], 0.0).astype(float) for field in judged)
