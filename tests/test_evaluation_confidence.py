@@ -5,7 +5,7 @@ import pytest
 
 from jsfdd.evaluation import plots
 from jsfdd.evaluation.confidence import (
-    Proposed,
+    DraftTokens,
     auroc,
     calibration_error,
     expected_tau,
@@ -23,12 +23,12 @@ from jsfdd.records import Sample
 
 
 def steps(accepted, probability, prompt):
-    """`Proposed` of steps, [n, G] each and [n], none of which is cut off."""
+    """`DraftTokens` of steps, [n, G] each and [n], none of which is cut off."""
     n, depth = accepted.shape
     reached = np.concatenate([np.ones((n, 1)), np.cumprod(accepted, axis=1)[:, :-1]], axis=1)
     depths, prompts = np.broadcast_to(np.arange(1, depth + 1), (n, depth)), np.broadcast_to(prompt[:, None], (n, depth))
     path = np.cumprod(probability, axis=1)
-    return Proposed(*(field.ravel() for field in (accepted, probability, 1 - probability, reached, path, depths, prompts)))
+    return DraftTokens(*(field.ravel() for field in (accepted, probability, 1 - probability, reached, path, depths, prompts)))
 
 
 def single(accepted, probability, prompt=None):

@@ -29,7 +29,7 @@ from jsfdd.evaluation.replay import Judged, Recorded
 from jsfdd.records import Sample
 
 
-class Proposed(NamedTuple):
+class DraftTokens(NamedTuple):
     """Draft tokens, one entry each, in steps that begin at every position.
 
     Attributes:
@@ -68,37 +68,37 @@ class Bin(NamedTuple):
     count: float
 
 
-def proposed(recorded: Recorded, judged: Sequence[Judged]) -> Proposed:
+def proposed(recorded: Recorded, judged: Sequence[Judged]) -> DraftTokens:
     """What a draft would propose in a step that begins at any position of the answers, of `replay.make_judge`'s verdicts."""
     texts = zip(recorded.samples, recorded.prompts, judged, strict=True)
     found = [_of_text(sample, number, each, recorded.max_new_tokens) for sample, number, each in texts]
-    return Proposed(*(np.concatenate(fields) for fields in zip(*found, strict=True)))
+    return DraftTokens(*(np.concatenate(fields) for fields in zip(*found, strict=True)))
 
 
-def _of_text(sample: Sample, prompt: int, judged: Judged, max_new_tokens: int) -> Proposed:
+def _of_text(sample: Sample, prompt: int, judged: Judged, max_new_tokens: int) -> DraftTokens:
     start = int(np.argmax(sample.assistant_mask))
     length = len(sample.tokens) - start
     depth = np.arange(1, len(judged.accept) + 1)
     begin = np.arange(1, min(max_new_tokens, length))[:, None]  # tokens that are there when a step begins
-    # What lies behind the end of the answer is not proposed. At depth i a step proposes the answer's token begin + i − 1, from 0.
+    # At depth i a step proposes the answer's token begin + i − 1, counted from 0; nothing behind the answer's end.
     there = begin + depth <= length
     at = np.where(there, start + begin + depth - 3, 0)
     accepted, probability, entropy = (np.where(there, field[depth - 1, at], 0.0).astype(float) for field in judged)
     reached = np.cumprod(np.pad(accepted[:, :-1], ((0, 0), (1, 0)), constant_values=1.0), axis=1)
     path = np.cumprod(probability, axis=1)
     wide = (accepted, probability, entropy, reached, path, np.broadcast_to(depth, there.shape), np.full(there.shape, prompt))
-    return Proposed(*(field[there] for field in wide))
+    return DraftTokens(*(field[there] for field in wide))
 
 
-def only(of: Proposed, rows: Bool[np.ndarray, " n"]) -> Proposed:
+def only(of: DraftTokens, rows: Bool[np.ndarray, " n"]) -> DraftTokens:
     """The entries that `rows` picks: those of one depth, or of some prompts."""
-    return Proposed(*(field[rows] for field in of))
+    return DraftTokens(*(field[rows] for field in of))
 
 
 # --- Is it calibrated, and does it tell right from wrong? ----------------------------------------------------------
 
 
-def reliability(of: Proposed, confidence: Float[np.ndarray, " n"], seed: int, bins: int = 10) -> list[Bin]:
+def reliability(of: DraftTokens, confidence: Float[np.ndarray, " n"], seed: int, bins: int = 10) -> list[Bin]:
     """Accepted share by confidence in [0, 1], in so many bins of equal width; those that nothing reaches are left out."""
     which = np.minimum((confidence * bins).astype(int), bins - 1)
     sums = (of.reached, of.reached * confidence, of.reached * of.accepted)
@@ -117,7 +117,7 @@ def calibration_error(bins: Sequence[Bin]) -> float:
     return float(np.average([abs(each.accepted - each.confidence) for each in bins], weights=counts))
 
 
-def auroc(of: Proposed, confidence: Float[np.ndarray, " n"], seed: int) -> dict:
+def auroc(of: DraftTokens, confidence: Float[np.ndarray, " n"], seed: int) -> dict:
     """Chance that an accepted token has more confidence than a refused one, equal ones counting half; exact.
 
     Returns:
@@ -144,7 +144,7 @@ def auroc(of: Proposed, confidence: Float[np.ndarray, " n"], seed: int) -> dict:
     return with_interval("auroc", None if np.isnan(value) else value, areas[1])
 
 
-def figures(of: Proposed, seed: int) -> dict:
+def figures(of: DraftTokens, seed: int) -> dict:
     """What can be said of a draft's confidence; JSON-ready.
 
     Returns:
@@ -168,7 +168,7 @@ def figures(of: Proposed, seed: int) -> dict:
 # --- τ from confidence ---------------------------------------------------------------------------------------------
 
 
-def thresholds(of: Proposed) -> Float[np.ndarray, " G"]:
+def thresholds(of: DraftTokens) -> Float[np.ndarray, " G"]:
     """The path's probability, at each depth, from which on there are as many draft tokens as whole paths are accepted."""
     found = []
     for depth in range(1, of.depth.max() + 1):
@@ -178,22 +178,22 @@ def thresholds(of: Proposed) -> Float[np.ndarray, " G"]:
     return np.array(found)
 
 
-def measured_tau(of: Proposed, seed: int) -> dict:
+def measured_tau(of: DraftTokens, seed: int) -> dict:
     """τ of steps that begin everywhere: {"tau", "tau_low", "tau_high"}."""
     return _tau(of, of.reached * of.accepted, seed)
 
 
-def expected_tau(of: Proposed, seed: int) -> dict:
+def expected_tau(of: DraftTokens, seed: int) -> dict:
     """The same if every path were accepted as often as its probability says; no acceptance is looked at."""
     return _tau(of, of.path, seed)
 
 
-def predicted_tau(of: Proposed, at: Float[np.ndarray, " G"], seed: int) -> dict:
+def predicted_tau(of: DraftTokens, at: Float[np.ndarray, " G"], seed: int) -> dict:
     """The same by ATC, if the paths from the `thresholds` on are those that are accepted; no acceptance is looked at."""
     return _tau(of, (of.path >= at[of.depth - 1]).astype(float), seed)
 
 
-def _tau(of: Proposed, through: Float[np.ndarray, " n"], seed: int) -> dict:
+def _tau(of: DraftTokens, through: Float[np.ndarray, " n"], seed: int) -> dict:
     """1 and the draft tokens a step that are accepted with all before them, which is `through` of each."""
     one = np.zeros(len(through), int)
     accepted, steps = _by_prompt(of, through, one, 1), _by_prompt(of, (of.depth == 1).astype(float), one, 1)
@@ -201,7 +201,7 @@ def _tau(of: Proposed, through: Float[np.ndarray, " n"], seed: int) -> dict:
 
 
 def _by_prompt(
-    of: Proposed, values: Float[np.ndarray, " n"], column: Int[np.ndarray, " n"], columns: int
+    of: DraftTokens, values: Float[np.ndarray, " n"], column: Int[np.ndarray, " n"], columns: int
 ) -> Float[np.ndarray, "prompts columns"]:
     """Sums of values, a row a prompt that has entries."""
     prompts, row = np.unique(of.prompt, return_inverse=True)
