@@ -70,13 +70,12 @@ def prefill(setup: DecodeSetup, params: dict, batch: PromptBatch, temperature: F
     )
     if setup.draft is None:
         return state
-    next_tokens = jnp.roll(batch.tokens, -1, axis=1).at[row, last].set(first)
-
     caches = tuple(empty_cache(draft.decoder, rows, setup.cache_slots(width), dtype) for draft in setup.drafts)
     if setup.combine is None:
         state = state._replace(draft_cache=caches[0])
     else:
         state = state._replace(draft_cache=caches, draft_hidden=(None,) * len(caches))
+    next_tokens = jnp.roll(batch.tokens, -1, axis=1).at[row, last].set(first)
     state = observe(setup, params, state, hidden, next_tokens, batch.lengths)
     return state._replace(choices=no_choices(setup.combine, rows, len(caches)))
 
