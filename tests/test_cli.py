@@ -188,18 +188,18 @@ def test_generate_marks_which_draft_proposed(tmp_path, target, capsys):
 def test_evaluate_combines_drafts_beside_each_alone(tmp_path, target, capsys):
     drafts = [_export_draft(target, tmp_path / "first"), _export_draft(target, tmp_path / "second", seed=2)]
     prompts = _file(tmp_path, "p.jsonl", *({"id": str(i), "source": "ab"[i % 2], "turns": ["hello"]} for i in range(4)))
-    arguments = ["evaluate", "--target", target, "--prompts", prompts, "--max-new-tokens", "12", "--num-draft-tokens", "2"]
-    arguments += ["--draft", *drafts, "--tree-nodes", "60", "--tree-top-k", "40"]
+    arguments = ["evaluate", "--target", target, "--prompts", prompts, "--max-new-tokens", "24", "--num-draft-tokens", "2"]
+    arguments += ["--draft", *drafts, "--tree-nodes", "150", "--tree-top-k", "100"]
     merged = [*arguments, "--combine", "merge", "--each-draft", "--out", str(tmp_path / "out")]
     assert main([*merged, "--dry-run"]) == 0
     words = capsys.readouterr().out
-    assert "for 3 drafts" in words and "merge: first and second, their trees merged, 60 nodes a tree" in words
+    assert "for 3 drafts" in words and "merge: first and second, their trees merged, 150 nodes a tree" in words
     assert main([*merged, "--json"]) == 0
     values = json.loads(capsys.readouterr().out)["drafts"]
     assert list(values) == ["first", "second", "merge"] and "drafts" not in values["first"]
     assert len(read_json(tmp_path / "out" / "differences.json")) == 3
     report = read_json(tmp_path / "out" / "merge" / "report.json")
-    assert report["combined"] == {"rule": "merge", "route_by": "confidence", "route_steps": 0, "tree_nodes": 60}
+    assert report["combined"] == {"rule": "merge", "route_by": "confidence", "route_steps": 0, "tree_nodes": 150}
     assert report["same_text_share"] == 1.0 and len(report["alpha"]) == 2
     for figures in (report, *report["per_source"].values()):
         for share in ("verified_share", "accepted_share"):
