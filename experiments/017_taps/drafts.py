@@ -1,0 +1,60 @@
+"""Train the drafts of experiment 017: a maths draft, a chat draft and mixed drafts of two sizes. See README.md."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "014_selection"))
+from pool import Arm, Pool, open_pool, pick_prompts, run_arm  # noqa: E402
+from run import PROMPTS  # noqa: E402
+
+from jsfdd.selection.mixture import mixture  # noqa: E402
+
+MATHS, CHAT = ("math_gsm8k", "math_aqua"), ("chat_sharegpt", "instruct_roleplay")
+TRAININGS = {"EAGLE-2": {}, "HASS": dict(hass_steps=3)}
+
+
+def arms(pool: Pool, training: str, size: int, seed: int, epochs: int) -> dict[str, Arm]:
+    """The four drafts: specialists of `size` chats, mixtures of as many and of twice as many; the small one is in the large."""
+    both = [
+        dataclasses.replace(sample, source="maths" if sample.source in MATHS else "chat")
+        for sample in pool.loaded.samples
+        if sample.source in MATHS + CHAT
+    ]
+    shares = {"maths": {"maths": 1.0}, "chat": {"chat": 1.0}, "mixed small": None, "mixed large": None}
+    found = {}
+    for name, weights in shares.items():
+        total = 2 * size if name == "mixed large" else size
+        ids = [sample.id for sample in mixture(both, weights or {"maths": 0.5, "chat": 0.5}, "samples", total, 0)]
+        found[f"{training} {name} seed {seed}"] = Arm(ids, TRAININGS[training] | {"seed": seed, "epochs": epochs})
+    return found
+
+
+def main() -> None:
+    smoke = os.environ.get("SMOKE") == "1"
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--prompts", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True, help="the pool's directory (experiment 014)")
+    parser.add_argument("--trainings", nargs="+", choices=TRAININGS, default=list(TRAININGS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--size", type=int, default=8 if smoke else 150, help="chats of a specialist")
+    parser.add_argument("--epochs", type=int, default=1 if smoke else 5)
+    options = parser.parse_args()
+    prompts = pick_prompts(options.prompts, {"gsm8k": 2, "qa": 2} if smoke else PROMPTS)
+    pool = open_pool(
+        options.data, prompts, options.work, draft_vocab=8192, epochs=options.epochs, max_new_tokens=8 if smoke else 48
+    )
+    for seed in options.seeds:
+        for training in options.trainings:
+            for name, arm in arms(pool, training, options.size, seed, options.epochs).items():
+                run_arm(pool, name, arm)
+
+
+if __name__ == "__main__":
+    main()
