@@ -17,6 +17,7 @@ import numpy as np
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "014_selection"))
 from pool import Pool, open_pool, pick_prompts  # noqa: E402
+from run import PROMPTS  # noqa: E402
 
 from jsfdd.data.batches import epoch_batches, make_batches  # noqa: E402
 from jsfdd.evaluation.intervals import interval, resample_ratios  # noqa: E402
@@ -41,13 +42,15 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--prompts", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="the pool's directory (experiment 014)")
-    parser.add_argument("--epochs", type=int, default=2 if smoke else 8)
+    parser.add_argument("--epochs", type=int, default=2 if smoke else 6)
+    parser.add_argument("--chats", type=int, default=16 if smoke else 430, help="how many of the data")
     options = parser.parse_args()
-    prompts = pick_prompts(options.prompts, {"gsm8k": 2, "qa": 2} if smoke else {"gsm8k": 40, "qa": 40})
-    pool = open_pool(options.data, prompts, options.work, draft_vocab=8192, epochs=options.epochs, max_new_tokens=8)
+    prompts = pick_prompts(options.prompts, {"gsm8k": 2, "qa": 2} if smoke else PROMPTS)
+    pool = open_pool(
+        options.data, prompts, options.work, draft_vocab=8192, epochs=options.epochs, max_new_tokens=8 if smoke else 48,
+        chats=options.chats,
+    )  # fmt: skip
     kept, held_out = training.split_held_out(pool.samples, 0.15)
-    if smoke:
-        kept, held_out = kept[:40], held_out[:8]
     flatness, owner = _flatness(pool, held_out)
     edges = np.quantile(flatness, np.linspace(0, 1, BINS + 1))
     bins = np.clip(np.searchsorted(edges, flatness, side="right") - 1, 0, BINS - 1)
