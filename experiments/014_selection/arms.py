@@ -71,6 +71,7 @@ def prompt_clusters(pool: Pool, count: int = 20, rounds: int = 30) -> np.ndarray
     points = np.stack(points)
     points = points - points.mean(axis=0)
     points /= np.linalg.norm(points, axis=1, keepdims=True)
+    count = min(count, len(points))
     centres = points[np.random.default_rng(0).choice(len(points), count, replace=False)]
     for _ in range(rounds):
         nearest = np.argmax(points @ centres.T, axis=1)
