@@ -56,14 +56,14 @@ def default_options(out):
     )  # fmt: skip
 
 
-def run(out, store=None, means=None, weights=None, **changes):
+def run(out, store=None, known=None, weights=None, **changes):
     """Train on the toy data; `identity` and `probe` pass through, other changes are options."""
     config, params, samples, hidden = toy_data()
     arguments = {name: changes.pop(name) for name in ("identity", "probe", "samples") if name in changes}
     options = dataclasses.replace(default_options(out), **changes)
     train_samples, held_out = split_held_out(arguments.pop("samples", samples), options.held_out_share)
     arguments = {"identity": {"target": "toy"}} | arguments
-    data, held_out = TrainingData(train_samples, store or hidden, means, weights), TrainingData(held_out, store or hidden)
+    data, held_out = TrainingData(train_samples, store or hidden, known, weights), TrainingData(held_out, store or hidden)
     return train(config, params, data, held_out, options, make_mesh(), progress=False, **arguments)
 
 
@@ -207,7 +207,7 @@ def test_stored_means_train_the_same_draft(finished, tmp_path):
     """The same loss by two products with the head in place of three; only rounding differs, which Adam enlarges."""
     result, directory = finished
     means = store_of_means(tmp_path / "means", default_options(tmp_path))
-    again = run(tmp_path / "run", means=means)
+    again = run(tmp_path / "run", known=means)
     lines, expected = (
         [line for line in read_lines(path / METRICS) if "loss" in line] for path in (tmp_path / "run", directory)
     )
@@ -215,7 +215,7 @@ def test_stored_means_train_the_same_draft(finished, tmp_path):
     assert "agreement" in expected[0] and "agreement" not in lines[0]
     assert again.held_out["kl"] == pytest.approx(result.held_out["kl"], rel=5e-3)
     rounded = store_of_means(tmp_path / "rounded", default_options(tmp_path), dtype="bfloat16")
-    assert run(tmp_path / "third", means=rounded).held_out["kl"] == pytest.approx(result.held_out["kl"], rel=0.02)
+    assert run(tmp_path / "third", known=rounded).held_out["kl"] == pytest.approx(result.held_out["kl"], rel=0.02)
 
 
 def test_means_of_other_tokens_or_another_loss_are_refused(tmp_path):
@@ -266,7 +266,7 @@ def test_a_draft_vocabulary_is_of_the_data_and_is_kept(tmp_path):
     draft = draft_of(config, options, split_held_out(samples, 0.2)[0])
     assert len(draft.vocabulary) == 5 and set(draft.vocabulary) < set(range(8))  # the data has tokens 0 to 7 alone
     means = store_of_means(tmp_path / "means", options, vocabulary=draft.vocabulary)
-    result = run(tmp_path / "run", means=means, draft_vocab=5, learning_rate=1e-2)
+    result = run(tmp_path / "run", known=means, draft_vocab=5, learning_rate=1e-2)
     assert result.draft == draft == load_draft(tmp_path / "run")[0]
     assert 0 < result.held_out["acceptance"] < result.held_out["coverage"] < 1 and "kl" not in result.held_out
     with pytest.raises(ValueError, match="vocabulary"):
