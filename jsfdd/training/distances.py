@@ -60,7 +60,10 @@ def top_k_share(target: Logits, k: int) -> Logits:
 
 
 def coarse(logits: Logits, tokens: Int[Array, "K N"]) -> Float[Array, "K1 N"]:
-    """Logits of fewer outcomes: of each distribution its own `tokens`, and last all the others together (−inf if there are none)."""
+    """Logits of fewer outcomes: of each distribution its own `tokens`, and last all the others together.
+
+    The last is −inf where there are no others, which is a draft's logit and not a target's.
+    """
     columns = jnp.arange(logits.shape[1])[None]
     others = logits.at[tokens, columns].set(-jnp.inf)
     return jnp.concatenate([logits[tokens, columns], jax.nn.logsumexp(others, axis=0, keepdims=True)])
