@@ -213,6 +213,8 @@ class PlanConfig(TargetOptions, DataOptions):
     """Share of the samples that are trained on."""
     epochs: int = 10
     """Passes over the kept samples."""
+    target_top_k: int = TrainingOptions.target_top_k
+    """As of `train`: so many tokens of every distribution are stored in place of its mean; 0 for the mean."""
     devices: int | None = None
     """How many devices; those that are here unless given."""
     device_kind: str | None = None
@@ -266,8 +268,13 @@ def _check_arms(option: str, arms: tuple[str, ...]) -> None:
 
 def stores_means(config: TrainConfig | RunConfig) -> bool:
     """Whether target means are stored: what --target-means comes to."""
-    possible = config.token_loss == "cross_entropy" and config.features != "recompute"
+    possible = config.token_loss == "cross_entropy" and config.features != "recompute" and not config.target_top_k
     return config.target_means == "store" or config.target_means == "auto" and possible
+
+
+def stores_target(config: TrainConfig | RunConfig) -> bool:
+    """Whether anything of the target's distributions is stored."""
+    return config.target_top_k > 0 or stores_means(config)
 
 
 def _check_combine(config: EvaluateConfig | GenerateConfig) -> None:
@@ -286,7 +293,9 @@ def _check_combine(config: EvaluateConfig | GenerateConfig) -> None:
 
 
 def _check_features(config: TrainConfig | RunConfig) -> None:
-    if config.draft_vocab and not stores_means(config):
-        raise ValueError("--draft-vocab trains on stored target means: take --target-means store and cross_entropy")
+    if config.draft_vocab and not stores_target(config):
+        raise ValueError(
+            "--draft-vocab trains on what is stored of the target: take --target-means store and cross_entropy, or --target-top-k"
+        )
     if config.features == "recompute" and config.feature_dtype == "int8":
         raise ValueError("--feature-dtype int8 saves disk, and --features recompute needs none; take bfloat16 or float32")

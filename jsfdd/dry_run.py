@@ -21,7 +21,7 @@ from jsfdd.config import (
     ScoreConfig,
     SelectConfig,
     TrainConfig,
-    stores_means,
+    stores_target,
 )
 from jsfdd.data.batches import Shape, choose_shapes, epoch_batches, make_batches, padding_share
 from jsfdd.data.chat import read_chat_files, read_prompts
@@ -41,6 +41,8 @@ from jsfdd.selection import sfdd
 from jsfdd.selection.mixture import contents, in_words
 from jsfdd.selection.row_format import row_bytes
 from jsfdd.selection.table import read_scores
+from jsfdd.training.top_k_row import row_words
+from jsfdd.training.train import draft_of
 from jsfdd.weights.load import Target, describe_target
 
 
@@ -145,10 +147,10 @@ def _train(config: TrainConfig) -> Result:
         # Whose target they are of is not known without the weights.
         hidden.open_features(config, None, samples, selection)
         words.append(f"read hidden states from {config.features}")
-    values["means_bytes"], said = _means(config, inputs, kept)
-    if said:
-        words.append(said)
-        files.insert(0, f"{hidden.MEANS}/")
+    stored, said = _known(config, inputs, kept)
+    words += said
+    files[:0] = [f"{name}/" for name, size in stored.items() if size]
+    values |= {f"{name}_bytes": size for name, size in stored.items()}
     return _result("train", values, words, config.out, files, continues=config.out / "checkpoints")
 
 
@@ -203,14 +205,16 @@ def _run(config: RunConfig) -> Result:
         hidden_bytes, said = _hidden(config, inputs, tokens)
         said = f"store at most {said}, once it is selected"
     # Arms mix what they selected, so together they may train on more than one mixture.
-    means_bytes, also = _means(config, inputs, inputs.samples if config.mix else kept)
-    words[len(scoring_words) : len(scoring_words)] = [said, *([also] if also else [])]
+    stored, also = _known(config, inputs, inputs.samples if config.mix else kept)
+    words[len(scoring_words) : len(scoring_words)] = [said, *also]
     decoding, said = _decoding(config, inputs.target, prompts)
     words += [f"{line}, for {_many(len(arms), 'draft')}" for line in said]
-    stores = [f"{hidden.FOLDER}/"] * bool(hidden_bytes) + [f"{hidden.MEANS}/"] * bool(means_bytes and not config.draft_vocab)
+    stores = [f"{hidden.FOLDER}/"] * bool(hidden_bytes) + [
+        f"{name}/" for name, size in stored.items() if size and not config.draft_vocab
+    ]
     files = ["scores.parquet", "token_scores.parquet", *stores, *(f"arms/{arm}/" for arm in arms)]
     files += ["summary.json", "report.html"]
-    values = {"scoring": scoring, "hidden_bytes": hidden_bytes, "means_bytes": means_bytes, "arms": arms, "decoding": decoding}
+    values = {"scoring": scoring, "hidden_bytes": hidden_bytes, "arms": arms, "decoding": decoding}
     return _result("run", values, words, config.out, files, continues=config.out / "run.json")
 
 
@@ -281,12 +285,20 @@ def _hidden(config: ScoreConfig | TrainConfig | RunConfig, inputs: _Inputs, toke
     return size, f"{size / 1e6:,.1f} MB of hidden states"
 
 
-def _means(config: TrainConfig | RunConfig, inputs: _Inputs, samples: Sequence[Sample]) -> tuple[int, str]:
-    """Bytes of the target's means of at most these samples on disk, and words; 0 and none where none are stored."""
-    if not stores_means(config):
-        return 0, ""
-    size = sum(len(sample.tokens) for sample in samples) * row_bytes("bfloat16", inputs.target.config.hidden_size + 1)
-    return size, f"store at most {size / 1e6:,.1f} MB of target means"
+def _known(config: TrainConfig | RunConfig, inputs: _Inputs, samples: Sequence[Sample]) -> tuple[dict[str, int], list[str]]:
+    """What of the target's distributions of at most these samples is stored: (bytes by folder, words)."""
+    target, stored = inputs.target.config, {hidden.MEANS: 0, hidden.TOP_K: 0}
+    draft_of(target, config, samples)  # whose errors are the stage's
+    if not stores_target(config):
+        return stored, []
+    tokens = sum(len(sample.tokens) for sample in samples)
+    if config.target_top_k:
+        words = row_words(config.target_top_k, target.vocab_size, config.draft_vocab)
+        name, what, row = hidden.TOP_K, f"the target's {config.target_top_k} likeliest tokens", row_bytes("uint16", words)
+    else:
+        name, what, row = hidden.MEANS, "target means", row_bytes("bfloat16", target.hidden_size + 1)
+    size = tokens * row
+    return stored | {name: size}, [f"store at most {size / 1e6:,.1f} MB of {what}"]
 
 
 def _decoding(config: EvaluateConfig | RunConfig, target: Target, prompts: Sequence[Prompt]) -> tuple[dict, list[str]]:

@@ -19,11 +19,12 @@ from jsfdd.training.batch import HiddenStates, TrainingData
 from jsfdd.training.loss import borrow
 from jsfdd.training.step import block_size
 from jsfdd.training.target_means import store_means
+from jsfdd.training.target_top_k import store_top_k
 from jsfdd.training.token_loss import Distance
 from jsfdd.training.train import draft_of, split_held_out
 
 STORE, RECOMPUTE = "store", "recompute"  # values of --features
-FOLDER, MEANS = "hidden", "means"  # in a stage's --out
+FOLDER, MEANS, TOP_K = "hidden", "means", "top_k"  # in a stage's --out
 
 
 def scoring_of_run(config: RunConfig) -> ScoreConfig:
@@ -116,17 +117,16 @@ def _options(values: dict) -> str:
     return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in shown.items() if value is not None)
 
 
-def means_for_training(config: TrainConfig | RunConfig, loaded: Loaded, data: TrainingData) -> HiddenStore:
-    """The target's means of what `data` weighs, in `out`/means."""
-    target = loaded.target
-    return store_means(
-        data,
-        split_vocabulary(borrow(target.config, target.params), loaded.mesh),
-        Distance.of(config),
-        loaded.mesh,
-        block=block_size(loaded.mesh),
+def known_for_training(config: TrainConfig | RunConfig, loaded: Loaded, data: TrainingData) -> HiddenStore:
+    """Of the target's distributions, of what `data` weighs, its likeliest tokens in `out`/top_k, or else its means in `out`/means."""
+    target, mesh = loaded.target, loaded.mesh
+    frozen = split_vocabulary(borrow(target.config, target.params), mesh)
+    shared = dict(
+        block=block_size(mesh),
         batch_tokens=config.batch_tokens,
-        directory=config.out / MEANS,
         identity=loaded.identity | {"feature_dtype": config.feature_dtype},
         vocabulary=draft_of(target.config, config, data.samples).vocabulary,
     )
+    if config.target_top_k:
+        return store_top_k(data, frozen, config.target_top_k, mesh, directory=config.out / TOP_K, **shared)
+    return store_means(data, frozen, Distance.of(config), mesh, directory=config.out / MEANS, **shared)

@@ -42,6 +42,7 @@ _RULES = {
     "token_retain_ratio": (lambda x: 0 < x <= 1, "a share of the tokens in (0, 1]"),
     "hidden_noise": (lambda x: x >= 0, "0 (no noise) or more"),
     "draft_vocab": (lambda x: x >= 0, "0 (all tokens) or more"),
+    "target_top_k": (lambda x: x >= 0, "0 (none) or more"),
     "hass_steps": (lambda x: 1 <= x <= 8, "from 1 to 8"),
     "hass_top_k": (lambda x: x >= 1, "1 or more"),
     "hass_top_k_weight": (lambda x: x >= 0, "0 (without) or more"),
@@ -200,7 +201,11 @@ class TrainingOptions(_Options):
     target_means: Literal["auto", "store", "none"] = "auto"
     """`store` keeps the target's mean head vector of every token that counts, computed once: a step then needs two products
     with the head in place of three, for the same cross entropy. It doubles the disk that hidden states take, and pays from the
-    third epoch on. `auto` stores them where hidden states are stored and --token-loss is cross_entropy."""
+    third epoch on. `auto` stores them where hidden states are stored, --token-loss is cross_entropy and --target-top-k is 0."""
+    target_top_k: int = 0
+    """Keep, in place of means, this many of the likeliest tokens of every distribution of the target, with their probabilities:
+    two products as well, for any --token-loss, at 4 to 6 bytes of disk each. All other tokens then are one outcome, so the
+    distance is at most the true one."""
     token_retain_ratio: float = 1.0
     """Share of the kept samples' counted tokens that are trained on: those of the highest `token_metric`. Each costs its part
     of the vocabulary projection, which is most of a step. Below 1 it needs --token-scores."""
@@ -228,7 +233,7 @@ class TrainingOptions(_Options):
     """Steps between two checkpoints; the last step is always saved."""
     draft_vocab: int = 0
     """Let the draft propose only this many tokens, those that the answers it is trained on have most often; 0 for all. Each
-    step then costs as much less, and what the target says beyond them is never accepted. Needs target means."""
+    step then costs as much less, and what the target says beyond them is never accepted. Needs target means or --target-top-k."""
     fc_bias: bool = False
     """Give the draft's fc a bias. vLLM drops it without a word, so drafts have none unless asked."""
 
@@ -236,6 +241,14 @@ class TrainingOptions(_Options):
         super().__post_init__()
         if self.target_means == "store" and self.token_loss != "cross_entropy":
             raise ValueError(f"--token-loss {self.token_loss} needs all of the target's distribution, not --target-means store")
+        if not self.target_top_k:
+            return
+        if self.target_means == "store":
+            raise ValueError("--target-means store and --target-top-k store two things for one purpose; choose one")
+        if 0 < self.draft_vocab < self.target_top_k:
+            raise ValueError(f"--target-top-k: {self.target_top_k} exceeds the {self.draft_vocab} tokens of --draft-vocab")
+        if self.hass_top_k_weight and self.hass_top_k > self.target_top_k:
+            raise ValueError(f"--hass-top-k: {self.hass_top_k} exceeds --target-top-k {self.target_top_k}, and no more is known")
 
     @property
     def weighs_tokens(self) -> bool:

@@ -26,7 +26,7 @@ from jsfdd.config import (
     ScoreConfig,
     SelectConfig,
     TrainConfig,
-    stores_means,
+    stores_target,
 )
 from jsfdd.data.batches import make_batches, padding_share
 from jsfdd.data.chat import read_prompts
@@ -97,12 +97,12 @@ def select(config: SelectConfig) -> Selection:
 
 
 def train(
-    config: TrainConfig, loaded: Loaded | None = None, store: HiddenStates | None = None, means: PerToken | None = None
+    config: TrainConfig, loaded: Loaded | None = None, store: HiddenStates | None = None, known: PerToken | None = None
 ) -> training.TrainResult:
     """`jsfdd train`: writes checkpoints/ and metrics.jsonl, returns what happened.
 
-    Without a `store` hidden states come from where `config.features` says; without `means` those of the target are
-    computed first and kept in `out`/means, if the config asks for them.
+    Without a `store` hidden states come from where `config.features` says; without what is `known` of the target's distributions
+    it is computed first and kept in `out`, if the config asks for it.
     """
     loaded = loaded or load(config)
     agree_on_directory(config.out)
@@ -111,11 +111,12 @@ def train(
     agree({"the selection": [sample.id for sample in kept]})
     if config.mix and is_primary():
         console.print(f"mixture of {in_words(contents(kept))}", soft_wrap=True)
+    training.draft_of(loaded.target.config, config, kept)  # refuses what the target's vocabulary cannot give, before any work
     if store is None:
         store = hidden.for_training(config, loaded, [*kept, *held_out], selection)
-    data = TrainingData(kept, store, means, _token_weights(config, kept))
-    if means is None and stores_means(config):
-        data = data._replace(means=hidden.means_for_training(config, loaded, data))
+    data = TrainingData(kept, store, known, _token_weights(config, kept))
+    if known is None and stores_target(config):
+        data = data._replace(known=hidden.known_for_training(config, loaded, data))
     return training.train(
         loaded.target.config,
         loaded.target.params,
@@ -247,11 +248,11 @@ def _run_stages(config: RunConfig) -> None:
     with clock.stage("hidden"):
         source = TrainConfig.taken_from(config, features=kept_at, token_retain_ratio=1.0, token_weighting="hard")
         store = hidden.for_training(source, loaded, list(needed.values()), None)
-    means = None
-    if stores_means(config) and not config.draft_vocab:  # a vocabulary is each arm's own, and so are its means
+    known = None
+    if stores_target(config) and not config.draft_vocab:  # a vocabulary is each arm's own, and so is what is stored of it
         trained_on = {sample.id: sample for kept, _ in sides.values() for sample in kept}
-        with clock.stage("means"):
-            means = hidden.means_for_training(config, loaded, TrainingData(list(trained_on.values()), store))
+        with clock.stage("top_k" if config.target_top_k else "means"):
+            known = hidden.known_for_training(config, loaded, TrainingData(list(trained_on.values()), store))
 
     trained = {}
     for arm, directory in arms.items():
@@ -260,7 +261,7 @@ def _run_stages(config: RunConfig) -> None:
         train_config = TrainConfig.taken_from(
             config, out=directory, selection=directory / "selection.json", token_scores=token_scores
         )
-        trained[arm] = train(train_config, loaded, store, means)
+        trained[arm] = train(train_config, loaded, store, known)
 
     with clock.stage("evaluate"):
         reports = _evaluate_arms(config, loaded, arms, prompts)

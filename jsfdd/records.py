@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +108,8 @@ class DraftBatch(NamedTuple):
     counted: Bool[Array, "B T"] | np.ndarray  # where the *score* counts; the loss shifts it (EAGLE pairing)
     weight: Float[Array, "B T"] | np.ndarray  # of each score position in the loss; 0 where none is taken, as off `counted`
     hidden: Float[Array, "B T D"] | np.ndarray  # target hidden states after its final norm
-    means: Float[Array, "B T D1"] | np.ndarray | None = None  # `target_means.py`; None: the head is asked in each step
+    # Of the target's distributions, `target_means.py` or `target_top_k.py`; None: its head is asked in each step.
+    known: Float[Array, "B T D1"] | UInt16[Array, "B T W"] | np.ndarray | None = None
 
 
 class TrainState(NamedTuple):

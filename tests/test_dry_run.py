@@ -113,6 +113,15 @@ def test_train_on_a_mixture(place, capsys):
         assert message in capsys.readouterr().err
 
 
+def test_train_on_likeliest_tokens(place, capsys):
+    shared = [*DATA, "--held-out-share", "0.2", "--batch-tokens", "512", "--out", "out", "--target-top-k"]
+    values, words = _dry(capsys, "train", *shared, "8")
+    assert values["top_k_bytes"] == values["tokens"] * (4 * 8 + 2) and values["means_bytes"] == 0
+    assert "of the target's 8 likeliest tokens" in words and "out/top_k/" in values["would_write"]
+    assert main(["train", *shared, "300", "--dry-run"]) == 2
+    assert "--target-top-k: 300 exceeds the target's vocabulary of 258" in capsys.readouterr().err
+
+
 def test_evaluate(place, capsys):
     arguments = ["--target", "target", "--draft", "draft", "--prompts", "prompts.jsonl", "--batch-size", "4", "--out", "out"]
     values, words = _dry(capsys, "evaluate", *arguments)

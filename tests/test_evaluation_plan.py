@@ -12,7 +12,7 @@ from toy import toy_config, write_target
 from jsfdd.cli import main
 from jsfdd.config import PlanConfig, TrainConfig
 from jsfdd.data.batches import Shape
-from jsfdd.evaluation.costs import Lengths, evaluate_stage, forward_flops, param_bytes, score_stage, train_stage
+from jsfdd.evaluation.costs import Lengths, evaluate_stage, forward_flops, known_stage, param_bytes, score_stage, train_stage
 from jsfdd.evaluation.plan import GB, Devices, make_plan, print_plan, suggest_model_shards
 from jsfdd.mesh import make_mesh
 from jsfdd.models.draft import draft_config
@@ -131,6 +131,14 @@ def test_a_training_step_is_near_what_is_allocated(tmp_path):
     stage = train_stage(CHECKED, lengths, config, 4, 1, 1)
     expected = stage.peak - stage.memory["target"] + frozen.embedding.size * 4  # of the target, a step reads the embedding
     assert 0.6 < expected / allocated(compiled) < 1.6, (expected, allocated(compiled), compiled.memory_analysis())
+
+
+def test_likeliest_tokens_take_disk_by_their_number_alone(tmp_path):
+    lengths = Lengths(np.full(8, 256), np.full(8, 100), "")
+    means, few, many = (known_stage(CHECKED, lengths, options(tmp_path, target_top_k=k), 4, 1) for k in (0, 32, 256))
+    kept = 0.5 * 8 * 256
+    assert (means.disk, few.disk, many.disk) == (kept * 2 * 257, kept * (4 * 32 + 2), kept * (4 * 256 + 2))
+    assert few.flops == many.flops == means.flops / 2 and few.name == "target top-k"
 
 
 def test_forward_flops_are_those_of_the_matrices():

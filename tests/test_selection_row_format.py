@@ -51,3 +51,10 @@ def test_int8_of_bfloat16_and_of_any_slice_of_tokens():
 def test_an_unknown_dtype_is_no_row():
     with pytest.raises(KeyError):
         row_bytes("float8", 24)
+
+
+def test_words_are_kept_as_they_are():
+    words = np.arange(1 << 16, dtype=np.uint16).reshape(64, -1)
+    rows = encode(words, "uint16")
+    assert rows.shape == (64, row_bytes("uint16", 1024)) == (64, 2048)
+    np.testing.assert_array_equal(decode(rows, "uint16"), words)

@@ -103,7 +103,7 @@ def test_stored_means_give_the_loss_of_the_whole_distribution(config, hass_steps
     options = dataclasses.replace(OPTIONS, hass_steps=hass_steps, hass_top_k=3, hass_top_k_weight=top_k_weight)
     expected, expected_gradient = sums_and_gradient(batch, options, config)
     step = make_means_step(Distance.of(options), make_mesh(data=1), 4, "float32")
-    sums, gradient = sums_and_gradient(batch._replace(means=step(borrow(config, params), batch)), options, config)
+    sums, gradient = sums_and_gradient(batch._replace(known=step(borrow(config, params), batch)), options, config)
     np.testing.assert_allclose(sums.total, expected.total, rtol=1e-5)
     for found, known in zip(sums.steps, expected.steps, strict=True):
         np.testing.assert_allclose(found.tokens.distance, known.tokens.distance, rtol=1e-5)

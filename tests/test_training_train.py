@@ -26,6 +26,7 @@ from jsfdd.training.log import read_lines
 from jsfdd.training.loss import borrow
 from jsfdd.training.step import make_evaluate_step
 from jsfdd.training.target_means import store_means
+from jsfdd.training.target_top_k import store_top_k
 from jsfdd.training.tensorboard import scalars
 from jsfdd.training.token_loss import Distance
 from jsfdd.training.train import METRICS, TIMINGS, draft_of, split_held_out, train
@@ -56,14 +57,14 @@ def default_options(out):
     )  # fmt: skip
 
 
-def run(out, store=None, means=None, weights=None, **changes):
+def run(out, store=None, known=None, weights=None, **changes):
     """Train on the toy data; `identity` and `probe` pass through, other changes are options."""
     config, params, samples, hidden = toy_data()
     arguments = {name: changes.pop(name) for name in ("identity", "probe", "samples") if name in changes}
     options = dataclasses.replace(default_options(out), **changes)
     train_samples, held_out = split_held_out(arguments.pop("samples", samples), options.held_out_share)
     arguments = {"identity": {"target": "toy"}} | arguments
-    data, held_out = TrainingData(train_samples, store or hidden, means, weights), TrainingData(held_out, store or hidden)
+    data, held_out = TrainingData(train_samples, store or hidden, known, weights), TrainingData(held_out, store or hidden)
     return train(config, params, data, held_out, options, make_mesh(), progress=False, **arguments)
 
 
@@ -207,7 +208,7 @@ def test_stored_means_train_the_same_draft(finished, tmp_path):
     """The same loss by two products with the head in place of three; only rounding differs, which Adam enlarges."""
     result, directory = finished
     means = store_of_means(tmp_path / "means", default_options(tmp_path))
-    again = run(tmp_path / "run", means=means)
+    again = run(tmp_path / "run", known=means)
     lines, expected = (
         [line for line in read_lines(path / METRICS) if "loss" in line] for path in (tmp_path / "run", directory)
     )
@@ -215,7 +216,63 @@ def test_stored_means_train_the_same_draft(finished, tmp_path):
     assert "agreement" in expected[0] and "agreement" not in lines[0]
     assert again.held_out["kl"] == pytest.approx(result.held_out["kl"], rel=5e-3)
     rounded = store_of_means(tmp_path / "rounded", default_options(tmp_path), dtype="bfloat16")
-    assert run(tmp_path / "third", means=rounded).held_out["kl"] == pytest.approx(result.held_out["kl"], rel=0.02)
+    assert run(tmp_path / "third", known=rounded).held_out["kl"] == pytest.approx(result.held_out["kl"], rel=0.02)
+
+
+def store_of_top_k(directory, k, weights=None, vocabulary=()):
+    config, params, samples, hidden = toy_data()
+    data = TrainingData(split_held_out(samples, 0.2)[0], hidden, weights=weights)
+    return store_top_k(
+        data, borrow(config, params), k, make_mesh(), block=16, batch_tokens=1024, directory=directory, identity={},
+        vocabulary=vocabulary, progress=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", [{}, dict(token_loss="hybrid", hass_steps=2, hass_top_k=5, hass_top_k_weight=0.5)])
+def test_the_likeliest_tokens_train_the_same_draft_where_they_are_all(finished, tmp_path, changes):
+    """Also in HASS; only rounding to float16 differs, which Adam enlarges."""
+    result, directory = finished
+    if changes:
+        directory = tmp_path / "whole"
+        result = run(directory, **changes)
+    all_tokens = store_of_top_k(tmp_path / "top_k", 64)
+    again = run(tmp_path / "run", known=all_tokens, target_top_k=64, **changes)
+    lines, expected = (
+        [line for line in read_lines(path / METRICS) if "loss" in line] for path in (tmp_path / "run", directory)
+    )
+    assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in expected], rel=1e-3)
+    assert [line["agreement"] for line in lines] == pytest.approx([line["agreement"] for line in expected], abs=0.02)
+    assert "acceptance" not in lines[0] and ("agreement_by_step" in lines[0]) == bool(changes)
+    assert again.held_out["kl"] == pytest.approx(result.held_out["kl"], rel=5e-3)
+
+
+def test_few_likeliest_tokens_teach_a_draft_vocabulary_any_distance(tmp_path):
+    config, _, samples, _ = toy_data()
+    options = dataclasses.replace(default_options(tmp_path), draft_vocab=5, target_top_k=2, token_loss="total_variation")
+    vocabulary = draft_of(config, options, split_held_out(samples, 0.2)[0]).vocabulary
+    known = store_of_top_k(tmp_path / "top_k", 2, vocabulary=vocabulary)
+    changes = dict(target_top_k=2, token_loss="total_variation", draft_vocab=5, learning_rate=1e-2)
+    result = run(tmp_path / "run", known=known, **changes)
+    lines = [line for line in read_lines(tmp_path / "run" / METRICS) if "loss" in line]
+    assert 0 < lines[0]["coverage"] < 1 and "agreement" not in lines[0]
+    assert lines[-1]["token_loss"] < lines[0]["token_loss"] and 0 < result.held_out["acceptance"] < 1
+    with pytest.raises(ValueError, match="--target-top-k: 65 exceeds the target's vocabulary of 64"):
+        draft_of(config, dataclasses.replace(default_options(tmp_path), target_top_k=65), samples)
+
+
+def test_a_store_of_likeliest_tokens_goes_on_and_knows_what_it_is_of(tmp_path):
+    whole = store_of_top_k(tmp_path, 3)
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*")}
+    again = store_of_top_k(tmp_path, 3)
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*")} == before
+    (tmp_path / "shard-00000.bin").unlink()  # as after a damage: its samples are computed anew
+    anew = store_of_top_k(tmp_path, 3)
+    for name in whole:
+        np.testing.assert_array_equal(again[name], anew[name])
+    with pytest.raises(ValueError, match="top_k.k: found 3, expected 4"):
+        store_of_top_k(tmp_path, 4)
+    with pytest.raises(ValueError, match="top_k.vocabulary"):
+        store_of_top_k(tmp_path, 3, vocabulary=(1, 2, 3))
 
 
 def test_means_of_other_tokens_or_another_loss_are_refused(tmp_path):
@@ -266,7 +323,7 @@ def test_a_draft_vocabulary_is_of_the_data_and_is_kept(tmp_path):
     draft = draft_of(config, options, split_held_out(samples, 0.2)[0])
     assert len(draft.vocabulary) == 5 and set(draft.vocabulary) < set(range(8))  # the data has tokens 0 to 7 alone
     means = store_of_means(tmp_path / "means", options, vocabulary=draft.vocabulary)
-    result = run(tmp_path / "run", means=means, draft_vocab=5, learning_rate=1e-2)
+    result = run(tmp_path / "run", known=means, draft_vocab=5, learning_rate=1e-2)
     assert result.draft == draft == load_draft(tmp_path / "run")[0]
     assert 0 < result.held_out["acceptance"] < result.held_out["coverage"] < 1 and "kl" not in result.held_out
     with pytest.raises(ValueError, match="vocabulary"):

@@ -154,7 +154,7 @@ def measure_train(case: Case, dtype, rate: float, repeats: int) -> dict:
     mesh = make_mesh(1)
     batch = DraftBatch(batch.tokens, batch.counted, batch.counted.astype(jnp.float32), hidden)
     means = make_means_step(Distance.of(options), mesh, train_block(mesh), "bfloat16")(frozen, batch)
-    batch = batch._replace(means=means)  # two products with the head a step, as the plan counts them
+    batch = batch._replace(known=means)  # two products with the head a step, as the plan counts them
     step = make_train_step(case.config, draft, optimizer, mesh, options).lower(frozen, state, batch).compile()
     times = []
     for _ in range(repeats + 1):

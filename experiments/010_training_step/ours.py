@@ -33,10 +33,10 @@ half = whole.weight * (np.random.default_rng(0).random(counted.shape) < 0.5)
 means = make_means_step(Distance.of(OPTIONS), mesh, block_size(mesh), "float32")(frozen, whole)
 BATCHES = {
     "head": whole,  # the target's head is asked in each step
-    "means": whole._replace(means=means),
+    "means": whole._replace(known=means),
     "half the tokens": whole._replace(weight=half),
-    "half the tokens, means": whole._replace(weight=half, means=means),
-    "HASS, means": whole._replace(means=means),
+    "half the tokens, means": whole._replace(weight=half, known=means),
+    "HASS, means": whole._replace(known=means),
 }
 
 

@@ -74,7 +74,7 @@ def main() -> None:
         dataclasses.replace(base, features=str(options.work / "hidden")), loaded, [*kept, *held_out], None
     )
     begin = clock()
-    means = hidden.means_for_training(base, loaded, TrainingData(kept, store))
+    means = hidden.known_for_training(base, loaded, TrainingData(kept, store))
     seconds["means of all, whole head"] = clock() - begin
 
     rows = {}

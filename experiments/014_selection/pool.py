@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from jsfdd import hidden, pipeline
-from jsfdd.config import ScoreConfig, TrainConfig, stores_means
+from jsfdd.config import ScoreConfig, TrainConfig, stores_means, stores_target
 from jsfdd.data.batches import Shape, choose_shapes
 from jsfdd.data.chat import read_prompts
 from jsfdd.evaluation import replay
@@ -34,6 +34,7 @@ from jsfdd.training.log import read_lines
 from jsfdd.training.loss import borrow
 from jsfdd.training.step import block_size
 from jsfdd.training.target_means import store_means
+from jsfdd.training.target_top_k import store_top_k
 from jsfdd.training.token_loss import Distance
 from jsfdd.training.train import TIMINGS
 from jsfdd.weights.checkpoint import load_draft
@@ -78,7 +79,7 @@ def open_pool(
     store = hidden.for_training(dataclasses.replace(base, features=str(work / "hidden")), loaded, loaded.samples, None)
     draft = training.draft_of(loaded.target.config, base, loaded.samples)
     with timed(work, "means"):
-        means = means_of(base, loaded, TrainingData(loaded.samples, store), draft, work / "means")
+        means = known_of(base, loaded, TrainingData(loaded.samples, store), draft, work / "means")
     recorded, judges = {}, {}
     for temperature in temperatures:
         with timed(work, f"record at {temperature}"):
@@ -97,13 +98,16 @@ def open_pool(
     return Pool(work, loaded, samples, shapes, base, table, store, draft, means, prompts, recorded, judges)
 
 
-def means_of(config: TrainConfig, loaded: Loaded, data: TrainingData, draft: DraftConfig, directory: Path) -> PerToken:
-    """The target's means of the samples over a draft's vocabulary."""
-    return store_means(
-        data, borrow(loaded.target.config, loaded.target.params), Distance.of(config), loaded.mesh,
+def known_of(config: TrainConfig, loaded: Loaded, data: TrainingData, draft: DraftConfig, directory: Path) -> PerToken:
+    """What the options store of the target's distributions, over a draft's vocabulary."""
+    frozen = borrow(loaded.target.config, loaded.target.params)
+    shared = dict(
         block=block_size(loaded.mesh), batch_tokens=config.batch_tokens, directory=directory,
         identity=loaded.identity | {"feature_dtype": config.feature_dtype}, vocabulary=draft.vocabulary,
     )  # fmt: skip
+    if config.target_top_k:
+        return store_top_k(data, frozen, config.target_top_k, loaded.mesh, **shared)
+    return store_means(data, frozen, Distance.of(config), loaded.mesh, **shared)
 
 
 def _recorded(loaded: Loaded, prompts, work: Path, temperature: float, max_new_tokens: int, batch_size: int) -> replay.Recorded:
@@ -169,10 +173,10 @@ def _train(pool: Pool, arm: Arm, directory: Path) -> tuple[dict, DraftConfig, di
     draft = training.draft_of(pool.loaded.target.config, config, pool.loaded.samples)
     data = TrainingData(kept, pool.store, None, arm.weights)
     cpu = time.process_time()
-    if stores_means(config):
-        same = draft == pool.draft and Distance.of(config) == Distance.of(pool.base)
-        data = data._replace(means=pool.means if same else means_of(config, pool.loaded, data, draft, directory / "means"))
-    cpu_of_means, cpu = time.process_time() - cpu, time.process_time()
+    if stores_target(config):
+        same = stores_means(config) and draft == pool.draft and Distance.of(config) == Distance.of(pool.base)
+        data = data._replace(known=pool.means if same else known_of(config, pool.loaded, data, draft, directory / "known"))
+    cpu_of_known, cpu = time.process_time() - cpu, time.process_time()
     result = training.train(
         pool.loaded.target.config, pool.loaded.target.params, data, TrainingData([], pool.store), config, pool.loaded.mesh,
         identity=pool.loaded.identity, draft=draft, shapes=pool.shapes,
@@ -180,7 +184,7 @@ def _train(pool: Pool, arm: Arm, directory: Path) -> tuple[dict, DraftConfig, di
     row = {
         "samples": result.samples, "steps": result.steps, "tokens_in_loss": result.tokens,
         "tokens": sum(len(sample.tokens) for sample in kept), "seconds": result.seconds,
-        "cpu_seconds": time.process_time() - cpu, "cpu_seconds_of_own_means": cpu_of_means,
+        "cpu_seconds": time.process_time() - cpu, "cpu_seconds_of_own_store": cpu_of_known,
     }  # fmt: skip
     return row, draft, jax.device_get(result.state.params)
 

@@ -13,7 +13,7 @@ from arms import by_metric  # noqa: E402
 from pool import Arm, Pool, open_pool, pick_prompts, run_arm, token_weights_of  # noqa: E402
 from run import PROMPTS  # noqa: E402
 
-TOP_K = dict(target_means="none", target_top_k=128)  # distances other than cross entropy, over the target's 128 likeliest tokens
+TOP_K = dict(target_top_k=128)  # distances other than cross entropy, over the target's 128 likeliest tokens
 
 
 def recipes(pool: Pool, seed: int) -> dict[str, Arm]:
@@ -29,16 +29,17 @@ def recipes(pool: Pool, seed: int) -> dict[str, Arm]:
         "half": {},
         "half, CE weight 1": dict(token_weight=1.0),
         "half, CE alone": dict(token_weight=1.0, hidden_weight=0.0),
-        "half, top-k targets 8": dict(target_means="none", target_top_k=8),
-        "half, top-k targets 32": dict(target_means="none", target_top_k=32),
+        "half, top-k targets 8": dict(target_top_k=8),
+        "half, top-k targets 32": dict(target_top_k=32),
         "half, top-k targets 128": TOP_K,
-        "half, top-k targets 256": dict(target_means="none", target_top_k=256),
+        "half, top-k targets 256": dict(target_top_k=256),
         "half, reverse KL": TOP_K | dict(token_loss="reverse_kl"),
         "half, total variation": TOP_K | dict(token_loss="total_variation"),
         "half, hybrid": TOP_K | dict(token_loss="hybrid"),
-        "half, HASS 3": dict(hass_steps=3),
-        "half, equal FLOPs to HASS 3": dict(epochs=3 * epochs),
-        "half, HASS 3 and top-k loss": dict(hass_steps=3, hass_top_k_weight=1.0),
+        "half, half the epochs": dict(epochs=epochs // 2),  # HASS's steps
+        "half, HASS 3, half the epochs": dict(hass_steps=3, epochs=epochs // 2),
+        "half, HASS 3 and top-k loss, half the epochs": dict(hass_steps=3, hass_top_k_weight=1.0, epochs=epochs // 2),
+        "half, three halves of the epochs": dict(epochs=3 * epochs // 2),  # HASS's arithmetic
         "half, 4k vocabulary": dict(draft_vocab=4096),
         "half, 16k vocabulary": dict(draft_vocab=16384),
         "half, full vocabulary": dict(draft_vocab=0),

@@ -23,6 +23,7 @@ from jsfdd.models.draft import DraftConfig, draft_config, init_draft
 from jsfdd.models.sharding import shard_shape
 from jsfdd.models.target import init_params
 from jsfdd.selection.score import block_size
+from jsfdd.training.top_k_row import row_words
 
 
 class Lengths(NamedTuple):
@@ -109,21 +110,28 @@ def hidden_stage(config: DecoderConfig, lengths: Lengths, options: PlanConfig, i
     )
 
 
-def means_stage(config: DecoderConfig, lengths: Lengths, options: PlanConfig, itemsize: int, model_shards: int) -> Stage:
-    """The target's means of what is kept: its head over the stored hidden states that count, and back, once."""
+def known_stage(config: DecoderConfig, lengths: Lengths, options: PlanConfig, itemsize: int, model_shards: int) -> Stage:
+    """Of the target's distributions of what is kept, means or likeliest tokens, once.
+
+    Its head over the stored hidden states that count, and for the means back.
+    """
     kept = options.retain_ratio * float(lengths.tokens.sum())
     largest = max(_batch_shapes(lengths.tokens, options.batch_tokens), key=lambda shape: shape.rows * shape.length)
     head = 0 if config.tie_embeddings else config.vocab_size * config.hidden_size * itemsize / model_shards
+    if options.target_top_k:
+        name, products, words = "target top-k", 1, row_words(options.target_top_k, config.vocab_size, draft_vocab=0)
+    else:
+        name, products, words = "target means", 2, config.hidden_size + 1
     return Stage(
-        "target means",
+        name,
         {
             "target": param_bytes(config, itemsize, model_shards),
             "head": head,
             "batch": 3 * largest.rows * largest.length * config.hidden_size * 4,
             "temporaries": head_temporaries(config, _train_block(), model_shards, 2),
         },
-        2 * 2 * config.hidden_size * config.vocab_size * options.retain_ratio * float(lengths.counted.sum()),
-        disk=kept * (config.hidden_size + 1) * 2,
+        products * 2 * config.hidden_size * config.vocab_size * options.retain_ratio * float(lengths.counted.sum()),
+        disk=kept * words * 2,
     )
 
 
@@ -132,8 +140,8 @@ def train_stage(
 ) -> Stage:
     """The draft, its gradient and two moments in float32 on every device; the batch is split over the data shards.
 
-    The target stays where it is, and a head of its own is copied the other way round (`loss.borrow`). With the target's means a
-    token meets the head twice: for q's logits, and back.
+    The target stays where it is, and a head of its own is copied the other way round (`loss.borrow`). With what is stored of
+    the target a token meets the head twice: for q's logits, and back.
     """
     draft = draft_config(config)
     shapes = _batch_shapes(lengths.tokens, options.batch_tokens)
@@ -183,7 +191,7 @@ def plan_stages(config: DecoderConfig, lengths: Lengths, options: PlanConfig, de
     return [
         score_stage(config, lengths, options.batch_tokens, itemsize, model_shards),
         hidden_stage(config, lengths, options, itemsize, model_shards),
-        means_stage(config, lengths, options, itemsize, model_shards),
+        known_stage(config, lengths, options, itemsize, model_shards),
         train_stage(config, lengths, options, itemsize, model_shards, data_shards),
         evaluate_stage(config, options, itemsize, model_shards, data_shards),
     ]

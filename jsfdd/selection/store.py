@@ -22,8 +22,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jsfdd.files import differences, plain, written_whole
-from jsfdd.options import FeatureDtype
-from jsfdd.selection.row_format import decode, row_bytes
+from jsfdd.selection.row_format import RowDtype, decode, row_bytes
 
 MANIFEST = "manifest.json"
 _SHARD_NAME = re.compile(r"shard-\d{5,}\.bin")
@@ -41,7 +40,7 @@ class HiddenStore(Mapping[str, np.ndarray]):
       kept_for: what the samples were kept for, as the writer was told; None for a store of given samples.
     """
 
-    def __init__(self, rows: dict[str, np.ndarray], dtype: FeatureDtype, kept_for: dict | None):
+    def __init__(self, rows: dict[str, np.ndarray], dtype: RowDtype, kept_for: dict | None):
         self._rows, self.dtype, self.kept_for = rows, dtype, kept_for
 
     @classmethod

@@ -22,10 +22,9 @@ import numpy as np
 from jaxtyping import Float
 
 from jsfdd.files import plain
-from jsfdd.options import FeatureDtype
 from jsfdd.processes import agree, is_primary, several, wait_for_all
 from jsfdd.records import Sample
-from jsfdd.selection.row_format import encode
+from jsfdd.selection.row_format import RowDtype, encode
 from jsfdd.selection.store import (
     MANIFEST,
     check_belongs,
@@ -86,7 +85,7 @@ class HiddenWriter:
         self,
         directory: Path,
         hidden_size: int,
-        dtype: FeatureDtype,
+        dtype: RowDtype,
         identity: dict,
         shard_bytes: int = SHARD_BYTES,
         kept_for: dict | None = None,

@@ -28,13 +28,14 @@ class TrainingData(NamedTuple):
       samples: in any order.
       hidden: the target's hidden states after its final norm. What computes them should not wait for them: then the devices
         work on the next batch's while they take this step.
-      means: [T, D+1] each (`target_means.py`), or None for none.
+      known: of the target's distributions, a row each token, as `target_means.py` or `target_top_k.py` stores them; None where
+        the target's head is asked in each step.
       weights: float32[T] each, of the score positions in the loss; None weighs every counted token 1.
     """
 
     samples: Sequence[Sample]
     hidden: HiddenStates
-    means: PerToken | None = None
+    known: PerToken | None = None
     weights: PerToken | None = None
 
     def weight(self, sample: Sample) -> np.ndarray:
@@ -88,11 +89,11 @@ def _draft_batch(data: TrainingData, samples: Sequence[Sample], shape: Shape) ->
     hidden = batch.lengths
     if not callable(data.hidden):
         hidden = pad_rows([_stored(data.hidden, sample, "hidden states") for sample in samples], shape)
-    means = None
-    if data.means is not None:
-        means = pad_rows([_stored(data.means, sample, "target means") for sample in samples], shape)
+    known = None
+    if data.known is not None:
+        known = pad_rows([_stored(data.known, sample, "target distributions") for sample in samples], shape)
     weight = pad_rows([data.weight(sample) for sample in samples], shape)
-    return DraftBatch(batch.tokens, batch.counted, weight, hidden, means)
+    return DraftBatch(batch.tokens, batch.counted, weight, hidden, known)
 
 
 def _stored(store: PerToken, sample: Sample, what: str) -> np.ndarray:

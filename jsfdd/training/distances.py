@@ -6,6 +6,9 @@
     hybrid            the first + the third: total variation alone gives no slope where p and q hardly overlap
     top_k_loss        −Σ p log q over the target's k likeliest tokens alone (HASS, arXiv 2408.15766 §3.1)
 
+Between `coarse` outcomes, some tokens and all others as one, each is at most what it is between tokens: to join outcomes can
+only bring distributions nearer (the data-processing inequality), so what is found there is a lower bound.
+
 Logits are [V, N] float32 with the vocabulary on the *leading* axis, where XLA's CPU backend vectorises the sums; each
 function gives float32[N]. A draft logit of −inf is a token that the draft cannot propose; where log q stands, it is left out.
 """
@@ -14,7 +17,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 Logits = Float[Array, "V N"]
 PerToken = Float[Array, " N"]
@@ -45,10 +48,25 @@ def top_k_loss(target: Logits, draft: Logits, k: int) -> PerToken:
     return -jnp.sum(top_k_share(target, k) * _log_q(draft), axis=0)
 
 
+def first_k_loss(target: Logits, draft: Logits, k: int) -> PerToken:
+    """`top_k_loss` where the first `k` outcomes are known to be those: −Σ p log q over them, nats."""
+    return -jnp.sum((jax.nn.softmax(target, axis=0) * _log_q(draft))[:k], axis=0)
+
+
 def top_k_share(target: Logits, k: int) -> Logits:
     """p at the k likeliest tokens (and what ties with the last of them), 0 elsewhere; not normalised again."""
     least = jax.lax.top_k(target.T, k)[0][:, -1]
     return jnp.where(target >= least[None], jax.nn.softmax(target, axis=0), 0.0)
+
+
+def coarse(logits: Logits, tokens: Int[Array, "K N"]) -> Float[Array, "K1 N"]:
+    """Logits of fewer outcomes: of each distribution its own `tokens`, and last all the others together.
+
+    The last is −inf where there are no others, which is a draft's logit and not a target's.
+    """
+    columns = jnp.arange(logits.shape[1])[None]
+    others = logits.at[tokens, columns].set(-jnp.inf)
+    return jnp.concatenate([logits[tokens, columns], jax.nn.logsumexp(others, axis=0, keepdims=True)])
 
 
 def _log_q(draft: Logits) -> Logits:

@@ -27,16 +27,18 @@ def mean_figures(batches: Sequence[LossSums]) -> dict[str, float | list[float]]:
 
     `loss` is what is minimised, over all draft steps. The others are of the first step: `hidden_loss` (SmoothL1) and
     `token_loss` (the distance, with HASS's top-k loss); where the target's distributions were at hand also `agreement`
-    and `acceptance`, shares in [0, 1], with `kl` (nats) or, of a draft vocabulary, its `coverage`. Of several draft steps
-    `agreement_by_step` and `acceptance_by_step` are lists, each step's over the tokens that it counts.
+    and `acceptance`, shares in [0, 1], with `kl` (nats) or, of a draft vocabulary, its `coverage`; of the target's likeliest
+    tokens `agreement`, or that `coverage`. Of several draft steps `agreement_by_step` and `acceptance_by_step` are lists, each
+    step's over the tokens that it counts.
     """
     count = max(_total(sums.counted for sums in batches), 1.0)
     by_step = [_step_figures([sums.steps[n] for sums in batches]) for n in range(len(batches[0].steps) if batches else 0)]
     if not by_step:
         return {}
     figures = {"loss": _total(sums.total for sums in batches) / count, **by_step[0]}
-    if len(by_step) > 1 and "agreement" in figures:
-        figures |= {f"{name}_by_step": [each[name] for each in by_step] for name in ("agreement", "acceptance")}
+    if len(by_step) > 1:
+        names = [name for name in ("agreement", "acceptance") if name in figures]
+        figures |= {f"{name}_by_step": [each[name] for each in by_step] for name in names}
     return figures
 
 

@@ -24,7 +24,8 @@ from jsfdd.models.draft import DraftConfig, allowed_tokens, draft_steps
 from jsfdd.models.target import embed_tokens
 from jsfdd.options import TrainingOptions
 from jsfdd.records import DraftBatch
-from jsfdd.training.token_loss import Distance, TokenSums, mean_loss, token_loss
+from jsfdd.training.token_loss import Distance, TokenSums, coarse_loss, mean_loss, token_loss
+from jsfdd.training.top_k_row import num_outcomes, unpack
 
 
 class StepSums(NamedTuple):
@@ -89,8 +90,8 @@ def loss_sums(
 
     Args:
       frozen: from `borrow`.
-      batch: where it has the target's means, they stand for the target's distributions, and of the head only the rows
-        of the draft's vocabulary are needed (`restrict`); else the whole head is asked again.
+      batch: where it has what is known of the target's distributions, its likeliest tokens with --target-top-k and else its
+        means, of the head only the rows of the draft's vocabulary are needed (`restrict`); else the whole head is asked again.
       noise_keys: one key per row for the noise on the input, or None for none, as in evaluation.
       block: how many tokens meet the vocabulary at a time.
     """
@@ -102,18 +103,21 @@ def loss_sums(
     compute = jnp.dtype(options.compute_dtype)
     params, embedding, inputs = jax.tree.map(lambda x: x.astype(compute), (draft_params, embedding, inputs))
 
-    allowed = allowed_tokens(draft_config)
+    allowed, k = allowed_tokens(draft_config), options.target_top_k
 
     def of_step(predicted, weight) -> StepSums:
         distance = jnp.mean(optax.losses.huber_loss(predicted, truth), axis=-1)
         hidden_loss = jnp.sum(jnp.where(weight > 0, weight * distance, 0.0))
         rows = weight.size
         predicted, weight = predicted.reshape(rows, -1), weight.reshape(rows)
-        if batch.means is None:
+        if batch.known is None:
             truth_rows = truth.reshape(rows, -1)
             tokens = token_loss(Distance.of(options), block, frozen.output, predicted, truth_rows, weight, allowed)
+        elif options.target_top_k:
+            known = unpack(batch.known[:, 1:].reshape(rows, -1), k, num_outcomes(k, allowed is not None))
+            tokens = coarse_loss(Distance.of(options), block, frozen.output, predicted, *known, weight)
         else:
-            means = batch.means[:, 1:].reshape(rows, -1)
+            means = batch.known[:, 1:].reshape(rows, -1)
             mass = means[:, -1].astype(jnp.float32)
             tokens = mean_loss(block, frozen.output, predicted, means[:, :-1], mass, weight)
         return StepSums(hidden_loss, tokens)

@@ -12,7 +12,6 @@ of tokens that do not count are 0.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -23,16 +22,14 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from jsfdd.data.batches import choose_shapes, make_batches
-from jsfdd.mesh import map_over_devices, own_rows
+from jsfdd.mesh import map_over_devices
 from jsfdd.models.counted import fold_counted
-from jsfdd.progress import progress as show_progress
 from jsfdd.records import DraftBatch
 from jsfdd.selection.store import HiddenStore
-from jsfdd.selection.store_writer import HiddenWriter
-from jsfdd.training.batch import TrainingData, device_batch, padded_rows, weights_digest
+from jsfdd.training.batch import TrainingData
 from jsfdd.training.distances import top_k_share
 from jsfdd.training.loss import Borrowed
+from jsfdd.training.target_store import store_target
 from jsfdd.training.token_loss import Distance, row_logits, times_head
 
 
@@ -97,34 +94,20 @@ def store_means(
     vocabulary: tuple[int, ...] = (),
     progress: bool = True,
 ) -> HiddenStore:
-    """The store in `directory` with the means of all samples, after computing those it lacks.
-
-    Args:
-      data: its hidden states and weights are read.
-      frozen: from `loss.borrow`, on `mesh`.
-      batch_tokens: tokens of a batch.
-      identity: what the hidden states depend on; what else the means depend on is added.
-      dtype: of the store.
-      vocabulary: the draft's, empty for all tokens.
-
-    Raises: as `HiddenWriter` and `device_batch` do.
-    """
-    lengths = [len(sample.tokens) for sample in data.samples]
-    plans = make_batches(lengths, choose_shapes(lengths, batch_tokens))
+    """The store in `directory` with the means of all samples, after computing those it lacks; as `store_target`."""
     of_means = {"top_k": distance.top_k if distance.top_k_weight else 0, "top_k_weight": distance.top_k_weight}
-    if vocabulary:
-        of_means["vocabulary"] = hashlib.sha256(np.array(vocabulary, np.int32).tobytes()).hexdigest()
-    identity = {**identity, "means": of_means | ({} if data.weights is None else {"weights": weights_digest(data)})}
-    step = make_means_step(distance, mesh, block, dtype, vocabulary)
-    with HiddenWriter(directory, frozen.output.shape[1] + 1, dtype, identity) as writer:
-        missing = [plan for plan in plans if any(data.samples[i].id not in writer.ids for i in plan.indices)]
-        done = len(plans) - len(missing)
-        with show_progress("target means", "batches", len(plans), finished=done, shown=progress) as bar:
-            for number, plan in enumerate(missing, done + 1):
-                means = step(frozen, device_batch(data, plan.indices, plan.shape, mesh))
-                per_shard = padded_rows(plan.shape, mesh) // mesh.shape["data"]
-                for shard, rows in own_rows(means, mesh).items():
-                    own = [data.samples[i] for i in plan.indices[shard * per_shard : (shard + 1) * per_shard]]
-                    writer.add_missing(own, np.asarray(rows))
-                bar.update(number)
-    return HiddenStore.open(directory, identity)
+    return store_target(
+        data,
+        frozen,
+        make_means_step(distance, mesh, block, dtype, vocabulary),
+        mesh,
+        width=frozen.output.shape[1] + 1,
+        dtype=dtype,
+        batch_tokens=batch_tokens,
+        directory=directory,
+        identity=identity,
+        name="means",
+        settings=of_means,
+        vocabulary=vocabulary,
+        progress=progress,
+    )

@@ -2,7 +2,7 @@
 
 The head dominates training: for SmolLM2 it is 85-90% of a step's arithmetic. So only tokens that count visit it, a block
 at a time, nothing of size tokens × V outlives its block, and the gradient is worked out in the forward pass while the
-logits are at hand: the backward pass only scales it. Two ways there:
+logits are at hand: the backward pass only scales it. Three ways there:
 
 `token_loss` takes any distance of `distances.py` and three products with the head: p's logits, q's, and back.
 
@@ -12,6 +12,10 @@ logits are at hand: the backward pass only scales it. Two ways there:
 
 Exact, with two products, and p's own logits are never needed again once e is stored (`target_means.py`). It holds for
 any p' ≥ 0 that does not sum to 1 as well, such as p with the top k counted twice: H = mass · logsumexp(z_q) − e · g.
+
+`coarse_loss` knows of p its likeliest tokens and the mass of the others (`target_top_k.py`), and takes any distance between
+coarse outcomes with two products as well. The distance between all tokens is at least as large (`distances.py`), and equal
+where all tokens are among the likeliest; the gradient moves the other tokens' probabilities together, in proportion.
 """
 
 from __future__ import annotations
@@ -21,11 +25,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from jsfdd.models.counted import fold_counted
 from jsfdd.options import TrainingOptions
-from jsfdd.training.distances import DISTANCES, cross_entropy, top_k_loss, total_variation
+from jsfdd.training.distances import DISTANCES, coarse, cross_entropy, first_k_loss, top_k_loss, total_variation
 
 
 class Distance(NamedTuple):
@@ -44,8 +48,8 @@ class Distance(NamedTuple):
 class TokenSums(NamedTuple):
     """Sums over counted tokens, each times its weight, float32 scalars; divided by `counted` they are means.
 
-    The last five are None where only the target's means are known, the entropies with a draft vocabulary, and `coverage`
-    without one.
+    The last five are None where only the target's means are known, of its likeliest tokens all but `agreement` or `coverage`,
+    the entropies with a draft vocabulary, and `coverage` without one.
     """
 
     counted: Float[Array, ""]  # the weights' own sum; without weights, the tokens that count
@@ -144,6 +148,51 @@ def _with_mean(block, head, predicted, mean, mass, weight, with_gradient):
     return _visit_tokens(of_block, empty, block, head, predicted, weight, with_gradient)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def coarse_loss(
+    distance: Distance,
+    block: int,
+    head: Float[Array, "V D"],
+    predicted: Float[Array, "R D"],
+    log_probs: Float[Array, "R M"],
+    ids: Int[Array, "R K"],
+    weight: Float[Array, " R"],
+) -> TokenSums:
+    """The distance between coarse outcomes of a target of which some tokens' probabilities are known, and q's.
+
+    Args:
+      log_probs: log p of the tokens `ids`, likeliest first, and of all others together; where one more is given, it is of what
+        no row of `head` stands for (a draft vocabulary). Need not be normalised.
+      ids: rows of `head`.
+
+    The other arguments, and what has a gradient, as in `token_loss`.
+    """
+    return _with_outcomes(distance, block, head, predicted, log_probs, ids, weight, with_gradient=False)[0]
+
+
+def _with_outcomes(distance, block, head, predicted, log_probs, ids, weight, with_gradient):
+    limited = log_probs.shape[1] == ids.shape[1] + 2
+
+    def of_block(rows, z_q):
+        known, tokens = _rows(log_probs, rows).T, _rows(ids, rows).T
+
+        def minimised(z_q):
+            outcomes = jnp.pad(coarse(z_q, tokens), ((0, limited), (0, 0)), constant_values=-jnp.inf)
+            loss = DISTANCES[distance.name](known, outcomes)
+            if not distance.top_k_weight:
+                return loss
+            return loss + distance.top_k_weight * first_k_loss(known, outcomes, distance.top_k)
+
+        value, pull_back = jax.vjp(minimised, z_q)
+        agreement = None if limited else z_q[tokens[0], jnp.arange(len(rows))] == jnp.max(z_q, axis=0)
+        coverage = 1.0 - jax.nn.softmax(known, axis=0)[-1] if limited else None
+        sums = TokenSums(jnp.ones(rows.shape), value, None, None, agreement, None, coverage)
+        return sums, lambda: times_head(pull_back(jnp.ones_like(value))[0], head)
+
+    empty = TokenSums(0.0, 0.0, None, None, None if limited else 0.0, None, 0.0 if limited else None)
+    return _visit_tokens(of_block, empty, block, head, predicted, weight, with_gradient)
+
+
 def _visit_tokens(of_block, empty, block, head, predicted, weight, with_gradient):
     """(weighted sums over counted tokens, d distance / d predicted [R, D], or [0, D] unless asked for).
 
@@ -201,5 +250,14 @@ def _mean_loss_backward(block, gradient, cotangent: TokenSums):
     return None, gradient * cotangent.distance, None, None, None
 
 
+def _coarse_loss_forward(distance, block, *arguments):
+    return _with_outcomes(distance, block, *arguments, with_gradient=True)
+
+
+def _coarse_loss_backward(distance, block, gradient, cotangent: TokenSums):
+    return None, gradient * cotangent.distance, None, None, None
+
+
 token_loss.defvjp(_token_loss_forward, _token_loss_backward)
 mean_loss.defvjp(_mean_loss_forward, _mean_loss_backward)
+coarse_loss.defvjp(_coarse_loss_forward, _coarse_loss_backward)

@@ -83,6 +83,8 @@ def draft_of(target_config: DecoderConfig, options: TrainingOptions, samples: Se
     """The draft that these options train on `samples`. ValueError where they ask for more tokens than the target has."""
     if options.hass_top_k_weight and options.hass_top_k > target_config.vocab_size:
         raise ValueError(f"--hass-top-k: {options.hass_top_k} exceeds the target's vocabulary of {target_config.vocab_size}")
+    if options.target_top_k > target_config.vocab_size:
+        raise ValueError(f"--target-top-k: {options.target_top_k} exceeds the target's vocabulary of {target_config.vocab_size}")
     vocabulary = frequent_tokens(samples, options.draft_vocab, target_config.vocab_size) if options.draft_vocab else ()
     return draft_config(target_config, options.fc_bias, vocabulary)
 
@@ -121,7 +123,7 @@ def train(
 
     Args:
       target_config, target_params: the target; of its parameters only embedding and head are used.
-      data, held_out: two sides of `split_held_out`, of the first only the selected; means and weights matter to the first.
+      data, held_out: two sides of `split_held_out`, of the first only the selected; `known` and `weights` matter to the first.
       config: `config.out` receives checkpoints/, metrics.jsonl and timings.jsonl.
       identity: JSON-ready; what else the result depends on (the target's fingerprint, the data's hash, …). A run is
         only continued with the same identity, options, samples and shapes.
@@ -183,7 +185,7 @@ def train(
         earlier = read_lines(metrics_path) if metrics_path.exists() else []
         best_tau = max((line["probe"]["tau"] for line in earlier if "probe" in line), default=0.0)
 
-        products = 3 if data.means is None else 2
+        products = 3 if data.known is None else 2
         throughput = Throughput(draft, mesh, np.array(lengths), counted, products, config.hass_steps)
         pending: list[tuple[int, Sequence[BatchPlan], StepMetrics]] = []  # since the last line, figures on the device
         laps = Laps()

@@ -1,0 +1,93 @@
+"""What the target's likeliest tokens keep of its distributions, on which disk, at which cost a step. See README.md."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from jsfdd.config import TrainConfig
+from jsfdd.data.batches import Shape
+from jsfdd.loading import load
+from jsfdd.mesh import describe_hardware
+from jsfdd.selection.features import make_recompute
+from jsfdd.selection.row_format import row_bytes
+from jsfdd.training.batch import TrainingData, device_batch
+from jsfdd.training.loss import borrow
+from jsfdd.training.step import block_size, init_state, make_optimizer, make_train_step
+from jsfdd.training.target_means import make_means_step
+from jsfdd.training.target_top_k import make_top_k_step
+from jsfdd.training.token_loss import Distance
+from jsfdd.training.top_k_row import row_words, unpack
+from jsfdd.training.train import draft_of
+
+HERE = Path(__file__).parent
+KS = (8, 32, 128, 256)
+
+
+def main() -> None:
+    smoke = os.environ.get("SMOKE") == "1"
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, nargs="+", required=True, help="chats, best the target's own")
+    parser.add_argument("--chats", type=int, default=4 if smoke else 48)
+    parser.add_argument("--turns", type=int, default=1 if smoke else 7)
+    given = parser.parse_args()
+    options = TrainConfig(
+        target="smollm2", data=tuple(given.data), out=HERE, max_length=256, batch_tokens=1024, hidden_noise=0.0
+    )
+    loaded = load(options)
+    target, mesh = loaded.target, loaded.mesh
+    frozen, draft = borrow(target.config, target.params), draft_of(target.config, options, loaded.samples)
+    samples = [loaded.samples[i] for i in np.random.default_rng(0).permutation(len(loaded.samples))[: given.chats]]
+    data = TrainingData(samples, make_recompute(target.config, target.params, mesh, "bfloat16"))
+
+    steps = {k: make_top_k_step(k, mesh, block_size(mesh)) for k in KS}
+    masses, longest = {k: [] for k in KS}, Shape(4, options.max_length)
+    for start in range(0, len(samples), longest.rows):
+        batch = device_batch(data, range(start, min(start + longest.rows, len(samples))), longest, mesh)
+        rows = np.asarray(steps[max(KS)](frozen, batch))[np.asarray(batch.counted)]
+        p = np.exp(np.asarray(unpack(rows, max(KS), max(KS) + 1)[0], np.float64))
+        for k in KS:
+            masses[k] += (p[:, :k].sum(axis=1) / p.sum(axis=1)).tolist()
+
+    known = {f"top {k}": steps[k](frozen, batch) for k in (8, 32, 256)}
+    known |= {"head": None, "means": make_means_step(Distance("cross_entropy"), mesh, block_size(mesh), "bfloat16")(frozen, batch)}
+    optimizer, made = make_optimizer(options, 1000), {}
+    for name, rows in known.items():
+        k = int(name.removeprefix("top ")) if name.startswith("top ") else 0
+        step = make_train_step(target.config, draft, optimizer, mesh, dataclasses.replace(options, target_top_k=k))
+        made[name] = [step, init_state(draft, optimizer, 0), batch._replace(known=rows)]
+    seconds = {name: [] for name in made}
+    for turn in range(given.turns + 2):  # the first two compile: once for a fresh state, once for a program's own
+        for name, (step, state, own) in made.items():
+            begin = time.perf_counter()
+            made[name][1], _ = jax.block_until_ready(step(frozen, state, own))
+            if turn > 1:
+                seconds[name].append(time.perf_counter() - begin)
+
+    width, vocab_size = target.config.hidden_size, target.config.vocab_size
+    results = {
+        "hardware": describe_hardware(),
+        "tokens": len(masses[KS[0]]),
+        "mass": {k: {"mean": np.mean(m), "tenth": np.quantile(m, 0.1), "below_0.9": np.mean(np.array(m) < 0.9)}
+                 for k, m in masses.items()},
+        "bytes_a_token": {"means": row_bytes("bfloat16", width + 1)} | {k: 2 * row_words(k, vocab_size, 0) for k in KS},
+        "counted_in_step": int(np.asarray(batch.counted).sum()),
+        "turns": given.turns,
+        "median_seconds": {name: statistics.median(values) for name, values in seconds.items()},
+        "times_means": {name: sorted(a / b for a, b in zip(values, seconds["means"])) for name, values in seconds.items()},
+    }  # fmt: skip
+    print(json.dumps(results, indent=1, default=float))
+    if not smoke:
+        (HERE / "results.json").write_text(json.dumps(results, indent=1, default=float) + "\n")
+
+
+if __name__ == "__main__":
+    main()
