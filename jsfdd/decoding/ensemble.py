@@ -137,5 +137,6 @@ def _check_equal(drafts: dict[str, DraftConfig], facts: Callable[[DraftConfig], 
     for other, its_config in others:
         for name, value in facts(config).items():
             if value != (its := facts(its_config)[name]):
-                values = " and ".join(textwrap.shorten(str(each), 60, placeholder="…") for each in (value, its))
-                raise ValueError(f"drafts {first} and {other} cannot be combined: {name} is {values}")
+                shown = [textwrap.shorten(str(each), 60, placeholder="…") for each in (value, its)]
+                how = "differs further on" if shown[0] == shown[1] else f"is {' and '.join(shown)}"
+                raise ValueError(f"drafts {first} and {other} cannot be combined: {name} {how}")
