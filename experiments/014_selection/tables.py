@@ -20,6 +20,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 HERE = Path(__file__).parent
 RESAMPLES = 4000
 TEMPERATURES = ("T=0", "T=1")
+OTHERS = ("half", "EAGLE-2", "HASS")  # arms of other experiments in the same directory
 
 
 class Runs(NamedTuple):
@@ -113,9 +114,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=HERE)
     options = parser.parse_args()
-    runs = read_runs(options.work)
-    kept = json.loads((options.work / "answers_0.0.json").read_text())
-    sources = np.array([dict(zip(kept["prompts"], (s["source"] for s in kept["samples"])))[i] for i in sorted(set(kept["prompts"]))])
+    options.out.mkdir(parents=True, exist_ok=True)
+    runs = {name: each for name, each in read_runs(options.work).items() if not name.startswith(OTHERS)}
+    sources = sources_of(options.work)
     results = {
         "hardware": describe_hardware(),
         "seconds": json.loads((options.work / "seconds.json").read_text()),
@@ -130,6 +131,8 @@ def main() -> None:
         control = f"random {share.group(1)}%" if share else None
         if "equal steps" in name:
             control += " equal steps"
+        if "of the tokens" in name:
+            control = "full, random 50% of the tokens"
         if control in runs and control != name:
             shared = each.emitted.keys() & runs[control].emitted.keys()
             results["minus_random"][name] = {t: difference(each, runs[control], t) for t in sorted(shared)}
@@ -137,6 +140,13 @@ def main() -> None:
     _print(results)
     _plot_arms(results, options.out / "tau.png")
     _plot_ratios(results, options.out / "ratios.png")
+
+
+def sources_of(work: Path) -> np.ndarray:
+    """The benchmark of every prompt."""
+    kept = json.loads((work / "answers_0.0.json").read_text())
+    of_prompt = dict(zip(kept["prompts"], (sample["source"] for sample in kept["samples"])))
+    return np.array([of_prompt[i] for i in sorted(of_prompt)])
 
 
 def _print(results: dict) -> None:

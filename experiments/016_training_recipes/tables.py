@@ -1,0 +1,49 @@
+"""The table of the recipes that were run. See README.md."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "014_selection"))
+from tables import difference, read_runs, sources_of, summary  # noqa: E402
+
+from jsfdd.mesh import describe_hardware  # noqa: E402
+
+BASE = "flatness 50%"  # the same chats, steps and seed, with cross entropy on stored means: what the recipes change
+ALSO = ("full", "full, flatness 50% of the tokens", "full, random 50% of the tokens", "full, half the epochs")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=HERE)
+    options = parser.parse_args()
+    runs, sources = read_runs(options.work), sources_of(options.work)
+    names = [BASE, *(name for name in runs if name.startswith("half") or name in ALSO)]
+    results = {
+        "hardware": describe_hardware(),
+        "arms": {name: summary(runs[name], sources) for name in names},
+        "minus_half": {name: difference(runs[name], runs[BASE], "T=0") for name in names[1:]},
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    print("| arm | steps | tokens in the loss | CPU seconds | of a store of its own | τ, T=0 | − half |")
+    print("|---|---|---|---|---|---|---|")
+    for name in sorted(names, key=lambda name: -results["arms"][name]["T=0"]["tau"]):
+        arm, d = results["arms"][name], results["minus_half"].get(name)
+        t = arm["T=0"]
+        own = runs[name].rows[0]["cpu_seconds_of_own_store"] if "cpu_seconds_of_own_store" in runs[name].rows[0] else 0
+        cells = [
+            name, str(arm["steps"]), f"{arm['tokens_in_loss']:,}", f"{arm['cpu_seconds'][0]:.0f}", f"{own:.0f}",
+            f"{t['tau']:.3f} [{t['low']:.3f}, {t['high']:.3f}]",
+            f"{d['difference']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]" if d else "",
+        ]  # fmt: skip
+        print("| " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()
