@@ -1,14 +1,16 @@
 """One pool of chats, read by the target once, on which any number of drafts are trained and judged. See README.md.
 
-    pool = open_pool(data, prompts, work, …)      # scores, hidden states, target means, recorded answers: computed once, kept
+    pool = open_pool(options)                     # scores, hidden states, target means, recorded answers: computed once, kept
     row = run_arm(pool, name, arm)                # trains one draft, judges it on all recorded answers; done arms are read
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import hashlib
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,6 +41,9 @@ from jsfdd.training.token_loss import Distance
 from jsfdd.training.train import TIMINGS
 from jsfdd.weights.checkpoint import load_draft
 
+SMOKE = os.environ.get("SMOKE") == "1"
+PROMPTS = {"gsm8k": 2, "qa": 2} if SMOKE else {"mt_bench": 30, "gsm8k": 40, "alpaca": 40, "sum": 8, "qa": 40}
+MAX_NEW_TOKENS = 8 if SMOKE else 48
 GAMMA, AHEAD = 4, 5
 TRAIN_BATCH_TOKENS = 512  # small steps: a draft of few chats should have many
 
@@ -59,17 +64,26 @@ class Pool(NamedTuple):
     recorded: dict[float, replay.Recorded]
     judges: dict[float, tuple]  # (hidden states of the recorded answers, what is compiled for which shape of draft)
 
-def open_pool(
-    data: Path, prompts: list[Prompt], work: Path, *, draft_vocab: int, epochs: int, max_new_tokens: int,
-    temperatures: Sequence[float] = (0.0,), chats: int | None = None, batch_size: int = 40,
-) -> Pool:  # fmt: skip
+def pool_parser(description: str, epochs: int) -> argparse.ArgumentParser:
+    """The options that all experiments on a pool have."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--data", type=Path, required=True, help="chats, best with the target's own answers")
+    parser.add_argument("--prompts", type=Path, required=True, help="folder with " + ", ".join(f"{n}.jsonl" for n in PROMPTS))
+    parser.add_argument("--work", type=Path, required=True, help="directory for all that is computed; continued")
+    parser.add_argument("--chats", type=int, default=16 if SMOKE else 430, help="how many of the data")
+    parser.add_argument("--epochs", type=int, default=min(epochs, 2) if SMOKE else epochs)
+    return parser
+
+
+def open_pool(options: argparse.Namespace, temperatures: Sequence[float] = (0.0,), batch_size: int = 40) -> Pool:
     """Compute, or read again, what the arms share. Seconds of each part go to WORK/seconds.json.
 
-    `chats`: arms are made from the first so many; answers are recorded at `temperatures`.
+    Arms are made from the first `options.chats` chats; answers are recorded at `temperatures`.
     """
-    shared = dict(target="smollm2", data=(data,), max_length=384, batch_tokens=1024)
+    prompts, work = pick_prompts(options.prompts, PROMPTS), options.work
+    shared = dict(target="smollm2", data=(options.data,), max_length=384, batch_tokens=1024)
     base = TrainConfig(
-        **shared, out=work, epochs=epochs, learning_rate=1e-3, draft_vocab=draft_vocab, log_every=20, save_every=100_000,
+        **shared, out=work, epochs=options.epochs, learning_rate=1e-3, draft_vocab=8192, log_every=20, save_every=100_000,
         held_out_share=0.0,
     )  # fmt: skip
     config = ScoreConfig(**shared, out=work, per_token=True, keep_features=("full",), held_out_share=0.0)
@@ -83,7 +97,7 @@ def open_pool(
     recorded, judges = {}, {}
     for temperature in temperatures:
         with timed(work, f"record at {temperature}"):
-            recorded[temperature] = _recorded(loaded, prompts, work, temperature, max_new_tokens, batch_size)
+            recorded[temperature] = _recorded(loaded, prompts, work, temperature, batch_size)
         directory = work / f"answers_{temperature}"
         digest = hashlib.sha256(b"".join(sample.tokens.tobytes() for sample in recorded[temperature].samples)).hexdigest()
         with timed(work, f"read at {temperature}"):
@@ -92,7 +106,7 @@ def open_pool(
                 batch_tokens=4096, directory=directory, identity={"answers": digest}, dtype="float32",
             )  # fmt: skip
         judges[temperature] = (states, {})
-    samples = loaded.samples[:chats]
+    samples = loaded.samples[: options.chats]
     shapes = choose_shapes([len(sample.tokens) for sample in samples], TRAIN_BATCH_TOKENS)
     table = join([table], [sample.id for sample in samples])
     return Pool(work, loaded, samples, shapes, base, table, store, draft, means, prompts, recorded, judges)
@@ -110,12 +124,12 @@ def known_of(config: TrainConfig, loaded: Loaded, data: TrainingData, draft: Dra
     return store_means(data, frozen, Distance.of(config), loaded.mesh, **shared)
 
 
-def _recorded(loaded: Loaded, prompts, work: Path, temperature: float, max_new_tokens: int, batch_size: int) -> replay.Recorded:
+def _recorded(loaded: Loaded, prompts, work: Path, temperature: float, batch_size: int) -> replay.Recorded:
     path = work / f"answers_{temperature}.json"
     if not path.exists():
         recorded = replay.record(
             loaded.target, prompts, loaded.mesh,
-            temperature=temperature, max_new_tokens=max_new_tokens, ahead=AHEAD, batch_size=batch_size, seed=0,
+            temperature=temperature, max_new_tokens=MAX_NEW_TOKENS, ahead=AHEAD, batch_size=batch_size, seed=0,
         )  # fmt: skip
         rows = [
             {"id": s.id, "source": s.source, "tokens": s.tokens.tolist(), "answer": int(s.assistant_mask.sum())}
@@ -128,7 +142,7 @@ def _recorded(loaded: Loaded, prompts, work: Path, temperature: float, max_new_t
         tokens = np.array(row["tokens"], np.int32)
         samples.append(Sample(row["id"], row["source"], tokens, np.arange(len(tokens)) >= len(tokens) - row["answer"]))
     return replay.Recorded(
-        samples, np.array(kept["prompts"]), temperature, max_new_tokens, AHEAD, loaded.target.stop_tokens
+        samples, np.array(kept["prompts"]), temperature, MAX_NEW_TOKENS, AHEAD, loaded.target.stop_tokens
     )
 
 

@@ -81,7 +81,8 @@ def difference(a: Runs, b: Runs, temperature: str) -> dict:
     times, seeds = draws(a.emitted[temperature].shape[1], len(common))
     values = resampled(a, temperature, times, seeds) - resampled(b, temperature, times, seeds)
     low, high = np.percentile(values, [2.5, 97.5])
-    return {"difference": tau(a, temperature) - tau(b, temperature), "low": float(low), "high": float(high), "seeds": len(common)}
+    middle = tau(a, temperature) - tau(b, temperature)
+    return {"difference": middle, "low": float(low), "high": float(high), "seeds": len(common)}
 
 
 def _with_seeds(runs: Runs, seeds: Sequence[int]) -> Runs:
@@ -151,8 +152,9 @@ def sources_of(work: Path) -> np.ndarray:
 
 def _print(results: dict) -> None:
     benchmarks = list(results["prompts"])
-    print("| arm | samples | steps | T=0: τ [95%] | " + " | ".join(benchmarks) + " | T=1: τ [95%] | − full, T=0 | − random, T=0 |")
-    print("|---" * (7 + len(benchmarks)) + "|")
+    head = ["arm (seeds)", "samples", "steps", "T=0: τ [95%]", *benchmarks, "T=1: τ [95%]", "− full, T=0", "− random, T=0"]
+    print("| " + " | ".join(head) + " |")
+    print("|---" * len(head) + "|")
     for name, arm in sorted(results["arms"].items(), key=lambda item: -item[1]["T=0"]["tau"]):
         t0, t1 = arm["T=0"], arm.get("T=1")
         cells = [f"{name} ({len(arm['seeds'])})", str(arm["samples"]), str(arm["steps"])]
@@ -174,7 +176,7 @@ def _plot_arms(results: dict, path: Path) -> None:
             arm = results["arms"][name].get(t)
             if arm is None:
                 continue
-            colour = "C3" if name.startswith("flatness") else "C7" if name.startswith("random") else "k" if name == "full" else "C0"
+            colour = {"flatness": "C3", "random": "C7", "full": "k"}.get(name.split()[0], "C0")
             axis.plot([arm["low"], arm["high"]], [row, row], color=colour, lw=1.5)
             axis.plot(arm["by_seed"], [row] * len(arm["by_seed"]), "|", color=colour, ms=6)
             axis.plot(arm["tau"], row, "o", color=colour, ms=4)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -16,8 +14,7 @@ import numpy as np
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "014_selection"))
-from pool import Pool, open_pool, pick_prompts  # noqa: E402
-from run import PROMPTS  # noqa: E402
+from pool import SMOKE, Pool, open_pool, pool_parser  # noqa: E402
 
 from jsfdd.data.batches import epoch_batches, make_batches  # noqa: E402
 from jsfdd.evaluation.intervals import interval, resample_ratios  # noqa: E402
@@ -37,19 +34,8 @@ FIGURES = ("cross_entropy", "l1", "gradient", "acceptance")
 
 
 def main() -> None:
-    smoke = os.environ.get("SMOKE") == "1"
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--prompts", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True, help="the pool's directory (experiment 014)")
-    parser.add_argument("--epochs", type=int, default=2 if smoke else 6)
-    parser.add_argument("--chats", type=int, default=16 if smoke else 430, help="how many of the data")
-    options = parser.parse_args()
-    prompts = pick_prompts(options.prompts, {"gsm8k": 2, "qa": 2} if smoke else PROMPTS)
-    pool = open_pool(
-        options.data, prompts, options.work, draft_vocab=8192, epochs=options.epochs, max_new_tokens=8 if smoke else 48,
-        chats=options.chats,
-    )  # fmt: skip
+    options = pool_parser(__doc__, epochs=6).parse_args()
+    pool = open_pool(options)
     kept, held_out = training.split_held_out(pool.samples, 0.15)
     flatness, owner = _flatness(pool, held_out)
     edges = np.quantile(flatness, np.linspace(0, 1, BINS + 1))
@@ -75,7 +61,7 @@ def main() -> None:
         "flatness_edges": edges.tolist(), "by_epoch_and_bin": _by_bin(seen, bins),
     }  # fmt: skip
     results["change_of_l1"] = _changes(seen, bins, owner)
-    out = options.work if smoke else HERE
+    out = options.work if SMOKE else HERE
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     _plot(seen, bins, out / "dynamics.png")
 

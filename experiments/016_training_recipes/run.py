@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "014_selection"))
 from arms import by_metric  # noqa: E402
-from pool import Arm, Pool, open_pool, pick_prompts, run_arm, token_weights_of  # noqa: E402
-from run import PROMPTS  # noqa: E402
+from pool import Arm, Pool, open_pool, pool_parser, run_arm, token_weights_of  # noqa: E402
 
 TOP_K = dict(target_top_k=128)  # distances other than cross entropy, over the target's 128 likeliest tokens
 
@@ -53,21 +50,11 @@ def recipes(pool: Pool, seed: int) -> dict[str, Arm]:
 
 
 def main() -> None:
-    smoke = os.environ.get("SMOKE") == "1"
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--prompts", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True, help="the pool's directory (experiment 014)")
+    parser = pool_parser(__doc__, epochs=4)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--chats", type=int, default=16 if smoke else 430, help="how many of the data")
-    parser.add_argument("--epochs", type=int, default=2 if smoke else 4)
     parser.add_argument("--only", nargs="+", help="parts of names; all unless given")
     options = parser.parse_args()
-    prompts = pick_prompts(options.prompts, {"gsm8k": 2, "qa": 2} if smoke else PROMPTS)
-    pool = open_pool(
-        options.data, prompts, options.work, draft_vocab=8192, epochs=options.epochs, max_new_tokens=8 if smoke else 48,
-        chats=options.chats,
-    )  # fmt: skip
+    pool = open_pool(options)
     for seed in options.seeds:
         for name, arm in recipes(pool, seed).items():
             if not options.only or any(part in name for part in options.only):

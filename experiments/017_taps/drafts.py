@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import os
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "014_selection"))
-from pool import Arm, Pool, open_pool, pick_prompts, run_arm  # noqa: E402
-from run import PROMPTS  # noqa: E402
+from pool import SMOKE, Arm, Pool, open_pool, pool_parser, run_arm  # noqa: E402
 
 from jsfdd.selection.mixture import mixture  # noqa: E402
 
@@ -36,20 +33,12 @@ def arms(pool: Pool, training: str, size: int, seed: int, epochs: int) -> dict[s
 
 
 def main() -> None:
-    smoke = os.environ.get("SMOKE") == "1"
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--prompts", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True, help="the pool's directory (experiment 014)")
+    parser = pool_parser(__doc__, epochs=5)
     parser.add_argument("--trainings", nargs="+", choices=TRAININGS, default=list(TRAININGS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--size", type=int, default=8 if smoke else 150, help="chats of a specialist")
-    parser.add_argument("--epochs", type=int, default=1 if smoke else 5)
+    parser.add_argument("--size", type=int, default=4 if SMOKE else 150, help="chats of a specialist")
     options = parser.parse_args()
-    prompts = pick_prompts(options.prompts, {"gsm8k": 2, "qa": 2} if smoke else PROMPTS)
-    pool = open_pool(
-        options.data, prompts, options.work, draft_vocab=8192, epochs=options.epochs, max_new_tokens=8 if smoke else 48
-    )
+    pool = open_pool(options)
     for seed in options.seeds:
         for training in options.trainings:
             for name, arm in arms(pool, training, options.size, seed, options.epochs).items():

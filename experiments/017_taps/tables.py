@@ -1,10 +1,8 @@
-"""Acceptance of the drafts of experiment 017, alone and together, by replay of trees; and their speed by decoding. See README.md."""
+"""Acceptance of the drafts of experiment 017, alone and together, by replay of trees; their speed by decoding. See README.md."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -13,8 +11,7 @@ import numpy as np
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "014_selection"))
-from pool import AHEAD, Pool, open_pool, pick_prompts, trained_draft  # noqa: E402
-from run import PROMPTS  # noqa: E402
+from pool import AHEAD, MAX_NEW_TOKENS, SMOKE, Pool, open_pool, pool_parser, trained_draft  # noqa: E402
 
 from jsfdd.decoding.ensemble import Combine, Ensemble, average_drafts  # noqa: E402
 from jsfdd.decoding.state import DecodeSetup  # noqa: E402
@@ -27,7 +24,7 @@ from jsfdd.evaluation.replay_trees import make_tree_replay  # noqa: E402
 from jsfdd.mesh import describe_hardware  # noqa: E402
 
 NODES = 60
-BENCHMARKS = {"mt_bench": 15, "gsm8k": 20}  # of the pool's prompts, the first so many
+BENCHMARKS = {"gsm8k": 2} if SMOKE else {"mt_bench": 15, "gsm8k": 20}  # of the pool's prompts, the first so many
 SINGLE = ("maths", "chat", "mixed small", "mixed large")
 
 
@@ -57,7 +54,7 @@ def some_of(pool: Pool, recorded: Recorded, per_benchmark: dict[str, int]) -> Re
     )
 
 
-def replayed(pool: Pool, training: str, seed: int, temperature: float, max_new_tokens: int) -> dict:
+def replayed(pool: Pool, training: str, seed: int, temperature: float) -> dict:
     """τ of every system, over all prompts and by benchmark; who was verified and accepted; differences that matter."""
     recorded = some_of(pool, pool.recorded[temperature], BENCHMARKS)
     states, _ = pool.judges[temperature]
@@ -67,7 +64,7 @@ def replayed(pool: Pool, training: str, seed: int, temperature: float, max_new_t
     programs, counts, rows = {}, {}, {}
     for name, (shapes, params, combine, nodes) in systems(pool, training, seed).items():
         tree = TreeShape(AHEAD, 10, nodes)
-        setup = DecodeSetup(target.config, shapes, AHEAD, max_new_tokens, target.stop_tokens, tree, combine=combine)
+        setup = DecodeSetup(target.config, shapes, AHEAD, MAX_NEW_TOKENS, target.stop_tokens, tree, combine=combine)
         if setup not in programs:
             programs[setup] = make_tree_replay(target, states, recorded, setup, pool.loaded.mesh)
         begin = time.perf_counter()
@@ -93,7 +90,7 @@ def replayed(pool: Pool, training: str, seed: int, temperature: float, max_new_t
     return {"systems": rows, "differences": differences}
 
 
-def timed(pool: Pool, training: str, seed: int, prompts: int, max_new_tokens: int) -> dict:
+def timed(pool: Pool, training: str, seed: int, prompts: int) -> dict:
     """tokens/s and τ by real decoding, greedy, one turn of few prompts, all systems in turn on every batch."""
     target = pool.loaded.target
     chosen = []
@@ -107,9 +104,10 @@ def timed(pool: Pool, training: str, seed: int, prompts: int, max_new_tokens: in
         of_size = {"merged": Ensemble(both, Combine("merge"))}
         if nodes == NODES:
             of_size |= {name: drafts[name][:2] for name in ("maths", "mixed large")}
-            of_size |= {"routed": Ensemble(both, Combine("route")), "routed per prompt": Ensemble(both, Combine("route", "confidence", 5))}
+            routes = {"routed": Combine("route"), "routed per prompt": Combine("route", "confidence", 5)}
+            of_size |= {name: Ensemble(both, combine) for name, combine in routes.items()}
         reports = evaluate(
-            target, of_size, chosen, pool.loaded.mesh, temperature=0.0, num_draft_tokens=AHEAD, max_new_tokens=max_new_tokens,
+            target, of_size, chosen, pool.loaded.mesh, temperature=0.0, num_draft_tokens=AHEAD, max_new_tokens=MAX_NEW_TOKENS,
             batch_size=1, seed=0, tree=TreeShape(AHEAD, 10, nodes),
         )  # fmt: skip
         names = ("tau", "tau_low", "tau_high", "tokens_per_second", "speedup", "speedup_low", "speedup_high", "same_text_share")
@@ -118,36 +116,25 @@ def timed(pool: Pool, training: str, seed: int, prompts: int, max_new_tokens: in
 
 
 def main() -> None:
-    smoke = os.environ.get("SMOKE") == "1"
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--prompts", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True, help="the pool's directory (experiment 014)")
+    parser = pool_parser(__doc__, epochs=5)
     parser.add_argument("--trainings", nargs="+", default=["EAGLE-2", "HASS"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 1.0])
     parser.add_argument("--timed", type=int, default=0, help="prompts of each benchmark to decode for speed, with the first seed")
     options = parser.parse_args()
-    if smoke:
-        BENCHMARKS.clear()
-        BENCHMARKS["gsm8k"] = 2
-    prompts = pick_prompts(options.prompts, {"gsm8k": 2, "qa": 2} if smoke else PROMPTS)
-    new_tokens = 8 if smoke else 48
-    pool = open_pool(
-        options.data, prompts, options.work, draft_vocab=8192, epochs=5, max_new_tokens=new_tokens,
-        temperatures=options.temperatures,
-    )  # fmt: skip
-    path = (options.work if smoke else HERE) / "results.json"
-    results = json.loads(path.read_text()) if path.exists() else {"hardware": describe_hardware(), "replayed": {}, "decoded": {}}
+    pool = open_pool(options, options.temperatures)
+    path = (options.work if SMOKE else HERE) / "results.json"
+    empty = {"hardware": describe_hardware(), "replayed": {}, "decoded": {}}
+    results = json.loads(path.read_text()) if path.exists() else empty
     for training in options.trainings:
         for seed in options.seeds:
             for temperature in options.temperatures:
                 key = f"{training}, seed {seed}, T={temperature:g}"
                 if key not in results["replayed"]:
-                    results["replayed"][key] = replayed(pool, training, seed, temperature, new_tokens)
+                    results["replayed"][key] = replayed(pool, training, seed, temperature)
                     path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
         if options.timed:
-            results["decoded"][training] = timed(pool, training, options.seeds[0], options.timed, new_tokens)
+            results["decoded"][training] = timed(pool, training, options.seeds[0], options.timed)
             path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
 
 

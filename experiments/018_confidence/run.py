@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -13,8 +11,7 @@ import numpy as np
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "014_selection"))
-from pool import GAMMA, open_pool, pick_prompts, trained_draft  # noqa: E402
-from run import PROMPTS  # noqa: E402
+from pool import GAMMA, SMOKE, open_pool, pool_parser, trained_draft  # noqa: E402
 
 from jsfdd.evaluation import confidence, plots, replay  # noqa: E402
 from jsfdd.evaluation.acceptance import acceptance_figures  # noqa: E402
@@ -24,15 +21,10 @@ matplotlib.use("Agg")
 
 
 def main() -> None:
-    smoke = os.environ.get("SMOKE") == "1"
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--prompts", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True, help="the pool's directory (experiment 014)")
+    parser = pool_parser(__doc__, epochs=4)
     parser.add_argument("--draft", default="full seed 0", help="an arm that was run there")
     options = parser.parse_args()
-    prompts = pick_prompts(options.prompts, {"gsm8k": 2, "qa": 2} if smoke else PROMPTS)
-    pool = open_pool(options.data, prompts, options.work, draft_vocab=8192, epochs=4, max_new_tokens=8 if smoke else 48)
+    pool = open_pool(options)
     recorded, (states, _) = pool.recorded[0.0], pool.judges[0.0]
     draft, params = trained_draft(pool, options.draft)
     judge = replay.make_judge(pool.loaded.target, states, recorded, draft, pool.loaded.mesh, num_draft_tokens=GAMMA)
@@ -68,7 +60,7 @@ def main() -> None:
                 errors["atc"].append(abs(predicted["tau"] - truth))
                 errors["tau_of_the_other"].append(abs(results["tau"][other]["measured"]["tau"] - truth))
     results["mean_absolute_error"] = {name: float(np.mean(each)) for name, each in errors.items()}
-    out = options.work if smoke else HERE
+    out = options.work if SMOKE else HERE
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     bins = {source: confidence.reliability(each, each.probability, 0) for source, each in own.items()}
     colours = {source: f"C{i}" for i, source in enumerate(own)}
