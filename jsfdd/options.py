@@ -233,7 +233,7 @@ class TrainingOptions(_Options):
     """Steps between two checkpoints; the last step is always saved."""
     draft_vocab: int = 0
     """Let the draft propose only this many tokens, those that the answers it is trained on have most often; 0 for all. Each
-    step then costs as much less, and what the target says beyond them is never accepted. Needs target means or --target-top-k."""
+    step then costs as much less, and what the target says beyond them is never accepted. Needs means or --target-top-k."""
     fc_bias: bool = False
     """Give the draft's fc a bias. vLLM drops it without a word, so drafts have none unless asked."""
 
@@ -248,7 +248,7 @@ class TrainingOptions(_Options):
         if 0 < self.draft_vocab < self.target_top_k:
             raise ValueError(f"--target-top-k: {self.target_top_k} exceeds the {self.draft_vocab} tokens of --draft-vocab")
         if self.hass_top_k_weight and self.hass_top_k > self.target_top_k:
-            raise ValueError(f"--hass-top-k: {self.hass_top_k} exceeds --target-top-k {self.target_top_k}, and no more is known")
+            raise ValueError(f"--hass-top-k: {self.hass_top_k} exceeds --target-top-k {self.target_top_k}: no more is known")
 
     @property
     def weighs_tokens(self) -> bool:
@@ -330,7 +330,7 @@ class CombineOptions(_Options):
     combine_weights: tuple[float, ...] = ()
     """For `average`: a weight for each draft, 1 in all; below 0 leads away from a draft. Equal weights unless given."""
     route_by: RouteBy = "confidence"
-    """For `route`: a draft is as sure as its tree's paths are probable, on average, or as the entropy of its first token is low."""
+    """For `route`: how sure a draft is. The mean probability of its tree's paths, or a low entropy of its first token."""
     route_steps: int = 0
     """For `route`: after this many steps an answer is left to the draft that was surest in them, and the other drafts only run
     while another answer of the batch needs them; 0 decides anew in every step."""

@@ -101,7 +101,7 @@ def train(
 ) -> training.TrainResult:
     """`jsfdd train`: writes checkpoints/ and metrics.jsonl, returns what happened.
 
-    Without a `store` hidden states come from where `config.features` says; without what is `known` of the target's distributions
+    Without a `store` hidden states come from where `config.features` says; without what is `known` of the target's
     it is computed first and kept in `out`, if the config asks for it.
     """
     loaded = loaded or load(config)

@@ -148,7 +148,7 @@ class DraftShares(NamedTuple):
 
 
 class Generation(NamedTuple):
-    """Generated tokens of a batch: `tokens[b, :lengths[b]]`, the stopping token included. `shares` where drafts are combined."""
+    """Generated tokens of a batch: `tokens[b, :lengths[b]]`, the stopping token included. `shares`: of combined drafts."""
 
     tokens: Int[Array, "B N"]
     lengths: Int[Array, " B"]

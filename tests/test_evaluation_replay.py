@@ -54,7 +54,8 @@ def _hidden(target, recorded):
 
 
 def _replay(target, recorded, draft: DraftConfig, params, depth):
-    judge = make_judge(target, _hidden(target, recorded), recorded, draft, make_mesh(), num_draft_tokens=depth, batch_tokens=256)
+    hidden = _hidden(target, recorded)
+    judge = make_judge(target, hidden, recorded, draft, make_mesh(), num_draft_tokens=depth, batch_tokens=256)
     return walk(recorded, judge(params))
 
 

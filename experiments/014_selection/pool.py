@@ -32,13 +32,11 @@ from jsfdd.selection.table import ScoreTable, join, read_token_scores
 from jsfdd.selection.tokens import token_weights
 from jsfdd.training import train as training
 from jsfdd.training.batch import PerToken, TrainingData
-from jsfdd.training.log import read_lines
 from jsfdd.training.loss import borrow
 from jsfdd.training.step import block_size
 from jsfdd.training.target_means import store_means
 from jsfdd.training.target_top_k import store_top_k
 from jsfdd.training.token_loss import Distance
-from jsfdd.training.train import TIMINGS
 from jsfdd.weights.checkpoint import load_draft
 
 SMOKE = os.environ.get("SMOKE") == "1"

@@ -11,7 +11,7 @@ def main() -> None:
     parser.add_argument("--plans", nargs="+", default=["table"], help="table, steps, ratios, controls, better, draft-aware")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--only", nargs="+", help="parts of arms' names; all unless given")
-    parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 1.0], help="to judge at; done arms are judged anew")
+    parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 1.0], help="to judge at; done arms too")
     options = parser.parse_args()
     pool = open_pool(options, options.temperatures)
     for plan in options.plans:

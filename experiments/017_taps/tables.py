@@ -1,4 +1,4 @@
-"""Acceptance of the drafts of experiment 017, alone and together, by replay of trees; their speed by decoding. See README.md."""
+"""Acceptance of 017's drafts, alone and together, by replay of trees; their speed by decoding. See README.md."""
 
 from __future__ import annotations
 
@@ -77,7 +77,8 @@ def replayed(pool: Pool, training: str, seed: int, temperature: float) -> dict:
         if combine is not None:
             total = {s: [x[sources == s].sum(axis=0) for x in shares] for s in BENCHMARKS}
             rows[name]["shares"] = {
-                s: {kind: (x / x.sum()).tolist() for kind, x in zip(("verified", "accepted"), each)} for s, each in total.items()
+                s: {kind: (x / x.sum()).tolist() for kind, x in zip(("verified", "accepted"), each)}
+                for s, each in total.items()
             }
         print(f"{training} seed {seed} T={temperature:g} {name}: τ {rows[name]['tau']:.3f}", flush=True)
     differences = {
@@ -120,7 +121,7 @@ def main() -> None:
     parser.add_argument("--trainings", nargs="+", default=["EAGLE-2", "HASS"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 1.0])
-    parser.add_argument("--timed", type=int, default=0, help="prompts of each benchmark to decode for speed, with the first seed")
+    parser.add_argument("--timed", type=int, default=0, help="prompts of each benchmark to decode for speed")
     options = parser.parse_args()
     pool = open_pool(options, options.temperatures)
     path = (options.work if SMOKE else HERE) / "results.json"
