@@ -260,7 +260,8 @@ def stores_target(config: TrainConfig | RunConfig) -> bool:
 def _check_features(config: TrainConfig | RunConfig) -> None:
     if config.draft_vocab and not stores_target(config):
         raise ValueError(
-            "--draft-vocab trains on what is stored of the target: take --target-means store and cross_entropy, or --target-top-k"
+            "--draft-vocab trains on what is stored of the target: take --target-means store and cross_entropy, or "
+            "--target-top-k"
         )
     if config.features == "recompute" and config.feature_dtype == "int8":
         raise ValueError("--feature-dtype int8 saves disk, and --features recompute needs none; take bfloat16 or float32")

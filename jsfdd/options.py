@@ -221,7 +221,8 @@ class TrainingOptions(_Options):
     """Steps between two checkpoints; the last step is always saved."""
     draft_vocab: int = 0
     """Let the draft propose only this many tokens, those that the answers it is trained on have most often; 0 for all. Each
-    step then costs as much less, and what the target says beyond them is never accepted. Needs target means or --target-top-k."""
+    step then costs as much less, and what the target says beyond them is never accepted. Needs target means or
+    --target-top-k."""
     fc_bias: bool = False
     """Give the draft's fc a bias. vLLM drops it without a word, so drafts have none unless asked."""
 
@@ -236,7 +237,7 @@ class TrainingOptions(_Options):
         if 0 < self.draft_vocab < self.target_top_k:
             raise ValueError(f"--target-top-k: {self.target_top_k} exceeds the {self.draft_vocab} tokens of --draft-vocab")
         if self.hass_top_k_weight and self.hass_top_k > self.target_top_k:
-            raise ValueError(f"--hass-top-k: {self.hass_top_k} exceeds --target-top-k {self.target_top_k}, and no more is known")
+            raise ValueError(f"--hass-top-k: {self.hass_top_k} exceeds --target-top-k {self.target_top_k}: no more is known")
 
     @property
     def weighs_tokens(self) -> bool:
