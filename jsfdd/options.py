@@ -233,7 +233,8 @@ class TrainingOptions(_Options):
     """Steps between two checkpoints; the last step is always saved."""
     draft_vocab: int = 0
     """Let the draft propose only this many tokens, those that the answers it is trained on have most often; 0 for all. Each
-    step then costs as much less, and what the target says beyond them is never accepted. Needs means or --target-top-k."""
+    step then costs as much less, and what the target says beyond them is never accepted. Needs target means or
+    --target-top-k."""
     fc_bias: bool = False
     """Give the draft's fc a bias. vLLM drops it without a word, so drafts have none unless asked."""
 

@@ -101,8 +101,8 @@ def train(
 ) -> training.TrainResult:
     """`jsfdd train`: writes checkpoints/ and metrics.jsonl, returns what happened.
 
-    Without a `store` hidden states come from where `config.features` says; without what is `known` of the target's
-    it is computed first and kept in `out`, if the config asks for it.
+    Without a `store` hidden states come from where `config.features` says; without `known`, what the config asks for of the
+    target's distributions is computed first and kept in `out`.
     """
     loaded = loaded or load(config)
     agree_on_directory(config.out)

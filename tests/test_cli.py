@@ -100,7 +100,7 @@ _SCORE = ["score", "--target", "t", "--data", "d", "--out", "o"]
         (["train", *_SCORE[1:], "--target-top-k", "-1"], "--target-top-k: got"),
         (["train", *_SCORE[1:], "--target-top-k", "8", "--target-means", "store"], "choose one"),
         (["train", *_SCORE[1:], "--target-top-k", "8", "--draft-vocab", "4"], "exceeds the 4 tokens of --draft-vocab"),
-        (["train", *_SCORE[1:], "--target-top-k", "8", "--hass-top-k-weight", "1"], "--hass-top-k: 10 exceeds --target-top-k 8"),
+        (["train", *_SCORE[1:], "--target-top-k", "8", "--hass-top-k-weight", "1"], "exceeds --target-top-k 8"),
         (["generate", "--target", "t", "--prompt", " ", "--no-draft"], "--prompt is empty"),
         (["generate", "--target", "t", "--prompt", "x", "--no-draft", "--show-accepted"], "--show-accepted"),
         (["generate", "--target", "t", "--prompt", "x", "--no-draft", "--temperature", "-1"], "--temperature"),

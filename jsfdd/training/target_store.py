@@ -1,4 +1,4 @@
-"""What is stored of the target's distributions, once for all epochs: batches through a compiled step, rows to a store."""
+"""Stores something of the target's distributions once, for all epochs: batches through a compiled step, rows to a store."""
 
 from __future__ import annotations
 

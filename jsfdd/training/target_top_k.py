@@ -1,7 +1,7 @@
 """The target's k likeliest tokens of each distribution and the mass of all others, stored once: p, as coarse as it takes.
 
 With them any distance of `distances.py` is taken without the target's head, between coarse outcomes (`token_loss.coarse_loss`):
-the k tokens, each by itself, likeliest first, and the tail, all others together. A row (`top_k_row.py`) has 4k + 2 bytes,
+the k tokens, each by itself, likeliest first, and the tail, all others together. A row (`top_k_row.py`) has 4k + 2 bytes, or
 6k + 2 of a vocabulary beyond 65,536, whatever the model's width.
 
 With a draft vocabulary the k tokens and the tail are of its tokens, numbered within it, and one more outcome, the last, is all

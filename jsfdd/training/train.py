@@ -81,12 +81,11 @@ class TrainResult:
 
 def draft_of(target_config: DecoderConfig, options: TrainingOptions, samples: Sequence[Sample]) -> DraftConfig:
     """The draft that these options train on `samples`. ValueError where they ask for more tokens than the target has."""
-    size = target_config.vocab_size
-    if options.hass_top_k_weight and options.hass_top_k > size:
-        raise ValueError(f"--hass-top-k: {options.hass_top_k} exceeds the target's vocabulary of {size}")
-    if options.target_top_k > size:
-        raise ValueError(f"--target-top-k: {options.target_top_k} exceeds the target's vocabulary of {size}")
-    vocabulary = frequent_tokens(samples, options.draft_vocab, size) if options.draft_vocab else ()
+    if options.hass_top_k_weight and options.hass_top_k > target_config.vocab_size:
+        raise ValueError(f"--hass-top-k: {options.hass_top_k} exceeds the target's vocabulary of {target_config.vocab_size}")
+    if (k := options.target_top_k) > target_config.vocab_size:
+        raise ValueError(f"--target-top-k: {k} exceeds the target's vocabulary of {target_config.vocab_size}")
+    vocabulary = frequent_tokens(samples, options.draft_vocab, target_config.vocab_size) if options.draft_vocab else ()
     return draft_config(target_config, options.fc_bias, vocabulary)
 
 

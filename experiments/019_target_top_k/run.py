@@ -57,8 +57,11 @@ def main() -> None:
         for k in KS:
             masses[k] += (p[:, :k].sum(axis=1) / p.sum(axis=1)).tolist()
 
+    print({k: round(float(np.mean(m)), 4) for k, m in masses.items()}, f"of {len(masses[max(KS)])} tokens", flush=True)
+
     known = {f"top {k}": steps[k](frozen, batch) for k in (8, 32, 256)}
-    known |= {"head": None, "means": make_means_step(Distance("cross_entropy"), mesh, block_size(mesh), "bfloat16")(frozen, batch)}
+    make_means = make_means_step(Distance("cross_entropy"), mesh, block_size(mesh), "bfloat16")
+    known |= {"head": None, "means": make_means(frozen, batch)}
     optimizer, made = make_optimizer(options, 1000), {}
     for name, rows in known.items():
         k = int(name.removeprefix("top ")) if name.startswith("top ") else 0
