@@ -118,7 +118,7 @@ def _options(values: dict) -> str:
 
 
 def known_for_training(config: TrainConfig | RunConfig, loaded: Loaded, data: TrainingData) -> HiddenStore:
-    """Of the target's distributions of what `data` weighs: the likeliest tokens in `out`/top_k, or else the means in `out`/means."""
+    """Of the target's distributions, where `data` weighs them: likeliest tokens in `out`/top_k or means in `out`/means."""
     target, mesh = loaded.target, loaded.mesh
     frozen = split_vocabulary(borrow(target.config, target.params), mesh)
     shared = dict(

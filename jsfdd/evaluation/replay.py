@@ -9,8 +9,8 @@ Whatever the draft, a lossless decoder emits the target's text. So that text can
 draft's measurement is to ask it from every position: the draft step that is i tokens ahead at every position at once is
 HASS's step i (`models.draft.draft_steps`), which no target has to verify. At temperature 0 a draft token is accepted where it
 is the text's own next token, and the counts are the decoder's own. Above it, speculative sampling emits x and has accepted
-it with probability min(p(x), q(x)), and emits x at all with p(x) (`decoding.verify`): given the text, a draft token was accepted
-with
+it with probability min(p(x), q(x)), and emits x at all with p(x) (`decoding.verify`): given the text, a draft token was
+accepted with
 
     P(accepted | x) = min(1, q(x) / p(x))
 
