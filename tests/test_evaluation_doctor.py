@@ -435,13 +435,13 @@ def test_the_decoders_verdicts_are_those_of_reading_whole(healthy, monkeypatch):
     assert check_target_text(reader, texts, target.tokenizer).severity == "ok"
 
     prompts = [(text.id, text.tokens[: text.prompt_length].tolist()) for text in texts]
-    observe = generate._observe
+    observe = generate.observe
 
     def observe_other_tokens(setup, params, state, hidden, following, count):
         return observe(setup, params, state, hidden, jnp.roll(following, 1, axis=1), count)
 
     with monkeypatch.context() as patch:
-        patch.setattr(generate, "_observe", observe_other_tokens)
+        patch.setattr(generate, "observe", observe_other_tokens)
         wrong = decode_texts(target, config, params, prompts, **SHORT)
     assert check_target_text(reader, wrong, target.tokenizer).severity == "ok"
     found = check_decoded(reader, read_with_draft(reader, config, params, wrong), wrong, target.tokenizer)
