@@ -170,8 +170,10 @@ def _plot_arms(results: dict, path: Path) -> None:
     """τ of every arm at both temperatures, with intervals and the single seeds."""
     names = sorted(results["arms"], key=lambda name: results["arms"][name]["T=0"]["tau"])
     names = [name for name in names if not re.search(r"\d+%$", name) or name.endswith(" 50%")]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 0.27 * len(names) + 1), sharey=True, layout="constrained")
-    for axis, t in zip(axes, TEMPERATURES):
+    judged = [t for t in TEMPERATURES if any(t in results["arms"][name] for name in names)]
+    size = (2.5 + 4.25 * len(judged), 0.27 * len(names) + 1)
+    figure, axes = plt.subplots(1, len(judged), figsize=size, sharey=True, layout="constrained", squeeze=False)
+    for axis, t in zip(axes[0], judged):
         for row, name in enumerate(names):
             arm = results["arms"][name].get(t)
             if arm is None:
