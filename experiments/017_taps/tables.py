@@ -54,15 +54,17 @@ def some_of(pool: Pool, recorded: Recorded, per_benchmark: dict[str, int]) -> Re
     )
 
 
-def replayed(pool: Pool, training: str, seed: int, temperature: float) -> dict:
+def replayed(pool: Pool, training: str, seed: int, temperature: float, benchmarks: dict[str, int], only) -> dict:
     """τ of every system, over all prompts and by benchmark; who was verified and accepted; differences that matter."""
-    recorded = some_of(pool, pool.recorded[temperature], BENCHMARKS)
+    recorded = some_of(pool, pool.recorded[temperature], benchmarks)
     states, _ = pool.judges[temperature]
     target = pool.loaded.target
     sources = np.empty(recorded.prompts.max() + 1, object)
     sources[recorded.prompts] = [sample.source for sample in recorded.samples]
     programs, counts, rows = {}, {}, {}
     for name, (shapes, params, combine, nodes) in systems(pool, training, seed).items():
+        if only and name not in only:
+            continue
         tree = TreeShape(AHEAD, 10, nodes)
         setup = DecodeSetup(target.config, shapes, AHEAD, MAX_NEW_TOKENS, target.stop_tokens, tree, combine=combine)
         if setup not in programs:
@@ -72,10 +74,10 @@ def replayed(pool: Pool, training: str, seed: int, temperature: float) -> dict:
         rows[name] = {
             "nodes": nodes, "replay_seconds": time.perf_counter() - begin,
             **acceptance_figures(counts[name], np.ones(len(sources), bool), 0),
-            "by_benchmark": {s: acceptance_figures(counts[name], sources == s, 0) for s in BENCHMARKS},
+            "by_benchmark": {s: acceptance_figures(counts[name], sources == s, 0) for s in benchmarks},
         }  # fmt: skip
         if combine is not None:
-            total = {s: [x[sources == s].sum(axis=0) for x in shares] for s in BENCHMARKS}
+            total = {s: [x[sources == s].sum(axis=0) for x in shares] for s in benchmarks}
             rows[name]["shares"] = {
                 s: {kind: (x / x.sum()).tolist() for kind, x in zip(("verified", "accepted"), each)}
                 for s, each in total.items()
@@ -87,8 +89,9 @@ def replayed(pool: Pool, training: str, seed: int, temperature: float) -> dict:
             ("merged at 60", "mixed large"), ("merged at 60", "routed"), ("merged at 120", "merged at 60"),
             ("routed", "mixed large"), ("routed", "mixed small"), ("averaged", "mixed small"), ("merged at 60", "mixed small"),
         )
+        if a in counts and b in counts
     }  # fmt: skip
-    return {"systems": rows, "differences": differences}
+    return {"prompts": benchmarks, "systems": rows, "differences": differences}
 
 
 def timed(pool: Pool, training: str, seed: int, prompts: int) -> dict:
@@ -121,9 +124,12 @@ def main() -> None:
     parser.add_argument("--trainings", nargs="+", default=["EAGLE-2", "HASS"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 1.0])
+    parser.add_argument("--systems", nargs="+", help="of the replayed; all unless given")
+    parser.add_argument("--number", nargs=2, type=int, metavar=("MT_BENCH", "GSM8K"), help="prompts, fewer than the default")
     parser.add_argument("--timed", type=int, default=0, help="prompts of each benchmark to decode for speed")
     options = parser.parse_args()
     pool = open_pool(options, options.temperatures)
+    benchmarks = dict(zip(BENCHMARKS, options.number)) if options.number else BENCHMARKS
     path = (options.work if SMOKE else HERE) / "results.json"
     empty = {"hardware": describe_hardware(), "replayed": {}, "decoded": {}}
     results = json.loads(path.read_text()) if path.exists() else empty
@@ -132,7 +138,7 @@ def main() -> None:
             for temperature in options.temperatures:
                 key = f"{training}, seed {seed}, T={temperature:g}"
                 if key not in results["replayed"]:
-                    results["replayed"][key] = replayed(pool, training, seed, temperature)
+                    results["replayed"][key] = replayed(pool, training, seed, temperature, benchmarks, options.systems)
                     path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
         if options.timed:
             results["decoded"][training] = timed(pool, training, options.seeds[0], options.timed)
