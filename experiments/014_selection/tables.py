@@ -152,14 +152,15 @@ def sources_of(work: Path) -> np.ndarray:
 
 def _print(results: dict) -> None:
     benchmarks = list(results["prompts"])
-    head = ["arm (seeds)", "samples", "steps", "T=0: τ [95%]", *benchmarks, "T=1: τ [95%]", "− full, T=0", "− random, T=0"]
+    sampled = ["T=1: τ [95%]"] if any("T=1" in arm for arm in results["arms"].values()) else []
+    head = ["arm (seeds)", "samples", "steps", "T=0: τ [95%]", *benchmarks, *sampled, "− full, T=0", "− random, T=0"]
     print("| " + " | ".join(head) + " |")
     print("|---" * len(head) + "|")
     for name, arm in sorted(results["arms"].items(), key=lambda item: -item[1]["T=0"]["tau"]):
         t0, t1 = arm["T=0"], arm.get("T=1")
         cells = [f"{name} ({len(arm['seeds'])})", str(arm["samples"]), str(arm["steps"])]
         cells += [f"{t0['tau']:.3f} [{t0['low']:.3f}, {t0['high']:.3f}]", *(f"{t0['by_benchmark'][b]:.3f}" for b in benchmarks)]
-        cells += [f"{t1['tau']:.3f} [{t1['low']:.3f}, {t1['high']:.3f}]" if t1 else ""]
+        cells += [f"{t1['tau']:.3f} [{t1['low']:.3f}, {t1['high']:.3f}]" if t1 else ""] * len(sampled)
         for kind in ("minus_full", "minus_random"):
             d = results[kind].get(name)
             cells.append(f"{d['T=0']['difference']:+.3f} [{d['T=0']['low']:+.3f}, {d['T=0']['high']:+.3f}]" if d else "")
