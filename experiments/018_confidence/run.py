@@ -33,11 +33,12 @@ def main() -> None:
     of = confidence.proposed(recorded, judged)
     sources = np.array([prompt.source for prompt in pool.prompts])
     own = {source: confidence.only(of, sources[of.prompt] == source) for source in dict.fromkeys(sources)}
+    depths = {depth: confidence.only(of, of.depth == depth) for depth in range(1, GAMMA + 1)}
     results = {
         "hardware": describe_hardware(),
         "draft": options.draft,
         "all": confidence.figures(of, 0),
-        "by_depth": {d: confidence.figures(confidence.only(of, of.depth == d), 0) for d in range(1, GAMMA + 1)},
+        "by_depth": {depth: confidence.figures(each, 0) for depth, each in depths.items() if each.reached.any()},
         "by_source": {source: confidence.figures(each, 0) for source, each in own.items()},
         "decoders_tau": {source: acceptance_figures(counts, sources == source, 0)["tau"] for source in own},
         "tau": {
