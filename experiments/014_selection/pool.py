@@ -62,6 +62,7 @@ class Pool(NamedTuple):
     recorded: dict[float, replay.Recorded]
     judges: dict[float, tuple]  # (hidden states of the recorded answers, what is compiled for which shape of draft)
 
+
 def pool_parser(description: str, epochs: int) -> argparse.ArgumentParser:
     """The options that all experiments on a pool have."""
     parser = argparse.ArgumentParser(description=description)
@@ -181,6 +182,8 @@ def _train(pool: Pool, arm: Arm, directory: Path) -> tuple[dict, DraftConfig, di
     """(cost, draft, its parameters)."""
     chosen = set(arm.ids)
     kept = [sample for sample in pool.samples if sample.id in chosen]
+    if len(kept) < len(chosen):
+        raise ValueError(f"{len(chosen) - len(kept)} of {len(chosen)} samples are beyond the first --chats {len(pool.samples)}")
     config = dataclasses.replace(pool.base, out=directory, **arm.options)
     draft = training.draft_of(pool.loaded.target.config, config, pool.loaded.samples)
     data = TrainingData(kept, pool.store, None, arm.weights)

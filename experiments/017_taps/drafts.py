@@ -20,7 +20,7 @@ def arms(pool: Pool, training: str, size: int, seed: int, epochs: int) -> dict[s
     """The four drafts: specialists of `size` chats, mixtures of as many and of twice as many; the small one is in the large."""
     both = [
         dataclasses.replace(sample, source="maths" if sample.source in MATHS else "chat")
-        for sample in pool.loaded.samples
+        for sample in pool.samples
         if sample.source in MATHS + CHAT
     ]
     shares = {"maths": {"maths": 1.0}, "chat": {"chat": 1.0}, "mixed small": None, "mixed large": None}
@@ -34,6 +34,7 @@ def arms(pool: Pool, training: str, size: int, seed: int, epochs: int) -> dict[s
 
 def main() -> None:
     parser = pool_parser(__doc__, epochs=5)
+    parser.set_defaults(chats=16 if SMOKE else 860)  # 430 hold too few of each source
     parser.add_argument("--trainings", nargs="+", choices=TRAININGS, default=list(TRAININGS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--size", type=int, default=4 if SMOKE else 150, help="chats of a specialist")
