@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 from pool import Arm, Pool, token_weights_of, trained_draft
+from progressive import Progressive
 
 from jsfdd.data.batches import make_batches
+from jsfdd.models.draft import DraftConfig
 from jsfdd.selection import sfdd
 from jsfdd.selection.sfdd import how_many, random_score
 from jsfdd.training.batch import TrainingData, device_batch
@@ -16,6 +18,7 @@ from jsfdd.training.step import make_evaluate_step
 
 METRICS = ("flatness", "random", "entropy", "top1", "margin", "energy", "ppl")
 RATIOS = (0.7, 0.6, 0.4, 0.3, 0.2, 0.1, 0.05)
+PASSES = (1.0, 0.5, 0.25, 0.25, 1.0)  # of progressive dropout: the share of the samples in each
 
 
 def by_metric(pool: Pool, metric: str, ratio: float, seed: int) -> tuple[str, ...]:
@@ -82,9 +85,8 @@ def prompt_clusters(pool: Pool, count: int = 20, rounds: int = 30) -> np.ndarray
     return nearest
 
 
-def refused_share(pool: Pool, name: str) -> np.ndarray:
-    """Mean total variation between the target and the draft of arm `name` over each sample's counted tokens."""
-    draft, params = trained_draft(pool, name)
+def refused_share(pool: Pool, draft: DraftConfig, params: dict) -> np.ndarray:
+    """Mean total variation between the target and a draft over each sample's counted tokens."""
     target, mesh = pool.loaded.target, pool.loaded.mesh
     step = make_evaluate_step(target.config, draft, mesh, pool.base)
     data = TrainingData(pool.samples, pool.store)
@@ -96,14 +98,14 @@ def refused_share(pool: Pool, name: str) -> np.ndarray:
     return found
 
 
-def arms(pool: Pool, plan: str, seeds: Sequence[int]) -> dict[str, Arm]:
+def arms(pool: Pool, plan: str, seeds: Sequence[int]) -> dict[str, Arm | Progressive]:
     """The arms of a plan by name; " seed N" ends every name, and what comes before it is what is compared."""
     everything = [sample.id for sample in pool.samples]
     sources = [sample.source for sample in pool.samples]
     scores = dict(zip(pool.table.ids, pool.table.flatness))
     flat = [scores[sample.id] for sample in pool.samples]
     epochs = pool.base.epochs
-    found: dict[str, Arm] = {}
+    found: dict[str, Arm | Progressive] = {}
     for seed in seeds:
 
         def add(name: str, ids: Sequence[str], seed=seed, weights=None, **options):
@@ -119,7 +121,7 @@ def arms(pool: Pool, plan: str, seeds: Sequence[int]) -> dict[str, Arm]:
                 add(f"{metric} 50% equal steps", by_metric(pool, metric, 0.5, seed), epochs=2 * epochs)
         elif plan == "ratios":
             for ratio in RATIOS:
-                for metric in ("flatness", "random", "entropy"):
+                for metric in ("flatness", "random", "energy"):  # of the rivals at 50% energy was ahead
                     add(f"{metric} {ratio:.0%}", by_metric(pool, metric, ratio, seed))
         elif plan == "controls":
             least = [scores[i] for i in everything]
@@ -139,7 +141,19 @@ def arms(pool: Pool, plan: str, seeds: Sequence[int]) -> dict[str, Arm]:
             soft = token_weights_of(pool, pool.samples, metric="flatness", weighting="soft", retain_ratio=1.0, seed=seed)
             add("full, tokens weighted by flatness", everything, weights=soft)
         elif plan == "draft-aware":  # asks a draft that was trained on a random fifth
-            add("most refused 50%", within(pool, np.zeros(len(everything)), refused_share(pool, "random 20% seed 0"), 0.5))
+            refused = refused_share(pool, *trained_draft(pool, "random 20% seed 0"))
+            add("most refused 50%", within(pool, np.zeros(len(everything)), refused, 0.5))
+        elif plan == "dropout":  # three epochs' worth in four passes and one
+            add("full, three quarters of the epochs", everything, epochs=3 * epochs // 4)
+            for how, rank in (("hardest", refused_share), ("random", None)):
+                found[f"progressive dropout, {how} seed {seed}"] = Progressive(PASSES, rank, seed)
+        elif plan == "proxies":  # one epoch: does its order of the arms foretell the order after all epochs?
+            chosen = {"full": everything, "least flat 50%": within(pool, np.zeros(len(everything)), [-f for f in flat], 0.5)}
+            chosen |= {f"{metric} 50%": by_metric(pool, metric, 0.5, seed) for metric in METRICS}
+            chosen |= {f"{metric} 20%": by_metric(pool, metric, 0.2, seed) for metric in ("flatness", "random")}
+            for rate in (1e-3, 1e-4):
+                for name, ids in chosen.items():
+                    add(f"proxy at {rate:g}, {name}", ids, epochs=1, learning_rate=rate)
         else:
             raise ValueError(f"no plan {plan!r}")
     return found

@@ -74,12 +74,19 @@ def pool_parser(description: str, epochs: int) -> argparse.ArgumentParser:
     return parser
 
 
-def open_pool(options: argparse.Namespace, temperatures: Sequence[float] = (0.0,), batch_size: int = 40) -> Pool:
+def open_pool(
+    options: argparse.Namespace,
+    temperatures: Sequence[float] = (0.0,),
+    batch_size: int = 40,
+    asked: Mapping[str, int] = PROMPTS,
+    answers: str = "answers",
+) -> Pool:
     """Compute, or read again, what the arms share. Seconds of each part go to WORK/seconds.json.
 
-    Arms are made from the first `options.chats` chats; answers are recorded at `temperatures`.
+    Arms are made from the first `options.chats` chats; answers to `asked` prompts are recorded at `temperatures`, in files
+    named `answers`.
     """
-    prompts, work = pick_prompts(options.prompts, PROMPTS), options.work
+    prompts, work = pick_prompts(options.prompts, asked), options.work
     shared = dict(target="smollm2", data=(options.data,), max_length=384, batch_tokens=1024)
     base = TrainConfig(
         **shared, out=work, epochs=options.epochs, learning_rate=1e-3, draft_vocab=8192, log_every=20, save_every=100_000,
@@ -95,11 +102,12 @@ def open_pool(options: argparse.Namespace, temperatures: Sequence[float] = (0.0,
         means = known_of(base, loaded, TrainingData(loaded.samples, store), draft, work / "means")
     recorded, judges = {}, {}
     for temperature in temperatures:
-        with timed(work, f"record at {temperature}"):
-            recorded[temperature] = _recorded(loaded, prompts, work, temperature, batch_size)
-        directory = work / f"answers_{temperature}"
+        directory = work / f"{answers}_{temperature}"
+        with timed(work, f"record {directory.name}"):
+            path = work / f"{directory.name}.json"
+            recorded[temperature] = _recorded(loaded, prompts, path, temperature, batch_size)
         digest = hashlib.sha256(b"".join(sample.tokens.tobytes() for sample in recorded[temperature].samples)).hexdigest()
-        with timed(work, f"read at {temperature}"):
+        with timed(work, f"read {directory.name}"):
             states = store_hidden(
                 loaded.target.config, loaded.target.params, recorded[temperature].samples, loaded.mesh,
                 batch_tokens=4096, directory=directory, identity={"answers": digest}, dtype="float32",
@@ -123,8 +131,7 @@ def known_of(config: TrainConfig, loaded: Loaded, data: TrainingData, draft: Dra
     return store_means(data, frozen, Distance.of(config), loaded.mesh, **shared)
 
 
-def _recorded(loaded: Loaded, prompts, work: Path, temperature: float, batch_size: int) -> replay.Recorded:
-    path = work / f"answers_{temperature}.json"
+def _recorded(loaded: Loaded, prompts, path: Path, temperature: float, batch_size: int) -> replay.Recorded:
     if not path.exists():
         recorded = replay.record(
             loaded.target, prompts, loaded.mesh,
@@ -159,15 +166,43 @@ class Arm:
     options: Mapping[str, object] = dataclasses.field(default_factory=dict)
     weights: PerToken | None = None
 
+    def train(self, pool: Pool, directory: Path) -> tuple[dict, DraftConfig, dict]:
+        """(cost, draft, its parameters)."""
+        chosen = set(self.ids)
+        kept = [sample for sample in pool.samples if sample.id in chosen]
+        if lost := len(chosen) - len(kept):
+            raise ValueError(f"{lost} of {len(chosen)} samples are beyond the first --chats {len(pool.samples)}")
+        config = dataclasses.replace(pool.base, out=directory, **self.options)
+        draft = training.draft_of(pool.loaded.target.config, config, pool.loaded.samples)
+        data = TrainingData(kept, pool.store, None, self.weights)
+        cpu = time.process_time()
+        if stores_target(config):
+            same = stores_means(config) and draft == pool.draft and Distance.of(config) == Distance.of(pool.base)
+            data = data._replace(known=pool.means if same else known_of(config, pool.loaded, data, draft, directory / "known"))
+        cpu_of_known, cpu = time.process_time() - cpu, time.process_time()
+        result = training.train(
+            pool.loaded.target.config, pool.loaded.target.params, data, TrainingData([], pool.store), config, pool.loaded.mesh,
+            identity=pool.loaded.identity, draft=draft, shapes=pool.shapes,
+        )  # fmt: skip
+        row = {
+            "samples": result.samples, "steps": result.steps, "tokens_in_loss": result.tokens,
+            "tokens": sum(len(sample.tokens) for sample in kept), "seconds": result.seconds,
+            "cpu_seconds": time.process_time() - cpu, "cpu_seconds_of_own_store": cpu_of_known,
+        }  # fmt: skip
+        return row, draft, jax.device_get(result.state.params)
 
-def run_arm(pool: Pool, name: str, arm: Arm) -> dict:
-    """The arm's row: cost, and at each of the pool's temperatures the counts of every prompt. What is there is read again."""
+
+def run_arm(pool: Pool, name: str, arm) -> dict:
+    """The arm's row: cost, and at each of the pool's temperatures the counts of every prompt. What is there is read again.
+
+    `arm` is an `Arm`, or has a `train(pool, directory)` like it.
+    """
     directory = pool.work / "arms" / name.replace(" ", "_").replace("/", "-")
     path = directory / "row.json"
     row = json.loads(path.read_text()) if path.exists() else None
     lacking = [temperature for temperature in pool.judges if row is None or f"T={temperature:g}" not in row]
     if row is None:
-        row, draft, params = _train(pool, arm, directory)
+        row, draft, params = arm.train(pool, directory)
     elif lacking:
         draft, params = trained_draft(pool, name)
     for temperature in lacking:
@@ -176,32 +211,6 @@ def run_arm(pool: Pool, name: str, arm: Arm) -> dict:
         path.write_text(json.dumps(row))
         print(f"{name}: {row['samples']} samples, {row['steps']} steps, {row['seconds']:.0f} s; {taus(row)}", flush=True)
     return row
-
-
-def _train(pool: Pool, arm: Arm, directory: Path) -> tuple[dict, DraftConfig, dict]:
-    """(cost, draft, its parameters)."""
-    chosen = set(arm.ids)
-    kept = [sample for sample in pool.samples if sample.id in chosen]
-    if len(kept) < len(chosen):
-        raise ValueError(f"{len(chosen) - len(kept)} of {len(chosen)} samples are beyond the first --chats {len(pool.samples)}")
-    config = dataclasses.replace(pool.base, out=directory, **arm.options)
-    draft = training.draft_of(pool.loaded.target.config, config, pool.loaded.samples)
-    data = TrainingData(kept, pool.store, None, arm.weights)
-    cpu = time.process_time()
-    if stores_target(config):
-        same = stores_means(config) and draft == pool.draft and Distance.of(config) == Distance.of(pool.base)
-        data = data._replace(known=pool.means if same else known_of(config, pool.loaded, data, draft, directory / "known"))
-    cpu_of_known, cpu = time.process_time() - cpu, time.process_time()
-    result = training.train(
-        pool.loaded.target.config, pool.loaded.target.params, data, TrainingData([], pool.store), config, pool.loaded.mesh,
-        identity=pool.loaded.identity, draft=draft, shapes=pool.shapes,
-    )  # fmt: skip
-    row = {
-        "samples": result.samples, "steps": result.steps, "tokens_in_loss": result.tokens,
-        "tokens": sum(len(sample.tokens) for sample in kept), "seconds": result.seconds,
-        "cpu_seconds": time.process_time() - cpu, "cpu_seconds_of_own_store": cpu_of_known,
-    }  # fmt: skip
-    return row, draft, jax.device_get(result.state.params)
 
 
 def judge_draft(pool: Pool, draft: DraftConfig, params: dict, temperature: float) -> dict:
@@ -253,10 +262,14 @@ class timed:
 
 
 def pick_prompts(folder: Path, per_file: Mapping[str, int], longest: int = 3000) -> list[Prompt]:
-    """Evenly spaced prompts of each file, {"mt_bench": 40, …}, of those with at most `longest` characters."""
+    """Evenly spaced prompts of each file, {"mt_bench": 40, …}, of those with at most `longest` characters.
+
+    "spec_bench/math_reasoning" are those of spec_bench.jsonl with that source.
+    """
     chosen = []
     for name, count in per_file.items():
-        prompts = [p for p in read_prompts((folder / f"{name}.jsonl",)) if sum(map(len, p.turns)) <= longest]
+        prompts = read_prompts((folder / f"{name.split('/')[0]}.jsonl",))
+        prompts = [p for p in prompts if sum(map(len, p.turns)) <= longest and ("/" not in name or p.source == name)]
         places = np.linspace(0, len(prompts) - 1, count).round().astype(int)
         chosen += [dataclasses.replace(prompts[i], source=name) for i in places]
     return chosen

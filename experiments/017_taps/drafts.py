@@ -11,24 +11,37 @@ sys.path.insert(0, str(HERE.parent / "014_selection"))
 from pool import SMOKE, Arm, Pool, open_pool, pool_parser, run_arm  # noqa: E402
 
 from jsfdd.selection.mixture import mixture  # noqa: E402
+from jsfdd.selection.sfdd import how_many  # noqa: E402
 
 MATHS, CHAT = ("math_gsm8k", "math_aqua"), ("chat_sharegpt", "instruct_roleplay")
 TRAININGS = {"EAGLE-2": {}, "HASS": dict(hass_steps=3)}
 
 
-def arms(pool: Pool, training: str, size: int, seed: int, epochs: int) -> dict[str, Arm]:
-    """The four drafts: specialists of `size` chats, mixtures of as many and of twice as many; the small one is in the large."""
+def arms(pool: Pool, training: str, size: int, seed: int, epochs: int, flattest: bool) -> dict[str, Arm]:
+    """The four drafts: specialists of `size` chats, mixtures of as many and of twice as many; the small one is in the large.
+
+    `flattest`: of the flattest half of either subject.
+    """
     both = [
         dataclasses.replace(sample, source="maths" if sample.source in MATHS else "chat")
         for sample in pool.samples
         if sample.source in MATHS + CHAT
     ]
+    if flattest:
+        scores = dict(zip(pool.table.ids, pool.table.flatness))
+        subjects = {name: [sample for sample in both if sample.source == name] for name in ("maths", "chat")}
+        both = [
+            sample
+            for name, subject in subjects.items()
+            for sample in sorted(subject, key=lambda sample: -scores[sample.id])[: how_many(0.5, len(subject))]
+        ]
     shares = {"maths": {"maths": 1.0}, "chat": {"chat": 1.0}, "mixed small": None, "mixed large": None}
     found = {}
     for name, weights in shares.items():
         total = 2 * size if name == "mixed large" else size
         ids = [sample.id for sample in mixture(both, weights or {"maths": 0.5, "chat": 0.5}, "samples", total, 0)]
-        found[f"{training} {name} seed {seed}"] = Arm(ids, TRAININGS[training] | {"seed": seed, "epochs": epochs})
+        chosen = ", flattest" if flattest else ""
+        found[f"{training} {name}{chosen} seed {seed}"] = Arm(ids, TRAININGS[training] | {"seed": seed, "epochs": epochs})
     return found
 
 
@@ -38,11 +51,12 @@ def main() -> None:
     parser.add_argument("--trainings", nargs="+", choices=TRAININGS, default=list(TRAININGS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--size", type=int, default=4 if SMOKE else 150, help="chats of a specialist")
+    parser.add_argument("--flattest", action="store_true", help="from the flattest half of maths and of chat")
     options = parser.parse_args()
     pool = open_pool(options)
     for seed in options.seeds:
         for training in options.trainings:
-            for name, arm in arms(pool, training, options.size, seed, options.epochs).items():
+            for name, arm in arms(pool, training, options.size, seed, options.epochs, options.flattest).items():
                 run_arm(pool, name, arm)
 
 

@@ -4,145 +4,141 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "014_selection"))
 from pool import AHEAD, MAX_NEW_TOKENS, SMOKE, Pool, open_pool, pool_parser, trained_draft  # noqa: E402
+from summary import summaries, table  # noqa: E402
 
 from jsfdd.decoding.ensemble import Combine, Ensemble, average_drafts  # noqa: E402
 from jsfdd.decoding.state import DecodeSetup  # noqa: E402
 from jsfdd.decoding.tree import TreeShape  # noqa: E402
-from jsfdd.evaluation.acceptance import acceptance_figures  # noqa: E402
 from jsfdd.evaluation.evaluate import evaluate  # noqa: E402
-from jsfdd.evaluation.intervals import tau_difference  # noqa: E402
-from jsfdd.evaluation.replay import Recorded  # noqa: E402
 from jsfdd.evaluation.replay_trees import make_tree_replay  # noqa: E402
 from jsfdd.mesh import describe_hardware  # noqa: E402
 
 NODES = 60
-BENCHMARKS = {"gsm8k": 2} if SMOKE else {"mt_bench": 15, "gsm8k": 20}  # of the pool's prompts, the first so many
+# Spec-Bench's chat part is MT-Bench, prompt for prompt.
+PROMPTS = {"gsm8k": 2} if SMOKE else {"mt_bench": 10, "gsm8k": 14, "spec_bench/math_reasoning": 10}
 SINGLE = ("maths", "chat", "mixed small", "mixed large")
 
 
-def systems(pool: Pool, training: str, seed: int) -> dict[str, tuple]:
-    """name -> (draft shapes, parameters, Combine or None, nodes verified)."""
-    drafts = {name: trained_draft(pool, f"{training} {name} seed {seed}") for name in SINGLE}
-    found = {name: (*draft, None, NODES) for name, draft in drafts.items()}
+class System(NamedTuple):
+    """One or several drafts, as they decode: shapes, parameters, how they are combined, nodes that are verified."""
+
+    shapes: object
+    params: object
+    combine: Combine | None = None
+    nodes: int = NODES
+
+
+def systems(pool: Pool, training: str, seed: int, chosen: str = "") -> dict[str, System]:
+    """The drafts alone and together; `chosen` is what drafts' names have behind their subject."""
+    drafts = {name: trained_draft(pool, f"{training} {name}{chosen} seed {seed}") for name in SINGLE}
+    found = {f"{name}{chosen}": System(*draft) for name, draft in drafts.items()}
     both = {name: drafts[name] for name in ("maths", "chat")}
-    found["averaged"] = (*average_drafts(both, (0.5, 0.5)), None, NODES)
+    found[f"averaged{chosen}"] = System(*average_drafts(both, (0.5, 0.5)))
     shapes, params = (tuple(part) for part in zip(*both.values()))
-    found["routed"] = (shapes, params, Combine("route"), NODES)
-    found["routed by entropy"] = (shapes, params, Combine("route", "entropy"), NODES)
-    found["routed per prompt"] = (shapes, params, Combine("route", "confidence", 5), NODES)
-    found["merged at 60"] = (shapes, params, Combine("merge"), NODES)
-    found["merged at 120"] = (shapes, params, Combine("merge"), 2 * NODES)
+    found[f"routed{chosen}"] = System(shapes, params, Combine("route"))
+    found[f"routed by entropy{chosen}"] = System(shapes, params, Combine("route", "entropy"))
+    found[f"routed per prompt{chosen}"] = System(shapes, params, Combine("route", "confidence", 5))
+    found[f"merged at 60{chosen}"] = System(shapes, params, Combine("merge"))
+    found[f"merged at 120{chosen}"] = System(shapes, params, Combine("merge"), 2 * NODES)
     return found
 
 
-def some_of(pool: Pool, recorded: Recorded, per_benchmark: dict[str, int]) -> Recorded:
-    """The recorded answers to the first prompts of some benchmarks, their prompts numbered anew."""
-    sources = [prompt.source for prompt in pool.prompts]
-    kept = [i for name, count in per_benchmark.items() for i in [j for j, s in enumerate(sources) if s == name][:count]]
-    number = {old: new for new, old in enumerate(kept)}
-    rows = [row for row, prompt in enumerate(recorded.prompts) if prompt in number]
-    return recorded._replace(
-        samples=[recorded.samples[row] for row in rows], prompts=np.array([number[recorded.prompts[row]] for row in rows])
-    )
-
-
-def replayed(pool: Pool, training: str, seed: int, temperature: float, benchmarks: dict[str, int], only) -> dict:
-    """τ of every system, over all prompts and by benchmark; who was verified and accepted; differences that matter."""
-    recorded = some_of(pool, pool.recorded[temperature], benchmarks)
-    states, _ = pool.judges[temperature]
+def replayed(pool: Pool, system: System, temperature: float, programs: dict) -> dict:
+    """JSON-ready counts of one system: by prompt emitted tokens and steps, by depth, by benchmark who was verified."""
+    recorded, (states, _) = pool.recorded[temperature], pool.judges[temperature]
     target = pool.loaded.target
-    sources = np.empty(recorded.prompts.max() + 1, object)
-    sources[recorded.prompts] = [sample.source for sample in recorded.samples]
-    programs, counts, rows = {}, {}, {}
-    for name, (shapes, params, combine, nodes) in systems(pool, training, seed).items():
-        if only and name not in only:
-            continue
-        tree = TreeShape(AHEAD, 10, nodes)
-        setup = DecodeSetup(target.config, shapes, AHEAD, MAX_NEW_TOKENS, target.stop_tokens, tree, combine=combine)
-        if setup not in programs:
-            programs[setup] = make_tree_replay(target, states, recorded, setup, pool.loaded.mesh)
-        begin = time.perf_counter()
-        counts[name], shares = programs[setup](params)
-        rows[name] = {
-            "nodes": nodes, "replay_seconds": time.perf_counter() - begin,
-            **acceptance_figures(counts[name], np.ones(len(sources), bool), 0),
-            "by_benchmark": {s: acceptance_figures(counts[name], sources == s, 0) for s in benchmarks},
-        }  # fmt: skip
-        if combine is not None:
-            total = {s: [x[sources == s].sum(axis=0) for x in shares] for s in benchmarks}
-            rows[name]["shares"] = {
-                s: {kind: (x / x.sum()).tolist() for kind, x in zip(("verified", "accepted"), each)}
-                for s, each in total.items()
-            }
-        print(f"{training} seed {seed} T={temperature:g} {name}: τ {rows[name]['tau']:.3f}", flush=True)
-    differences = {
-        f"{a} − {b}": tau_difference(counts[a].emitted, counts[a].steps, counts[b].emitted, counts[b].steps, 0)
-        for a, b in (
-            ("merged at 60", "mixed large"), ("merged at 60", "routed"), ("merged at 120", "merged at 60"),
-            ("routed", "mixed large"), ("routed", "mixed small"), ("averaged", "mixed small"), ("merged at 60", "mixed small"),
-        )
-        if a in counts and b in counts
+    tree = TreeShape(AHEAD, 10, system.nodes)
+    setup = DecodeSetup(
+        target.config, system.shapes, AHEAD, MAX_NEW_TOKENS, target.stop_tokens, tree, combine=system.combine
+    )  # fmt: skip
+    if (setup, temperature) not in programs:
+        programs[setup, temperature] = make_tree_replay(target, states, recorded, setup, pool.loaded.mesh)
+    counts, shares = programs[setup, temperature](system.params)
+    row = {
+        "nodes": system.nodes, "emitted": counts.emitted.tolist(), "steps": counts.steps.tolist(),
+        "reached": counts.reached.sum(axis=0).tolist(), "accepted": counts.accepted.sum(axis=0).tolist(),
     }  # fmt: skip
-    return {"prompts": benchmarks, "systems": rows, "differences": differences}
+    if system.combine is not None:
+        sources = np.array([prompt.source for prompt in pool.prompts])
+        total = {s: [x[sources == s].sum(axis=0) for x in shares] for s in PROMPTS}
+        row["shares"] = {
+            s: {kind: (x / x.sum()).tolist() for kind, x in zip(("verified", "accepted"), each)} for s, each in total.items()
+        }
+    return row
 
 
 def timed(pool: Pool, training: str, seed: int, prompts: int) -> dict:
-    """tokens/s and τ by real decoding, greedy, one turn of few prompts, all systems in turn on every batch."""
-    target = pool.loaded.target
+    """tokens/s and τ by real decoding, greedy, one turn of few prompts, all systems in turn on every prompt."""
     chosen = []
-    for source in BENCHMARKS:
+    for source in PROMPTS:
         own = [prompt for prompt in pool.prompts if prompt.source == source]
         chosen += [prompt.__class__(prompt.id, source, prompt.turns[:1]) for prompt in own[:prompts]]
+    drafts = {name: trained_draft(pool, f"{training} {name} seed {seed}") for name in SINGLE}
+    both = {name: drafts[name] for name in ("maths", "chat")}
+    by_nodes = {
+        NODES: {
+            "maths": drafts["maths"],
+            "mixed large": drafts["mixed large"],
+            "routed": Ensemble(both, Combine("route")),
+            "routed per prompt": Ensemble(both, Combine("route", "confidence", 5)),
+            "merged at 60": Ensemble(both, Combine("merge")),
+        },
+        2 * NODES: {"merged at 120": Ensemble(both, Combine("merge")), "mixed large": drafts["mixed large"]},
+    }
     found = {}
-    drafts = systems(pool, training, seed)
-    for nodes in (NODES, 2 * NODES):
-        both = {name: trained_draft(pool, f"{training} {name} seed {seed}") for name in ("maths", "chat")}
-        of_size = {"merged": Ensemble(both, Combine("merge"))}
-        if nodes == NODES:
-            of_size |= {name: drafts[name][:2] for name in ("maths", "mixed large")}
-            routes = {"routed": Combine("route"), "routed per prompt": Combine("route", "confidence", 5)}
-            of_size |= {name: Ensemble(both, combine) for name, combine in routes.items()}
+    for nodes, each in by_nodes.items():
         reports = evaluate(
-            target, of_size, chosen, pool.loaded.mesh, temperature=0.0, num_draft_tokens=AHEAD, max_new_tokens=MAX_NEW_TOKENS,
-            batch_size=1, seed=0, tree=TreeShape(AHEAD, 10, nodes),
+            pool.loaded.target, each, chosen, pool.loaded.mesh, temperature=0.0, num_draft_tokens=AHEAD,
+            max_new_tokens=MAX_NEW_TOKENS, batch_size=1, seed=0, tree=TreeShape(AHEAD, 10, nodes),
         )  # fmt: skip
-        names = ("tau", "tau_low", "tau_high", "tokens_per_second", "speedup", "speedup_low", "speedup_high", "same_text_share")
+        names = (
+            "n_prompts", "tau", "tau_low", "tau_high", "tokens_per_second", "baseline_tokens_per_second", "speedup",
+            "speedup_low", "speedup_high", "same_text_share",
+        )  # fmt: skip
         found |= {f"{name}, {nodes} nodes": {key: report[key] for key in names} for name, report in reports.items()}
     return found
 
 
 def main() -> None:
     parser = pool_parser(__doc__, epochs=5)
-    parser.add_argument("--trainings", nargs="+", default=["EAGLE-2", "HASS"])
+    parser.set_defaults(chats=16 if SMOKE else 860)
+    parser.add_argument("--trainings", nargs="*", default=["EAGLE-2", "HASS"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 1.0])
+    parser.add_argument("--flattest", action="store_true", help="of drafts that were trained on the flattest half")
     parser.add_argument("--systems", nargs="+", help="of the replayed; all unless given")
-    parser.add_argument("--number", nargs=2, type=int, metavar=("MT_BENCH", "GSM8K"), help="prompts, fewer than the default")
     parser.add_argument("--timed", type=int, default=0, help="prompts of each benchmark to decode for speed")
     options = parser.parse_args()
-    pool = open_pool(options, options.temperatures)
-    benchmarks = dict(zip(BENCHMARKS, options.number)) if options.number else BENCHMARKS
+    pool = open_pool(options, options.temperatures, asked=PROMPTS, answers="answers_taps")
     path = (options.work if SMOKE else HERE) / "results.json"
-    empty = {"hardware": describe_hardware(), "replayed": {}, "decoded": {}}
-    results = json.loads(path.read_text()) if path.exists() else empty
+    results = json.loads(path.read_text()) if path.exists() else {}
+    results |= {"hardware": describe_hardware(), "prompts": [prompt.source for prompt in pool.prompts]}
+    chosen, programs = ", flattest" if options.flattest else "", {}
     for training in options.trainings:
-        for seed in options.seeds:
-            for temperature in options.temperatures:
-                key = f"{training}, seed {seed}, T={temperature:g}"
-                if key not in results["replayed"]:
-                    results["replayed"][key] = replayed(pool, training, seed, temperature, benchmarks, options.systems)
-                    path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+        for temperature in options.temperatures:
+            for seed in options.seeds:
+                key = f"{training}, T={temperature:g}"
+                done = results.setdefault("replayed", {}).setdefault(key, {})
+                for name, system in systems(pool, training, seed, chosen).items():
+                    rows = done.setdefault(name, {})
+                    if str(seed) in rows or (options.systems and name not in options.systems):
+                        continue
+                    rows[str(seed)] = row = replayed(pool, system, temperature, programs)
+                    print(f"{key}, seed {seed}, {name}: τ {sum(row['emitted']) / sum(row['steps']):.3f}", flush=True)
+                    path.write_text(json.dumps(results, ensure_ascii=False) + "\n")
         if options.timed:
-            results["decoded"][training] = timed(pool, training, options.seeds[0], options.timed)
-            path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+            results.setdefault("decoded", {})[training] = timed(pool, training, options.seeds[0], options.timed)
+    results["summaries"] = summaries(results)
+    path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    print(table(results["summaries"]))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,87 @@
+"""Of 017's counts: τ of every system over prompts and seeds, with intervals and the differences that matter."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "014_selection"))
+from tables import Runs, difference, draws, resampled, tau  # noqa: E402
+
+COMPARED = (
+    ("merged at 60", "mixed large"),
+    ("merged at 60", "mixed small"),
+    ("merged at 60", "routed"),
+    ("merged at 120", "merged at 60"),
+    ("merged at 120", "mixed large"),
+    ("routed", "mixed small"),
+    ("routed by entropy", "routed"),
+    ("routed per prompt", "routed"),
+    ("averaged", "mixed small"),
+    ("maths, flattest", "maths"),
+    ("chat, flattest", "chat"),
+    ("mixed small, flattest", "mixed small"),
+    ("merged at 60, flattest", "merged at 60"),
+)
+
+
+def summaries(results: dict) -> dict:
+    """{"EAGLE-2, T=0": {"systems": {name: figures}, "differences": {"a − b": figures}}}."""
+    sources = np.array(results["prompts"])
+    found = {}
+    for key, by_name in results["replayed"].items():
+        runs = {name: _runs(by_seed) for name, by_seed in by_name.items() if by_seed}
+        found[key] = {
+            "systems": {name: _figures(runs[name], by_name[name], sources) for name in runs},
+            "differences": {f"{a} − {b}": difference(runs[a], runs[b], "") for a, b in COMPARED if a in runs and b in runs},
+        }
+    return found
+
+
+def _runs(by_seed: dict) -> Runs:
+    emitted, steps = (np.array([row[name] for row in by_seed.values()], float) for name in ("emitted", "steps"))
+    return Runs([int(seed) for seed in by_seed], [], {"": emitted}, {"": steps})
+
+
+def _figures(runs: Runs, by_seed: dict, sources: np.ndarray) -> dict:
+    def of(picked: np.ndarray) -> dict:
+        own = runs._replace(emitted={"": runs.emitted[""][:, picked]}, steps={"": runs.steps[""][:, picked]})
+        low, high = np.percentile(resampled(own, "", *draws(len(picked), len(runs.seeds))), [2.5, 97.5])
+        return {"tau": tau(own, ""), "low": float(low), "high": float(high)}
+
+    rows = list(by_seed.values())
+    reached, accepted = (np.sum([row[name] for row in rows], axis=0) for name in ("reached", "accepted"))
+    found = {
+        "nodes": rows[0]["nodes"], "seeds": runs.seeds, **of(np.arange(len(sources))),
+        "by_benchmark": {name: of(np.flatnonzero(sources == name)) for name in dict.fromkeys(sources.tolist())},
+        "alpha": [float(a / r) if r else None for a, r in zip(accepted, reached)],
+    }  # fmt: skip
+    if "shares" in rows[0]:
+        found["first_verified"] = {
+            source: float(np.mean([row["shares"][source]["verified"][0] for row in rows])) for source in rows[0]["shares"]
+        }
+    return found
+
+
+def table(summary: dict) -> str:
+    """Markdown, a table for each training and temperature."""
+    lines = []
+    for key, each in summary.items():
+        benchmarks = list(next(iter(each["systems"].values()))["by_benchmark"])
+        head = ["system (seeds)", "nodes", "τ, all", *benchmarks, "α by depth", "verified nodes of the maths draft"]
+        lines += [f"\n{key}\n", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+        for name, row in each["systems"].items():
+            shares = ", ".join(f"{share:.0%}" for share in row.get("first_verified", {}).values())
+            alphas = " ".join("–" if alpha is None else f"{alpha:.2f}" for alpha in row["alpha"])
+            taus = [_interval(row), *map(_interval, row["by_benchmark"].values())]
+            cells = [f"{name} ({len(row['seeds'])})", str(row["nodes"]), *taus, alphas, shares]
+            lines.append("| " + " | ".join(cells) + " |")
+        for name, row in each["differences"].items():
+            lines.append(f"- {name}: {row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}] ({row['seeds']})")
+    return "\n".join(lines)
+
+
+def _interval(row: dict) -> str:
+    return f"{row['tau']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"

@@ -1,0 +1,122 @@
+"""What a whole run costs, stage by stage, with all chats, with half, and with half of the half's tokens. See README.md."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "014_selection"))
+from arms import by_metric  # noqa: E402
+from pool import Pool, judge_draft, known_of, open_pool, pool_parser, token_weights_of  # noqa: E402
+
+from jsfdd import pipeline  # noqa: E402
+from jsfdd.config import ScoreConfig  # noqa: E402
+from jsfdd.data.batches import choose_shapes  # noqa: E402
+from jsfdd.records import samples_digest  # noqa: E402
+from jsfdd.selection.features import store_hidden  # noqa: E402
+from jsfdd.selection.sfdd import select  # noqa: E402
+from jsfdd.training import train as training  # noqa: E402
+from jsfdd.training.batch import TrainingData  # noqa: E402
+from jsfdd.weights.checkpoint import load_draft  # noqa: E402
+
+HEADS = {"8k": {}, "full": {"draft_vocab": 0}}
+
+
+class Stages:
+    """CPU and wall-clock seconds of named stages, kept in a file; a stage that is in it is not run again."""
+
+    def __init__(self, path: Path):
+        self.path, self.seconds = path, json.loads(path.read_text()) if path.exists() else {}
+
+    def run(self, name: str, work, *args, **options):
+        if name in self.seconds:
+            return None
+        cpu, wall = time.process_time(), time.perf_counter()
+        found = work(*args, **options)
+        self.seconds[name] = {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
+        self.path.write_text(json.dumps(self.seconds, indent=1))
+        print(f"{self.path.stem}, {name}: {self.seconds[name]['cpu']:.1f} CPU s", flush=True)
+        return found
+
+
+def target_passes(pool: Pool, work: Path) -> None:
+    """The target's pass over the pool's chats: to keep all hidden states, and to score and keep what half may select."""
+    work.mkdir(parents=True, exist_ok=True)
+    lengths = [len(sample.tokens) for sample in pool.samples]
+    loaded = pool.loaded._replace(samples=pool.samples, shapes=choose_shapes(lengths, pool.base.batch_tokens))
+    identity = loaded.identity | {"samples": samples_digest(pool.samples)}
+    loaded = loaded._replace(identity=identity)
+    stages = Stages(work / "passes.json")
+    stages.run(
+        "features of all", store_hidden, loaded.target.config, loaded.target.params, loaded.samples, loaded.mesh,
+        batch_tokens=pool.base.batch_tokens, directory=work / "all", identity=identity, dtype="bfloat16",
+    )  # fmt: skip
+    options = {name: getattr(pool.base, name) for name in ("target", "data", "max_length", "batch_tokens")}
+    config = ScoreConfig(
+        **options, out=work / "half", per_token=True, keep_features=("flatness",), retain_ratio=0.5, held_out_share=0.0
+    )
+    stages.run("scores, features of half", pipeline.score, config, loaded)
+    stages.run("selection", select, pool.table, "flatness", 0.5, 0)
+    for name in ("all", "half/hidden"):
+        size = sum(path.stat().st_size for path in (work / name).rglob("*") if path.is_file())
+        (work / f"{name.split('/')[0]}.bytes").write_text(f"{size}\n")
+        shutil.rmtree(work / name)
+
+
+def train_and_judge(pool: Pool, work: Path, ids: Sequence[str], weights, options: dict) -> None:
+    """Stages "known" and "training" and, by replay, the counts at T = 0; to `work`."""
+    work.mkdir(parents=True, exist_ok=True)
+    stages = Stages(work / "stages.json")
+    config = dataclasses.replace(pool.base, out=work, **options)
+    draft = training.draft_of(pool.loaded.target.config, config, pool.loaded.samples)
+    chosen = set(ids)
+    data = TrainingData([sample for sample in pool.samples if sample.id in chosen], pool.store, None, weights)
+    known = stages.run("known", known_of, config, pool.loaded, data, draft, work / "known")
+    if "training" not in stages.seconds:
+        known = known or known_of(config, pool.loaded, data, draft, work / "known")
+        stages.run(
+            "training", training.train, pool.loaded.target.config, pool.loaded.target.params, data._replace(known=known),
+            TrainingData([], pool.store), config, pool.loaded.mesh,
+            identity=pool.loaded.identity, draft=draft, shapes=pool.shapes,
+        )  # fmt: skip
+        shutil.rmtree(work / "known")
+    if not (work / "counts.json").exists():
+        draft, params, _ = load_draft(work)
+        (work / "counts.json").write_text(json.dumps(judge_draft(pool, draft, jax.device_get(params), 0.0)))
+
+
+def main() -> None:
+    parser: argparse.ArgumentParser = pool_parser(__doc__, epochs=4)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--heads", nargs="+", choices=HEADS, default=["8k"])
+    parser.add_argument("--only", nargs="+", help="parts of names; all unless given")
+    options = parser.parse_args()
+    pool = open_pool(options)
+    work = options.work / "whole"
+    target_passes(pool, work)
+    everything = [sample.id for sample in pool.samples]
+    half = by_metric(pool, "flatness", 0.5, 0)
+    kept = [sample for sample in pool.samples if sample.id in set(half)]
+    for seed in options.seeds:
+        arms = {"all": (everything, None), "half": (half, None)}
+        for metric in ("flatness", "random"):
+            choice = dict(metric=metric, weighting="hard", retain_ratio=0.5, seed=seed)
+            arms[f"half, {metric} half of its tokens"] = (half, token_weights_of(pool, kept, **choice))
+        for head in options.heads:
+            for name, (ids, weights) in arms.items():
+                if not options.only or any(part in name for part in options.only):
+                    directory = work / f"{name}, {head} head, seed {seed}"
+                    train_and_judge(pool, directory, ids, weights, HEADS[head] | {"seed": seed})
+
+
+if __name__ == "__main__":
+    main()
