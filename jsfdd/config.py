@@ -67,6 +67,8 @@ class ScoreConfig(TargetOptions, DataOptions, FeatureFormat, Seeded, ProcessOpti
     at --retain-ratio and, for random, --seed; or `full`, every sample. Others are dropped as soon as that is known."""
     retain_ratio: float = SelectionOptions.retain_ratio
     """With --keep-features: the share of the samples that the selection will keep."""
+    within: Literal["all", "source"] = SelectionOptions.within
+    """With --keep-features: among which samples the selection will keep that share."""
     held_out_share: float = TrainingOptions.held_out_share
     """With --keep-features: the share that training will hold out, of which hidden states are kept too."""
 

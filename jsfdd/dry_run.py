@@ -119,10 +119,9 @@ def _score(config: ScoreConfig) -> Result:
 
 
 def _select(config: SelectConfig) -> Result:
-    selection = sfdd.select(
-        read_scores(config.scores), config.metric, config.retain_ratio, config.seed, config.unit
-    )
-    values = {"kept": len(selection.ids), "without_counted_token": len(selection.dropped), "threshold": selection.threshold}
+    table = read_scores(config.scores)
+    selection = sfdd.select(table, config.metric, config.retain_ratio, config.seed, config.unit, config.within)
+    values = {"kept": len(selection.ids), "without_counted_token": len(selection.dropped), "thresholds": selection.thresholds}
     words = [f"keep {_many(len(selection.ids), 'sample')}; {len(selection.dropped):,} without a counted token"]
     return _result("select", values, words, config.out, ["selection.json"])
 

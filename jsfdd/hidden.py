@@ -46,12 +46,12 @@ def still_possible(config: ScoreConfig, samples: Sequence[Sample]) -> StillPossi
     if "full" in config.keep_features:
         always |= {sample.id for sample in samples if sample.counted.any()}
     metrics = [arm for arm in config.keep_features if arm != "full"]
-    return StillPossible(samples, metrics, config.retain_ratio, config.seed, always)
+    return StillPossible(samples, metrics, config.retain_ratio, config.seed, always, config.within)
 
 
 def keeper(config: ScoreConfig, loaded: Loaded) -> AbstractContextManager[FeatureKeeper]:
     """Of the features that --keep-features asks for, into `out`/hidden."""
-    names = ("keep_features", "retain_ratio", "seed", "held_out_share")
+    names = ("keep_features", "retain_ratio", "within", "seed", "held_out_share")
     return features.keep_features(
         loaded.target.config,
         still_possible(config, loaded.samples),
@@ -101,7 +101,7 @@ def open_features(
     if missing:
         wanted = {"held_out_share": config.held_out_share}
         if selection is not None:
-            names = ("metric", "retain_ratio", "seed", "unit")
+            names = ("metric", "retain_ratio", "within", "seed", "unit")
             wanted = {name: getattr(selection, name) for name in names} | wanted
         raise ValueError(
             f"{directory}: lacks {len(missing)} of {len(samples)} samples, {missing[0]} the first. Wanted: {_options(wanted)}; "

@@ -175,6 +175,8 @@ class SelectionOptions(_Options):
 
     retain_ratio: float = 0.5
     """Share of the samples to keep."""
+    within: Literal["all", "source"] = "all"
+    """Among which samples a share is kept: among all, or among those of each source, at least one of it."""
     unit: Literal["sample", "batch"] = "sample"
     """What is kept or dropped as a whole: a conversation, or four consecutive ones (the paper's code; for parity only)."""
 

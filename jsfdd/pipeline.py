@@ -88,7 +88,7 @@ def score(config: ScoreConfig, loaded: Loaded | None = None) -> ScoreTable:
 def select(config: SelectConfig) -> Selection:
     """`jsfdd select`: writes selection.json, returns the selection."""
     table = read_scores(config.scores)
-    selection = sfdd.select(table, config.metric, config.retain_ratio, config.seed, config.unit)
+    selection = sfdd.select(table, config.metric, config.retain_ratio, config.seed, config.unit, config.within)
     config.out.mkdir(parents=True, exist_ok=True)
     if is_primary():
         sfdd.write_selection(config.out / "selection.json", selection)

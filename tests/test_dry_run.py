@@ -82,7 +82,7 @@ def test_what_was_begun_would_be_continued(place, capsys):
 
 def test_select(place, capsys):
     values, _ = _dry(capsys, "select", "--scores", "scores.parquet", "--retain-ratio", "0.5", "--out", "out")
-    assert (values["kept"], values["threshold"], values["would_write"]) == (2, 3.0, ["out/selection.json"])
+    assert (values["kept"], values["thresholds"], values["would_write"]) == (2, {"all": 3.0}, ["out/selection.json"])
 
 
 def test_train(place, capsys):

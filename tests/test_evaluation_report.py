@@ -46,7 +46,7 @@ def write_run(run: Path, *, num_samples: int = 60, num_prompts: int = 20, seed: 
         directory.mkdir(parents=True)
         metric, ratio = ("random", 1.0) if arm == "full" else (arm, 0.5)
         threshold = samples[ranked[half - 1]]["mean"] if arm == "flatness" else 0.5
-        selection = Selection(tuple(kept[arm]), (ranked[-1],), metric, ratio, 0, "sample", threshold, inputs={})
+        selection = Selection(tuple(kept[arm]), (ranked[-1],), metric, ratio, 0, "sample", "all", {"all": threshold}, inputs={})
         write_selection(directory / "selection.json", selection)
         steps = round(400 * share)
         _write_metrics(directory / "metrics.jsonl", steps, tau, rng)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,10 +15,10 @@ from jsfdd.selection.sfdd import _KEPT_END, select
 from jsfdd.selection.table import METRICS, ScoreTable, join
 
 
-def sample(name, length=4, counted=True):
+def sample(name, length=4, counted=True, source="x"):
     mask = np.zeros(length, bool)
     mask[-3 if counted else -1 :] = True
-    return Sample(name, "x", np.arange(length, dtype=np.int32), mask)
+    return Sample(name, source, np.arange(length, dtype=np.int32), mask)
 
 
 def table_of(samples, scores):
@@ -24,7 +26,7 @@ def table_of(samples, scores):
     counts = np.array([s.counted.sum() for s in samples], np.int32)
     values = np.where(counts > 0, np.asarray(scores, float), np.nan)
     ids = tuple(s.id for s in samples)
-    return ScoreTable(ids=ids, sources=ids, num_tokens=counts, identity={}, **dict.fromkeys(METRICS, values))
+    return ScoreTable(ids=ids, sources=tuple(s.source for s in samples), num_tokens=counts, identity={}, **dict.fromkeys(METRICS, values))
 
 
 @settings(deadline=None)
@@ -34,16 +36,17 @@ def table_of(samples, scores):
     retain_ratio=st.sampled_from([0.01, 0.3, 0.5, 1.0]),
     metric=st.sampled_from(list(_KEPT_END)),
     seed=st.integers(0, 3),
+    within=st.sampled_from(["all", "source"]),
     order=st.randoms(use_true_random=False),
 )
-def test_it_ends_with_what_select_chooses_and_never_drops_it(scores, uncounted, retain_ratio, metric, seed, order):
-    samples = [sample(f"s{i}", counted=i not in uncounted) for i in range(len(scores))]
+def test_it_ends_with_what_select_chooses_and_never_drops_it(scores, uncounted, retain_ratio, metric, seed, within, order):
+    samples = [sample(f"s{i}", counted=i not in uncounted, source="xyz"[i * i % 3]) for i in range(len(scores))]
     whole = table_of(samples, scores)
-    chosen = set(select(whole, metric, retain_ratio, seed).ids)
-    ranked = sum(i not in uncounted for i in range(len(scores)))
-    most = max(1, int(retain_ratio * ranked + 0.5))
+    chosen = set(select(whole, metric, retain_ratio, seed, within=within).ids)
+    sources = Counter(samples[i].source if within == "source" else "" for i in range(len(scores)) if i not in uncounted)
+    most = sum(max(1, int(retain_ratio * ranked + 0.5)) for ranked in sources.values())
     assert len(chosen) == most
-    stays = StillPossible(samples, [metric], retain_ratio, seed)
+    stays = StillPossible(samples, [metric], retain_ratio, seed, within=within)
     rows, seen = list(range(len(scores))), []
     order.shuffle(rows)
     for row in rows:

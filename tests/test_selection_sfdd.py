@@ -13,14 +13,14 @@ from jsfdd.config import RunConfig
 from jsfdd.options import Metric
 from jsfdd.records import Sample
 from jsfdd.selection.sfdd import Selection, read_selection, select, selected_samples, write_selection
-from jsfdd.selection.table import METRICS, ScoreTable
+from jsfdd.selection.table import METRICS, ScoreTable, join
 
 
-def make_table(ids, num_tokens=None, **columns):
+def make_table(ids, num_tokens=None, sources=None, **columns):
     number = len(ids)
     values = {name: np.asarray(columns.get(name, np.linspace(0.1, 0.9, number)), np.float64) for name in METRICS}
     counts = np.full(number, 5, np.int32) if num_tokens is None else np.asarray(num_tokens, np.int32)
-    return ScoreTable(tuple(ids), ("x",) * number, counts, identity={"target": "toy"}, **values)
+    return ScoreTable(tuple(ids), tuple(sources or ("x",) * number), counts, identity={"target": "toy"}, **values)
 
 
 UNCERTAIN, CERTAIN = [0.25] * 4, [0.97, 0.01, 0.01, 0.01]
@@ -57,8 +57,8 @@ def test_number_kept_is_the_rounded_share_and_at_least_one(number, ratio, kept):
 def test_kept_samples_stay_in_the_order_of_the_data_and_the_threshold_is_the_last_ones():
     table = make_table(["d", "a", "c", "b"], flatness=[0.4, 0.1, 0.3, 0.2])
     selection = select(table, "flatness", 0.75)
-    assert selection.ids == ("d", "c", "b") and selection.threshold == 0.2
-    assert select(make_table(["d", "a"], top1=[0.4, 0.1]), "top1", 0.5).threshold == 0.1
+    assert selection.ids == ("d", "c", "b") and selection.thresholds == {"all": 0.2}
+    assert select(make_table(["d", "a"], top1=[0.4, 0.1]), "top1", 0.5).thresholds == {"all": 0.1}
 
 
 def test_ties_go_to_the_smaller_id_whatever_the_order_of_the_data():
@@ -87,18 +87,32 @@ def test_random_depends_on_seed_and_ids_alone():
     assert set(select(make_table(ids), "random", 0.25, seed=1).ids) < set(first.ids)
 
 
+def test_within_sources_each_keeps_its_share_and_its_own_threshold():
+    sources = ["maths", "chat", "maths", "chat", "maths", "chat", "code"]
+    table = make_table("abcdefg", sources=sources, flatness=[0.1, 0.9, 0.3, 0.7, 0.2, 0.8, 0.0])
+    assert select(table, "flatness", 0.5).ids == ("b", "c", "d", "f")  # all of the chats, and little else
+    selection = select(table, "flatness", 0.5, within="source")
+    assert selection.ids == ("b", "c", "e", "f", "g")  # half of three is two, and of one it is one
+    assert selection.thresholds == {"chat": 0.8, "code": 0.0, "maths": 0.2}
+    # It is what each source alone would keep, by any metric and unit.
+    for metric, unit in (("top1", "sample"), ("random", "sample"), ("entropy", "batch")):
+        alone = [join([table], [i for i, s in zip("abcdefg", sources) if s == source]) for source in set(sources)]
+        kept = {i for each in alone for i in select(each, metric, 0.4, unit=unit).ids}
+        assert set(select(table, metric, 0.4, unit=unit, within="source").ids) == kept
+
+
 def test_unit_batch_keeps_groups_of_four_by_their_mean_over_tokens():
     # Sorted: a1 a10 a2 a3 | a4 a5 a6 a7 | a8. By samples a1 and a8 would win; by tokens the second group does.
     ids = ["a1", "a2", "a3", "a4", "a5", "a6", "a7", "a8", "a10"]
     flatness = [0.9, 0.1, 0.1, 0.5, 0.5, 0.5, 0.5, 0.45, 0.9]
     tokens = [1, 100, 100, 10, 10, 10, 10, 5, 1]
     selection = select(make_table(ids, tokens, flatness=flatness), "flatness", 0.34, unit="batch")
-    assert selection.ids == ("a4", "a5", "a6", "a7") and selection.threshold == pytest.approx(0.5)
+    assert selection.ids == ("a4", "a5", "a6", "a7") and selection.thresholds["all"] == pytest.approx(0.5)
     two = select(make_table(ids, tokens, flatness=flatness), "flatness", 0.5, unit="batch")
     assert two.ids == ("a4", "a5", "a6", "a7", "a8")
     ppl = np.exp([1.0, 2.0, 3.0, 4.0])
     found = select(make_table(list("abcd"), [1, 1, 1, 5], ppl=ppl), "ppl", 1.0, unit="batch")
-    assert found.threshold == pytest.approx(np.exp((1 + 2 + 3 + 4 * 5) / 8))
+    assert found.thresholds["all"] == pytest.approx(np.exp((1 + 2 + 3 + 4 * 5) / 8))
     with pytest.raises(ValueError, match="no flatness_median"):
         select(make_table(ids), "flatness_median", unit="batch")
 
@@ -110,6 +124,7 @@ def test_bad_options_are_named():
         ({"metric": "flatness", "retain_ratio": 0.0}, "retain_ratio is 0.0"),
         ({"metric": "flatness", "retain_ratio": float("nan")}, "retain_ratio is nan"),
         ({"metric": "flatness", "unit": "token"}, "unit 'token' is unknown"),
+        ({"metric": "flatness", "within": "length"}, "within 'length' is unknown; choose from all, source"),
     ]:
         with pytest.raises(ValueError, match=message):
             select(table, **options)

@@ -381,7 +381,7 @@ REPORT = {
     },
 }  # fmt: skip
 SELECTION = {
-    "metric": "flatness", "retain_ratio": 0.5, "threshold": 0.0123, "unit": "sample", "seed": 0, "kept": 107, "dropped": 2,
+    "metric": "flatness", "retain_ratio": 0.5, "thresholds": {"all": 0.0123}, "within": "all", "unit": "sample", "seed": 0, "kept": 107, "dropped": 2,
     "sha256": "ab12",
 }  # fmt: skip
 COMMANDS = {

@@ -107,7 +107,8 @@ def _flatness(files: RunFiles) -> dict:
     flatness, entropy = files.scores.flatness[scored], files.scores.entropy[scored]
     groups, colours = source_groups(np.array(files.scores.sources, object)[scored])
     size = files.summary["target"]["vocab_size"]
-    thresholds = [a.selection.threshold for a in files.arms if a.name == "flatness" and a.selection.unit == "sample"]
+    selections = [a.selection for a in files.arms if a.name == "flatness" and a.selection.unit == "sample"]
+    thresholds = [s.thresholds["all"] for s in selections if s.within == "all"]  # a line, where there is one for all sources
     return {
         "flatness_panels": _safe(
             [
@@ -267,6 +268,8 @@ def _selection_sentences(files: RunFiles) -> list[str]:
     data, share = files.summary["data"], files.config.held_out_share
     parts = [f"{whole(len(arm.kept))} in {arm.name}" for arm in files.arms]
     sentences = [f"Of {whole(data['kept'])} scored samples the arms kept {_listed(parts)}."]
+    if files.config.within == "source":
+        sentences.append(f"They were ranked within each source, of which {percent(files.config.retain_ratio)} was kept.")
     if files.config.mix:
         parts = [f"{whole(arm.row['samples'])} in {arm.name}" for arm in files.arms]
         sentences.append(f"Of these a mixture was trained on ({' '.join(files.config.mix)}): {_listed(parts)}.")

@@ -1,6 +1,6 @@
 """Which samples can still be selected while scoring goes on: what a pass must keep of what it has seen.
 
-A metric that keeps k samples can at any time only take its k best of those scored so far: whoever is behind k others stays
+A metric that keeps k samples (of all, or of each source) can at any time only take its k best of those scored so far: whoever is behind k others stays
 behind them. So one pass that keeps just these ends with exactly what `sfdd.select` chooses, and never holds more than k.
 
     stays = StillPossible(samples, ["flatness", "random"], retain_ratio=0.5, seed=0, always=held_out_ids)
@@ -11,13 +11,14 @@ behind them. So one pass that keeps just these ends with exactly what `sfdd.sele
 from __future__ import annotations
 
 import bisect
+from collections import Counter
 from collections.abc import Collection, Sequence
 
 import numpy as np
 
 from jsfdd.options import Metric
 from jsfdd.records import Sample
-from jsfdd.selection.sfdd import how_many, place_in_order, random_score
+from jsfdd.selection.sfdd import Within, how_many, place_in_order, random_score
 from jsfdd.selection.table import ScoreTable
 
 
@@ -49,19 +50,29 @@ class StillPossible:
     Args:
       samples: all of them. Those without a counted token are never selected, as their masks tell beforehand.
       metrics: of the selections, each of single samples. What `random` keeps is known at once.
-      retain_ratio, seed: of the selections.
+      retain_ratio, seed, within: of the selections.
       always: samples that are kept whatever they score.
     """
 
     def __init__(
-        self, samples: Sequence[Sample], metrics: Sequence[Metric], retain_ratio: float, seed: int, always: Collection[str] = ()
+        self,
+        samples: Sequence[Sample],
+        metrics: Sequence[Metric],
+        retain_ratio: float,
+        seed: int,
+        always: Collection[str] = (),
+        within: Within = "all",
     ):
         ranked = [sample for sample in samples if sample.counted.any()]
-        k = how_many(retain_ratio, len(ranked))
-        self._best = {metric: BestK(metric, k) for metric in metrics}
+        self._stratum_of = {sample.id: sample.source if within == "source" else "all" for sample in ranked}
+        sizes = Counter(self._stratum_of.values())
+        self._best = {
+            (metric, name): BestK(metric, how_many(retain_ratio, size)) for metric in metrics for name, size in sizes.items()
+        }
+        self._metrics = tuple(metrics)
         self._always = frozenset(always)
         for sample in ranked if "random" in metrics else ():
-            self._best["random"].offer(sample.id, random_score(seed, sample.id))
+            self._best["random", self._stratum_of[sample.id]].offer(sample.id, random_score(seed, sample.id))
         ranked_tokens = sum(len(sample.tokens) for sample in ranked)
         always_tokens = sum(len(sample.tokens) for sample in samples if sample.id in self._always)
         all_tokens = sum(len(sample.tokens) for sample in samples)
@@ -71,9 +82,10 @@ class StillPossible:
     def score(self, table: ScoreTable) -> list[str]:
         """Take the scores of samples that were not scored before into account; returns those that cannot stay any more."""
         gone = set()
-        for metric, best in self._best.items():
+        for metric in self._metrics:
             if metric != "random":
                 for row in np.flatnonzero(table.num_tokens > 0):
+                    best = self._best[metric, self._stratum_of[table.ids[row]]]
                     gone.add(best.offer(table.ids[row], float(getattr(table, metric)[row])))
         return sorted(name for name in gone - {None} if name not in self)
 

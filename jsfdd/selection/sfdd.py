@@ -26,6 +26,7 @@ from jsfdd.records import Sample
 from jsfdd.selection.table import ScoreTable
 
 Unit = Literal["sample", "batch"]
+Within = Literal["all", "source"]
 
 # Every metric keeps the end at which the target is uncertain: there the draft has the most to learn.
 _KEPT_END = {
@@ -49,8 +50,8 @@ class Selection:
     Attributes:
       ids: samples that stay, in the order of the data.
       dropped: samples without a counted token, in the order of the data: they could teach nothing and were not ranked.
-      metric, retain_ratio, seed, unit: as asked for; seed only matters to the metric random.
-      threshold: score of the last that was kept; lower scores went (higher ones for top1 and margin).
+      metric, retain_ratio, seed, unit, within: as asked for; seed only matters to the metric random.
+      thresholds: source (or "all") -> score of the last that was kept of it; lower ones went (higher ones for top1 and margin).
       inputs: identity of the scores, and their hash.
     """
 
@@ -60,12 +61,18 @@ class Selection:
     retain_ratio: float
     seed: int
     unit: Unit
-    threshold: float
+    within: Within
+    thresholds: dict[str, float]
     inputs: dict
 
 
 def select(
-    table: ScoreTable, metric: Metric, retain_ratio: float = 0.5, seed: int = 0, unit: Unit = "sample"
+    table: ScoreTable,
+    metric: Metric,
+    retain_ratio: float = 0.5,
+    seed: int = 0,
+    unit: Unit = "sample",
+    within: Within = "all",
 ) -> Selection:
     """Keep the k = max(1, round(retain_ratio·N)) most uncertain of the N samples that have a counted token.
 
@@ -79,25 +86,31 @@ def select(
       seed: of the metric random.
       unit: "batch" keeps or drops four samples at a time, neighbours in the order of their ids, ranked by the mean over
         all their counted tokens: the granularity of the paper's code, for parity only.
+      within: "source" ranks each source's samples among themselves and keeps the share of each, at least one: not in the
+        paper, whose metrics all choose sources before they choose samples (experiments/013 and 014).
 
     Raises:
-      ValueError: an unknown metric or unit, a ratio out of range, no sample to rank, or a metric that a batch has not.
+      ValueError: an unknown metric, unit or `within`, a ratio out of range, no sample to rank, or a metric that a batch has not.
     """
-    _check_options(metric, retain_ratio, unit)
+    _check_options(metric, retain_ratio, unit, within)
     ranked = np.flatnonzero(table.num_tokens > 0)
     if not len(ranked):
         raise ValueError("no sample has a token that counts: every answer is empty or one token long; check the data")
     ranked = np.array(sorted(ranked, key=lambda row: table.ids[row]))
     size = _SAMPLES_PER_BATCH if unit == "batch" else 1
-    groups = [ranked[start : start + size] for start in range(0, len(ranked), size)]
-    scores = _group_scores(table, metric, groups, seed)
-    if np.isnan(scores).any():
-        broken = [table.ids[group[0]] for group, score in zip(groups, scores) if np.isnan(score)]
-        raise ValueError(f"the {metric} of these samples is not a number: {_few(broken)}; score again")
-    # The groups are in the order of their ids, and a stable sort leaves equal ones so.
-    order = np.argsort(-scores if _KEPT_END[metric] == "large" else scores, kind="stable")
-    order = order[: how_many(retain_ratio, len(groups))]
-    kept = np.sort(np.concatenate([groups[g] for g in order]))
+    kept, thresholds = [], {}
+    for name, rows in _strata(table, ranked, within).items():
+        groups = [rows[start : start + size] for start in range(0, len(rows), size)]
+        scores = _group_scores(table, metric, groups, seed)
+        if np.isnan(scores).any():
+            broken = [table.ids[group[0]] for group, score in zip(groups, scores) if np.isnan(score)]
+            raise ValueError(f"the {metric} of these samples is not a number: {_few(broken)}; score again")
+        # The groups are in the order of their ids, and a stable sort leaves equal ones so.
+        order = np.argsort(-scores if _KEPT_END[metric] == "large" else scores, kind="stable")
+        order = order[: how_many(retain_ratio, len(groups))]
+        kept += [groups[g] for g in order]
+        thresholds[name] = float(scores[order[-1]])
+    kept = np.sort(np.concatenate(kept))
     return Selection(
         ids=tuple(table.ids[i] for i in kept),
         dropped=tuple(table.ids[i] for i in np.flatnonzero(table.num_tokens == 0)),
@@ -105,7 +118,8 @@ def select(
         retain_ratio=retain_ratio,
         seed=seed,
         unit=unit,
-        threshold=float(scores[order[-1]]),
+        within=within,
+        thresholds=thresholds,
         inputs={"scores": table.identity, "scores_sha256": _digest(table)},
     )
 
@@ -159,7 +173,7 @@ def read_selection(path: Path) -> Selection:
         raise ValueError(f"{path}: not JSON ({error}); {_REMEDY}") from None
     kinds = {
         "ids": list, "dropped": list, "metric": str, "retain_ratio": (int, float), "seed": int, "unit": str,
-        "threshold": (int, float), "inputs": dict,
+        "within": str, "thresholds": dict, "inputs": dict,
     }  # fmt: skip
     if not isinstance(values, dict) or set(values) != set(kinds):
         found = ", ".join(sorted(values)) if isinstance(values, dict) else type(values).__name__
@@ -174,7 +188,7 @@ def read_selection(path: Path) -> Selection:
     if len(set(names)) != len(names) or not values["ids"]:
         raise ValueError(f"{path}: {'an id occurs twice' if values['ids'] else 'no id is kept'}; {_REMEDY}")
     try:
-        _check_options(values["metric"], values["retain_ratio"], values["unit"])
+        _check_options(values["metric"], values["retain_ratio"], values["unit"], values["within"])
     except ValueError as error:
         raise ValueError(f"{path}: {error}; {_REMEDY}") from None
     return Selection(**{**values, "ids": tuple(values["ids"]), "dropped": tuple(values["dropped"])})
@@ -196,22 +210,32 @@ def selection_facts(path: Path, identity: dict | None) -> dict:
         if changed := differences(scored, trained):
             raise ValueError(f"{path}: not the selection that the draft was trained on ({changed}); give its own --selection")
     facts = dataclasses.asdict(selection)
-    return {key: facts[key] for key in ("metric", "retain_ratio", "threshold", "unit", "seed")} | {
+    return {key: facts[key] for key in ("metric", "retain_ratio", "thresholds", "within", "unit", "seed")} | {
         "kept": len(selection.ids),
         "dropped": len(selection.dropped),
         "sha256": sha256(path),
     }
 
 
-def _check_options(metric: str, retain_ratio: float, unit: str) -> None:
+def _check_options(metric: str, retain_ratio: float, unit: str, within: str) -> None:
     if metric not in _KEPT_END:
         raise ValueError(f"metric {metric!r} is unknown; choose from {', '.join(_KEPT_END)}")
     if not 0 < retain_ratio <= 1:
         raise ValueError(f"retain_ratio is {retain_ratio}, but it must be a share of the samples in (0, 1]")
     if unit not in typing.get_args(Unit):
         raise ValueError(f"unit {unit!r} is unknown; choose from {', '.join(typing.get_args(Unit))}")
+    if within not in typing.get_args(Within):
+        raise ValueError(f"within {within!r} is unknown; choose from {', '.join(typing.get_args(Within))}")
     if unit == "batch" and metric == "flatness_median":
         raise ValueError("a batch has a mean over its tokens but no flatness_median; use flatness, or the unit sample")
+
+
+def _strata(table: ScoreTable, ranked: np.ndarray, within: Within) -> dict[str, np.ndarray]:
+    """name -> those of the row numbers `ranked` that compete with each other, in the same order."""
+    if within == "all":
+        return {"all": ranked}
+    sources = np.array([table.sources[row] for row in ranked], object)
+    return {name: ranked[sources == name] for name in sorted(set(sources))}
 
 
 def _group_scores(

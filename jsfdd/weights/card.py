@@ -149,9 +149,10 @@ def _acceptance(report: dict | None) -> str:
 def _selection(selection: dict | None) -> str:
     if selection is None:
         return ""
+    thresholds = ", ".join(f"{name} {value:g}" for name, value in selection["thresholds"].items())
     return (
         f"Selected by {selection['metric']}: {selection['kept']} conversations kept (retain ratio "
-        f"{selection['retain_ratio']:g}, unit {selection['unit']}, threshold {selection['threshold']:g}, seed "
+        f"{selection['retain_ratio']:g}, within {selection['within']}, unit {selection['unit']}, thresholds {thresholds}, seed "
         f"{selection['seed']}; {selection['dropped']} had no token that counts). sha256 of selection.json: "
         f"`{selection['sha256']}`."
     )
