@@ -1,7 +1,8 @@
 """Which samples can still be selected while scoring goes on: what a pass must keep of what it has seen.
 
-A metric that keeps k samples (of all, or of each source) can at any time only take its k best of those scored so far: whoever is behind k others stays
-behind them. So one pass that keeps just these ends with exactly what `sfdd.select` chooses, and never holds more than k.
+A metric that keeps k samples (of all, or of each source) can at any time only take its k best of those scored so far: whoever
+is behind k others stays behind them. So one pass that keeps just these ends with exactly what `sfdd.select` chooses, and never
+holds more than k.
 
     stays = StillPossible(samples, ["flatness", "random"], retain_ratio=0.5, seed=0, always=held_out_ids)
     stays.score(table)                                                        # of each batch, as it is scored

@@ -90,7 +90,8 @@ def select(
         paper, whose metrics all choose sources before they choose samples (experiments/013 and 014).
 
     Raises:
-      ValueError: an unknown metric, unit or `within`, a ratio out of range, no sample to rank, or a metric that a batch has not.
+      ValueError: an unknown metric, unit or `within`, a ratio out of range, no sample to rank, or a metric that a batch
+        has not.
     """
     _check_options(metric, retain_ratio, unit, within)
     ranked = np.flatnonzero(table.num_tokens > 0)
