@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from jsfdd.evaluation import plots
 from jsfdd.evaluation.confidence import (
     DraftTokens,
     auroc,
@@ -210,12 +209,3 @@ def test_a_path_is_that_of_its_own_step():
                 expected.append((path, probability, entropy, i + 1))
     found = np.stack([of.path, of.probability, of.entropy, of.depth], axis=1)
     np.testing.assert_allclose(found, np.array(expected), rtol=1e-6)
-
-
-def test_the_plot_shows_every_series():
-    series = {name: reliability(of, of.probability, seed=0) for name, of in (("a", calibrated(900)), ("b", ragged(0, True)))}
-    drawn = plots.reliability("Reliability", series, {"a": "#cc6677", "b": "#44aa99"})
-    assert drawn.startswith('<svg class="narrow"') and "accepted, %" in drawn
-    drawn_without_b = plots.reliability("Reliability", {"a": series["a"]}, {"a": "#cc6677"})
-    assert "#44aa99" not in drawn_without_b
-    assert all(drawn.count(colour) >= 2 for colour in ("#cc6677", "#44aa99")) and "nan" not in drawn

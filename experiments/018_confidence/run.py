@@ -7,13 +7,14 @@ import sys
 from pathlib import Path
 
 import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "014_selection"))
 from pool import GAMMA, SMOKE, open_pool, pool_parser, trained_draft  # noqa: E402
 
-from jsfdd.evaluation import confidence, plots, replay  # noqa: E402
+from jsfdd.evaluation import confidence, replay  # noqa: E402
 from jsfdd.evaluation.acceptance import acceptance_figures  # noqa: E402
 from jsfdd.mesh import describe_hardware  # noqa: E402
 
@@ -63,10 +64,25 @@ def main() -> None:
     results["mean_absolute_error"] = {name: float(np.mean(each)) for name, each in errors.items()}
     out = options.work if SMOKE else HERE
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    bins = {source: confidence.reliability(each, each.probability, 0) for source, each in own.items()}
-    colours = {source: f"C{i}" for i, source in enumerate(own)}
-    picture = plots.reliability("accepted share against the draft's probability", bins, colours)
-    (out / "reliability.svg").write_text(picture)
+    _plot(results, out / "reliability.png")
+
+
+def _plot(results: dict, path: Path) -> None:
+    """Accepted share against the draft's probability, by source and by depth; a larger mark stands for more tokens."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4.4), sharey=True, layout="constrained")
+    for axis, by in zip(axes, ("source", "depth")):
+        axis.plot([0, 1], [0, 1], color="0.6", lw=1, ls=":")
+        for number, (name, figures) in enumerate(results[f"by_{by}"].items()):
+            x, y, low, high, count = np.array([list(each.values()) for each in figures["reliability"]]).T
+            axis.vlines(x, low, high, color=f"C{number}", lw=1.5, alpha=0.4)
+            axis.plot(x, y, color=f"C{number}", label=f"depth {name}" if by == "depth" else name)
+            axis.scatter(x, y, s=4 + 120 * count / count.sum(), color=f"C{number}", lw=0, zorder=3)
+        axis.set(xlim=(0, 1), ylim=(-0.02, 1.03), xlabel="the draft's probability of its token", title=f"by {by}")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    axes[0].set_ylabel("share accepted")
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 
-from jsfdd.evaluation.confidence import Bin
 from jsfdd.evaluation.panel import (
     ARM_STYLES,
     INK,
@@ -263,26 +262,6 @@ def alpha_by_depth(title: str, arms: Sequence[Arm]) -> str:
     ax.set_xlabel("draft depth")
     ax.set_ylabel("accepted, % of reached")
     ax.grid(axis="y")
-    return to_svg(figure, title)
-
-
-@mpl.rc_context(STYLE)
-def reliability(title: str, series: dict[str, Sequence[Bin]], colours: dict[str, str]) -> str:
-    """Accepted share against confidence with intervals, in percent: a line a series; a larger mark stands for more tokens."""
-    figure, ax = new_axes(title, NARROW, NARROW)
-    ax.plot([0, 100], [0, 100], color=MUTED, linewidth=1, linestyle=(0, (2, 2)))
-    for name, bins in series.items():
-        x, y, low, high, count = np.array([
-            (each.confidence, each.accepted, each.accepted_low, each.accepted_high, each.count) for each in bins
-        ]).T  # fmt: skip
-        ax.vlines(100 * x, 100 * low, 100 * high, color=colours[name], linewidth=2, alpha=0.5)
-        ax.plot(100 * x, 100 * y, color=colours[name])
-        ax.scatter(100 * x, 100 * y, s=6 + 90 * count / count.sum(), color=colours[name], linewidths=0, zorder=3)
-    ax.set_xlim(0, 100)
-    ax.set_ylim(0, 100)
-    ax.set_xlabel("the draft's probability, %")
-    ax.set_ylabel("accepted, %")
-    ax.grid()
     return to_svg(figure, title)
 
 
