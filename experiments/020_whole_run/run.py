@@ -16,7 +16,7 @@ import jax
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "014_selection"))
 from arms import by_metric  # noqa: E402
-from pool import Pool, judge_draft, known_of, open_pool, pool_parser, token_weights_of  # noqa: E402
+from pool import SMOKE, Pool, judge_draft, known_of, open_pool, pool_parser, token_weights_of  # noqa: E402
 
 from jsfdd import pipeline  # noqa: E402
 from jsfdd.config import ScoreConfig  # noqa: E402
@@ -48,14 +48,16 @@ class Stages:
         return found
 
 
-def target_passes(pool: Pool, work: Path) -> None:
-    """The target's pass over the pool's chats: to keep all hidden states, and to score and keep what half may select."""
+def target_passes(pool: Pool, work: Path, number: int) -> None:
+    """The target's pass over the first chats: to keep all hidden states, and to score and keep what half may select."""
     work.mkdir(parents=True, exist_ok=True)
-    lengths = [len(sample.tokens) for sample in pool.samples]
-    loaded = pool.loaded._replace(samples=pool.samples, shapes=choose_shapes(lengths, pool.base.batch_tokens))
-    identity = loaded.identity | {"samples": samples_digest(pool.samples)}
-    loaded = loaded._replace(identity=identity)
+    samples = pool.samples[:number]
+    shapes = choose_shapes([len(sample.tokens) for sample in samples], pool.base.batch_tokens)
+    identity = pool.loaded.identity | {"samples": samples_digest(samples)}
+    loaded = pool.loaded._replace(samples=samples, shapes=shapes, identity=identity)
     stages = Stages(work / "passes.json")
+    if stages.seconds:
+        return
     stages.run(
         "features of all", store_hidden, loaded.target.config, loaded.target.params, loaded.samples, loaded.mesh,
         batch_tokens=pool.base.batch_tokens, directory=work / "all", identity=identity, dtype="bfloat16",
@@ -66,10 +68,11 @@ def target_passes(pool: Pool, work: Path) -> None:
     )
     stages.run("scores, features of half", pipeline.score, config, loaded)
     stages.run("selection", select, pool.table, "flatness", 0.5, 0)
+    facts = {"samples": len(samples), "tokens": sum(len(sample.tokens) for sample in samples)}
     for name in ("all", "half/hidden"):
-        size = sum(path.stat().st_size for path in (work / name).rglob("*") if path.is_file())
-        (work / f"{name.split('/')[0]}.bytes").write_text(f"{size}\n")
+        facts[name] = sum(path.stat().st_size for path in (work / name).rglob("*") if path.is_file())
         shutil.rmtree(work / name)
+    (work / "facts.json").write_text(json.dumps(facts))
 
 
 def train_and_judge(pool: Pool, work: Path, ids: Sequence[str], weights, options: dict) -> None:
@@ -98,11 +101,12 @@ def main() -> None:
     parser: argparse.ArgumentParser = pool_parser(__doc__, epochs=4)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--heads", nargs="+", choices=HEADS, default=["8k"])
+    parser.add_argument("--passes", type=int, default=8 if SMOKE else 150, help="chats that the target's passes are timed on")
     parser.add_argument("--only", nargs="+", help="parts of names; all unless given")
     options = parser.parse_args()
     pool = open_pool(options)
     work = options.work / "whole"
-    target_passes(pool, work)
+    target_passes(pool, work, options.passes)
     everything = [sample.id for sample in pool.samples]
     half = by_metric(pool, "flatness", 0.5, 0)
     kept = [sample for sample in pool.samples if sample.id in set(half)]
