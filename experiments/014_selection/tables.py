@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import matplotlib
 import numpy as np
+from scipy.stats import spearmanr
 
 from jsfdd.mesh import describe_hardware
 
@@ -20,6 +21,14 @@ import matplotlib.pyplot as plt  # noqa: E402
 HERE = Path(__file__).parent
 RESAMPLES = 4000
 TEMPERATURES = ("T=0", "T=1")
+COMPARED = (  # in pairs, by benchmark
+    ("flatness 50%", "random 50%"),
+    ("flatness 50% within sources", "random 50%"),
+    ("flatness 50% within sources", "flatness 50%"),
+    ("full, flatness 50% of the tokens", "full, random 50% of the tokens"),
+    ("flatness 20%", "random 20%"),
+    ("flatness 5%", "random 5%"),
+)
 OTHERS = ("half", "EAGLE-2", "HASS")  # arms of other experiments in the same directory
 
 
@@ -85,6 +94,19 @@ def difference(a: Runs, b: Runs, temperature: str) -> dict:
     return {"difference": middle, "low": float(low), "high": float(high), "seeds": len(common)}
 
 
+def by_benchmark(a: Runs, b: Runs, temperature: str, sources: np.ndarray) -> dict:
+    """`difference` over all prompts and over each benchmark's."""
+    found = {"all": difference(a, b, temperature)}
+    for name in dict.fromkeys(sources.tolist()):
+        rows = np.flatnonzero(sources == name)
+        of_name = (
+            x._replace(emitted={t: e[:, rows] for t, e in x.emitted.items()}, steps={t: s[:, rows] for t, s in x.steps.items()})
+            for x in (a, b)
+        )
+        found[name] = difference(*of_name, temperature)
+    return found
+
+
 def _with_seeds(runs: Runs, seeds: Sequence[int]) -> Runs:
     rows = [runs.seeds.index(seed) for seed in seeds]
     return Runs(
@@ -117,19 +139,23 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     runs = {name: each for name, each in read_runs(options.work).items() if not name.startswith(OTHERS)}
+    proxies = {name: runs.pop(name) for name in list(runs) if name.startswith("proxy at ")}
     sources = sources_of(options.work)
     results = {
         "hardware": describe_hardware(),
         "seconds": json.loads((options.work / "seconds.json").read_text()),
         "prompts": {name: int((sources == name).sum()) for name in dict.fromkeys(sources)},
         "arms": {name: summary(each, sources) for name, each in runs.items()},
-        "minus_full": {}, "minus_random": {},
+        "minus_full": {}, "minus_random": {}, "compared": {}, "proxies": foretold(proxies, runs),
     }  # fmt: skip
     for name, each in runs.items():
         if name != "full" and "full" in runs and set(each.seeds) & set(runs["full"].seeds):
-            results["minus_full"][name] = {t: difference(each, runs["full"], t) for t in each.emitted}
+            shared = each.emitted.keys() & runs["full"].emitted.keys()
+            results["minus_full"][name] = {t: difference(each, runs["full"], t) for t in sorted(shared)}
         share = re.search(r"(\d+)%", name)
         control = f"random {share.group(1)}%" if share else None
+        if name == "progressive dropout, hardest":
+            control = "progressive dropout, random"
         if "equal steps" in name:
             control += " equal steps"
         if "of the tokens" in name:
@@ -137,10 +163,27 @@ def main() -> None:
         if control in runs and control != name:
             shared = each.emitted.keys() & runs[control].emitted.keys()
             results["minus_random"][name] = {t: difference(each, runs[control], t) for t in sorted(shared)}
+    for a, b in COMPARED:
+        if a in runs and b in runs:
+            shared = sorted(runs[a].emitted.keys() & runs[b].emitted.keys())
+            results["compared"][f"{a} − {b}"] = {t: by_benchmark(runs[a], runs[b], t, sources) for t in shared}
     (options.out / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     _print(results)
     _plot_arms(results, options.out / "tau.png")
     _plot_ratios(results, options.out / "ratios.png")
+
+
+def foretold(proxies: dict[str, Runs], runs: dict[str, Runs]) -> dict:
+    """Of proxy runs at each learning rate: τ of every arm beside its τ after all epochs, seed 0, and the rank correlation."""
+    found = {}
+    for name, proxy in proxies.items():
+        rate, arm = re.fullmatch(r"proxy at ([\d.e-]+), (.*)", name).groups()
+        if arm in runs:
+            pair = [tau(_with_seeds(each, [0]), "T=0") for each in (proxy, runs[arm])]
+            found.setdefault(rate, {"arms": {}})["arms"][arm] = pair
+    for each in found.values():
+        each["spearman"] = float(spearmanr(*zip(*each["arms"].values())).statistic)
+    return found
 
 
 def sources_of(work: Path) -> np.ndarray:
@@ -151,26 +194,39 @@ def sources_of(work: Path) -> np.ndarray:
 
 
 def _print(results: dict) -> None:
+    """A table for each temperature, and what the proxies foretold."""
     benchmarks = list(results["prompts"])
-    sampled = ["T=1: τ [95%]"] if any("T=1" in arm for arm in results["arms"].values()) else []
-    head = ["arm (seeds)", "samples", "steps", "T=0: τ [95%]", *benchmarks, *sampled, "− full, T=0", "− random, T=0"]
-    print("| " + " | ".join(head) + " |")
-    print("|---" * len(head) + "|")
-    for name, arm in sorted(results["arms"].items(), key=lambda item: -item[1]["T=0"]["tau"]):
-        t0, t1 = arm["T=0"], arm.get("T=1")
-        cells = [f"{name} ({len(arm['seeds'])})", str(arm["samples"]), str(arm["steps"])]
-        cells += [f"{t0['tau']:.3f} [{t0['low']:.3f}, {t0['high']:.3f}]", *(f"{t0['by_benchmark'][b]:.3f}" for b in benchmarks)]
-        cells += [f"{t1['tau']:.3f} [{t1['low']:.3f}, {t1['high']:.3f}]" if t1 else ""] * len(sampled)
-        for kind in ("minus_full", "minus_random"):
-            d = results[kind].get(name)
-            cells.append(f"{d['T=0']['difference']:+.3f} [{d['T=0']['low']:+.3f}, {d['T=0']['high']:+.3f}]" if d else "")
-        print("| " + " | ".join(cells) + " |")
+    for t in TEMPERATURES:
+        arms = {name: arm for name, arm in results["arms"].items() if t in arm}
+        head = ["arm (seeds)", "samples", "steps", f"τ [95%], {t}", *benchmarks, "− full", "− random"]
+        print("\n| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
+        for name, arm in sorted(arms.items(), key=lambda item: -item[1][t]["tau"]):
+            own = arm[t]
+            cells = [f"{name} ({len(arm['seeds'])})", str(arm["samples"]), str(arm["steps"])]
+            cells += [_interval(own["tau"], own), *(f"{own['by_benchmark'][b]:.3f}" for b in benchmarks)]
+            for kind in ("minus_full", "minus_random"):
+                d = results[kind].get(name, {}).get(t)
+                cells.append(_interval(d["difference"], d, "+") if d else "")
+            print("| " + " | ".join(cells) + " |")
+    print()
+    for pair, each in results["compared"].items():
+        for t, row in each.items():
+            cells = [f"{pair}, {t} ({row['all']['seeds']})", *(_interval(d["difference"], d, "+") for d in row.values())]
+            print("| " + " | ".join(cells) + " |")
+    for rate, each in results["proxies"].items():
+        pairs = ", ".join(f"{arm} {proxy:.3f} → {final:.3f}" for arm, (proxy, final) in each["arms"].items())
+        print(f"proxies at rate {rate}: Spearman {each['spearman']:+.2f} ({pairs})")
+
+
+def _interval(value: float, row: dict, sign: str = "") -> str:
+    low, high = (f"{row[name]:{sign}.3f}" for name in ("low", "high"))
+    return f"{value:{sign}.3f} [{low}, {high}]".replace("-", "−")
 
 
 def _plot_arms(results: dict, path: Path) -> None:
     """τ of every arm at both temperatures, with intervals and the single seeds."""
     names = sorted(results["arms"], key=lambda name: results["arms"][name]["T=0"]["tau"])
-    names = [name for name in names if not re.search(r"\d+%$", name) or name.endswith(" 50%")]
+    names = [name for name in names if not re.search(r"\d+%$", name) or name.endswith(" 50%")]  # the others are ratios
     judged = [t for t in TEMPERATURES if any(t in results["arms"][name] for name in names)]
     size = (2.5 + 4.25 * len(judged), 0.27 * len(names) + 1)
     figure, axes = plt.subplots(1, len(judged), figsize=size, sharey=True, layout="constrained", squeeze=False)
@@ -191,7 +247,7 @@ def _plot_arms(results: dict, path: Path) -> None:
 
 def _plot_ratios(results: dict, path: Path) -> None:
     figure, axis = plt.subplots(figsize=(5.5, 3.6), layout="constrained")
-    for metric, colour in (("flatness", "C3"), ("random", "C7"), ("entropy", "C0")):
+    for metric, colour in (("flatness", "C3"), ("random", "C7"), ("energy", "C0")):
         named = {name: re.fullmatch(rf"{metric} (\d+)%", name) for name in results["arms"]}
         arms = {int(match.group(1)): results["arms"][name]["T=0"] for name, match in named.items() if match}
         arms[100] = results["arms"]["full"]["T=0"]
