@@ -42,7 +42,7 @@ def summaries(results: dict) -> dict:
 
 def _runs(by_seed: dict) -> Runs:
     emitted, steps = (np.array([row[name] for row in by_seed.values()], float) for name in ("emitted", "steps"))
-    return Runs([int(seed) for seed in by_seed], [], {"": emitted}, {"": steps})
+    return Runs([int(seed) for seed in by_seed], list(by_seed.values()), {"": emitted}, {"": steps})
 
 
 def _figures(runs: Runs, by_seed: dict, sources: np.ndarray) -> dict:

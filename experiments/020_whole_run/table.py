@@ -80,7 +80,7 @@ def _runs(name: str, by_seed: dict[int, dict], pool: Path) -> Runs:
             counts.setdefault(seed, found)
     seeds = sorted(counts)
     emitted = np.stack([counts[seed] @ np.arange(1, counts[seed].shape[1] + 1) for seed in seeds])
-    return Runs(seeds, [], {"": emitted}, {"": np.stack([counts[seed].sum(axis=1) for seed in seeds])})
+    return Runs(seeds, [{}] * len(seeds), {"": emitted}, {"": np.stack([counts[seed].sum(axis=1) for seed in seeds])})
 
 
 def _tau(counts: np.ndarray) -> float:
