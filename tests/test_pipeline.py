@@ -309,7 +309,7 @@ def test_one_pass_scores_and_keeps_features_and_training_reads_them(inputs, tmp_
     pipeline.score(kept)
     features = tmp_path / "hidden"
     manifest = read_json(features / "manifest.json")
-    rule = {"keep_features": ["flatness", "random"], "retain_ratio": 0.25, "seed": 0, "held_out_share": 0.1}
+    rule = {"keep_features": ["flatness", "random"], "retain_ratio": 0.25, "within": "all", "seed": 0, "held_out_share": 0.1}
     assert manifest["kept_for"] == rule and {"target", "tokenizer", "template"} <= manifest["identity"].keys()
 
     def chosen(metric, **changes):
@@ -361,6 +361,7 @@ def test_one_pass_scores_and_keeps_features_and_training_reads_them(inputs, tmp_
 
 @pytest.mark.parametrize("changes, stored", [
     (dict(arms=("flatness", "random")), "in one pass"),
+    (dict(arms=("flatness", "random"), within="source"), "in one pass"),
     (dict(arms=("flatness",), unit="batch"), "after the selection"),
     (dict(arms=("flatness",), features="recompute"), "none"),
     (dict(arms=("flatness",), feature_dtype="int8"), "in one pass"),
