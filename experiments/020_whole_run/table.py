@@ -17,7 +17,7 @@ from tables import Runs, difference, draws, resampled, tau  # noqa: E402
 from jsfdd.mesh import describe_hardware  # noqa: E402
 
 EPOCHS = (4, 30)  # what was trained, and the paper's
-SAME = {"all": "full", "half": "flatness_50%"}  # arms of 014 with the same code, chats and seeds
+SAME = {"all": "full", "half": "flatness_50%", "random half, not scored": "random_50%"}  # 014's, of the same chats
 
 
 def main() -> None:
@@ -37,10 +37,14 @@ def main() -> None:
         name, seed = re.fullmatch(r"(.*), seed (\d+)", path.parent.name).groups()
         stages = json.loads((path.parent / "stages.json").read_text())
         arms.setdefault(name, {})[int(seed)] = {"stages": stages, "counts": json.loads(path.read_text())}
+    # Chance needs no scores: the target reads the half that was drawn, and the rest is as of the flattest half.
+    unscored = {number: row | {"counts": None} for number, row in arms["half, 8k head"].items()}
+    arms["random half, not scored, 8k head"] = unscored
+    asked["random half, not scored"] = asked["all"] / 2
     runs = {name: _runs(name, by_seed, options.work) for name, by_seed in arms.items()}
     results = {"hardware": describe_hardware(), "passes": passes, "passes_on": facts, "tokens": tokens, "arms": {}}
     for name, by_seed in arms.items():
-        of_target = asked["all" if name.startswith("all") else "half"]
+        of_target = asked.get(name.rsplit(", ", 1)[0], asked["half"])
         known, training = (np.mean([row["stages"][s]["cpu"] for row in by_seed.values()]) for s in ("known", "training"))
         drawn = draws(runs[name].steps[""].shape[1], len(runs[name].seeds))
         low, high = np.percentile(resampled(runs[name], "", *drawn), [2.5, 97.5])
@@ -68,7 +72,7 @@ def main() -> None:
 
 def _runs(name: str, by_seed: dict[int, dict], pool: Path) -> Runs:
     """Counts by prompt of the arm's seeds; where experiment 014 trained the same draft with others, of those too."""
-    counts = {seed: np.array(row["counts"]["accept_counts"]) for seed, row in by_seed.items()}
+    counts = {seed: np.array(row["counts"]["accept_counts"]) for seed, row in by_seed.items() if row["counts"]}
     arm, head = name.rsplit(", ", 1)
     if arm in SAME and head == "8k head":
         for path in pool.glob(f"arms/{SAME[arm]}_seed_*/row.json"):
