@@ -133,6 +133,9 @@ def arms(pool: Pool, plan: str, seeds: Sequence[int]) -> dict[str, Arm | Progres
             add("flatness 50% within sources", within(pool, sources, flat, 0.5))
             add("flatness 50% within lengths", within(pool, length_bands(pool), flat, 0.5))
             add("flatness 50% within clusters", within(pool, prompt_clusters(pool), flat, 0.5))
+            chance = [random_score(seed, sample_id) for sample_id in everything]
+            add("random 50% within sources", within(pool, sources, chance, 0.5))
+            add("random 50% within clusters", within(pool, prompt_clusters(pool), chance, 0.5))
             add("flatness_median 50%", by_metric(pool, "flatness_median", 0.5, seed))
             choice = dict(retain_ratio=0.5, seed=seed)
             for metric in ("flatness", "random"):
