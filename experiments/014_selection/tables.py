@@ -255,6 +255,8 @@ def _plot_ratios(results: dict, path: Path) -> None:
         arms = {int(match.group(1)): results["arms"][name]["T=0"] for name, match in named.items() if match}
         arms[100] = results["arms"]["full"]["T=0"]
         x = sorted(arms)
+        if len(x) < 3:
+            continue
         axis.plot(x, [arms[i]["tau"] for i in x], "o-", ms=3, color=colour, label=metric)
         axis.fill_between(x, [arms[i]["low"] for i in x], [arms[i]["high"] for i in x], color=colour, alpha=0.15, lw=0)
     axis.set(title="acceptance length τ at T=0", xlabel="samples kept (%)", xscale="log")
