@@ -37,6 +37,12 @@ def summaries(results: dict) -> dict:
             "systems": {name: _figures(runs[name], by_name[name], sources) for name in runs},
             "differences": {f"{a} − {b}": difference(runs[a], runs[b], "") for a, b in COMPARED if a in runs and b in runs},
         }
+    for temperature in ("T=0", "T=1"):
+        hass, eagle = (results["replayed"].get(f"{training}, {temperature}", {}) for training in ("HASS", "EAGLE-2"))
+        common = [name for name in hass if hass[name] and eagle.get(name)]
+        if common:
+            between = {f"{name}, HASS − EAGLE-2": difference(_runs(hass[name]), _runs(eagle[name]), "") for name in common}
+            found[f"HASS, {temperature}"]["differences"] |= between
     return found
 
 
