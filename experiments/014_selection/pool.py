@@ -70,6 +70,7 @@ def pool_parser(description: str, epochs: int) -> argparse.ArgumentParser:
     parser.add_argument("--prompts", type=Path, required=True, help="folder with " + ", ".join(f"{n}.jsonl" for n in PROMPTS))
     parser.add_argument("--work", type=Path, required=True, help="directory for all that is computed; continued")
     parser.add_argument("--chats", type=int, default=16 if SMOKE else 430, help="how many of the data")
+    parser.add_argument("--skip", type=int, default=0, help="how many of the data come before them")
     parser.add_argument("--epochs", type=int, default=min(epochs, 2) if SMOKE else epochs)
     return parser
 
@@ -80,13 +81,14 @@ def open_pool(
     batch_size: int = 40,
     asked: Mapping[str, int] = PROMPTS,
     answers: str = "answers",
+    besides: Mapping[str, int] = {},
 ) -> Pool:
     """Compute, or read again, what the arms share. Seconds of each part go to WORK/seconds.json.
 
-    Arms are made from the first `options.chats` chats; answers to `asked` prompts are recorded at `temperatures`, in files
-    named `answers`.
+    Arms are made from `options.chats` chats after the first `options.skip`; answers to `asked` prompts, other ones than of
+    `besides`, are recorded at `temperatures`, in files named `answers`.
     """
-    prompts, work = pick_prompts(options.prompts, asked), options.work
+    prompts, work = pick_prompts(options.prompts, asked, besides), options.work
     shared = dict(target="smollm2", data=(options.data,), max_length=384, batch_tokens=1024)
     base = TrainConfig(
         **shared, out=work, epochs=options.epochs, learning_rate=1e-3, draft_vocab=8192, log_every=20, save_every=100_000,
@@ -113,7 +115,7 @@ def open_pool(
                 batch_tokens=4096, directory=directory, identity={"answers": digest}, dtype="float32",
             )  # fmt: skip
         judges[temperature] = (states, {})
-    samples = loaded.samples[: options.chats]
+    samples = loaded.samples[options.skip : options.skip + options.chats]
     shapes = choose_shapes([len(sample.tokens) for sample in samples], TRAIN_BATCH_TOKENS)
     table = join([table], [sample.id for sample in samples])
     return Pool(work, loaded, samples, shapes, base, table, store, draft, means, prompts, recorded, judges)
@@ -171,7 +173,7 @@ class Arm:
         chosen = set(self.ids)
         kept = [sample for sample in pool.samples if sample.id in chosen]
         if lost := len(chosen) - len(kept):
-            raise ValueError(f"{lost} of {len(chosen)} samples are beyond the first --chats {len(pool.samples)}")
+            raise ValueError(f"{lost} of {len(chosen)} samples are not among the pool's {len(pool.samples)}")
         config = dataclasses.replace(pool.base, out=directory, **self.options)
         draft = training.draft_of(pool.loaded.target.config, config, pool.loaded.samples)
         data = TrainingData(kept, pool.store, None, self.weights)
@@ -261,15 +263,22 @@ class timed:
             self.path.write_text(json.dumps(seconds, indent=1))
 
 
-def pick_prompts(folder: Path, per_file: Mapping[str, int], longest: int = 3000) -> list[Prompt]:
+def pick_prompts(
+    folder: Path, per_file: Mapping[str, int], besides: Mapping[str, int] = {}, longest: int = 3000
+) -> list[Prompt]:
     """Evenly spaced prompts of each file, {"mt_bench": 40, …}, of those with at most `longest` characters.
 
-    "spec_bench/math_reasoning" are those of spec_bench.jsonl with that source.
+    None of them would be picked for `besides`. "spec_bench/math_reasoning" are those of spec_bench.jsonl with that source.
     """
     chosen = []
     for name, count in per_file.items():
         prompts = read_prompts((folder / f"{name.split('/')[0]}.jsonl",))
         prompts = [p for p in prompts if sum(map(len, p.turns)) <= longest and ("/" not in name or p.source == name)]
-        places = np.linspace(0, len(prompts) - 1, count).round().astype(int)
-        chosen += [dataclasses.replace(prompts[i], source=name) for i in places]
+        taken = _spaced(len(prompts), besides.get(name, 0))
+        prompts = [prompt for i, prompt in enumerate(prompts) if i not in taken]
+        chosen += [dataclasses.replace(prompts[i], source=name) for i in _spaced(len(prompts), count)]
     return chosen
+
+
+def _spaced(number: int, count: int) -> list[int]:
+    return np.linspace(0, number - 1, count).round().astype(int).tolist()

@@ -15,7 +15,8 @@ COMPARED = (
     ("merged at 60", "mixed small"),
     ("merged at 60", "routed"),
     ("merged at 120", "merged at 60"),
-    ("merged at 120", "mixed large"),
+    ("merged at 120", "mixed large at 120"),
+    ("mixed large at 120", "mixed large"),
     ("routed", "mixed small"),
     ("routed by entropy", "routed"),
     ("routed per prompt", "routed"),
@@ -71,22 +72,29 @@ def _figures(runs: Runs, by_seed: dict, sources: np.ndarray) -> dict:
     return found
 
 
-def table(summary: dict) -> str:
-    """Markdown, a table for each training and temperature."""
+def table(summary: dict, clock: dict) -> str:
+    """Markdown, a table for each training and temperature, with the speeds that `clock.py` found."""
     lines = []
     for key, each in summary.items():
         benchmarks = list(next(iter(each["systems"].values()))["by_benchmark"])
-        head = ["system (seeds)", "nodes", "τ, all", *benchmarks, "α by depth", "verified nodes of the maths draft"]
+        head = ["system (seeds)", "nodes", "τ, all", *benchmarks, "α by depth", "nodes of maths", "tokens/s", "speedup"]
         lines += [f"\n{key}\n", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
         for name, row in each["systems"].items():
             shares = ", ".join(f"{share:.0%}" for share in row.get("first_verified", {}).values())
             alphas = " ".join("–" if alpha is None else f"{alpha:.2f}" for alpha in row["alpha"])
             taus = [_interval(row), *map(_interval, row["by_benchmark"].values())]
-            cells = [f"{name} ({len(row['seeds'])})", str(row["nodes"]), *taus, alphas, shares]
+            cells = [f"{name} ({len(row['seeds'])})", str(row["nodes"]), *taus, alphas, shares, *_speed(clock, key, name)]
             lines.append("| " + " | ".join(cells) + " |")
         for name, row in each["differences"].items():
             lines.append(f"- {name}: {row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}] ({row['seeds']})")
     return "\n".join(lines)
+
+
+def _speed(clock: dict, key: str, name: str) -> list[str]:
+    row = clock.get(key, {}).get(name)
+    if row is None:
+        return ["", ""]
+    return [f"{row['tokens_per_second']:.1f}", f"{row['speedup']:.2f} [{row['speedup_low']:.2f}, {row['speedup_high']:.2f}]"]
 
 
 def _interval(row: dict) -> str:

@@ -1,4 +1,4 @@
-"""Acceptance of 017's drafts, alone and together, by replay of trees; their speed by decoding. See README.md."""
+"""Acceptance of 017's drafts, alone and together, by replay of trees. See README.md."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ sys.path.insert(0, str(HERE.parent / "014_selection"))
 from pool import AHEAD, MAX_NEW_TOKENS, SMOKE, Pool, open_pool, pool_parser, trained_draft  # noqa: E402
 from summary import summaries, table  # noqa: E402
 
-from jsfdd.decoding.ensemble import Combine, Ensemble, average_drafts  # noqa: E402
+from jsfdd.decoding.ensemble import Combine, average_drafts  # noqa: E402
 from jsfdd.decoding.state import DecodeSetup  # noqa: E402
 from jsfdd.decoding.tree import TreeShape  # noqa: E402
-from jsfdd.evaluation.evaluate import evaluate  # noqa: E402
 from jsfdd.evaluation.replay_trees import make_tree_replay  # noqa: E402
 from jsfdd.mesh import describe_hardware  # noqa: E402
 
@@ -41,6 +40,7 @@ def systems(pool: Pool, training: str, seed: int, chosen: str = "") -> dict[str,
     drafts = {name: trained_draft(pool, f"{training} {name}{chosen} seed {seed}") for name in SINGLE}
     found = {f"{name}{chosen}": System(*draft) for name, draft in drafts.items()}
     both = {name: drafts[name] for name in ("maths", "chat")}
+    found[f"mixed large at 120{chosen}"] = found[f"mixed large{chosen}"]._replace(nodes=2 * NODES)
     found[f"averaged{chosen}"] = System(*average_drafts(both, (0.5, 0.5)))
     shapes, params = (tuple(part) for part in zip(*both.values()))
     found[f"routed{chosen}"] = System(shapes, params, Combine("route"))
@@ -75,38 +75,6 @@ def replayed(pool: Pool, system: System, temperature: float, programs: dict) -> 
     return row
 
 
-def timed(pool: Pool, training: str, seed: int, prompts: int) -> dict:
-    """tokens/s and τ by real decoding, greedy, one turn of few prompts, all systems in turn on every prompt."""
-    chosen = []
-    for source in PROMPTS:
-        own = [prompt for prompt in pool.prompts if prompt.source == source]
-        chosen += [prompt.__class__(prompt.id, source, prompt.turns[:1]) for prompt in own[:prompts]]
-    drafts = {name: trained_draft(pool, f"{training} {name} seed {seed}") for name in SINGLE}
-    both = {name: drafts[name] for name in ("maths", "chat")}
-    by_nodes = {
-        NODES: {
-            "maths": drafts["maths"],
-            "mixed large": drafts["mixed large"],
-            "routed": Ensemble(both, Combine("route")),
-            "routed per prompt": Ensemble(both, Combine("route", "confidence", 5)),
-            "merged at 60": Ensemble(both, Combine("merge")),
-        },
-        2 * NODES: {"merged at 120": Ensemble(both, Combine("merge")), "mixed large": drafts["mixed large"]},
-    }
-    found = {}
-    for nodes, each in by_nodes.items():
-        reports = evaluate(
-            pool.loaded.target, each, chosen, pool.loaded.mesh, temperature=0.0, num_draft_tokens=AHEAD,
-            max_new_tokens=MAX_NEW_TOKENS, batch_size=1, seed=0, tree=TreeShape(AHEAD, 10, nodes),
-        )  # fmt: skip
-        names = (
-            "n_prompts", "tau", "tau_low", "tau_high", "tokens_per_second", "baseline_tokens_per_second", "speedup",
-            "speedup_low", "speedup_high", "same_text_share",
-        )  # fmt: skip
-        found |= {f"{name}, {nodes} nodes": {key: report[key] for key in names} for name, report in reports.items()}
-    return found
-
-
 def main() -> None:
     parser = pool_parser(__doc__, epochs=5)
     parser.set_defaults(chats=16 if SMOKE else 860)
@@ -115,7 +83,6 @@ def main() -> None:
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 1.0])
     parser.add_argument("--flattest", action="store_true", help="of drafts that were trained on the flattest half")
     parser.add_argument("--systems", nargs="+", help="of the replayed; all unless given")
-    parser.add_argument("--timed", type=int, default=0, help="prompts of each benchmark to decode for speed")
     options = parser.parse_args()
     pool = open_pool(options, options.temperatures, asked=PROMPTS, answers="answers_taps")
     path = (options.work if SMOKE else HERE) / "results.json"
@@ -134,11 +101,10 @@ def main() -> None:
                     rows[str(seed)] = row = replayed(pool, system, temperature, programs)
                     print(f"{key}, seed {seed}, {name}: τ {sum(row['emitted']) / sum(row['steps']):.3f}", flush=True)
                     path.write_text(json.dumps(results, ensure_ascii=False) + "\n")
-        if options.timed:
-            results.setdefault("decoded", {})[training] = timed(pool, training, options.seeds[0], options.timed)
     results["summaries"] = summaries(results)
     path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    print(table(results["summaries"]))
+    clock = path.with_name("clock.json")
+    print(table(results["summaries"], json.loads(clock.read_text()) if clock.exists() else {}))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,124 @@
+"""Flatness within clusters of prompts against chance, on other chats and other prompts than found it. See README.md."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "014_selection"))
+from arms import by_metric, prompt_clusters, within  # noqa: E402
+from pool import PROMPTS, SMOKE, Arm, Pool, judge_draft, open_pool, pool_parser, taus, trained_draft  # noqa: E402
+from tables import Runs, by_benchmark, summary  # noqa: E402
+
+from jsfdd.mesh import describe_hardware  # noqa: E402
+from jsfdd.selection.sfdd import random_score  # noqa: E402
+
+OTHERS = PROMPTS if SMOKE else {"mt_bench": 40, "gsm8k": 40, "alpaca": 40, "sum": 16, "qa": 40}
+CLUSTERS = 4 if SMOKE else 20
+COMPARED = (
+    ("flatness 50% within clusters", "random 50% within clusters"),
+    ("flatness 50% within clusters", "random 50%"),
+    ("flatness 50% within clusters", "flatness 50%"),
+    ("flatness 50% within sources", "random 50%"),
+    ("flatness 50%", "random 50%"),
+    ("random 50% within clusters", "random 50%"),
+)
+
+
+def chosen(pool: Pool, seed: int) -> dict[str, Sequence[str]]:
+    """The samples of each arm, by 014's names."""
+    flat = pool.table.flatness
+    chance = [random_score(seed, sample_id) for sample_id in pool.table.ids]
+    clusters, sources = prompt_clusters(pool, CLUSTERS), [sample.source for sample in pool.samples]
+    return {
+        "random 50%": by_metric(pool, "random", 0.5, seed),
+        "flatness 50%": by_metric(pool, "flatness", 0.5, seed),
+        "flatness 50% within clusters": within(pool, clusters, flat, 0.5),
+        "random 50% within clusters": within(pool, clusters, chance, 0.5),
+        "flatness 50% within sources": within(pool, sources, flat, 0.5),
+    }
+
+
+def row_of(pool: Pool, name: str, ids: Sequence[str], seed: int) -> dict:
+    """The arm's cost and counts on the other prompts. A draft that 014 trained is taken as it is; what is there is read."""
+    path = pool.work / "clusters" / f"{name.replace(' ', '_')}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    trained = pool.work / "arms" / name.replace(" ", "_")
+    if (trained / "row.json").exists():
+        before = json.loads((trained / "row.json").read_text())
+        row = {key: before[key] for key in ("samples", "steps", "tokens_in_loss", "cpu_seconds")}
+        draft, params = trained_draft(pool, name)
+    else:
+        row, draft, params = Arm(ids, {"seed": seed}).train(pool, trained)
+    for temperature in pool.judges:
+        row[f"T={temperature:g}"] = judge_draft(pool, draft, params, temperature)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(row))
+    print(f"{name}: {row['samples']} samples, {row['steps']} steps; {taus(row)}", flush=True)
+    return row
+
+
+def runs_of(rows: dict[int, dict]) -> Runs:
+    """As 014's tables want them; an emitted token more than was accepted in each step."""
+    counts = {t: [np.array(row[t]["accept_counts"]) for row in rows.values()] for t in ("T=0", "T=1")}
+    return Runs(
+        list(rows), list(rows.values()),
+        {t: np.stack([c @ np.arange(1, c.shape[1] + 1) for c in each]) for t, each in counts.items()},
+        {t: np.stack([c.sum(axis=1) for c in each]) for t, each in counts.items()},
+    )  # fmt: skip
+
+
+def tables(runs: dict[str, Runs], sources: np.ndarray) -> dict:
+    """{"arms": summaries, "differences": at either temperature, by benchmark}."""
+    return {
+        "arms": {name: summary(each, sources) for name, each in runs.items()},
+        "differences": {
+            f"{a} − {b}, {t}": by_benchmark(runs[a], runs[b], t, sources) for a, b in COMPARED for t in ("T=0", "T=1")
+        },
+    }
+
+
+def show(found: dict) -> None:
+    for chats, each in found.items():
+        print(f"\n{chats}\n")
+        for name, row in each["arms"].items():
+            shown = [f"{row[t]['tau']:.3f} [{row[t]['low']:.3f}, {row[t]['high']:.3f}]" for t in ("T=0", "T=1")]
+            print(f"| {name} | {row['samples']} | {row['steps']} | {' | '.join(shown)} |")
+        for name, by in each["differences"].items():
+            cells = [f"{d['difference']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]" for d in by.values()]
+            print(f"| {name} ({by['all']['seeds']}) | {' | '.join(cells)} |")
+
+
+def main() -> None:
+    parser = pool_parser(__doc__, epochs=4)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--first", action="store_true", help="the chats of 014 too, with the drafts that it trained")
+    options = parser.parse_args()
+    shared = dict(temperatures=(0.0, 1.0), asked=OTHERS, answers="answers_others", besides={} if SMOKE else PROMPTS)
+    others = argparse.Namespace(**vars(options) | {"skip": options.chats})
+    pools = {"other chats": open_pool(others, **shared)}
+    if options.first:
+        pools["the chats of 014"] = open_pool(options, **shared)
+    found = {}
+    for chats, pool in pools.items():
+        rows: dict[str, dict[int, dict]] = {}
+        for seed in options.seeds:
+            for name, ids in chosen(pool, seed).items():
+                prefix = "other chats, " if chats == "other chats" else ""
+                rows.setdefault(name, {})[seed] = row_of(pool, f"{prefix}{name} seed {seed}", ids, seed)
+        sources = np.array([prompt.source for prompt in pool.prompts])
+        found[chats] = tables({name: runs_of(by_seed) for name, by_seed in rows.items()}, sources)
+    path = (options.work if SMOKE else HERE) / "results.json"
+    path.write_text(json.dumps(found | {"hardware": describe_hardware()}, indent=1, ensure_ascii=False) + "\n")
+    show(found)
+
+
+if __name__ == "__main__":
+    main()
