@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +15,8 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from jsfdd.mesh import describe_hardware
+from jsfdd.selection import sfdd
+from jsfdd.selection.table import METRICS, join, read_scores
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -138,6 +141,7 @@ def summary(runs: Runs, sources: np.ndarray) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--chats", type=int, default=430, help="as the arms were made from")
     parser.add_argument("--out", type=Path, default=HERE)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -150,6 +154,7 @@ def main() -> None:
         "prompts": {name: int((sources == name).sum()) for name in dict.fromkeys(sources)},
         "arms": {name: summary(each, sources) for name, each in runs.items()},
         "minus_full": {}, "minus_random": {}, "compared": {}, "proxies": foretold(proxies, runs),
+        "kept": composition(options.work, options.chats),
     }  # fmt: skip
     for name, each in runs.items():
         if name != "full" and "full" in runs and set(each.seeds) & set(runs["full"].seeds):
@@ -174,6 +179,22 @@ def main() -> None:
     _print(results)
     _plot_arms(results, options.out / "tau.png")
     _plot_ratios(results, options.out / "ratios.png")
+
+
+def composition(work: Path, chats: int) -> dict:
+    """Of all chats, and of the half that each metric keeps: chats of every source; and the share of it that flatness keeps."""
+    table = read_scores(work / "scores.parquet")
+    table = join([table], table.ids[:chats])
+    sources, kept = dict(zip(table.ids, table.sources)), {"all": set(table.ids)}
+    kept |= {metric: set(sfdd.select(table, metric, 0.5, 0).ids) for metric in (*METRICS, "random")}
+    counts = {metric: Counter(sources[i] for i in ids) for metric, ids in kept.items()}
+    return {
+        metric: {
+            "sources": {source: counts[metric][source] for source, _ in counts["all"].most_common()},
+            "of_flatness": len(ids & kept["flatness"]) / len(kept["flatness"]),
+        }
+        for metric, ids in kept.items()
+    }
 
 
 def foretold(proxies: dict[str, Runs], runs: dict[str, Runs]) -> dict:
@@ -216,6 +237,8 @@ def _print(results: dict) -> None:
         for t, row in each.items():
             cells = [f"{pair}, {t} ({row['all']['seeds']})", *(_interval(d["difference"], d, "+") for d in row.values())]
             print("| " + " | ".join(cells) + " |")
+    for metric, each in results["kept"].items():
+        print(f"| {metric} | {' | '.join(map(str, each['sources'].values()))} | {each['of_flatness']:.0%} |")
     for rate, each in results["proxies"].items():
         pairs = ", ".join(f"{arm} {proxy:.3f} → {final:.3f}" for arm, (proxy, final) in each["arms"].items())
         print(f"proxies at rate {rate}: Spearman {each['spearman']:+.2f} ({pairs})")
