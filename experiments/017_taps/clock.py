@@ -9,7 +9,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "014_selection"))
 from pool import MAX_NEW_TOKENS, SMOKE, Pool, open_pool, pool_parser  # noqa: E402
-from tables import NODES, PROMPTS, System, systems  # noqa: E402
+from systems import NODES, PROMPTS, System, systems  # noqa: E402
 
 from jsfdd.decoding.ensemble import Ensemble  # noqa: E402
 from jsfdd.decoding.tree import TreeShape  # noqa: E402

@@ -6,6 +6,8 @@ import dataclasses
 import sys
 from pathlib import Path
 
+import numpy as np
+
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "014_selection"))
 from pool import SMOKE, Arm, Pool, open_pool, pool_parser, run_arm  # noqa: E402
@@ -54,10 +56,20 @@ def main() -> None:
     parser.add_argument("--flattest", action="store_true", help="from the flattest half of maths and of chat")
     options = parser.parse_args()
     pool = open_pool(options)
+    sources = np.array([prompt.source for prompt in pool.prompts])
     for seed in options.seeds:
         for training in options.trainings:
             for name, arm in arms(pool, training, options.size, seed, options.epochs, options.flattest).items():
-                run_arm(pool, name, arm)
+                print(table_row(name, run_arm(pool, name, arm), sources), flush=True)
+
+
+def table_row(name: str, row: dict, sources: np.ndarray) -> str:
+    """Markdown: chats, and τ as a chain at T = 0 on each benchmark and on all."""
+    counts = np.array(row["T=0"]["accept_counts"])
+    emitted, steps = counts @ np.arange(1, counts.shape[1] + 1), counts.sum(axis=1)
+    picked = {benchmark: sources == benchmark for benchmark in dict.fromkeys(sources.tolist())} | {"all": sources != ""}
+    taus = [f"{benchmark} {emitted[rows].sum() / steps[rows].sum():.3f}" for benchmark, rows in picked.items()]
+    return f"| {name} | {row['samples']} | {' | '.join(taus)} |"
 
 
 if __name__ == "__main__":

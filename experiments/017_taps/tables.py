@@ -5,50 +5,19 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "014_selection"))
-from pool import AHEAD, MAX_NEW_TOKENS, SMOKE, Pool, open_pool, pool_parser, trained_draft  # noqa: E402
+from pool import AHEAD, MAX_NEW_TOKENS, SMOKE, Pool, open_pool, pool_parser  # noqa: E402
 from summary import summaries, table  # noqa: E402
+from systems import PROMPTS, System, systems  # noqa: E402
 
-from jsfdd.decoding.ensemble import Combine, average_drafts  # noqa: E402
 from jsfdd.decoding.state import DecodeSetup  # noqa: E402
 from jsfdd.decoding.tree import TreeShape  # noqa: E402
 from jsfdd.evaluation.replay_trees import make_tree_replay  # noqa: E402
 from jsfdd.mesh import describe_hardware  # noqa: E402
-
-NODES = 60
-# Spec-Bench's chat part is MT-Bench, prompt for prompt.
-PROMPTS = {"gsm8k": 2} if SMOKE else {"mt_bench": 10, "gsm8k": 14, "spec_bench/math_reasoning": 10}
-SINGLE = ("maths", "chat", "mixed small", "mixed large")
-
-
-class System(NamedTuple):
-    """One or several drafts, as they decode: shapes, parameters, how they are combined, nodes that are verified."""
-
-    shapes: object
-    params: object
-    combine: Combine | None = None
-    nodes: int = NODES
-
-
-def systems(pool: Pool, training: str, seed: int, chosen: str = "") -> dict[str, System]:
-    """The drafts alone and together; `chosen` is what drafts' names have behind their subject."""
-    drafts = {name: trained_draft(pool, f"{training} {name}{chosen} seed {seed}") for name in SINGLE}
-    found = {f"{name}{chosen}": System(*draft) for name, draft in drafts.items()}
-    both = {name: drafts[name] for name in ("maths", "chat")}
-    found[f"mixed large at 120{chosen}"] = found[f"mixed large{chosen}"]._replace(nodes=2 * NODES)
-    found[f"averaged{chosen}"] = System(*average_drafts(both, (0.5, 0.5)))
-    shapes, params = (tuple(part) for part in zip(*both.values()))
-    found[f"routed{chosen}"] = System(shapes, params, Combine("route"))
-    found[f"routed by entropy{chosen}"] = System(shapes, params, Combine("route", "entropy"))
-    found[f"routed per prompt{chosen}"] = System(shapes, params, Combine("route", "confidence", 5))
-    found[f"merged at 60{chosen}"] = System(shapes, params, Combine("merge"))
-    found[f"merged at 120{chosen}"] = System(shapes, params, Combine("merge"), 2 * NODES)
-    return found
 
 
 def replayed(pool: Pool, system: System, temperature: float, programs: dict) -> dict:
