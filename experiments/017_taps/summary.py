@@ -24,6 +24,7 @@ COMPARED = (
     ("maths, flattest", "maths"),
     ("chat, flattest", "chat"),
     ("mixed small, flattest", "mixed small"),
+    ("mixed large, flattest", "mixed large"),
     ("merged at 60, flattest", "merged at 60"),
 )
 
