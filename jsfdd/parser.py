@@ -67,13 +67,13 @@ def parse(
 
     Raises SystemExit: 0 after --help, 2 for an unknown or missing option. ValueError if a value is not a good one.
     """
+    words = _with_repeated_joined(commands, list(arguments) if arguments is not None else sys.argv[1:])
     if os.environ.get("NO_COLOR"):
         tyro._experimental_options["ansi_codes"] = False  # tyro itself does not know the variable
     forms = {name: _form(name, kind, name in stages) for name, kind in commands.items()}
     try:
-        parsed = _parse(tuple(forms.values()), text.description, arguments)
+        parsed = _parse(tuple(forms.values()), text.description, words)
     except SystemExit as stop:
-        words = list(arguments) if arguments is not None else sys.argv[1:]
         if not stop.code and {"-h", "--help"} & set(words):
             print(text.examples.get(words[0], text.epilogue))
         raise
@@ -95,7 +95,27 @@ def print_completion(commands: Mapping[str, type], stages: Collection[str], shel
             raise
 
 
-def _parse(forms: tuple[type, ...], description: str, arguments: Sequence[str] | None):
+def _with_repeated_joined(commands: Mapping[str, type], words: Sequence[str]) -> list[str]:
+    """`--draft a --draft b` as `--draft a b`, and so for every option of several values: tyro would forget the first."""
+    kind = commands.get(words[0]) if words else None
+    types = {} if kind is None else typing.get_type_hints(kind)
+    several = {f"--{name.replace('_', '-')}" for name, each in types.items() if typing.get_origin(each) is tuple}
+    groups: dict[object, list[str]] = {}  # by an option of several values, or by the place of any other
+    group = groups.setdefault(-1, [])
+    for place, word in enumerate(words):
+        name, has_value, value = word.partition("=")
+        name = name.replace("_", "-")
+        if name in several:
+            group = groups.setdefault(name, [name])
+            group += [value] if has_value else []
+        elif word.startswith("--"):
+            group = groups.setdefault(place, [word])
+        else:
+            group.append(word)
+    return [word for group in groups.values() for word in group]
+
+
+def _parse(forms: tuple[type, ...], description: str, arguments: Sequence[str]):
     members = tuple(Annotated[form, tyro.conf.subcommand(form.__name__, prefix_name=False)] for form in forms)
     return tyro.cli(
         typing.Union[members],  # noqa: UP007 (a tuple of members)
