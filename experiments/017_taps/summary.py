@@ -21,6 +21,7 @@ COMPARED = (
     ("routed by entropy", "routed"),
     ("routed per prompt", "routed"),
     ("averaged", "mixed small"),
+    ("averaged, of two starts", "averaged"),
     ("maths, flattest", "maths"),
     ("chat, flattest", "chat"),
     ("mixed small, flattest", "mixed small"),

@@ -23,13 +23,20 @@ class System(NamedTuple):
     nodes: int = NODES
 
 
-def systems(pool: Pool, training: str, seed: int, chosen: str = "") -> dict[str, System]:
-    """The drafts alone and together; `chosen` is what drafts' names have behind their subject."""
+def systems(pool: Pool, training: str, seed: int, chosen: str = "", other_seed: int | None = None) -> dict[str, System]:
+    """The drafts alone and together; `chosen` is what drafts' names have behind their subject.
+
+    Drafts of one seed start from the same weights. With `other_seed` the maths draft is also averaged with a chat draft that
+    started elsewhere.
+    """
     drafts = {name: trained_draft(pool, f"{training} {name}{chosen} seed {seed}") for name in SINGLE}
     found = {f"{name}{chosen}": System(*draft) for name, draft in drafts.items()}
     both = {name: drafts[name] for name in ("maths", "chat")}
     found[f"mixed large at 120{chosen}"] = found[f"mixed large{chosen}"]._replace(nodes=2 * NODES)
     found[f"averaged{chosen}"] = System(*average_drafts(both, (0.5, 0.5)))
+    if other_seed is not None:
+        unlike = both | {"chat": trained_draft(pool, f"{training} chat{chosen} seed {other_seed}")}
+        found[f"averaged, of two starts{chosen}"] = System(*average_drafts(unlike, (0.5, 0.5)))
     shapes, params = (tuple(part) for part in zip(*both.values()))
     found[f"routed{chosen}"] = System(shapes, params, Combine("route"))
     found[f"routed by entropy{chosen}"] = System(shapes, params, Combine("route", "entropy"))

@@ -60,10 +60,11 @@ def main() -> None:
     chosen, programs = ", flattest" if options.flattest else "", {}
     for training in options.trainings:
         for temperature in options.temperatures:
-            for seed in options.seeds:
+            for seed, next_seed in zip(options.seeds, [*options.seeds[1:], options.seeds[0]]):
                 key = f"{training}, T={temperature:g}"
                 done = results.setdefault("replayed", {}).setdefault(key, {})
-                for name, system in systems(pool, training, seed, chosen).items():
+                other = next_seed if next_seed != seed else None
+                for name, system in systems(pool, training, seed, chosen, other).items():
                     rows = done.setdefault(name, {})
                     if str(seed) in rows or (options.systems and name not in options.systems):
                         continue
