@@ -70,7 +70,6 @@ def pool_parser(description: str, epochs: int) -> argparse.ArgumentParser:
     parser.add_argument("--prompts", type=Path, required=True, help="folder with " + ", ".join(f"{n}.jsonl" for n in PROMPTS))
     parser.add_argument("--work", type=Path, required=True, help="directory for all that is computed; continued")
     parser.add_argument("--chats", type=int, default=16 if SMOKE else 430, help="how many of the data")
-    parser.add_argument("--skip", type=int, default=0, help="how many of the data come before them")
     parser.add_argument("--epochs", type=int, default=min(epochs, 2) if SMOKE else epochs)
     return parser
 
@@ -82,10 +81,11 @@ def open_pool(
     asked: Mapping[str, int] = PROMPTS,
     answers: str = "answers",
     besides: Mapping[str, int] = {},
+    skip: int = 0,
 ) -> Pool:
     """Compute, or read again, what the arms share. Seconds of each part go to WORK/seconds.json.
 
-    Arms are made from `options.chats` chats after the first `options.skip`; answers to `asked` prompts, other ones than of
+    Arms are made from `options.chats` chats after the first `skip`; answers to `asked` prompts, other ones than of
     `besides`, are recorded at `temperatures`, in files named `answers`.
     """
     prompts, work = pick_prompts(options.prompts, asked, besides), options.work
@@ -115,7 +115,7 @@ def open_pool(
                 batch_tokens=4096, directory=directory, identity={"answers": digest}, dtype="float32",
             )  # fmt: skip
         judges[temperature] = (states, {})
-    samples = loaded.samples[options.skip : options.skip + options.chats]
+    samples = loaded.samples[skip : skip + options.chats]
     shapes = choose_shapes([len(sample.tokens) for sample in samples], TRAIN_BATCH_TOKENS)
     table = join([table], [sample.id for sample in samples])
     return Pool(work, loaded, samples, shapes, base, table, store, draft, means, prompts, recorded, judges)

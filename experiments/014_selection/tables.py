@@ -49,22 +49,23 @@ class Runs(NamedTuple):
 
 def read_runs(work: Path) -> dict[str, Runs]:
     """Every arm that was run, by its name without the seed."""
-    found: dict[str, list] = {}
+    found: dict[str, dict[int, dict]] = {}
     for path in sorted(work.glob("arms/*/row.json")):
         name, seed = re.fullmatch(r"(.*)_seed_(\d+)", path.parent.name).groups()
-        found.setdefault(name.replace("_", " "), []).append((int(seed), json.loads(path.read_text())))
-    runs = {}
-    for name, each in found.items():
-        each.sort(key=lambda pair: pair[0])
-        temperatures = [t for t in TEMPERATURES if all(t in row for _, row in each)]
-        counts = {t: [np.array(row[t]["accept_counts"]) for _, row in each] for t in temperatures}
-        runs[name] = Runs(
-            [seed for seed, _ in each],
-            [row for _, row in each],
-            {t: np.stack([c @ np.arange(1, c.shape[1] + 1) for c in counts[t]]) for t in temperatures},
-            {t: np.stack([c.sum(axis=1) for c in counts[t]]) for t in temperatures},
-        )
-    return runs
+        found.setdefault(name.replace("_", " "), {})[int(seed)] = json.loads(path.read_text())
+    return {name: runs_of(rows) for name, rows in found.items()}
+
+
+def runs_of(rows: dict[int, dict]) -> Runs:
+    """One arm's rows by seed; a step emits a token more than it accepts."""
+    rows = dict(sorted(rows.items()))
+    temperatures = [t for t in TEMPERATURES if all(t in row for row in rows.values())]
+    counts = {t: [np.array(row[t]["accept_counts"]) for row in rows.values()] for t in temperatures}
+    return Runs(
+        list(rows), list(rows.values()),
+        {t: np.stack([c @ np.arange(1, c.shape[1] + 1) for c in each]) for t, each in counts.items()},
+        {t: np.stack([c.sum(axis=1) for c in each]) for t, each in counts.items()},
+    )  # fmt: skip
 
 
 def tau(runs: Runs, temperature: str, rows: np.ndarray | None = None) -> float:

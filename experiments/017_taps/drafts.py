@@ -11,6 +11,7 @@ import numpy as np
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "014_selection"))
 from pool import SMOKE, Arm, Pool, open_pool, pool_parser, run_arm  # noqa: E402
+from tables import runs_of, tau  # noqa: E402
 
 from jsfdd.selection.mixture import mixture  # noqa: E402
 from jsfdd.selection.sfdd import how_many  # noqa: E402
@@ -64,12 +65,10 @@ def main() -> None:
 
 
 def table_row(name: str, row: dict, sources: np.ndarray) -> str:
-    """Markdown: chats, and τ as a chain at T = 0 on each benchmark and on all."""
-    counts = np.array(row["T=0"]["accept_counts"])
-    emitted, steps = counts @ np.arange(1, counts.shape[1] + 1), counts.sum(axis=1)
-    picked = {benchmark: sources == benchmark for benchmark in dict.fromkeys(sources.tolist())} | {"all": sources != ""}
-    taus = [f"{benchmark} {emitted[rows].sum() / steps[rows].sum():.3f}" for benchmark, rows in picked.items()]
-    return f"| {name} | {row['samples']} | {' | '.join(taus)} |"
+    """Markdown: chats, CPU seconds of training, and τ as a chain at T = 0 on each benchmark and on all."""
+    runs, benchmarks = runs_of({0: row}), dict.fromkeys(sources.tolist())
+    taus = [f"{benchmark} {tau(runs, 'T=0', np.flatnonzero(sources == benchmark)):.3f}" for benchmark in benchmarks]
+    return f"| {name} | {row['samples']} | {row['cpu_seconds']:.0f} s | {' | '.join(taus)} | all {tau(runs, 'T=0'):.3f} |"
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "014_selection"))
 from arms import by_metric, prompt_clusters, within  # noqa: E402
 from pool import PROMPTS, SMOKE, Arm, Pool, judge_draft, open_pool, pool_parser, taus, trained_draft  # noqa: E402
-from tables import Runs, by_benchmark, summary  # noqa: E402
+from tables import Runs, by_benchmark, runs_of, summary  # noqa: E402
 
 from jsfdd.mesh import describe_hardware  # noqa: E402
 from jsfdd.selection.sfdd import random_score  # noqa: E402
@@ -65,16 +64,6 @@ def row_of(pool: Pool, name: str, ids: Sequence[str], seed: int) -> dict:
     return row
 
 
-def runs_of(rows: dict[int, dict]) -> Runs:
-    """As 014's tables want them; an emitted token more than was accepted in each step."""
-    counts = {t: [np.array(row[t]["accept_counts"]) for row in rows.values()] for t in ("T=0", "T=1")}
-    return Runs(
-        list(rows), list(rows.values()),
-        {t: np.stack([c @ np.arange(1, c.shape[1] + 1) for c in each]) for t, each in counts.items()},
-        {t: np.stack([c.sum(axis=1) for c in each]) for t, each in counts.items()},
-    )  # fmt: skip
-
-
 def tables(runs: dict[str, Runs], sources: np.ndarray) -> dict:
     """{"arms": summaries, "differences": at either temperature, by benchmark}."""
     return {
@@ -102,8 +91,7 @@ def main() -> None:
     parser.add_argument("--first", action="store_true", help="the chats of 014 too, with the drafts that it trained")
     options = parser.parse_args()
     shared = dict(temperatures=(0.0, 1.0), asked=OTHERS, answers="answers_others", besides={} if SMOKE else PROMPTS)
-    others = argparse.Namespace(**vars(options) | {"skip": options.chats})
-    pools = {"other chats": open_pool(others, **shared)}
+    pools = {"other chats": open_pool(options, **shared, skip=options.chats)}
     if options.first:
         pools["the chats of 014"] = open_pool(options, **shared)
     found = {}
