@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from toy import toy_target, toy_tokenizer
 
-from jsfdd.weights.load import Target
+from jsfdd.weights.target import Target
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz "
 

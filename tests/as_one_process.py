@@ -1,4 +1,4 @@
-"""Every stage in turn, alone or as one of the processes of a run; started by test_processes.py.
+"""Every stage in turn, alone or as one of the processes of a run; started by test_base_processes.py.
 
     python as_one_process.py FOLDER OUT [COORDINATOR COUNT NUMBER]
 
@@ -8,12 +8,12 @@ FOLDER holds target/, chats.jsonl and prompts.jsonl.
 import sys
 from pathlib import Path
 
-from jsfdd.processes import start
+from jsfdd.base.processes import start
 
 
 def main(folder: Path, out: Path) -> None:
-    from jsfdd import pipeline
-    from jsfdd.config import EvaluateConfig, ScoreConfig, SelectConfig, TrainConfig
+    from jsfdd.commands import pipeline
+    from jsfdd.commands.configs import EvaluateConfig, ScoreConfig, SelectConfig, TrainConfig
 
     target = str(folder / "target")
     shared = dict(target=target, data=(folder / "chats.jsonl",), max_length=128)

@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from jsfdd.processes import start
+from jsfdd.base.processes import start
 
 
 def resident(field: str) -> int:
@@ -21,7 +21,7 @@ def resident(field: str) -> int:
 def main(directory: Path) -> None:
     import jax
 
-    from jsfdd.mesh import make_mesh
+    from jsfdd.base.mesh import make_mesh
     from jsfdd.weights import huggingface
 
     mesh = make_mesh(data=1, model=2)

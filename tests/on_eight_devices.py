@@ -13,20 +13,20 @@ import jax
 import numpy as np
 from toy import toy_draft, toy_target
 
-from jsfdd.config import TrainConfig
+from jsfdd.base.mesh import make_mesh, put, replicate, shard_rows, to_host
+from jsfdd.base.records import DraftBatch, Sample
+from jsfdd.commands.configs import TrainConfig
 from jsfdd.data.batches import Shape, choose_shapes, make_batches, pad_batch, pad_rows
 from jsfdd.decoding.generate import DecodeSetup, PromptBatch, make_generate, prepare_params
-from jsfdd.mesh import make_mesh, put, replicate, shard_rows, to_host
 from jsfdd.models.sharding import place_params, split_vocabulary
 from jsfdd.models.target import hidden_states
-from jsfdd.records import DraftBatch, Sample
-from jsfdd.selection.run import group_plans
-from jsfdd.selection.score import make_score_step, score_samples
-from jsfdd.selection.table import METRICS
+from jsfdd.scoring.passes import group_plans
+from jsfdd.scoring.score import make_score_step, score_samples
+from jsfdd.scoring.table import METRICS
 from jsfdd.training.batch import TrainingData, device_batch
 from jsfdd.training.loss import borrow
+from jsfdd.training.soft_means import make_means_step
 from jsfdd.training.step import init_state, make_optimizer, make_train_step, state_shardings
-from jsfdd.training.target_means import make_means_step
 from jsfdd.training.token_loss import Distance
 from jsfdd.training.train import train
 

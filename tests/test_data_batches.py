@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jsfdd.base.records import Sample
 from jsfdd.data.batches import (
     BatchPlan,
     Shape,
@@ -19,7 +20,6 @@ from jsfdd.data.batches import (
     pad_rows,
     padding_share,
 )
-from jsfdd.records import Sample
 
 # Like chat data: log-normal lengths, many cut at 2048.
 LENGTHS = np.minimum(np.random.default_rng(0).lognormal(5.5, 1.2, 20_000).astype(int) + 10, 2048).tolist()

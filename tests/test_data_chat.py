@@ -6,7 +6,7 @@ import json
 import pyarrow as pa
 import pytest
 
-from jsfdd.data import files
+from jsfdd.data import rows as files
 from jsfdd.data.chat import read_chat_files, read_chats, read_prompts
 
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello 👋"}]

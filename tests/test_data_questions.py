@@ -6,8 +6,8 @@ import pytest
 from toy import toy_tokenizer
 
 from jsfdd.data.chat import read_chat_files
+from jsfdd.data.counts import count_questions_by_file, total
 from jsfdd.data.questions import prompt_of, questions_of
-from jsfdd.data.summary import count_questions_by_file, total
 from jsfdd.data.template import render_prompt
 
 ROLES = {"u": "user", "a": "assistant", "s": "system", "t": "tool"}

@@ -319,7 +319,7 @@ def test_a_prompt_is_what_comes_before_the_answer(name):
 
 
 def test_smollm2():
-    from jsfdd.weights.load import load_tokenizer
+    from jsfdd.weights.target import load_tokenizer
 
     tokenizer = load_tokenizer("smollm2")
     conversation = chat(["Was ist 2024?", "Das Jahr 2024. 🎉\n\n```py\n    x = 1\n```", "Danke", " Bitte!\n"])

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from toy import TOY_LENGTHS, good_draft, toy_draft, toy_prompts, toy_target
 
+from jsfdd.base.mesh import make_mesh
+from jsfdd.base.records import DecodeStats
 from jsfdd.decoding import generate as generate_module
 from jsfdd.decoding.ensemble import Combine
 from jsfdd.decoding.generate import (
@@ -22,9 +24,7 @@ from jsfdd.decoding.generate import (
 )
 from jsfdd.decoding.tree import TreeShape
 from jsfdd.decoding.verify import Cutoff, warp
-from jsfdd.mesh import make_mesh
 from jsfdd.models.target import head_logits, hidden_states
-from jsfdd.records import DecodeStats
 
 GREEDY = jnp.float32(0)
 TOGETHER = {"route": Combine("route"), "route prompts": Combine("route", route_steps=2), "merge": Combine("merge")}

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jsfdd.base.mesh import make_mesh
 from jsfdd.data.template import render_prompt
 from jsfdd.decoding.generate import DecodeSetup, PromptBatch, make_generate, prepare_params
 from jsfdd.decoding.tree import TreeShape
-from jsfdd.mesh import make_mesh
 from jsfdd.models.draft import draft_config, init_draft
 from jsfdd.models.target import embed_tokens, head_logits, hidden_states
-from jsfdd.weights.load import load_target
+from jsfdd.weights.target import load_target
 
 NEW_TOKENS = 100
 PROMPTS = ("Write a short story about a lighthouse.", "List ten facts about the Moon.", "What is 12 times 17? Explain it.")

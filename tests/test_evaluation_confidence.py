@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from jsfdd.base.records import Sample
 from jsfdd.evaluation.confidence import (
     DraftTokens,
     auroc,
@@ -18,7 +19,6 @@ from jsfdd.evaluation.confidence import (
 )
 from jsfdd.evaluation.intervals import interval, resample_times
 from jsfdd.evaluation.replay import Judged, Recorded, _walk_text
-from jsfdd.records import Sample
 
 
 def steps(accepted, probability, prompt):

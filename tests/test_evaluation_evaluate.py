@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from toy import loaded_target, toy_draft
 
+from jsfdd.base.mesh import make_mesh
+from jsfdd.base.records import Prompt
 from jsfdd.decoding.tree import TreeShape
 from jsfdd.decoding.verify import Cutoff
 from jsfdd.evaluation.evaluate import compare, evaluate
 from jsfdd.evaluation.intervals import interval, resample_ratios, tau_difference
-from jsfdd.mesh import make_mesh
-from jsfdd.records import Prompt
 
 PROMPTS = [Prompt(f"p{i}", "even" if i % 2 == 0 else "odd", ("hi" * (i + 1),)) for i in range(5)]
 PROMPTS.append(Prompt("two", "odd", ("first turn", "second turn")))

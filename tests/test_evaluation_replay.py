@@ -8,20 +8,20 @@ import numpy as np
 import pytest
 from toy import loaded_target, toy_draft
 
+from jsfdd.base.mesh import make_mesh
+from jsfdd.base.records import Prompt, Sample
 from jsfdd.data.batches import pad_rows
 from jsfdd.decoding.ensemble import Combine, Ensemble
 from jsfdd.decoding.generate import make_generate, prepare_params
+from jsfdd.decoding.prompts import bucket_width, prompt_batch, render_turns
 from jsfdd.decoding.state import DecodeSetup
 from jsfdd.decoding.tree import TreeShape
 from jsfdd.evaluation.acceptance import acceptance_figures
 from jsfdd.evaluation.evaluate import evaluate
-from jsfdd.evaluation.prompts import bucket_width, prompt_batch, render_turns
 from jsfdd.evaluation.replay import Recorded, _walk_text, make_judge, record, walk
 from jsfdd.evaluation.replay_trees import make_tree_replay
-from jsfdd.mesh import make_mesh
 from jsfdd.models.draft import DraftConfig
 from jsfdd.models.target import hidden_states
-from jsfdd.records import Prompt, Sample
 
 PROMPTS = [Prompt(f"p{i}", "even" if i % 2 == 0 else "odd", ("hi" * (i + 1),)) for i in range(3)]
 PROMPTS.append(Prompt("two", "odd", ("first turn", "second turn")))

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from jsfdd.models.target import head_logits, hidden_states
-from jsfdd.weights import huggingface, load
+from jsfdd.weights import huggingface
+from jsfdd.weights import target as load
 
 GOLDEN = Path(__file__).parent / "golden"
 TOLERANCE = 2e-5

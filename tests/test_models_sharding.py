@@ -13,9 +13,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import save_file
 
-from jsfdd.mesh import make_mesh
+from jsfdd.base.mesh import make_mesh
 from jsfdd.models.sharding import param_sharding, place_params, shard_shape
-from jsfdd.weights import huggingface, load
+from jsfdd.weights import huggingface
+from jsfdd.weights import target as load
 from jsfdd.weights.layout import stored_shapes
 
 HERE = Path(__file__).parent

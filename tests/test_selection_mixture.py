@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jsfdd.records import Sample
+from jsfdd.base.records import Sample
 from jsfdd.selection.mixture import contents, in_words, mixture
 
 

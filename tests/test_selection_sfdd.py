@@ -9,11 +9,11 @@ import typing
 import numpy as np
 import pytest
 
-from jsfdd.config import RunConfig
-from jsfdd.options import Metric
-from jsfdd.records import Sample
+from jsfdd.base.records import Sample
+from jsfdd.commands.configs import RunConfig
+from jsfdd.scoring.metrics import Metric
+from jsfdd.scoring.table import METRICS, ScoreTable, join
 from jsfdd.selection.sfdd import Selection, read_selection, select, selected_samples, write_selection
-from jsfdd.selection.table import METRICS, ScoreTable, join
 
 
 def make_table(ids, num_tokens=None, sources=None, **columns):

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from jsfdd.records import Sample
-from jsfdd.selection.table import TokenRow
+from jsfdd.base.records import Sample
+from jsfdd.scoring.table import TokenRow
 from jsfdd.selection.tokens import token_weights
 from jsfdd.selection.vocabulary import frequent_tokens
 

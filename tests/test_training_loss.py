@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from toy import toy_config
 
-from jsfdd.config import TrainConfig
-from jsfdd.mesh import make_mesh
+from jsfdd.base.mesh import make_mesh
+from jsfdd.base.records import DraftBatch, Sample
+from jsfdd.commands.configs import TrainConfig
 from jsfdd.models.draft import Draft, draft_config, draft_steps, init_draft
 from jsfdd.models.layers import cached_view, empty_cache
 from jsfdd.models.target import embed_tokens, head_logits, hidden_states, init_params
-from jsfdd.records import DraftBatch, Sample
 from jsfdd.training.loss import borrow, hidden_noise, loss_sums
-from jsfdd.training.target_means import make_means_step
+from jsfdd.training.soft_means import make_means_step
 from jsfdd.training.token_loss import Distance
 
 TOY = toy_config(vocab_size=37, tie_embeddings=True)

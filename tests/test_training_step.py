@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from toy import toy_config
 
-from jsfdd.config import TrainConfig
-from jsfdd.mesh import make_mesh, replicate, shard_rows
+from jsfdd.base.mesh import make_mesh, replicate, shard_rows
+from jsfdd.base.records import DraftBatch
+from jsfdd.commands.configs import TrainConfig
 from jsfdd.models.draft import draft_config
 from jsfdd.models.target import hidden_states, init_params
-from jsfdd.records import DraftBatch
 from jsfdd.training.loss import borrow
 from jsfdd.training.step import init_state, learning_rate_schedule, make_accumulating_step, make_optimizer, make_train_step
 

@@ -7,7 +7,7 @@ import pytest
 import scipy.special
 
 from jsfdd.training.distances import DISTANCES, top_k_share
-from jsfdd.training.target_means import head_means
+from jsfdd.training.soft_means import head_means
 from jsfdd.training.token_loss import Distance, mean_loss, token_loss
 
 RANDOM = np.random.default_rng(0)

@@ -15,18 +15,18 @@ import numpy as np
 import pytest
 from toy import toy_config
 
-from jsfdd.config import TrainConfig
+from jsfdd.base.mesh import make_mesh, replicate, shard_rows
+from jsfdd.base.records import Sample
+from jsfdd.commands.configs import TrainConfig
 from jsfdd.data.batches import Shape, pad_batch
-from jsfdd.mesh import make_mesh, replicate, shard_rows
+from jsfdd.hidden.capture import make_recompute
 from jsfdd.models.target import hidden_states, init_params
-from jsfdd.records import Sample
-from jsfdd.selection.features import make_recompute
 from jsfdd.training.batch import TrainingData, device_batch
-from jsfdd.training.log import read_lines
+from jsfdd.training.journal import read_lines
 from jsfdd.training.loss import borrow
+from jsfdd.training.soft_means import store_means
+from jsfdd.training.soft_top_k import store_top_k
 from jsfdd.training.step import make_evaluate_step
-from jsfdd.training.target_means import store_means
-from jsfdd.training.target_top_k import store_top_k
 from jsfdd.training.tensorboard import scalars
 from jsfdd.training.token_loss import Distance
 from jsfdd.training.train import METRICS, TIMINGS, draft_of, split_held_out, train

@@ -12,10 +12,10 @@ import optax
 import pytest
 from toy import toy_config, toy_draft
 
-from jsfdd.mesh import make_mesh, replicate
+from jsfdd.base.mesh import make_mesh, replicate
+from jsfdd.base.records import TrainState
 from jsfdd.models.architecture import Rope
 from jsfdd.models.draft import draft_config
-from jsfdd.records import TrainState
 from jsfdd.weights import checkpoint
 
 IDENTITY = {"target": "toy", "options": {"seed": 0, "shapes": [[4, 64]]}}

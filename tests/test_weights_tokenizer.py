@@ -7,7 +7,7 @@ import gguf_files
 import pytest
 from toy import toy_tokenizer
 
-from jsfdd.weights.load import load_tokenizer
+from jsfdd.weights.target import load_tokenizer
 from jsfdd.weights.tokenizer import tokenizer_digest, tokenizer_from_directory, tokenizer_from_gguf
 
 FIXTURE = json.loads((Path(__file__).parent / "golden" / "tokenizer.json").read_text(encoding="utf-8"))

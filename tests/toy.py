@@ -13,7 +13,7 @@ from jsfdd.decoding.generate import PromptBatch
 from jsfdd.models.architecture import DecoderConfig, Rope
 from jsfdd.models.draft import draft_config, init_draft
 from jsfdd.models.target import init_params
-from jsfdd.weights.load import Target
+from jsfdd.weights.target import Target
 
 
 def toy_config(vocab_size=64, **changes) -> DecoderConfig:

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jsfdd.base.mesh import make_mesh
 from jsfdd.data.chat import read_prompts
 from jsfdd.data.template import render_prompt
 from jsfdd.decoding.generate import DecodeSetup, PromptBatch, make_generate, prepare_params
-from jsfdd.mesh import make_mesh
-from jsfdd.weights.load import load_target
+from jsfdd.weights.target import load_target
 
 WIDTHS = (64, 128, 192, 256, 320)
 

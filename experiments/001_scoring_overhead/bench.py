@@ -13,12 +13,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from jsfdd.mesh import describe_hardware
+from jsfdd.base.mesh import describe_hardware
 from jsfdd.models.architecture import DecoderConfig, Rope
 from jsfdd.models.counted import fold_counted
 from jsfdd.models.target import head_logits, hidden_states, init_params
-from jsfdd.selection.flatness import score_hidden
-from jsfdd.weights.load import load_target
+from jsfdd.scoring.flatness import score_hidden
+from jsfdd.weights.target import load_target
 
 TINY = DecoderConfig(
     family="llama", vocab_size=512, hidden_size=64, intermediate_size=128, num_layers=2, num_heads=4, num_kv_heads=2,

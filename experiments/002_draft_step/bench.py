@@ -13,12 +13,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from jsfdd.config import TrainConfig
-from jsfdd.mesh import describe_hardware, make_mesh, replicate, shard_rows
+from jsfdd.base.mesh import describe_hardware, make_mesh, replicate, shard_rows
+from jsfdd.base.records import DraftBatch
+from jsfdd.commands.configs import TrainConfig
 from jsfdd.models.architecture import DecoderConfig, Rope
 from jsfdd.models.counted import fold_counted
 from jsfdd.models.draft import draft_config
-from jsfdd.records import DraftBatch
 from jsfdd.training.loss import Borrowed
 from jsfdd.training.step import init_state, make_optimizer, make_train_step
 from jsfdd.training.token_loss import Distance, token_loss

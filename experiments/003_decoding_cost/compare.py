@@ -13,7 +13,7 @@ from pathlib import Path
 
 from jsfdd.data.chat import read_prompts
 from jsfdd.data.template import render_prompt
-from jsfdd.weights.load import load_target
+from jsfdd.weights.target import load_target
 
 HERE = Path(__file__).parent
 SMOKE = bool(os.environ.get("SMOKE"))

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jsfdd.base.mesh import make_mesh
 from jsfdd.decoding.generate import DecodeSetup, PromptBatch, make_generate, prepare_params
-from jsfdd.mesh import make_mesh
-from jsfdd.weights.load import load_target
+from jsfdd.weights.target import load_target
 
 prompts, new_tokens = json.loads(open(sys.argv[1]).read()), int(sys.argv[2])
 target = load_target("smollm2")

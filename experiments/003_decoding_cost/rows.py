@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jsfdd.mesh import describe_hardware
+from jsfdd.base.mesh import describe_hardware
 from jsfdd.models.layers import cached_view, empty_cache
 from jsfdd.models.target import decode, head_logits, unstack_layers
-from jsfdd.weights.load import load_target
+from jsfdd.weights.target import load_target
 
 SMOKE = bool(os.environ.get("SMOKE"))
 ROWS = (1, 2, 5, 8, 16, 61)

@@ -15,16 +15,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jsfdd.commands.pipeline import load_draft
 from jsfdd.data.chat import read_chats
 from jsfdd.data.template import tokenize_chats
 from jsfdd.models.architecture import Rope
 from jsfdd.models.draft import Draft, draft_config, init_draft
 from jsfdd.models.target import embed_tokens, hidden_states
-from jsfdd.pipeline import load_draft
 from jsfdd.weights.card import Serving
 from jsfdd.weights.eagle import read_draft
 from jsfdd.weights.export import write_draft
-from jsfdd.weights.load import load_target
+from jsfdd.weights.target import load_target
 
 SAMPLES, LENGTH = 3, 128
 

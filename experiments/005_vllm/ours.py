@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jsfdd.commands.pipeline import load_draft
 from jsfdd.data.chat import read_prompts
 from jsfdd.data.template import render_prompt
 from jsfdd.decoding.generate import DecodeSetup, PromptBatch, make_stream, prepare_params
 from jsfdd.evaluation.evaluate import check_draft
 from jsfdd.models.draft import Draft
 from jsfdd.models.target import embed_tokens, head_logits, hidden_states
-from jsfdd.pipeline import load_draft
-from jsfdd.weights.load import load_target
+from jsfdd.weights.target import load_target
 
 
 def answer(setup, params, start, step, prompt):

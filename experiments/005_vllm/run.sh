@@ -10,7 +10,7 @@ here=$(dirname "$0")
 mkdir -p "$3"
 prompts=$(python -c 'import jsfdd.data.demo as d; print(d.__path__[0])')/eval_prompts.jsonl
 [ -d "$3/target" ] || python "$here/write_target.py" "$3/target"
-[ -d "$3/draft" ] || python -m jsfdd.cli export --draft "$1" --flavour vllm --out "$3/draft"
+[ -d "$3/draft" ] || python -m jsfdd.commands.cli export --draft "$1" --flavour vllm --out "$3/draft"
 [ -f "$3/ours.json" ] || python "$here/ours.py" --draft "$3/draft" --prompts "$prompts" --out "$3/ours.json"
 # Two cores that are shared: a second thread would mostly wait for the first.
 export OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind

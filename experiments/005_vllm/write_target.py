@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from jsfdd.weights.load import load_target
+from jsfdd.weights.target import load_target
 
 LAYER_NAMES = {
     "input_norm/scale": "input_layernorm",

@@ -40,7 +40,7 @@ def stage_memory(*command: str) -> dict:
     import jax
 
     from jsfdd import dry_run, pipeline, results  # noqa: F401  what every command imports
-    from jsfdd.cli import main
+    from jsfdd.commands.cli import main
 
     jax.block_until_ready(jax.numpy.ones(8) + 1)
     before = resident("VmRSS")
@@ -54,8 +54,8 @@ def loaded_memory(data: str) -> dict:
     import jax
 
     from jsfdd import dry_run, pipeline, results  # noqa: F401  as above
-    from jsfdd.config import ScoreConfig
-    from jsfdd.loading import load
+    from jsfdd.commands.configs import ScoreConfig
+    from jsfdd.commands.inputs import load
 
     jax.block_until_ready(jax.numpy.ones(8) + 1)
     before = resident("VmRSS")
@@ -65,8 +65,8 @@ def loaded_memory(data: str) -> dict:
 
 
 def planned(data: str) -> dict:
-    from jsfdd.config import PlanConfig
-    from jsfdd.evaluation.plan import make_plan
+    from jsfdd.commands.configs import PlanConfig
+    from jsfdd.commands.plan import make_plan
 
     options = PlanConfig(target="smollm2", data=(Path(data),), retain_ratio=1.0, batch_tokens=BATCH_TOKENS, devices=1)
     stages = {stage.name: stage for stage in make_plan(options).stages}
@@ -78,8 +78,8 @@ def work(data: str) -> dict:
     from jsfdd.data.batches import choose_shapes, make_batches
     from jsfdd.data.chat import read_chats
     from jsfdd.data.template import tokenize_chats
-    from jsfdd.selection.run import group_plans
-    from jsfdd.weights.load import load_tokenizer
+    from jsfdd.scoring.passes import group_plans
+    from jsfdd.weights.target import load_tokenizer
 
     samples, _ = tokenize_chats(read_chats([Path(data)]), load_tokenizer("smollm2"), 2048)
     lengths = [len(sample.tokens) for sample in samples]
@@ -100,15 +100,15 @@ def exchanges() -> dict:
     import jax
     import numpy as np
 
-    from jsfdd.config import TrainConfig
-    from jsfdd.mesh import make_mesh
+    from jsfdd.base.mesh import make_mesh
+    from jsfdd.base.records import Batch, DraftBatch
+    from jsfdd.commands.configs import TrainConfig
     from jsfdd.models.draft import draft_config
     from jsfdd.models.target import init_params
-    from jsfdd.records import Batch, DraftBatch
-    from jsfdd.selection.score import block_size, make_score_step
+    from jsfdd.scoring.score import block_size, make_score_step
     from jsfdd.training.loss import borrow
     from jsfdd.training.step import init_state, make_optimizer, make_train_step, state_shardings
-    from jsfdd.weights.load import read_architecture
+    from jsfdd.weights.target import read_architecture
 
     config, mesh, shape = read_architecture("smollm2"), make_mesh(8), (8, 64)
     params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))

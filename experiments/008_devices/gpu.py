@@ -19,21 +19,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jsfdd.config import PlanConfig, TrainConfig
-from jsfdd.evaluation.costs import Lengths, score_stage, train_stage
-from jsfdd.mesh import describe_hardware, make_mesh
+from jsfdd.base.mesh import describe_hardware, make_mesh
+from jsfdd.base.records import Batch, DraftBatch
+from jsfdd.commands.configs import PlanConfig, TrainConfig
+from jsfdd.commands.costs import Lengths, score_stage, train_stage
 from jsfdd.models.architecture import DecoderConfig, Rope
 from jsfdd.models.counted import fold_counted
 from jsfdd.models.draft import draft_config
 from jsfdd.models.target import head_logits, hidden_states, init_params
-from jsfdd.records import Batch, DraftBatch
-from jsfdd.selection.score import block_size, make_score_step
+from jsfdd.scoring.score import block_size, make_score_step
 from jsfdd.training.loss import borrow
+from jsfdd.training.soft_means import make_means_step
 from jsfdd.training.step import block_size as train_block
 from jsfdd.training.step import init_state, make_optimizer, make_train_step
-from jsfdd.training.target_means import make_means_step
 from jsfdd.training.token_loss import Distance
-from jsfdd.weights.load import load_target, read_architecture
+from jsfdd.weights.target import load_target, read_architecture
 
 LLAMA_8B = DecoderConfig(
     family="llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_layers=32, num_heads=32,

@@ -12,19 +12,19 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from jsfdd.config import ScoreConfig, TrainConfig
+from jsfdd.base.mesh import describe_hardware, make_mesh
+from jsfdd.commands.configs import ScoreConfig, TrainConfig
+from jsfdd.commands.hidden_stage import still_possible
 from jsfdd.data.chat import read_chats
 from jsfdd.data.template import tokenize_chats
-from jsfdd.hidden import still_possible
-from jsfdd.mesh import describe_hardware, make_mesh
-from jsfdd.selection.features import keep_features
-from jsfdd.selection.row_format import row_bytes
-from jsfdd.selection.score import score_samples
+from jsfdd.hidden.capture import keep_features
+from jsfdd.hidden.rows import row_bytes
+from jsfdd.hidden.store import HiddenStore
+from jsfdd.scoring.score import score_samples
 from jsfdd.selection.sfdd import select
-from jsfdd.selection.store import HiddenStore
 from jsfdd.training import train as training
 from jsfdd.training.batch import TrainingData
-from jsfdd.weights.load import load_target
+from jsfdd.weights.target import load_target
 
 compiling = 0.0
 

@@ -9,14 +9,14 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jsfdd.config import TrainConfig
-from jsfdd.mesh import make_mesh
+from jsfdd.base.mesh import make_mesh
+from jsfdd.base.records import DraftBatch
+from jsfdd.commands.configs import TrainConfig
 from jsfdd.models.architecture import DecoderConfig, Rope
 from jsfdd.models.draft import draft_config
-from jsfdd.records import DraftBatch
 from jsfdd.training.loss import Borrowed
+from jsfdd.training.soft_means import make_means_step
 from jsfdd.training.step import block_size, init_state, make_optimizer, make_train_step
-from jsfdd.training.target_means import make_means_step
 from jsfdd.training.token_loss import Distance
 
 shared = np.load(Path(sys.argv[1]) / "shared.npz")

@@ -12,15 +12,16 @@ from pathlib import Path
 
 import numpy as np
 
-from jsfdd import hidden, pipeline
-from jsfdd.config import ScoreConfig, SelectConfig, TrainConfig, stores_means
+from jsfdd.base.mesh import describe_hardware
+from jsfdd.commands import hidden_stage as hidden
+from jsfdd.commands import pipeline
+from jsfdd.commands.configs import ScoreConfig, SelectConfig, TrainConfig, stores_means
+from jsfdd.commands.inputs import load
 from jsfdd.data.batches import epoch_batches, padding_share
 from jsfdd.data.chat import read_prompts
 from jsfdd.evaluation import evaluate as evaluation
-from jsfdd.loading import load
-from jsfdd.mesh import describe_hardware
 from jsfdd.training.batch import TrainingData
-from jsfdd.training.log import read_lines
+from jsfdd.training.journal import read_lines
 from jsfdd.training.train import METRICS, TIMINGS
 
 HERE = Path(__file__).parent

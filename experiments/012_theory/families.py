@@ -24,7 +24,7 @@ from scipy.optimize import brentq, minimize
 from scipy.special import log_softmax, softmax
 from step import budgeted_step, gain, kl, small_step_gain
 
-from jsfdd.evaluation.panel import MUTED, STYLE
+from jsfdd.report.panel import MUTED, STYLE
 
 HERE = Path(__file__).parent
 THETA = 2.0  # the paper's

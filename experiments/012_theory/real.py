@@ -19,17 +19,17 @@ from record import record, recorded
 from scipy.stats import rankdata
 from step import budgeted_step, gain
 
+from jsfdd.base.records import Sample
+from jsfdd.commands.pipeline import load_draft
 from jsfdd.data.batches import bucket_lengths, pad_rows
 from jsfdd.data.chat import read_chats
 from jsfdd.data.template import tokenize_chats
 from jsfdd.evaluation.intervals import interval
-from jsfdd.evaluation.panel import INK, MUTED, STYLE
 from jsfdd.models.draft import Draft
 from jsfdd.models.target import embed_tokens, head_logits, hidden_states
-from jsfdd.pipeline import load_draft
-from jsfdd.records import Sample
-from jsfdd.selection.flatness import effective_choices, token_scores
-from jsfdd.weights.load import Target, load_target
+from jsfdd.report.panel import INK, MUTED, STYLE
+from jsfdd.scoring.flatness import effective_choices, token_scores
+from jsfdd.weights.target import Target, load_target
 
 HERE = Path(__file__).parent
 SMOKE = os.environ.get("SMOKE") == "1"

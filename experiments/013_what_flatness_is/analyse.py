@@ -18,13 +18,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 from scipy.stats import rankdata
 
+from jsfdd.base.records import TokenScores
 from jsfdd.data.chat import read_chats
 from jsfdd.data.template import tokenize_chats
-from jsfdd.evaluation.panel import MUTED, STYLE
-from jsfdd.records import TokenScores
-from jsfdd.selection.flatness import effective_choices
-from jsfdd.selection.table import read_scores, read_token_scores
-from jsfdd.weights.load import load_target
+from jsfdd.report.panel import MUTED, STYLE
+from jsfdd.scoring.flatness import effective_choices
+from jsfdd.scoring.table import read_scores, read_token_scores
+from jsfdd.weights.target import load_target
 
 HERE = Path(__file__).parent
 SMOKE = os.environ.get("SMOKE") == "1"

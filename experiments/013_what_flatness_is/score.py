@@ -21,15 +21,15 @@ from pathlib import Path
 
 import numpy as np
 
+from jsfdd.base.mesh import make_mesh
+from jsfdd.base.records import Sample, TokenScores
 from jsfdd.data.batches import choose_shapes, make_batches
 from jsfdd.data.chat import Chat, read_chats
 from jsfdd.data.template import tokenize_chats
-from jsfdd.mesh import make_mesh
 from jsfdd.models.sharding import place_params
-from jsfdd.records import Sample, TokenScores
-from jsfdd.selection.run import run_batches
-from jsfdd.selection.score import block_size, make_score_step
-from jsfdd.weights.load import load_target
+from jsfdd.scoring.passes import run_batches
+from jsfdd.scoring.score import block_size, make_score_step
+from jsfdd.weights.target import load_target
 
 ROUND = 20
 BATCH_TOKENS = 2048

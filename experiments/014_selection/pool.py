@@ -19,23 +19,24 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jsfdd import hidden, pipeline
-from jsfdd.config import ScoreConfig, TrainConfig, stores_means, stores_target
+from jsfdd.base.records import Prompt, Sample
+from jsfdd.commands import hidden_stage as hidden
+from jsfdd.commands import pipeline
+from jsfdd.commands.configs import ScoreConfig, TrainConfig, stores_means, stores_target
+from jsfdd.commands.inputs import Loaded, load
 from jsfdd.data.batches import Shape, choose_shapes
 from jsfdd.data.chat import read_prompts
 from jsfdd.evaluation import replay
-from jsfdd.loading import Loaded, load
+from jsfdd.hidden.capture import store_hidden
 from jsfdd.models.draft import DraftConfig
-from jsfdd.records import Prompt, Sample
-from jsfdd.selection.features import store_hidden
-from jsfdd.selection.table import ScoreTable, join, read_token_scores
+from jsfdd.scoring.table import ScoreTable, join, read_token_scores
 from jsfdd.selection.tokens import token_weights
 from jsfdd.training import train as training
 from jsfdd.training.batch import PerToken, TrainingData
 from jsfdd.training.loss import borrow
+from jsfdd.training.soft_means import store_means
+from jsfdd.training.soft_top_k import store_top_k
 from jsfdd.training.step import block_size
-from jsfdd.training.target_means import store_means
-from jsfdd.training.target_top_k import store_top_k
 from jsfdd.training.token_loss import Distance
 from jsfdd.weights.checkpoint import load_draft
 

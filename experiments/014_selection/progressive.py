@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import jax
 import numpy as np
 
+from jsfdd.base.mesh import put
 from jsfdd.data.batches import epoch_batches
-from jsfdd.mesh import put
 from jsfdd.models.draft import DraftConfig
 from jsfdd.selection.sfdd import how_many
 from jsfdd.training.batch import TrainingData, device_batch

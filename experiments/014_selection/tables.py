@@ -14,9 +14,9 @@ import matplotlib
 import numpy as np
 from scipy.stats import spearmanr
 
-from jsfdd.mesh import describe_hardware
+from jsfdd.base.mesh import describe_hardware
+from jsfdd.scoring.table import METRICS, join, read_scores
 from jsfdd.selection import sfdd
-from jsfdd.selection.table import METRICS, join, read_scores
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402

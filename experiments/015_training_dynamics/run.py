@@ -16,12 +16,12 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "014_selection"))
 from pool import SMOKE, Pool, open_pool, pool_parser  # noqa: E402
 
+from jsfdd.base.mesh import describe_hardware  # noqa: E402
 from jsfdd.data.batches import epoch_batches, make_batches  # noqa: E402
 from jsfdd.evaluation.intervals import interval, resample_ratios  # noqa: E402
-from jsfdd.mesh import describe_hardware  # noqa: E402
 from jsfdd.models.draft import Draft, allowed_tokens  # noqa: E402
 from jsfdd.models.target import embed_tokens, head_logits  # noqa: E402
-from jsfdd.selection.table import read_token_scores  # noqa: E402
+from jsfdd.scoring.table import read_token_scores  # noqa: E402
 from jsfdd.training import train as training  # noqa: E402
 from jsfdd.training.batch import TrainingData, device_batch  # noqa: E402
 from jsfdd.training.step import init_state, make_optimizer  # noqa: E402

@@ -13,19 +13,19 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jsfdd.config import TrainConfig
+from jsfdd.base.mesh import describe_hardware
+from jsfdd.commands.configs import TrainConfig
+from jsfdd.commands.inputs import load
 from jsfdd.data.batches import Shape
-from jsfdd.loading import load
-from jsfdd.mesh import describe_hardware
-from jsfdd.selection.features import make_recompute
-from jsfdd.selection.row_format import row_bytes
+from jsfdd.hidden.capture import make_recompute
+from jsfdd.hidden.rows import row_bytes
 from jsfdd.training.batch import TrainingData, device_batch
 from jsfdd.training.loss import borrow
+from jsfdd.training.soft_means import make_means_step
+from jsfdd.training.soft_rows import row_words, unpack
+from jsfdd.training.soft_top_k import make_top_k_step
 from jsfdd.training.step import block_size, init_state, make_optimizer, make_train_step
-from jsfdd.training.target_means import make_means_step
-from jsfdd.training.target_top_k import make_top_k_step
 from jsfdd.training.token_loss import Distance
-from jsfdd.training.top_k_row import row_words, unpack
 from jsfdd.training.train import draft_of
 
 HERE = Path(__file__).parent

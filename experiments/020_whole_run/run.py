@@ -19,10 +19,10 @@ from arms import by_metric  # noqa: E402
 from pool import SMOKE, Pool, judge_draft, known_of, open_pool, pool_parser, token_weights_of  # noqa: E402
 
 from jsfdd import pipeline  # noqa: E402
-from jsfdd.config import ScoreConfig  # noqa: E402
+from jsfdd.base.records import samples_digest  # noqa: E402
+from jsfdd.commands.configs import ScoreConfig  # noqa: E402
 from jsfdd.data.batches import choose_shapes  # noqa: E402
-from jsfdd.records import samples_digest  # noqa: E402
-from jsfdd.selection.features import store_hidden  # noqa: E402
+from jsfdd.hidden.capture import store_hidden  # noqa: E402
 from jsfdd.selection.sfdd import select  # noqa: E402
 from jsfdd.training import train as training  # noqa: E402
 from jsfdd.training.batch import TrainingData  # noqa: E402

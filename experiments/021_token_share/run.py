@@ -14,16 +14,16 @@ import jax
 import matplotlib
 import numpy as np
 
-from jsfdd.config import TrainConfig
+from jsfdd.base.mesh import describe_hardware
+from jsfdd.commands.configs import TrainConfig
+from jsfdd.commands.inputs import load
 from jsfdd.data.batches import Shape
-from jsfdd.loading import load
-from jsfdd.mesh import describe_hardware
-from jsfdd.models.arithmetic import step_flops
-from jsfdd.selection.features import make_recompute
+from jsfdd.hidden.capture import make_recompute
+from jsfdd.models.flops import step_flops
 from jsfdd.training.batch import TrainingData, device_batch
 from jsfdd.training.loss import borrow, restrict
+from jsfdd.training.soft_means import make_means_step
 from jsfdd.training.step import block_size, init_state, make_optimizer, make_train_step
-from jsfdd.training.target_means import make_means_step
 from jsfdd.training.token_loss import Distance
 from jsfdd.training.train import draft_of
 

@@ -1,1 +1,4 @@
-"""Conversation files to padded batches: chat.py reads, template.py tokenizes and masks, batches.py buckets and pads."""
+"""From chat files to padded batches.
+
+Rows.py reads files, forms.py and chat.py understand rows, template.py renders and masks, batches.py pads.
+"""

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int, Shaped
 
-from jsfdd.records import Batch, Sample
+from jsfdd.base.records import Batch, Sample
 
 Lengths = Sequence[int] | Int[np.ndarray, " N"]  # tokens of each sample
 SHORTEST = 64  # tokens; below that, launching a program costs more than the padding

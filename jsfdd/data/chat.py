@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from jsfdd.data.files import Row, check_text, kind_of, read_rows
+from jsfdd.base.records import Prompt
 from jsfdd.data.forms import COLUMNS, Message, messages_of
-from jsfdd.records import Prompt
+from jsfdd.data.rows import Row, check_text, kind_of, read_rows
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 from typing import Literal, TypedDict
 
-from jsfdd.data.files import check_text, kind_of
+from jsfdd.data.rows import check_text, kind_of
 
 _LISTS = ("messages", "conversations")
 _ANSWERS = ("response", "completion")

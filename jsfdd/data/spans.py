@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from typing import Literal
 
 from jsfdd.data.forms import Message
-from jsfdd.options import MaskSpan
+
+MaskSpan = Literal["thinking", "tool_calls"]
 
 _MARKS: dict[MaskSpan, tuple[tuple[str, str | None], ...]] = {
     "thinking": (("<think>", "</think>"), ("<thinking>", "</thinking>")),

@@ -31,11 +31,10 @@ import jinja2
 import numpy as np
 from jaxtyping import Bool
 
+from jsfdd.base.records import Sample
 from jsfdd.data.chat import Chat, Message
 from jsfdd.data.forms import text_of_calls
-from jsfdd.data.spans import excluded_spans
-from jsfdd.options import MaskSpan
-from jsfdd.records import Sample
+from jsfdd.data.spans import MaskSpan, excluded_spans
 
 _CHUNK = 256  # conversations per tokenizer call, which spreads them over the cores
 _STAND_IN = "jsfddstandin"  # letters only, so that no template trims, splits or reads anything into it

@@ -1,1 +1,1 @@
-"""Draft, verify, decode."""
+"""Draft, verify, decode: speculative decoding of prompts and whole conversations."""

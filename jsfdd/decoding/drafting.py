@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jsfdd.base.records import KVCache
 from jsfdd.decoding.ensemble import Choices, certainty, confidence, route, still_needed
 from jsfdd.decoding.merge import merge
 from jsfdd.decoding.state import DecodeSetup, DecodeState
@@ -23,7 +24,6 @@ from jsfdd.decoding.tree import Proposals, Tree, grow, path_probs, rerank, root_
 from jsfdd.models.draft import Draft
 from jsfdd.models.layers import View, cached_view
 from jsfdd.models.target import embed_tokens, head_logits
-from jsfdd.records import KVCache
 
 
 class Proposed(NamedTuple):

@@ -24,7 +24,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jsfdd.decoding.tree import Proposals, TreeShape, path_probs
 from jsfdd.models.draft import DraftConfig
-from jsfdd.options import RouteBy
+
+RouteBy = Literal["confidence", "entropy"]
+
+CombineBy = Literal["average", "route", "merge"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,15 +27,15 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from jsfdd.base.mesh import map_over_devices
+from jsfdd.base.records import DecodeStats, DraftShares, Generation, KVCache
 from jsfdd.decoding.drafting import Proposed, draft_forward, next_logits, observe, propose
 from jsfdd.decoding.ensemble import Choices, no_choices
 from jsfdd.decoding.state import DecodeSetup, DecodeState, Emitted, PromptBatch
 from jsfdd.decoding.tree import Path, keep_path, tree_view, walk
 from jsfdd.decoding.verify import draw, verify
-from jsfdd.mesh import map_over_devices
 from jsfdd.models.layers import cached_view, empty_cache
 from jsfdd.models.target import decode, head_logits, unstack_layers
-from jsfdd.records import DecodeStats, DraftShares, Generation, KVCache
 
 
 def prepare_params(target_params: dict, draft_params: dict | tuple[dict, ...] | None = None) -> dict:

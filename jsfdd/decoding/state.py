@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from jsfdd.base.records import KVCache
 from jsfdd.decoding.ensemble import Choices, Combine
 from jsfdd.decoding.tree import TreeShape
 from jsfdd.decoding.verify import EVERY_TOKEN, Cutoff
 from jsfdd.models.architecture import DecoderConfig
 from jsfdd.models.draft import DraftConfig
-from jsfdd.records import KVCache
 
 
 @dataclasses.dataclass(frozen=True)

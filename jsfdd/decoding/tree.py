@@ -25,8 +25,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jsfdd.base.records import KVCache
 from jsfdd.models.layers import View
-from jsfdd.records import KVCache
 
 
 @dataclasses.dataclass(frozen=True)

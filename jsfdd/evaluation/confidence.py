@@ -23,10 +23,10 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from jsfdd.base.records import Sample
 from jsfdd.evaluation.acceptance import with_interval
 from jsfdd.evaluation.intervals import interval, resample_ratios, resample_times
 from jsfdd.evaluation.replay import Judged, Recorded
-from jsfdd.records import Sample
 
 
 class DraftTokens(NamedTuple):

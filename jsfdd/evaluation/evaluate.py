@@ -24,19 +24,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jsfdd.base.mesh import describe_hardware, num_data_shards, replicate, shard_rows, to_host
+from jsfdd.base.records import DraftShares, Prompt
 from jsfdd.decoding.ensemble import Ensemble, as_decoded, members_of
 from jsfdd.decoding.generate import DecodeSetup, make_generate, prepare_params
+from jsfdd.decoding.prompts import bucket_width, check_length, prompt_batch, render_turns
 from jsfdd.decoding.tree import TreeShape
 from jsfdd.decoding.verify import EVERY_TOKEN, Cutoff
 from jsfdd.evaluation.acceptance import AcceptanceCounts, acceptance_figures, with_interval
 from jsfdd.evaluation.intervals import resample_ratios, tau_difference
-from jsfdd.evaluation.prompts import bucket_width, check_length, prompt_batch, render_turns
 from jsfdd.evaluation.shares import no_shares, with_shares
-from jsfdd.mesh import describe_hardware, num_data_shards, replicate, shard_rows, to_host
 from jsfdd.models.draft import DraftConfig
 from jsfdd.models.sharding import place_params
-from jsfdd.records import DraftShares, Prompt
-from jsfdd.weights.load import Target
+from jsfdd.weights.target import Target
 
 BASELINE = "autoregressive"
 

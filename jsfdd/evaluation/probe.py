@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jax.sharding import Mesh
 
+from jsfdd.base.mesh import num_data_shards, replicate, shard_rows, to_host
+from jsfdd.base.records import Prompt
 from jsfdd.decoding.generate import DecodeSetup, make_generate, prepare_params
-from jsfdd.evaluation.prompts import bucket_width, check_length, prompt_batch, render_turns
-from jsfdd.mesh import num_data_shards, replicate, shard_rows, to_host
+from jsfdd.decoding.prompts import bucket_width, check_length, prompt_batch, render_turns
 from jsfdd.models.draft import DraftConfig
 from jsfdd.models.sharding import place_params
-from jsfdd.records import Prompt
-from jsfdd.weights.load import Target
+from jsfdd.weights.target import Target
 
 
 def make_probe(

@@ -29,21 +29,21 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
+from jsfdd.base.mesh import map_over_devices, num_data_shards, own_rows, replicate, shard_rows, to_host
+from jsfdd.base.records import DraftBatch, Prompt, Sample
 from jsfdd.data.batches import choose_shapes, make_batches
 from jsfdd.decoding.generate import DecodeSetup, make_generate, prepare_params
+from jsfdd.decoding.prompts import bucket_width, check_length, prompt_batch, render_turns
 from jsfdd.evaluation.acceptance import AcceptanceCounts
-from jsfdd.evaluation.prompts import bucket_width, check_length, prompt_batch, render_turns
-from jsfdd.mesh import map_over_devices, num_data_shards, own_rows, replicate, shard_rows, to_host
 from jsfdd.models.counted import fold_counted
 from jsfdd.models.draft import DraftConfig, draft_steps
 from jsfdd.models.sharding import place_params
 from jsfdd.models.target import embed_tokens
-from jsfdd.records import DraftBatch, Prompt, Sample
 from jsfdd.training.batch import PerToken, TrainingData, device_batch
 from jsfdd.training.loss import Borrowed, borrow, restrict
 from jsfdd.training.step import block_size
 from jsfdd.training.token_loss import row_logits
-from jsfdd.weights.load import Target
+from jsfdd.weights.target import Target
 
 
 class Recorded(NamedTuple):

@@ -15,20 +15,20 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from jsfdd.base.mesh import map_over_devices, num_data_shards, replicate, shard_rows, to_host
+from jsfdd.base.records import DraftShares, Generation
 from jsfdd.data.batches import pad_rows
 from jsfdd.decoding.drafting import propose
 from jsfdd.decoding.generate import Round, commit, round_along, show_prompt, until_done
+from jsfdd.decoding.prompts import bucket_width
 from jsfdd.decoding.state import DecodeSetup, DecodeState
 from jsfdd.decoding.tree import walk
 from jsfdd.evaluation.acceptance import AcceptanceCounts
-from jsfdd.evaluation.prompts import bucket_width
 from jsfdd.evaluation.replay import Recorded
 from jsfdd.evaluation.shares import no_shares
-from jsfdd.mesh import map_over_devices, num_data_shards, replicate, shard_rows, to_host
 from jsfdd.models.layers import empty_cache
-from jsfdd.records import DraftShares, Generation
 from jsfdd.training.batch import PerToken
-from jsfdd.weights.load import Target
+from jsfdd.weights.target import Target
 
 
 class Text(NamedTuple):

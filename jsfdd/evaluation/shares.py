@@ -14,9 +14,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jsfdd.base.records import DraftShares
 from jsfdd.decoding.ensemble import Ensemble
 from jsfdd.decoding.tree import TreeShape
-from jsfdd.records import DraftShares
 
 
 def no_shares(num_prompts: int, num_drafts: int) -> DraftShares:

@@ -1,1 +1,1 @@
-"""Models: what a decoder is, its layers, the target and the draft as pure functions of their parameters."""
+"""The target and the draft as pure functions of their parameters."""

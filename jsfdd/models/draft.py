@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jsfdd.base.records import KVCache
 from jsfdd.models.architecture import DecoderConfig
 from jsfdd.models.layers import DecoderLayer, View, causal_view, rope_table
-from jsfdd.records import KVCache
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jsfdd.base.records import KVCache
 from jsfdd.models.architecture import DecoderConfig, Rope
-from jsfdd.records import KVCache
 
 
 class View(NamedTuple):

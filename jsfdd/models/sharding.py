@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jsfdd.mesh import put
+from jsfdd.base.mesh import put
 
 # Name -> the axis that is split; None: small, whole on every device. Leaves under layers/ have the layers in front.
 _SPLIT_AXIS = {

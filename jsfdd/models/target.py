@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jsfdd.base.records import KVCache
 from jsfdd.models.architecture import DecoderConfig
 from jsfdd.models.layers import DecoderLayer, RMSNorm, View, causal_view, rope_table
-from jsfdd.records import KVCache
 
 
 def hidden_states(config: DecoderConfig, params: dict, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:

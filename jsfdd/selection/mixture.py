@@ -15,12 +15,13 @@ import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
-from jsfdd.options import MixUnit
-from jsfdd.records import Sample
+from jsfdd.base.records import Sample
+
+MixUnit = Literal["samples", "tokens"]
 
 
 class _Placed(NamedTuple):

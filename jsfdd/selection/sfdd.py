@@ -20,10 +20,10 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float
 
-from jsfdd.files import differences, sha256, write_json
-from jsfdd.options import Metric
-from jsfdd.records import Sample
-from jsfdd.selection.table import ScoreTable
+from jsfdd.base.files import differences, sha256, write_json
+from jsfdd.base.records import Sample
+from jsfdd.scoring.metrics import Metric
+from jsfdd.scoring.table import ScoreTable
 
 Unit = Literal["sample", "batch"]
 Within = Literal["all", "source"]

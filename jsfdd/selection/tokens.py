@@ -15,9 +15,10 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float
 
-from jsfdd.options import TokenMetric
-from jsfdd.records import Sample
-from jsfdd.selection.table import TokenRow
+from jsfdd.base.records import Sample
+from jsfdd.scoring.table import TokenRow
+
+TokenMetric = Literal["flatness", "entropy", "random"]
 
 
 def token_weights(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jsfdd.records import Sample
+from jsfdd.base.records import Sample
 
 
 def frequent_tokens(samples: Sequence[Sample], size: int, vocab_size: int) -> tuple[int, ...]:

@@ -1,1 +1,1 @@
-"""Draft training: loss.py is the maths, step.py compiles it, log.py keeps the figures, train.py is the loop."""
+"""Draft training: loss.py has the equations, step.py compiles them, train.py is the loop."""

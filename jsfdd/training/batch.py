@@ -10,9 +10,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jsfdd.base.mesh import num_data_shards, shard_built_rows
+from jsfdd.base.records import Batch, DraftBatch, Sample
 from jsfdd.data.batches import Shape, pad_batch, pad_rows
-from jsfdd.mesh import num_data_shards, shard_built_rows
-from jsfdd.records import Batch, DraftBatch, Sample
 
 _STORE_AGAIN = "the store belongs to other data or another template: delete it and store again"
 

@@ -19,13 +19,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float
 
+from jsfdd.base.records import DraftBatch
 from jsfdd.models.architecture import DecoderConfig
 from jsfdd.models.draft import DraftConfig, allowed_tokens, draft_steps
 from jsfdd.models.target import embed_tokens
-from jsfdd.options import TrainingOptions
-from jsfdd.records import DraftBatch
+from jsfdd.training.recipe import Recipe
+from jsfdd.training.soft_rows import num_outcomes, unpack
 from jsfdd.training.token_loss import Distance, TokenSums, coarse_loss, mean_loss, token_loss
-from jsfdd.training.top_k_row import num_outcomes, unpack
 
 
 class StepSums(NamedTuple):
@@ -83,7 +83,7 @@ def loss_sums(
     *,
     target_config: DecoderConfig,
     draft_config: DraftConfig,
-    options: TrainingOptions,
+    options: Recipe,
     block: int,
 ) -> LossSums:
     """The loss of a batch, summed over the tokens that count (records.py: the EAGLE pairing); float32.

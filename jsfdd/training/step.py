@@ -20,12 +20,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from jsfdd.mesh import split_over_data, sum_over_devices
+from jsfdd.base.mesh import split_over_data, sum_over_devices
+from jsfdd.base.records import DraftBatch, TrainState
 from jsfdd.models.architecture import DecoderConfig
 from jsfdd.models.draft import DraftConfig, init_draft
-from jsfdd.options import TrainingOptions
-from jsfdd.records import DraftBatch, TrainState
 from jsfdd.training.loss import Borrowed, LossSums, loss_sums
+from jsfdd.training.recipe import Recipe
 
 
 class StepMetrics(NamedTuple):
@@ -35,7 +35,7 @@ class StepMetrics(NamedTuple):
     grad_norm: Float[Array, ""]  # before clipping
 
 
-def learning_rate_schedule(options: TrainingOptions, num_steps: int) -> optax.Schedule:
+def learning_rate_schedule(options: Recipe, num_steps: int) -> optax.Schedule:
     """Linear warm-up over `warmup_share` of the run's steps, then linear decay to a tenth at its last step."""
     peak = options.learning_rate
     warmup = round(options.warmup_share * num_steps)
@@ -44,7 +44,7 @@ def learning_rate_schedule(options: TrainingOptions, num_steps: int) -> optax.Sc
     return optax.join_schedules([rise, fall], [warmup])
 
 
-def make_optimizer(options: TrainingOptions, num_steps: int) -> optax.GradientTransformation:
+def make_optimizer(options: Recipe, num_steps: int) -> optax.GradientTransformation:
     """AdamW(0.9, 0.95) without weight decay behind a clip of the global norm: EAGLE's recipe."""
     return optax.chain(
         optax.clip_by_global_norm(options.max_grad_norm),
@@ -75,7 +75,7 @@ def make_train_step(
     draft_config: DraftConfig,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
-    options: TrainingOptions,
+    options: Recipe,
     shard_optimizer: bool = False,
 ) -> Callable[[Borrowed, TrainState, DraftBatch], tuple[TrainState, StepMetrics]]:
     """The compiled `(frozen, state, batch) -> (state, metrics)`; `frozen` is from `loss.borrow`.
@@ -97,7 +97,7 @@ def make_accumulating_step(
     draft_config: DraftConfig,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
-    options: TrainingOptions,
+    options: Recipe,
     shard_optimizer: bool = False,
 ) -> Callable[[Borrowed, TrainState, Sequence[DraftBatch]], tuple[TrainState, StepMetrics]]:
     """As `make_train_step`, but `(frozen, state, batches) -> (state, metrics)`: one step on all batches' tokens.
@@ -157,7 +157,7 @@ def _parts(target_config, draft_config, optimizer, mesh, options, shard_optimize
 
 
 def make_evaluate_step(
-    target_config: DecoderConfig, draft_config: DraftConfig, mesh: Mesh, options: TrainingOptions
+    target_config: DecoderConfig, draft_config: DraftConfig, mesh: Mesh, options: Recipe
 ) -> Callable[[Borrowed, dict, DraftBatch], LossSums]:
     """The compiled `(frozen, draft_params, batch) -> LossSums`, without noise or gradient."""
     loss = _loss(target_config, draft_config, mesh, options)

@@ -16,10 +16,10 @@ from contextlib import contextmanager
 import numpy as np
 from jax.sharding import Mesh
 
+from jsfdd.base.mesh import peak_flops
 from jsfdd.data.batches import BatchPlan
-from jsfdd.mesh import peak_flops
-from jsfdd.models.arithmetic import step_flops
 from jsfdd.models.draft import DraftConfig
+from jsfdd.models.flops import step_flops
 
 _PARTS = ("reading", "held_out", "probe")
 

@@ -28,8 +28,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jsfdd.models.counted import fold_counted
-from jsfdd.options import TrainingOptions
 from jsfdd.training.distances import DISTANCES, coarse, cross_entropy, first_k_loss, top_k_loss, total_variation
+from jsfdd.training.recipe import Recipe
 
 
 class Distance(NamedTuple):
@@ -40,7 +40,7 @@ class Distance(NamedTuple):
     top_k_weight: float = 0.0
 
     @classmethod
-    def of(cls, options: TrainingOptions) -> Distance:
+    def of(cls, options: Recipe) -> Distance:
         """The distance that the options name."""
         return cls(options.token_loss, options.hass_top_k, options.hass_top_k_weight)
 

@@ -21,21 +21,22 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jsfdd.config import TrainConfig
+from jsfdd.base.files import differences, plain
+from jsfdd.base.mesh import put, to_host
+from jsfdd.base.processes import is_primary, wait_for_all
+from jsfdd.base.progress import progress as show_progress
+from jsfdd.base.records import Sample, TrainState, samples_digest
+from jsfdd.commands.configs import TrainConfig
+from jsfdd.commands.options import Seeded
 from jsfdd.data.batches import BatchPlan, Shape, choose_shapes, epoch_batches, make_batches
-from jsfdd.files import differences, plain
-from jsfdd.mesh import put, to_host
 from jsfdd.models.architecture import DecoderConfig
 from jsfdd.models.draft import DraftConfig, draft_config
 from jsfdd.models.sharding import split_vocabulary
-from jsfdd.options import Seeded, TrainingOptions
-from jsfdd.processes import is_primary, wait_for_all
-from jsfdd.progress import progress as show_progress
-from jsfdd.records import Sample, TrainState, samples_digest
 from jsfdd.selection.vocabulary import frequent_tokens
 from jsfdd.training.batch import TrainingData, device_batch, weights_digest
-from jsfdd.training.log import append_line, drop_after, mean_figures, read_lines
+from jsfdd.training.journal import append_line, drop_after, mean_figures, read_lines
 from jsfdd.training.loss import Borrowed, borrow, restrict
+from jsfdd.training.recipe import Recipe
 from jsfdd.training.step import (
     StepMetrics,
     init_state,
@@ -79,7 +80,7 @@ class TrainResult:
     held_out: dict[str, float]
 
 
-def draft_of(target_config: DecoderConfig, options: TrainingOptions, samples: Sequence[Sample]) -> DraftConfig:
+def draft_of(target_config: DecoderConfig, options: Recipe, samples: Sequence[Sample]) -> DraftConfig:
     """The draft that these options train on `samples`. ValueError where they ask for more tokens than the target has."""
     if options.hass_top_k_weight and options.hass_top_k > target_config.vocab_size:
         raise ValueError(f"--hass-top-k: {options.hass_top_k} exceeds the target's vocabulary of {target_config.vocab_size}")
@@ -305,7 +306,7 @@ def _vocabulary_digest(draft: DraftConfig) -> str | None:
 
 def _identity(data: TrainingData, held_out: Sequence[Sample], shapes: Sequence[Shape], config: TrainConfig) -> dict:
     """What the run's bits depend on and `train` can see."""
-    names = [field.name for kind in (TrainingOptions, Seeded) for field in dataclasses.fields(kind)]
+    names = [field.name for kind in (Recipe, Seeded) for field in dataclasses.fields(kind)]
     return {
         "options": {name: getattr(config, name) for name in names},
         "samples": samples_digest(data.samples),

@@ -1,1 +1,1 @@
-"""From files to parameters: Hugging Face directories and GGUF files in, the models' params tree out."""
+"""Files to parameters and back: Hugging Face and GGUF targets in, checkpoints both ways, exported drafts out."""

@@ -6,11 +6,12 @@ import json
 import shlex
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-from jsfdd.files import read_json
+from jsfdd.base.files import read_json
 from jsfdd.models.draft import DraftConfig
-from jsfdd.options import Flavour
+
+Flavour = Literal["eagle", "vllm", "sglang", "speculators"]
 
 _REPORT_KEYS = ("config", "tau", "tau_low", "tau_high", "alpha", "n_prompts")
 _PLACEHOLDER = "TARGET"

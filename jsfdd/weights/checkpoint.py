@@ -22,10 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jsfdd.base.processes import is_primary, wait_for_all
+from jsfdd.base.records import TrainState
 from jsfdd.models.architecture import DecoderConfig, Rope
 from jsfdd.models.draft import DraftConfig, init_draft
-from jsfdd.processes import is_primary, wait_for_all
-from jsfdd.records import TrainState
 
 DIRECTORY = "checkpoints"
 BEST = "best"

@@ -16,18 +16,20 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from jsfdd.files import sync
+from jsfdd.base.files import sync
 from jsfdd.models.architecture import Rope
 from jsfdd.models.draft import DraftConfig
-from jsfdd.options import ExportDtype, Flavour
-from jsfdd.weights.card import Provenance, Serving, model_card
+from jsfdd.weights.card import Flavour, Provenance, Serving, model_card
 from jsfdd.weights.eagle import FLAT, NESTED, draft_tensors
 from jsfdd.weights.huggingface_config import read_json
+
+ExportDtype = Literal["keep", "float32", "bfloat16", "float16"]
 
 _SPECULATORS_VERSION = "0.4.0.1"  # the last release that has EAGLE-1 drafts
 _EAGLE_THETA = 10_000.0  # what EAGLE's scaled rotations use, whatever config.json says

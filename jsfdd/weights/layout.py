@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jsfdd.mesh import make_mesh, place
+from jsfdd.base.mesh import make_mesh, place
 from jsfdd.models.architecture import DecoderConfig
 from jsfdd.models.sharding import param_sharding
 

@@ -1,0 +1,1 @@
+"""`jsfdd X` is x.py: its options, what it reads and checks, what it does, what it says."""

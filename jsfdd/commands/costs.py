@@ -1,0 +1,207 @@
+"""What each stage takes, from shapes alone: bytes of one device, FLOPs, bytes written.
+
+    memory      of one device: parameters, batch, what a step keeps, and the largest of its temporaries. The compiler
+                fuses some of these and pads others; the tests hold the sum against what it allocates.
+    arithmetic  multiply-adds of matrix products times two, padding included, masked attention too: it is computed.
+    disk        what the stage writes, at most.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jsfdd.commands.configs import PlanConfig
+from jsfdd.data.batches import Shape, choose_shapes, make_batches
+from jsfdd.models.architecture import DecoderConfig
+from jsfdd.models.draft import DraftConfig, draft_config, init_draft
+from jsfdd.models.flops import forward_flops, step_flops
+from jsfdd.models.sharding import shard_shape
+from jsfdd.models.target import init_params
+from jsfdd.scoring.score import block_size
+from jsfdd.training.soft_rows import row_words
+
+
+class Lengths(NamedTuple):
+    """Per conversation: tokens, and those of them that count. `source` says how they were found."""
+
+    tokens: np.ndarray
+    counted: np.ndarray
+    source: str
+
+
+class Stage(NamedTuple):
+    """Cost of one stage: `memory` of one device in bytes by part, FLOPs of the whole stage, bytes written."""
+
+    name: str
+    memory: dict[str, float]
+    flops: float
+    disk: float
+
+    @property
+    def peak(self) -> float:
+        """Bytes of one device."""
+        return sum(self.memory.values())
+
+
+def param_bytes(config: DecoderConfig, itemsize: int, model_shards: int) -> int:
+    """Bytes of a target's parameters on one device; norm scales are float32."""
+    total = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.eval_shape(lambda: init_params(config, jax.random.key(0)))):
+        name = "/".join(key.key for key in path)
+        size = 4 if name.endswith("/scale") else itemsize
+        total += math.prod(shard_shape(name, leaf.shape, model_shards)) * size
+    return total
+
+
+def draft_params(draft: DraftConfig) -> int:
+    """How many parameters a draft trains."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(jax.eval_shape(lambda: init_draft(draft, jax.random.key(0)))))
+
+
+def layer_temporaries(config: DecoderConfig, shape: Shape, itemsize: int, model_shards: int) -> float:
+    """Bytes of the larger of attention's and the MLP's temporaries, of one layer and batch on one device."""
+    tokens = shape.rows * shape.length
+    heads = config.num_heads / model_shards
+    projections = tokens * (config.num_heads + 2 * config.num_kv_heads) * config.head_dim / model_shards * itemsize
+    scores = shape.rows * heads * shape.length**2
+    attention = 2 * projections + scores * (2 * 4 + itemsize)  # logits and weights in float32, weights again in dtype
+    mlp = 3 * tokens * config.intermediate_size / model_shards * itemsize
+    return max(attention, mlp)
+
+
+def head_temporaries(config: DecoderConfig, block: int, model_shards: int, arrays: int) -> float:
+    """Bytes of `arrays` float32 arrays of a block of tokens by the vocabulary."""
+    return arrays * 4 * block * config.vocab_size / model_shards
+
+
+def score_stage(config: DecoderConfig, lengths: Lengths, batch_tokens: int, itemsize: int, model_shards: int) -> Stage:
+    """The target over all conversations, each device with batches of its own, and its head over what counts."""
+    shapes = _batch_shapes(lengths.tokens, batch_tokens)
+    largest = max(shapes, key=lambda shape: layer_temporaries(config, shape, itemsize, model_shards))
+    stream = 3 * largest.rows * largest.length * config.hidden_size * itemsize  # before, after, and the other branch
+    temporaries = max(
+        layer_temporaries(config, largest, itemsize, model_shards),
+        head_temporaries(config, block_size(), model_shards, 3),
+    )
+    head = 2 * config.hidden_size * config.vocab_size * float(lengths.counted.sum())
+    return Stage(
+        "score",
+        {"target": param_bytes(config, itemsize, model_shards), "hidden": stream, "temporaries": temporaries},
+        forward_flops(config, shapes) + head,
+        disk=len(lengths.tokens) * 128.0,  # eight numbers, an id and a source
+    )
+
+
+def hidden_stage(config: DecoderConfig, lengths: Lengths, options: PlanConfig, itemsize: int, model_shards: int) -> Stage:
+    """The same without the head, over what is kept; the hidden states go to disk as bfloat16."""
+    score = score_stage(config, lengths, options.batch_tokens, itemsize, model_shards)
+    shapes = _batch_shapes(lengths.tokens, options.batch_tokens)
+    kept = options.retain_ratio * float(lengths.tokens.sum())
+    return Stage(
+        "hidden states",
+        score.memory,
+        options.retain_ratio * forward_flops(config, shapes),
+        disk=kept * config.hidden_size * 2,
+    )
+
+
+def known_stage(config: DecoderConfig, lengths: Lengths, options: PlanConfig, itemsize: int, model_shards: int) -> Stage:
+    """Of the target's distributions of what is kept, means or likeliest tokens, once.
+
+    Its head over the stored hidden states that count, and for the means back.
+    """
+    kept = options.retain_ratio * float(lengths.tokens.sum())
+    largest = max(_batch_shapes(lengths.tokens, options.batch_tokens), key=lambda shape: shape.rows * shape.length)
+    head = 0 if config.tie_embeddings else config.vocab_size * config.hidden_size * itemsize / model_shards
+    if options.target_top_k:
+        name, products, words = "target top-k", 1, row_words(options.target_top_k, config.vocab_size, draft_vocab=0)
+    else:
+        name, products, words = "target means", 2, config.hidden_size + 1
+    return Stage(
+        name,
+        {
+            "target": param_bytes(config, itemsize, model_shards),
+            "head": head,
+            "batch": 3 * largest.rows * largest.length * config.hidden_size * 4,
+            "temporaries": head_temporaries(config, _train_block(), model_shards, 2),
+        },
+        products * 2 * config.hidden_size * config.vocab_size * options.retain_ratio * float(lengths.counted.sum()),
+        disk=kept * words * 2,
+    )
+
+
+def train_stage(
+    config: DecoderConfig, lengths: Lengths, options: PlanConfig, itemsize: int, model_shards: int, data_shards: int
+) -> Stage:
+    """The draft, its gradient and two moments in float32 on every device; the batch is split over the data shards.
+
+    The target stays where it is, and a head of its own is copied the other way round (`loss.borrow`). With what is stored of
+    the target a token meets the head twice: for q's logits, and back.
+    """
+    draft = draft_config(config)
+    shapes = _batch_shapes(lengths.tokens, options.batch_tokens)
+    own = [Shape(-(-shape.rows // data_shards), shape.length) for shape in shapes]
+    largest = max(own, key=lambda shape: layer_temporaries(draft.decoder, shape, 4, 1))
+    tokens, width = largest.rows * largest.length, config.hidden_size
+    head = 0 if config.tie_embeddings else config.vocab_size * width * itemsize / model_shards
+    size = draft_params(draft) * 4
+    # What the backward pass needs of the forward pass is kept; with it, each kept array's gradient for a while.
+    kept = tokens * 4 * (2 * width + 6 * width + 4 * config.intermediate_size)
+    kept += layer_temporaries(draft.decoder, largest, 4, 1)
+    steps = options.epochs * options.retain_ratio
+    counted = float(lengths.counted.sum())
+    flops = step_flops(draft, shapes, counted, products=2)
+    return Stage(
+        "train",
+        {
+            "target": param_bytes(config, itemsize, model_shards),
+            "head": head,
+            "draft, moments, gradient": 4 * size,
+            "batch": 4 * tokens * width * 4,
+            "activations": 2 * kept,
+            "temporaries": head_temporaries(config, _train_block(), model_shards, 2),
+        },
+        steps * flops,
+        disk=2 * 3 * size,  # two checkpoints of the draft and its moments
+    )
+
+
+def evaluate_stage(config: DecoderConfig, options: PlanConfig, itemsize: int, model_shards: int, data_shards: int) -> Stage:
+    """Decoding: the target, the draft, and both caches at the longest prompt. Its arithmetic depends on τ, so none is given."""
+    slots = options.max_length + 128
+    rows = -(-8 // data_shards)
+    cache = 2 * (config.num_layers + 1) * rows * config.num_kv_heads * config.head_dim * slots * itemsize
+    draft = draft_params(draft_config(config)) * 4
+    return Stage(
+        "evaluate",
+        {"target": param_bytes(config, itemsize, model_shards), "draft": draft, "caches": cache / model_shards},
+        math.nan,
+        disk=0.0,
+    )
+
+
+def plan_stages(config: DecoderConfig, lengths: Lengths, options: PlanConfig, devices: int, model_shards: int) -> list[Stage]:
+    """All stages on a mesh of `devices` of which `model_shards` share a copy of the target."""
+    itemsize, data_shards = jnp.dtype(options.dtype).itemsize, devices // model_shards
+    return [
+        score_stage(config, lengths, options.batch_tokens, itemsize, model_shards),
+        hidden_stage(config, lengths, options, itemsize, model_shards),
+        known_stage(config, lengths, options, itemsize, model_shards),
+        train_stage(config, lengths, options, itemsize, model_shards, data_shards),
+        evaluate_stage(config, options, itemsize, model_shards, data_shards),
+    ]
+
+
+def _train_block() -> int:
+    """As `training.step.block_size`, of the devices that are here."""
+    return 128 if jax.default_backend() == "cpu" else 1024
+
+
+def _batch_shapes(tokens: np.ndarray, batch_tokens: int) -> list[Shape]:
+    """The shape of every batch."""
+    return [plan.shape for plan in make_batches(tokens, choose_shapes(tokens, batch_tokens))]

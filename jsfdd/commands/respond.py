@@ -1,0 +1,193 @@
+"""`jsfdd respond`: the target answers the users' turns of chats, and its own text becomes a file of chats.
+
+    answers.jsonl         {"id", "source", "messages", "answered_by": {…}} a conversation, in the order of the input
+    answers.jsonl.parts   the answers as they come (`evaluation.answer_log`): what a later call continues from
+
+Drafts learn best from the target's own text. An answer that was cut at --max-new-tokens has `"truncated": true` in its
+message: every command reads its text and does not count the end-of-turn token that the template puts after it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jsfdd.base.files import written_whole
+from jsfdd.base.mesh import make_mesh
+from jsfdd.base.processes import agree, agree_on_directory, is_primary, wait_for_all
+from jsfdd.base.progress import progress
+from jsfdd.commands.configs import RespondConfig
+from jsfdd.commands.inputs import identity_of, show_counts
+from jsfdd.commands.pipeline import load_draft, tree_shape
+from jsfdd.data.chat import read_chat_files
+from jsfdd.data.counts import FileCounts, count_questions_by_file
+from jsfdd.data.questions import Questions, questions_of
+from jsfdd.decoding.conversation_log import append_batch, open_log, read_log
+from jsfdd.decoding.conversations import Conversation, answer_all, rows_together
+from jsfdd.decoding.generate import DecodeSetup
+from jsfdd.decoding.verify import Cutoff
+from jsfdd.evaluation.evaluate import check_draft
+from jsfdd.models.draft import DraftConfig
+from jsfdd.weights.checkpoint import draft_to_json
+from jsfdd.weights.target import Target, describe_target, load_target
+
+
+class Asked(NamedTuple):
+    """What is to be answered, and how; known before any weights of the target are read.
+
+    Attributes:
+      questions: in the order of the input.
+      files: what became of each input file's rows.
+      draft: (config, params), or None.
+      setup: how to decode.
+      longest_prompt: tokens of a prompt that still has an answer.
+    """
+
+    questions: list[Questions]
+    files: list[FileCounts]
+    draft: tuple[DraftConfig, dict] | None
+    setup: DecodeSetup
+    longest_prompt: int
+
+
+class Responses(NamedTuple):
+    """What was answered.
+
+    Attributes:
+      conversations: in the order of the file.
+      files: what became of each input file's rows.
+      tau: tokens per verification; None without a draft.
+    """
+
+    conversations: list[Conversation]
+    files: list[FileCounts]
+    tau: float | None
+
+    def counts(self) -> dict[str, int]:
+        """Conversations, answers, tokens, answers cut short, and conversations that ended early, by reason."""
+        answers = [answer for conversation in self.conversations for answer in conversation.answers]
+        ended = Counter(conversation.ended for conversation in self.conversations)
+        return {
+            "conversations": len(self.conversations),
+            "answers": len(answers),
+            "tokens": sum(answer.num_tokens for answer in answers),
+            "truncated_answers": sum(answer.truncated for answer in answers),
+            "ended_after_truncated": ended["truncated"],
+            "ended_too_long": ended["too_long"],
+            "ended_refused": ended["refused"],
+        }
+
+
+def respond(config: RespondConfig) -> Responses:
+    """`jsfdd respond`: writes a file of chats, returns what it holds. A second call continues, never decodes again."""
+    asked = ask(config)
+    mesh = make_mesh(model=config.model_shards)
+    target = load_target(config.target, jnp.dtype(config.dtype), mesh)
+    batch_size = rows_together(config.batch_size, mesh)
+    identity = _identity(config, target, asked, batch_size)
+    agree({"the options": config.to_json(), **identity})
+    agree_on_directory(config.out.parent)
+    log = parts_of(config.out)
+    finished = read_log(log, identity)
+    agree({"the answers that an earlier call left": finished})  # and so that no one writes before all have read
+    if is_primary():
+        open_log(log, identity)
+    done, total = sum(len(batch.answers) for batch in finished), sum(len(each.turns) for each in asked.questions)
+    with progress("respond", "answers", total, finished=done, shown=is_primary()) as bar:
+        conversations, accept_counts = answer_all(
+            target,
+            asked.setup,
+            asked.draft and asked.draft[1],
+            asked.questions,
+            mesh,
+            temperature=config.temperature,
+            batch_size=batch_size,
+            longest_prompt=asked.longest_prompt,
+            seed=config.seed,
+            finished=finished,
+            keep=lambda batch: append_batch(log, batch) if is_primary() else None,
+            progress=bar.update,
+        )
+    if is_primary():
+        _write(config, target, conversations)
+    wait_for_all("answers written")
+    steps = accept_counts.sum()
+    emitted = accept_counts @ np.arange(1, len(accept_counts) + 1)
+    return Responses(conversations, asked.files, float(emitted / steps) if asked.draft and steps else None)
+
+
+def ask(config: RespondConfig) -> Asked:
+    """Read and check all that `respond` needs but the target's weights; shows what became of the input's rows."""
+    tree = tree_shape(config)
+    if config.out.is_dir():
+        raise IsADirectoryError(f"{config.out}: a directory; give --out the name of a file")
+    if config.out.exists() and not parts_of(config.out).exists():
+        raise FileExistsError(f"{config.out}: already there, without {parts_of(config.out).name}; choose another --out")
+    found = read_chat_files(config.data, answered=False)
+    draft = None if config.draft is None else load_draft(config.draft)
+    target = describe_target(config.target)
+    if draft is not None:
+        check_draft(target, draft[0], str(config.draft))
+    setup = DecodeSetup(
+        target.config,
+        draft and draft[0],
+        config.num_draft_tokens if draft else 0,
+        config.max_new_tokens,
+        target.stop_tokens,
+        tree if draft else None,
+        Cutoff(config.top_k, config.top_p),
+    )
+    longest_prompt = min(config.max_length, target.config.max_position) - config.max_new_tokens
+    questions, summary = questions_of(
+        found.chats, target.tokenizer, longest_prompt=longest_prompt, first_turn_only=config.turns == "first"
+    )
+    files = count_questions_by_file(found, summary)
+    if is_primary():
+        show_counts(files)
+    return Asked(questions, files, draft, setup, longest_prompt)
+
+
+def parts_of(out: Path) -> Path:
+    """Where the answers are kept as they come; no name of a chat file, so that --data never reads it."""
+    return out.with_name(out.name + ".parts")
+
+
+def _identity(config: RespondConfig, target: Target, asked: Asked, batch_size: int) -> dict:
+    """What the answers depend on; JSON-ready."""
+    names = ("model_shards", "turns", "max_new_tokens", "temperature", "top_k", "top_p", "seed")
+    reach = ("num_draft_tokens", "tree_nodes", "tree_top_k")
+    draft = None
+    if asked.draft is not None:
+        draft = {"digest": _digest(*asked.draft)} | {name: getattr(config, name) for name in reach}
+    return (
+        identity_of(target, config.data, config.max_length, config.dtype)
+        | {name: getattr(config, name) for name in names}
+        | {"stop_tokens": target.stop_tokens, "batch_size": batch_size, "draft": draft}
+    )
+
+
+def _digest(draft: DraftConfig, params: dict) -> str:
+    sha = hashlib.sha256(json.dumps(draft_to_json(draft), sort_keys=True).encode())
+    for path, leaf in jax.tree.leaves_with_path(params):
+        sha.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
+        sha.update(np.asarray(leaf).tobytes())
+    return sha.hexdigest()
+
+
+def _write(config: RespondConfig, target: Target, conversations: Sequence[Conversation]) -> None:
+    """The rows, whole or not at all. Each says how it was made, since rows outlive the files they were written to."""
+    made = {"target": Path(config.target).name, "fingerprint": target.fingerprint}
+    made |= {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "seed")}
+    with written_whole(config.out) as aside, aside.open("w", encoding="utf-8") as file:
+        for conversation in conversations:
+            questions = conversation.questions
+            row = {"id": questions.id, "source": questions.source, "messages": conversation.messages, "answered_by": made}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -1,0 +1,90 @@
+"""Answers on disk as they come, so that what a killed process had answered is not answered again.
+
+    {"identity": {…}}                                                                        what the answers depend on
+    {"turn": 0, "numbers": [3, 5], "answers": [["…", 41, false], …], "accept_counts": […]}   one line a batch, in their order
+
+Lines are only ever appended, each brought to the disk before the next batch begins. A last line without its end is what a
+kill left of it, and counts as not written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from jsfdd.base.files import differences, plain, sync
+
+
+class Answer(NamedTuple):
+    """Attributes: text; num_tokens, the stop token included; truncated, where the longest answer allowed was too short."""
+
+    text: str
+    num_tokens: int
+    truncated: bool
+
+
+class AnsweredBatch(NamedTuple):
+    """What was decoded together.
+
+    Attributes:
+      turn: from 0.
+      numbers: of the conversations.
+      answers: one for each.
+      accept_counts: verifications in which i draft tokens were accepted, of the whole batch; [G+1].
+    """
+
+    turn: int
+    numbers: list[int]
+    answers: list[Answer]
+    accept_counts: list[int]
+
+
+def read_log(path: Path, identity: dict) -> list[AnsweredBatch]:
+    """The batches that earlier calls answered; none if there is no log.
+
+    Raises ValueError if the answers are of another identity, or for a line that is not one.
+    """
+    lines = []
+    for number, row in enumerate(_whole_lines(path).splitlines(), 1):
+        try:
+            line = json.loads(row)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: damaged ({error}); delete the file and start anew") from error
+        expected = {"identity"} if number == 1 else set(AnsweredBatch._fields)
+        if not isinstance(line, dict) or set(line) != expected:
+            raise ValueError(f"{path}:{number}: not a line of answers; delete the file and start anew")
+        lines.append(line)
+    if not lines:
+        return []
+    if changed := differences(lines[0]["identity"], plain(identity)):
+        raise ValueError(f"{path}: answers of another run ({changed}); delete it or choose another --out")
+    return [AnsweredBatch(**line)._replace(answers=[Answer(*answer) for answer in line["answers"]]) for line in lines[1:]]
+
+
+def open_log(path: Path, identity: dict) -> None:
+    """Make a log ready to be appended to: without a line that a kill cut short, and with its first one."""
+    whole = _whole_lines(path)
+    with path.open("ab") as file:
+        file.truncate(len(whole))
+    if not whole:
+        _append(path, {"identity": identity})
+        sync(path.parent)
+
+
+def append_batch(path: Path, batch: AnsweredBatch) -> None:
+    """Bring one more batch to the disk."""
+    _append(path, batch._asdict())
+
+
+def _whole_lines(path: Path) -> bytes:
+    data = path.read_bytes() if path.exists() else b""
+    return data[: data.rfind(b"\n") + 1]
+
+
+def _append(path: Path, line: dict) -> None:
+    with path.open("ab") as file:
+        file.write(json.dumps(line).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())

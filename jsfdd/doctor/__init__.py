@@ -1,0 +1,1 @@
+"""What would make a draft's acceptance in serving differ from its training."""

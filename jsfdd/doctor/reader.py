@@ -1,0 +1,195 @@
+"""Text read again whole: the slow, obvious twin of what the decoder does step by step with its caches.
+
+    decode_texts    the target's greedy answers to prompts, and the verdict on the first draft token of every step
+    Reader          hidden states of whole texts, and the choice that the target's head makes from any hidden state
+    draft_choices   what the draft says after every true prefix of a text
+
+A step that starts with x_0 … x_c committed lets the draft guess x_{c+1} from its output at the last true pair
+(h_{c−1}, x_c). Reading the whole text gives the same output at t = c − 1, so both must make the same guess.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jsfdd.data.batches import bucket_lengths, pad_rows
+from jsfdd.decoding.generate import DecodeSetup, PromptBatch, make_stream, prepare_params
+from jsfdd.models.draft import Draft, DraftConfig, allowed_tokens
+from jsfdd.models.layers import causal_view
+from jsfdd.models.target import embed_tokens, final_norm, head_logits, residual_stream
+from jsfdd.weights.target import Target
+
+# Two ways to compute one logit differ by rounding; closer than this part of the largest logit is a tie. Accelerators
+# may multiply float32 matrices in fewer bits.
+_TIE, _COARSE_TIE = 1e-3, 3e-2
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodedText:
+    """A prompt with the target's greedy answer, as the speculative decoder wrote it.
+
+    Attributes:
+      id: of the prompt.
+      tokens: int32[N], prompt and answer.
+      prompt_length: P; tokens[P:] is the answer, tokens[P] from the prompt's own forward pass.
+      step_tokens: for every step, the index of the token that its first draft token guessed, in P+1 … N−1.
+      step_accepted: whether that guess was accepted.
+    """
+
+    id: str
+    tokens: np.ndarray
+    prompt_length: int
+    step_tokens: list[int]
+    step_accepted: list[bool]
+
+
+class Choices(NamedTuple):
+    """What the target's head says to n hidden states, each asked about one token.
+
+    Attributes:
+      token: int[n], the likeliest.
+      probability: float[n], of it.
+      lead: float[n], by how much its logit exceeds the second largest, as a part of the largest absolute logit.
+      gap: float[n], by how much it exceeds the logit of the token that was asked about, as such a part.
+    """
+
+    token: np.ndarray
+    probability: np.ndarray
+    lead: np.ndarray
+    gap: np.ndarray
+
+
+class WholeText(NamedTuple):
+    """Hidden states [T, D] of a text, before and after the target's final norm, and its tokens' embeddings."""
+
+    stream: Float[Array, "T D"]
+    hidden: Float[Array, "T D"]
+    embedding: Float[Array, "T D"]
+
+
+def decode_texts(
+    target: Target,
+    draft: DraftConfig,
+    draft_params: dict,
+    prompts: Sequence[tuple[str, Sequence[int]]],
+    num_draft_tokens: int,
+    max_new_tokens: int,
+) -> list[DecodedText]:
+    """Greedy answers to (id, token ids) prompts, decoded together, step by step."""
+    lengths = [len(ids) for _, ids in prompts]
+    setup = DecodeSetup(target.config, draft, num_draft_tokens, max_new_tokens, target.stop_tokens)
+    start, step = make_stream(setup)
+    params, greedy = prepare_params(target.params, draft_params), jnp.float32(0)
+    padded = pad_rows([np.asarray(ids, np.int32) for _, ids in prompts], (len(prompts), bucket_lengths(max(lengths))[-1]))
+    keys = jax.random.split(jax.random.key(0), len(prompts))
+    state = start(params, PromptBatch(jnp.asarray(padded), jnp.asarray(lengths, jnp.int32), keys), greedy)
+    # Copies: the state's own buffers are given away to the next step.
+    answers = [[int(token)] for token in np.array(state.last_token)]
+    texts = [DecodedText(id, np.empty(0, np.int32), length, [], []) for (id, _), length in zip(prompts, lengths)]
+    while not np.all(np.array(state.done)):
+        state, emitted = step(params, state, greedy)
+        for row, text in enumerate(texts):
+            if emitted.active[row]:
+                text.step_tokens.append(text.prompt_length + len(answers[row]))
+                text.step_accepted.append(int(emitted.accepted[row]) > 0)
+                answers[row] += np.asarray(emitted.tokens[row, : int(emitted.count[row])]).tolist()
+    return [
+        dataclasses.replace(text, tokens=np.asarray([*ids, *answer], np.int32))
+        for text, (_, ids), answer in zip(texts, prompts, answers)
+    ]
+
+
+class Reader:
+    """Reads whole texts with the target, all padded to one length so that everything is compiled once.
+
+    Args:
+      longest: tokens of the longest text to come; `width` is a little more.
+
+    `tie` is the part of the largest logit within which two choices count as equal.
+    """
+
+    def __init__(self, target: Target, longest: int):
+        self.target, self.width = target, bucket_lengths(longest)[-1]
+        exact = jax.default_backend() == "cpu" and target.params["embed"]["embedding"].dtype == jnp.float32
+        self.tie = _TIE if exact else _COARSE_TIE
+        self._read = jax.jit(self._whole_text, static_argnames="layers")
+        self._choose = jax.jit(self._head_choices)
+        self._draft = jax.jit(self._draft_output, static_argnums=0)
+
+    def read(self, tokens: Int[np.ndarray, " N"], layers: int | None = None) -> WholeText:
+        """Of a text, right-padded to `width`; with `layers`, as a target of only the first so many layers."""
+        return self._read(self.target.params, self._pad(tokens)[None], layers=layers or self.target.config.num_layers)
+
+    def choices(
+        self, hidden: Float[Array, "T D"], tokens: Int[np.ndarray, " N"], allowed: Bool[np.ndarray, " V"] | None = None
+    ) -> Choices:
+        """What the head says after each of the N tokens but the last, asked about the token that follows: n = N − 1.
+
+        `allowed`: the tokens that it may choose, None for all.
+        """
+        asked = np.roll(self._pad(tokens), -1)
+        chosen = self._choose(self.target.params, hidden, asked, allowed)
+        return Choices(*(np.asarray(x)[: len(tokens) - 1] for x in chosen))
+
+    def draft_output(
+        self, config: DraftConfig, params: dict, embedding: Float[Array, "T D"], hidden: Float[Array, "T D"]
+    ) -> Float[Array, "T D"]:
+        """The draft over the pairs (embedding[t], hidden[t])."""
+        return self._draft(config, params, embedding, hidden)
+
+    def _pad(self, tokens):
+        return pad_rows([np.asarray(tokens, np.int32)], (1, self.width))[0]
+
+    def _whole_text(self, params, tokens, *, layers):
+        full = self.target.config
+        config = dataclasses.replace(full, num_layers=layers, sliding_layers=full.sliding_layers[:layers])
+        params = {**params, "layers": jax.tree.map(lambda x: x[:layers], params["layers"])}
+        stream, _ = residual_stream(config, params, tokens, causal_view(*tokens.shape), None)
+        return WholeText(stream[0], final_norm(config, params, stream)[0], embed_tokens(config, params, tokens)[0])
+
+    def _head_choices(self, params, hidden, asked, allowed):
+        # A block at a time: the logits of a long text are the largest thing here by far.
+        def of_block(block):
+            rows, tokens = block
+            logits = head_logits(self.target.config, params, rows)
+            scale = jnp.max(jnp.abs(logits), axis=1)
+            if allowed is not None:
+                logits = jnp.where(allowed[None, :], logits, -jnp.inf)
+            first, best = jnp.max(logits, axis=1), jnp.argmax(logits, axis=1)
+            others = jnp.where(jnp.arange(logits.shape[1])[None, :] == best[:, None], -jnp.inf, logits)
+            second = jnp.max(others, axis=1)
+            own = jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0]
+            probability = jnp.exp(first - jax.nn.logsumexp(logits, axis=1))
+            return best, probability, (first - second) / scale, (first - own) / scale
+
+        blocks = hidden.reshape(-1, 16, hidden.shape[1]), asked.reshape(-1, 16)
+        return jax.tree.map(lambda x: x.reshape(-1), jax.lax.map(of_block, blocks))
+
+    @staticmethod
+    def _draft_output(config, params, embedding, hidden):
+        return Draft(config).apply({"params": params}, embedding[None], hidden[None])[0]
+
+
+def draft_choices(
+    reader: Reader,
+    config: DraftConfig,
+    params: dict,
+    tokens: Int[np.ndarray, " N"],
+    embedding: Float[Array, "T D"],
+    hidden: Float[Array, "T D"],
+) -> Choices:
+    """What the draft says, asked about tokens[2:]: n = N − 2, entry i about token i + 2.
+
+    Args:
+      embedding: row t is what the draft gets as the embedding of x_{t+1}.
+      hidden: row t is what it gets as h_t.
+    """
+    output = reader.draft_output(config, params, embedding, hidden)
+    return Choices(*(x[: len(tokens) - 2] for x in reader.choices(output, tokens[1:], allowed_tokens(config))))

@@ -1,0 +1,151 @@
+"""A store of the target's hidden states, sharded, checksummed and memory-mapped: its format, and how it is read.
+
+    DIR/shard-00000.bin   hidden states of many samples, [tokens, row], one after the other (row_format.py: a token's row)
+    DIR/manifest.json     what they belong to and were kept for; of each shard its samples, their tokens, and its sha256
+    DIR/manifest-1.json   the shards of process 1, where several write, until process 0 has taken them over
+
+A sample that was dropped leaves its tokens in the shard, under no name, until the shard is rewritten. store_writer.py writes.
+
+    store = HiddenStore.open(directory, identity)
+    store["sample id"]                                                        # [T, D], read when it is touched
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+
+from jsfdd.base.files import differences, plain, written_whole
+from jsfdd.hidden.rows import RowDtype, decode, row_bytes
+
+MANIFEST = "manifest.json"
+_SHARD_NAME = re.compile(r"shard-\d{5,}\.bin")
+_DELETE_ALL = "delete the directory and store again, or choose another"
+_DELETE_SHARD = "delete this shard and store again: only its samples are computed anew"
+
+
+class HiddenStore(Mapping[str, np.ndarray]):
+    """The hidden states of a store by sample id: [T, D], read-only. Made by `open`.
+
+    bfloat16 and float32 are views of the files; int8 is dequantised to float32 whenever it is asked for.
+
+    Attributes:
+      dtype: in which they are kept.
+      kept_for: what the samples were kept for, as the writer was told; None for a store of given samples.
+    """
+
+    def __init__(self, rows: dict[str, np.ndarray], dtype: RowDtype, kept_for: dict | None):
+        self._rows, self.dtype, self.kept_for = rows, dtype, kept_for
+
+    @classmethod
+    def open(cls, directory: Path, identity: dict | None, verify: bool = False) -> HiddenStore:
+        """Open a store.
+
+        Args:
+          directory: of the store.
+          identity: what the hidden states must depend on, as the writer was told; None for a store of any identity, to
+            find out what is in it.
+          verify: read everything and compare checksums.
+
+        Raises:
+          FileNotFoundError: there is no store, or a shard is missing.
+          ValueError: the store has another identity or is damaged; names the shard and the remedy.
+        """
+        directory = Path(directory)
+        manifest = read_manifest(directory / MANIFEST)
+        if identity is not None:
+            check_belongs(directory, manifest, {**manifest, "identity": plain(identity)})
+        found = {}
+        for shard in manifest["shards"]:
+            path = directory / shard["file"]
+            if not path.exists():
+                raise FileNotFoundError(f"{path}: missing; store again, which computes its samples anew")
+            check_size(directory, manifest, shard)
+            rows = shard_rows(directory, manifest, shard)
+            if verify:
+                check_sum(directory, shard, rows)
+            found |= samples_of(shard, rows)
+        return cls(found, manifest["dtype"], manifest.get("kept_for"))
+
+    def __getitem__(self, sample_id: str) -> Float[np.ndarray, "T D"]:
+        return decode(self._rows[sample_id], self.dtype)
+
+    def __contains__(self, sample_id: object) -> bool:  # else Mapping would read the sample to find out
+        return sample_id in self._rows
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+
+def shard_rows(directory: Path, manifest: dict, shard: dict) -> np.ndarray:
+    """uint8[tokens, row]: a shard's file, memory-mapped."""
+    rows = np.asarray(np.memmap(directory / shard["file"], np.uint8, mode="r"))
+    return rows.reshape(-1, row_bytes(manifest["dtype"], manifest["hidden_size"]))
+
+
+def samples_of(shard: dict, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """The rows of each sample in a shard, without those that were dropped."""
+    found, start = {}, 0
+    for name, length in shard["samples"]:
+        if name is not None:
+            found[name] = rows[start : start + length]
+        start += length
+    return found
+
+
+def write_manifest(path: Path, manifest: dict) -> None:
+    """Replace a manifest, whole or not at all."""
+    with written_whole(path) as aside:
+        aside.write_text(json.dumps(manifest), encoding="utf-8")
+
+
+def read_manifest(path: Path) -> dict:
+    """A manifest, checked against its own form. FileNotFoundError, ValueError: there is none, or it is damaged."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file, so {path.parent} is not a store; check the path")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        for shard in manifest["shards"]:
+            _shard_size(manifest, shard)
+        names = [shard["file"] for shard in manifest["shards"]]
+        # A name goes into a path, so it must be nothing but a name.
+        if not all(map(_SHARD_NAME.fullmatch, names)) or len(set(names)) < len(names):
+            raise ValueError("shards are named wrongly or twice")
+        manifest["identity"].keys()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a manifest ({type(error).__name__}: {error}); {_DELETE_ALL}") from None
+    return manifest
+
+
+def check_size(directory: Path, manifest: dict, shard: dict) -> None:
+    """ValueError if a shard's file has another size than its samples."""
+    path = directory / shard["file"]
+    found, expected = path.stat().st_size, _shard_size(manifest, shard)
+    if found != expected:
+        raise ValueError(f"{path}: {found} bytes instead of {expected}; {_DELETE_SHARD}")
+
+
+def check_sum(directory: Path, shard: dict, rows: np.ndarray) -> None:
+    """ValueError if a shard's rows have another checksum than when they were written."""
+    if hashlib.sha256(rows).hexdigest() != shard["sha256"]:
+        raise ValueError(f"{directory / shard['file']}: its checksum is wrong; {_DELETE_SHARD}")
+
+
+def check_belongs(directory: Path, found: dict, expected: dict) -> None:
+    """ValueError if two manifests are not of the same target, data, format and purpose; names what differs."""
+    different = differences(*({**manifest, "shards": None} for manifest in (found, expected)))
+    if different:
+        raise ValueError(f"{directory}: hidden states of another run ({different}); {_DELETE_ALL}")
+
+
+def _shard_size(manifest: dict, shard: dict) -> int:
+    return row_bytes(manifest["dtype"], manifest["hidden_size"]) * sum(length for _, length in shard["samples"])

@@ -1,0 +1,246 @@
+"""Writes a store of hidden states: appends samples, drops them again, and survives a kill at any byte.
+
+A shard is written aside and renamed when it is full, then the manifest is replaced: killed at any byte, the store keeps
+all of its closed shards, and a new writer goes on behind them. A damaged shard may be deleted: the next writer takes
+its samples for missing.
+
+A dropped sample's bytes stay in its shard. When they are too large a share of all, the shard with most of them is rewritten:
+what lives in it moves behind the open shard, which is closed, the manifest names the new one in place of the old, and only then
+the old one is deleted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from jsfdd.base.files import plain
+from jsfdd.base.processes import agree, is_primary, several, wait_for_all
+from jsfdd.base.records import Sample
+from jsfdd.hidden.rows import RowDtype, encode
+from jsfdd.hidden.store import (
+    MANIFEST,
+    check_belongs,
+    check_size,
+    check_sum,
+    read_manifest,
+    samples_of,
+    shard_rows,
+    write_manifest,
+)
+
+SHARD_BYTES = 256 << 20
+_SMALLEST_SHARD = 4 << 10  # about a block of a disk
+_SHARDS = 32  # of a bounded store, at least: rewriting one needs its size once more
+_DEAD_SHARE = 0.1  # of what lives; a smaller share would have more rewritten for each byte given back
+
+
+def moderate_shard_bytes(store_bytes: float) -> int:
+    """The size at which the shards of a store that samples are dropped from are closed."""
+    return int(min(SHARD_BYTES, max(_SMALLEST_SHARD, store_bytes / _SHARDS)))
+
+
+@dataclasses.dataclass
+class _Shard:
+    """A shard while its samples come and go. `samples`: (name or None if dropped, tokens), in the order of the file."""
+
+    file: str
+    sha256: str
+    samples: list[tuple[str | None, int]]
+    dead: int = 0  # tokens of dropped samples
+
+    def drop(self, index: int) -> None:
+        length = self.samples[index][1]
+        self.samples[index] = (None, length)
+        self.dead += length
+
+
+class HiddenWriter:
+    """Appends samples to a store, or starts one; use it in a `with`.
+
+    Several processes may each append their own samples at the same time: each writes shards and a manifest of its own,
+    and process 0 puts them together when all have closed, or at the next start where a run was killed. Only one process
+    by itself may drop samples.
+
+    Args:
+      directory: of the store; made if missing.
+      hidden_size: D.
+      dtype: in which hidden states are kept; bfloat16 takes half the disk of float32, int8 about a quarter.
+      identity: JSON-ready; what the hidden states depend on. A store of another identity is refused.
+      shard_bytes: a shard is closed once it is so large; what a kill loses is less than that.
+      kept_for: JSON-ready; by which rule samples are kept, if not all that are given. A store of another rule is refused.
+
+    Raises:
+      ValueError: the directory holds another store or a damaged one; the message names the difference and the remedy.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        hidden_size: int,
+        dtype: RowDtype,
+        identity: dict,
+        shard_bytes: int = SHARD_BYTES,
+        kept_for: dict | None = None,
+    ):
+        self._directory, self._shard_bytes = Path(directory), shard_bytes
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._head = {"dtype": dtype, "hidden_size": hidden_size, "identity": plain(identity), "kept_for": plain(kept_for)}
+        if is_primary():
+            self._take_over()
+        wait_for_all("the store is ready")
+        merged = read_manifest(self._directory / MANIFEST)
+        stored = {name for shard in merged["shards"] for name, _ in shard["samples"] if name is not None}
+        agree({"the hidden states that an earlier call left": sorted(stored)})
+        self._next = max((int(shard["file"][6:-4]) for shard in merged["shards"]), default=-1) + 1
+        self._next += (jax.process_index() - self._next) % jax.process_count()
+        self._closed: list[_Shard] = []
+        # Where each sample is, and its number there. Shards of earlier calls are process 0's.
+        self._place: dict[str, tuple[_Shard, int]] = dict.fromkeys(stored)
+        if is_primary():
+            for found in merged["shards"]:
+                shard = _Shard(found["file"], found["sha256"], [tuple(each) for each in found["samples"]])
+                shard.dead = sum(length for name, length in shard.samples if name is None)
+                self._closed.append(shard)
+                self._place |= {name: (shard, i) for i, (name, _) in enumerate(shard.samples) if name is not None}
+        self._open = _Shard("", "", [])  # named when it is closed
+        self._stream = None  # of the open shard, from its first sample on
+        self._unsaved = False  # a drop that no manifest knows of
+        self._sha = hashlib.sha256()
+
+    @property
+    def ids(self) -> Collection[str]:
+        """The samples that are stored or in the open shard."""
+        return self._place.keys()
+
+    def add(self, sample_id: str, hidden: Float[np.ndarray, "T D"]) -> None:
+        """Append a new sample's hidden states. ValueError if it is not new, or they are misshapen or not finite."""
+        if sample_id in self._place:
+            raise ValueError(f"sample {sample_id} is already in {self._directory}")
+        hidden, width = np.asarray(hidden), self._head["hidden_size"]
+        if hidden.ndim != 2 or hidden.shape[1] != width:
+            raise ValueError(f"sample {sample_id}: hidden states of shape {hidden.shape} in a store of [T, {width}]")
+        if not np.isfinite(hidden).all():
+            raise ValueError(f"sample {sample_id}: the target's hidden states are not finite; check its weights")
+        self._append(sample_id, encode(hidden, self._head["dtype"]))
+        if self._stream.tell() >= self._shard_bytes:
+            self._close_shard()
+
+    def add_missing(self, samples: Sequence[Sample], hidden: Float[np.ndarray, "B T D"]) -> None:
+        """Append those of a batch's samples that are not there yet; row b is samples[b]'s, right-padded."""
+        for sample, states in zip(samples, hidden):
+            if sample.id not in self._place:
+                self.add(sample.id, states[: len(sample.tokens)])
+
+    def drop(self, sample_ids: Iterable[str]) -> None:
+        """Take samples out of the store again, and give their disk back once it is more than a tenth of what stays."""
+        for sample_id in sample_ids:
+            shard, index = self._place.pop(sample_id)
+            shard.drop(index)
+            self._unsaved = True
+        while self._dead > _DEAD_SHARE * (self._tokens - self._dead):
+            dirtiest = max(self._closed, key=lambda shard: shard.dead, default=self._open)
+            if dirtiest is self._open or not dirtiest.dead:
+                self._close_shard()
+            else:
+                self._rewrite(dirtiest)
+
+    def close(self) -> None:
+        """Close the open shard; all that was added, by any process, is then in the store. Waits for all processes."""
+        if self._stream is not None:
+            self._close_shard()
+        elif self._unsaved:
+            self._write_own_manifest()
+        if several():
+            wait_for_all("hidden states stored")
+            if is_primary():
+                self._take_over()
+            wait_for_all("hidden states put together")
+
+    def __enter__(self) -> HiddenWriter:
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        if kind is None:
+            self.close()
+        elif self._stream is not None:  # it may be cut short, and the disk may be full: give its place back
+            self._stream.close()
+            self._aside.unlink(missing_ok=True)
+
+    @property
+    def _dead(self) -> int:
+        return sum(shard.dead for shard in (*self._closed, self._open))
+
+    @property
+    def _tokens(self) -> int:
+        return sum(length for shard in (*self._closed, self._open) for _, length in shard.samples)
+
+    @property
+    def _aside(self) -> Path:
+        return self._directory / f"open-shard-{jax.process_index()}.tmp"
+
+    def _append(self, sample_id: str, rows: np.ndarray) -> None:
+        if self._stream is None:
+            self._stream = self._aside.open("wb")
+        data = np.ascontiguousarray(rows)
+        self._stream.write(data)
+        self._sha.update(data)
+        self._place[sample_id] = self._open, len(self._open.samples)
+        self._open.samples.append((sample_id, len(rows)))
+
+    def _rewrite(self, shard: _Shard) -> None:
+        """Move what lives in a closed shard behind the open one, close that, and delete the shard."""
+        if shard.dead < sum(length for _, length in shard.samples):
+            found = dataclasses.asdict(shard)
+            rows = shard_rows(self._directory, self._head, found)
+            check_sum(self._directory, found, rows)  # else a damaged byte would get a checksum of its own
+            for sample_id, own_rows in samples_of(found, rows).items():
+                self._append(sample_id, own_rows)
+        self._closed.remove(shard)
+        if self._stream is not None:
+            self._close_shard()
+        else:
+            self._write_own_manifest()
+        (self._directory / shard.file).unlink()
+
+    def _take_over(self) -> None:
+        """Read all manifests, without shards that are gone, into one, and delete what a kill left outside of them."""
+        parts = sorted(self._directory.glob("manifest-*.json"))
+        whole = [self._directory / MANIFEST] if (self._directory / MANIFEST).exists() else []
+        shards = {}
+        for path in [*whole, *parts]:
+            found = read_manifest(path)
+            check_belongs(self._directory, found, self._head)
+            for shard in found["shards"]:
+                if (self._directory / shard["file"]).exists():
+                    check_size(self._directory, found, shard)
+                    shards[shard["file"]] = shard
+        write_manifest(self._directory / MANIFEST, {**self._head, "shards": [shards[name] for name in sorted(shards)]})
+        orphans = [path for path in self._directory.glob("shard-*.bin") if path.name not in shards]
+        for path in [*parts, *self._directory.glob("open-shard*.tmp"), *orphans]:
+            path.unlink()
+
+    def _close_shard(self) -> None:
+        shard, self._open = self._open, _Shard("", "", [])
+        shard.file, shard.sha256 = f"shard-{self._next:05d}.bin", self._sha.hexdigest()
+        self._next += jax.process_count()
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        self._stream.close()
+        self._aside.replace(self._directory / shard.file)
+        self._closed.append(shard)
+        self._stream, self._sha = None, hashlib.sha256()
+        self._write_own_manifest()
+
+    def _write_own_manifest(self) -> None:
+        shards = [{"file": shard.file, "sha256": shard.sha256, "samples": shard.samples} for shard in self._closed]
+        own = MANIFEST if is_primary() else f"manifest-{jax.process_index()}.json"
+        write_manifest(self._directory / own, {**self._head, "shards": shards})
+        self._unsaved = False

@@ -1,0 +1,360 @@
+"""`write_report`: a run as one HTML page that a person can read, on a screen, a phone or paper.
+
+The page holds everything it shows (no script, no font, no picture from elsewhere) and claims no more than was measured:
+each figure has its n and its interval, and two drafts whose paired interval contains 0 are "no difference seen".
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+
+from jsfdd.base.files import written_whole
+from jsfdd.evaluation.intervals import RESAMPLES
+from jsfdd.report import plots
+from jsfdd.report.panel import ARM_STYLES, source_groups
+from jsfdd.report.run_files import Arm, RunFiles, read_run
+
+_NO_VALUE = "–"
+_SHOWN_PIECES = 360  # of an example text: about a screen
+_SHOWN_IDS = 8
+_SKIPPED = {  # summary.json's lists of skipped conversations
+    "no_counted": "without a counted token",
+    "special_text": "with the text of a special token in a message",
+    "refused": "that the chat template refuses",
+}
+_HEAT = tuple(round(0.02 + 0.072 * level, 3) for level in range(10))  # opacity of each tenth of token flatness
+
+
+def write_report(run: Path, out: Path | None = None) -> Path:
+    """Draw the page of a finished run and return where it is: `out`, or report.html in the run's directory.
+
+    The same run gives the same page, byte for byte; it is there whole or not at all.
+
+    Raises:
+      FileNotFoundError, ValueError: a file of the run is missing, damaged or lacks a field; the message names it.
+    """
+    run = Path(run)
+    out = Path(out) if out else run / "report.html"
+    files = read_run(run)
+    finished = datetime.datetime.fromtimestamp((run / "summary.json").stat().st_mtime, datetime.UTC)
+    page = render(files, date=f"{finished.day} {finished:%B %Y}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(out) as aside:
+        aside.write_text(page, encoding="utf-8")
+    return out
+
+
+def render(files: RunFiles, date: str) -> str:
+    """The page's HTML; `date` is shown as it is."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {f.__name__: f for f in (decimals, whole, percent, significant)}
+    environment.globals["glyph"] = _glyph
+    return environment.get_template("report.html").render(
+        title=f"Drafts for {Path(files.summary['target']['name']).name}",
+        date=date,
+        config=files.config,
+        summary=files.summary,
+        arms=files.arms,
+        arm_legend=[(arm.name, *ARM_STYLES[arm.name][::2]) for arm in files.arms],
+        n_prompts=files.arms[0].report["n_prompts"],
+        resamples=RESAMPLES,
+        heat=_HEAT,
+        options=_options(files),
+        **_result(files),
+        **_flatness(files),
+        **_selection(files),
+        **_training(files),
+        **_acceptance(files),
+        **_timings(files),
+    )
+
+
+# --- Sections: what each shows, by the names that the template uses --------------------------------------------------
+
+
+def _result(files: RunFiles) -> dict:
+    differences = sorted(map(_oriented, files.summary["differences"]), key=lambda d: (_rank(d["a"]), -_rank(d["b"])))
+    taus, speedups = ([plots.arm_dot(a, a.row, name) for a in files.arms] for name in ("tau", "speedup"))
+    panels = [plots.intervals("τ by arm", taus, 1, "tokens per verification", decimals)]
+    if differences:
+        dots = [plots.Dot(f"{d['a']} − {d['b']}", d["tau_difference"], d["low"], d["high"]) for d in differences]
+        panels.append(plots.intervals("Paired differences of τ", dots, 0, "tokens per verification", signed))
+    panels.append(plots.intervals("Speedup by arm", speedups, 1, "× autoregressive tokens per second", decimals))
+    panels.append(plots.cost_and_gain("τ for the training it took", files.arms))
+    return {
+        "result_panels": _safe(panels),
+        "verdicts": [verdict(difference) for difference in differences],
+        "costs": costs(files.arms, files.summary["seconds"]),
+        "n_batches": math.ceil(files.arms[0].report["n_prompts"] / files.config.batch_size),
+    }
+
+
+def _flatness(files: RunFiles) -> dict:
+    scored = files.scores.num_tokens > 0
+    flatness, entropy = files.scores.flatness[scored], files.scores.entropy[scored]
+    groups, colours = source_groups(np.array(files.scores.sources, object)[scored])
+    size = files.summary["target"]["vocab_size"]
+    selections = [a.selection for a in files.arms if a.name == "flatness" and a.selection.unit == "sample"]
+    thresholds = [s.thresholds["all"] for s in selections if s.within == "all"]  # a line, where there is one for all sources
+    return {
+        "flatness_panels": _safe(
+            [
+                plots.source_histogram("Sample flatness", flatness, groups, colours, size, *thresholds),
+                plots.flatness_against_entropy(
+                    "Flatness and entropy, samples", flatness, entropy, groups, colours, size
+                ),
+            ]
+        ),
+        "token_panels": _safe(
+            [
+                plots.token_histogram("Token flatness", files.token_flatness, size),
+                plots.entropy_density("Flatness and entropy, tokens", files.token_flatness, files.token_entropy, size),
+            ]
+        ),
+        "source_legend": [(name, colour, "●") for name, colour in colours.items()],
+        "n_scored": int(scored.sum()),
+        "n_unscored": int((~scored).sum()),
+        "n_counted": len(files.token_flatness),
+        "spearman_samples": spearman(flatness, entropy),
+        "spearman_tokens": spearman(files.token_flatness, files.token_entropy),
+        "certain_share": float(np.mean(size * files.token_flatness.astype(float) ** 2 < 2)),
+    }
+
+
+def _selection(files: RunFiles) -> dict:
+    scored = files.scores.num_tokens > 0
+    lengths = files.scores.num_tokens[scored]
+    kept = {arm.name: np.array([name in arm.kept for name in files.scores.ids])[scored] for arm in files.arms}
+    groups, colours = source_groups(np.array(files.scores.sources, object)[scored])
+    counts = [int(np.sum(groups == name)) for name in colours]
+    shares = {arm: [float(np.mean(rows[groups == name])) for name in colours] for arm, rows in kept.items()}
+    panels = [plots.kept_shares("Kept, by source", list(colours), counts, shares)]
+    notes = []
+    for arm, rows in kept.items():
+        if not rows.all():
+            panels.append(plots.length_histogram(f"Lengths, {arm}", lengths[rows], lengths[~rows], arm))
+            notes.append(
+                f"{arm}: kept samples (filled) have a median of {whole(np.median(lengths[rows]))} counted tokens, "
+                f"dropped ones (outline) {whole(np.median(lengths[~rows]))}."
+            )
+    deciles = np.quantile(files.token_flatness, np.arange(1, 10) / 10)
+    return {
+        "selection_panels": _safe(panels),
+        "length_notes": notes,
+        "selection_sentences": _selection_sentences(files),
+        "deciles": deciles,
+        "texts": [_example(text, files.arms, deciles) for text in files.texts],
+    }
+
+
+def _example(text: dict, arms: Sequence[Arm], deciles: np.ndarray) -> dict:
+    """A text for the heat map: its pieces, each with the tenth that its flatness is in, or None."""
+    levels = [None if f is None else int(np.searchsorted(deciles, f)) for f in text["flatness"]]
+    counted = [f for f in text["flatness"] if f is not None]
+    return {
+        "id": text["id"],
+        "source": text["source"],
+        "sample_flatness": float(np.mean(counted)) if counted else None,
+        "arms": [(arm.name, text["id"] in arm.kept) for arm in arms],
+        "tokens": list(zip(text["pieces"], levels, strict=True))[:_SHOWN_PIECES],
+        "omitted": max(0, len(text["pieces"]) - _SHOWN_PIECES),
+    }
+
+
+def _training(files: RunFiles) -> dict:
+    def training(name):
+        return {a.name: ([x["step"] for x in a.training], [x[name] for x in a.training]) for a in files.arms}
+
+    def held_out(name):
+        logs = {a.name: a.held_out for a in files.arms if a.held_out}
+        return {arm: ([x["step"] for x in log], [x["held_out"][name] for x in log]) for arm, log in logs.items()}
+
+    caption = "Loss: mean over the counted tokens of {} steps{}."
+    if not held_out("loss"):
+        return {
+            "training_panels": _safe([plots.curves("Loss", training("loss"))]),
+            "training_caption": caption.format(files.config.log_every, "; no samples were held out"),
+        }
+    share = percent(files.config.held_out_share)
+    dashed = f"; dashed: after each epoch, on the held-out {share} of samples"
+    return {
+        "training_panels": _safe(
+            [
+                plots.curves("Loss", training("loss"), dashed=held_out("loss")),
+                plots.curves("Held-out agreement, %", held_out("agreement"), percent=True),
+                plots.curves("Expected acceptance, %", held_out("acceptance"), percent=True),
+            ]
+        ),
+        "training_caption": caption.format(files.config.log_every, dashed)
+        + " Agreement: share of held-out counted tokens where the draft’s likeliest token is the target’s. Expected"
+        " acceptance: Σ min(p, q) on the same tokens, at temperature 1. Arms with fewer samples take fewer steps.",
+    }
+
+
+def _acceptance(files: RunFiles) -> dict:
+    return {
+        "acceptance_panels": _safe(
+            [
+                plots.alpha_by_depth("α by depth, %", files.arms),
+                plots.accepted_lengths("Accepted draft tokens", files.arms),
+                plots.tau_by_source("τ by source", files.arms),
+            ]
+        ),
+        "n_verifications": _listed([f"{whole(sum(arm.report['accept_counts']))} ({arm.name})" for arm in files.arms]),
+        "examples": files.arms[0].report["examples"],
+    }
+
+
+def _timings(files: RunFiles) -> dict:
+    stages = list(files.summary["seconds"].items())
+    stages += [(f"train, {arm.name}", arm.row["train_seconds"]) for arm in files.arms]
+    total, longest = sum(s for _, s in stages), max(s for _, s in stages)
+    return {"timings": [(name, s, s / total, s / longest) for name, s in stages], "total_seconds": total}
+
+
+def _options(files: RunFiles) -> list[tuple[str, str]]:
+    options = [(f"--{name.replace('_', '-')}", value) for name, value in files.config.to_json().items()]
+    options += [(f"hardware: {name}", value) for name, value in files.summary["hardware"].items()]
+    options += [(f"version: {name}", value) for name, value in files.summary["versions"].items()]
+    return [(name, ", ".join(map(str, v)) if isinstance(v, list) else str(v)) for name, v in options]
+
+
+# --- Sentences -------------------------------------------------------------------------------------------------------
+
+
+def verdict(difference: dict) -> str:
+    """What a paired τ difference allows to say; a and b are told apart only where its interval excludes 0."""
+    a, b, low, high = (difference[key] for key in ("a", "b", "low", "high"))
+    if low is None:
+        return f"{a} and {b} cannot be compared: nothing was verified on the same prompts."
+    measured = f"τ {signed(difference['tau_difference'])} (paired 95% interval {signed(low)} to {signed(high)})."
+    if low > 0:
+        return f"The {a} draft accepts more than the {b} draft: {measured}"
+    if high < 0:
+        return f"The {a} draft accepts less than the {b} draft: {measured}"
+    return f"No difference seen between the {a} draft and the {b} draft: {measured}"
+
+
+def costs(arms: Sequence[Arm], seconds: dict[str, float]) -> list[str]:
+    """What each arm's training took, against `full`'s; empty where there is no such arm or no other."""
+    rows = {arm.name: arm.row for arm in arms}
+    full = rows.pop("full", None)
+    if full is None or not rows:
+        return []
+    sentences = [
+        f"The {name} arm trained on {percent(row['samples'] / full['samples'])} of the samples that full did, "
+        f"{percent(row['counted_tokens'] / full['counted_tokens'])} of the counted tokens, and took "
+        f"{percent(row['train_seconds'] / full['train_seconds'])} of its training time."
+        for name, row in rows.items()
+    ]
+    scoring = f"Scoring, which every selection but random needs, took {decimals(seconds['score'], 1)} s on top, once."
+    return [*sentences, scoring]
+
+
+def _selection_sentences(files: RunFiles) -> list[str]:
+    data, share = files.summary["data"], files.config.held_out_share
+    parts = [f"{whole(len(arm.kept))} in {arm.name}" for arm in files.arms]
+    sentences = [f"Of {whole(data['kept'])} scored samples the arms kept {_listed(parts)}."]
+    if files.config.within == "source":
+        sentences.append(f"They were ranked within each source, of which {percent(files.config.retain_ratio)} was kept.")
+    if files.config.mix:
+        parts = [f"{whole(arm.row['samples'])} in {arm.name}" for arm in files.arms]
+        sentences.append(f"Of these a mixture was trained on ({' '.join(files.config.mix)}): {_listed(parts)}.")
+    if share:
+        sentences.append(f"About {percent(share)} of them are held out: no arm trains on these.")
+    for field, reason in _SKIPPED.items():
+        if ids := data[field]:
+            shown = ", ".join(ids[:_SHOWN_IDS]) + (", …" if len(ids) > _SHOWN_IDS else "")
+            sentences.append(f"Skipped before scoring: {whole(len(ids))} {reason} ({shown}).")
+    sentences.append(
+        f"Cut at {whole(files.config.max_length)} tokens: {whole(len(data['truncated']))}. "
+        f"Of all that the target read, {percent(data['padding_share'])} was padding."
+    )
+    return sentences
+
+
+def _oriented(difference: dict) -> dict:
+    """The same difference seen from the arm that a reader asks about."""
+    if _rank(difference["a"]) <= _rank(difference["b"]):
+        return difference
+    low, high = difference["low"], difference["high"]
+    negated = {"low": None, "high": None} if low is None else {"low": -high, "high": -low}
+    return {"a": difference["b"], "b": difference["a"], "tau_difference": -difference["tau_difference"], **negated}
+
+
+def _rank(arm: str) -> int:
+    """A metric comes before chance, and both before what they are held against."""
+    return {"random": 1, "full": 2}.get(arm, 0)
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+
+
+# --- Figures as text -------------------------------------------------------------------------------------------------
+
+
+def decimals(x: float | None, digits: int = 2) -> str:
+    """1,234.50, with a true minus sign; a dash for None and NaN."""
+    if x is None or math.isnan(x):
+        return _NO_VALUE
+    return f"{x:,.{digits}f}".replace("-", "−")
+
+
+def signed(x: float) -> str:
+    """+0.12 or −0.12; 0.00 has no sign."""
+    text = f"{x:+.2f}".replace("-", "−")
+    return text if text[1:] != "0.00" else "0.00"
+
+
+def whole(x: float) -> str:
+    """1,234."""
+    return f"{x:,.0f}"
+
+
+def percent(x: float | None) -> str:
+    """A share as 12%, and as 0.3% below one percent."""
+    if x is None or math.isnan(x):
+        return _NO_VALUE
+    return f"{100 * x:.1f}%" if 0 < x < 0.01 else f"{100 * x:.0f}%"
+
+
+def significant(x: float | None) -> str:
+    """Three significant digits: flatness spans several powers of ten."""
+    return _NO_VALUE if x is None else f"{x:.3g}"
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Rank correlation; NaN where one side is constant."""
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return math.nan
+    return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """From 1; equal values share the mean of theirs."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+
+
+def _glyph(arm: str) -> Markup:
+    colour, _, glyph = ARM_STYLES[arm]
+    return Markup('<i style="color:{}">{}</i> ').format(colour, glyph)
+
+
+def _safe(panels: Sequence[str]) -> list[Markup]:
+    """Panels go into the page unescaped: they are our own SVG, in which matplotlib has escaped all text."""
+    return [Markup(panel) for panel in panels]

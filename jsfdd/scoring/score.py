@@ -1,0 +1,221 @@
+"""Score all samples with the target: data-parallel, resumable, without an array of all tokens by the vocabulary.
+
+    table = score_samples(target.config, target.params, samples, mesh, batch_tokens=4096, identity={…}, parts_dir=…)
+    write_scores(out / "scores.parquet", table)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jsfdd.base.files import differences, plain
+from jsfdd.base.mesh import map_over_devices, num_data_shards
+from jsfdd.base.processes import agree, several, wait_for_all
+from jsfdd.base.records import Batch, Sample, TokenScores, samples_digest
+from jsfdd.data.batches import BatchPlan, choose_shapes, make_batches
+from jsfdd.models.architecture import DecoderConfig
+from jsfdd.models.sharding import place_params
+from jsfdd.models.target import hidden_states
+from jsfdd.scoring.flatness import score_hidden
+from jsfdd.scoring.passes import run_batches, spread_out
+from jsfdd.scoring.table import METRICS, ScoreTable, TokenRow, join, read_scores, write_part
+
+
+class Keeper(Protocol):
+    """What also takes the hidden states of a scoring pass (`hidden.capture`)."""
+
+    device_dtype: Literal["bfloat16", "float32"]
+
+    def resume(self, tables: Sequence[ScoreTable]) -> None:
+        """Go on behind the scores of an earlier call."""
+
+    def lacks(self, samples: Sequence[Sample]) -> bool:
+        """Whether hidden states that it wants of these samples are missing."""
+
+    def keep(self, samples: Sequence[Sample], scores: ScoreTable | None, hidden: np.ndarray) -> None:
+        """Take a batch: row b is samples[b]'s, right-padded; `scores` are None where they were known before."""
+
+
+def block_size() -> int:
+    """Tokens that the head takes at a time.
+
+    On a CPU the logits of a block should stay in its caches; an accelerator reads all of the head for each block, which
+    a thousand tokens pay for.
+    """
+    return 64 if jax.default_backend() == "cpu" else 1024
+
+
+def make_score_step(
+    config: DecoderConfig, mesh: Mesh, block: int, hidden_dtype: Literal["bfloat16", "float32"] | None = None
+) -> Callable:
+    """Compile the scoring of one batch: `(params, Batch) -> (TokenScores [B, T], hidden [B, T, D] or None)`.
+
+    Every device takes its own rows and runs the head on its own counted tokens, so there is no communication. Traces
+    once for each shape of a batch. Build it once.
+
+    Args:
+      config: the target's.
+      mesh: its data axis must divide the batch's rows.
+      block: see `score_hidden`.
+      hidden_dtype: also return the hidden states after the final norm, in this dtype.
+    """
+
+    def step(params: dict, batch: Batch) -> tuple[TokenScores, jax.Array | None]:
+        hidden = hidden_states(config, params, batch.tokens)
+        next_tokens = jnp.pad(batch.tokens[:, 1:], ((0, 0), (0, 1)))
+        scores = score_hidden(config, params, hidden, next_tokens, batch.counted, block)
+        return scores, None if hidden_dtype is None else hidden.astype(hidden_dtype)
+
+    return map_over_devices(step, mesh)
+
+
+def score_samples(
+    config: DecoderConfig,
+    params: dict,
+    samples: Sequence[Sample],
+    mesh: Mesh,
+    *,
+    batch_tokens: int,
+    identity: dict,
+    parts_dir: Path | None = None,
+    per_token: bool = False,
+    keeper: Keeper | None = None,
+    progress: bool = True,
+    seconds_per_part: float = 20.0,
+) -> ScoreTable:
+    """Score every sample, continuing from the parts that an interrupted call left in `parts_dir`.
+
+    A sample's scores do not depend on what it is batched with, and the result is to the bit what one uninterrupted call
+    gives on any number of data shards and processes (a model axis adds up in another order). The parts hold the whole
+    table in the end, so a further call computes nothing. Of several processes each writes its own parts, and all return
+    the whole table.
+
+    Args:
+      config, params: the target.
+      samples: with different ids, at least one.
+      mesh: devices to share the batches.
+      batch_tokens: tokens of a batch, padding included; every device takes one at a time.
+      identity: JSON-ready; what the scores depend on beside the other arguments (the target's fingerprint, versions of
+        packages). The table keeps it, with a hash of the samples added; parts of another identity are refused.
+      parts_dir: where finished batches are kept; without it nothing is, and a new call starts anew. Several processes
+        need one, which all of them see.
+      per_token: keep per-token scores in the table.
+      keeper: also keeps hidden states, of what can still be selected; fresh.
+      progress: show a bar with tokens per second.
+      seconds_per_part: about how much work an interruption may lose.
+
+    Raises:
+      ValueError: there is no sample, `parts_dir` holds parts of another identity, or a score is not finite; names the
+        sample and what to do.
+    """
+    if not samples:
+        raise ValueError("there is no sample to score; check the data")
+    if several() and parts_dir is None:
+        raise ValueError("several processes can only put their scores together in a parts_dir")
+    lengths = [len(sample.tokens) for sample in samples]
+    # In any order scores are the same; in this one what a keeper holds grows with the scores, and no faster.
+    plans = spread_out(make_batches(lengths, choose_shapes(lengths, batch_tokens)), num_data_shards(mesh))
+    # Batches of other shapes, and sums over other shards of the model, round differently: only the same ones continue.
+    identity = plain(identity) | {
+        "samples": samples_digest(samples), "batch_tokens": batch_tokens, "model_shards": mesh.shape["model"],
+        "per_token": per_token,
+    }  # fmt: skip
+    parts = {} if parts_dir is None else _read_parts(parts_dir, identity)
+    scored = {name for part in parts.values() for name in part.ids}
+    agree({"the scores that an earlier call left": sorted(scored)})  # and so that no one writes before all have read
+
+    if keeper is not None:
+        keeper.resume(list(parts.values()))
+
+    def is_finished(plan: BatchPlan) -> bool:
+        own = [samples[i] for i in plan.indices]
+        return scored.issuperset(sample.id for sample in own) and (keeper is None or not keeper.lacks(own))
+
+    remaining = [plan for plan in plans if not is_finished(plan)]
+    step = make_score_step(config, mesh, block_size(), None if keeper is None else keeper.device_dtype)
+    batches = run_batches(
+        step, place_params(params, mesh), samples, remaining, mesh,
+        label="score", finished=len(plans) - len(remaining), progress=progress,
+    )  # fmt: skip
+    fresh: list[ScoreTable] = []  # scored, but in no part yet
+    last_part = time.monotonic()
+    for batch, (scores, hidden) in batches:
+        table = None  # of a batch that was scored before, and lost its hidden states
+        if not scored.issuperset(sample.id for sample in batch):
+            table = _summarise(batch, scores, per_token, identity)
+            fresh.append(table)
+        if keeper is not None:
+            keeper.keep(batch, table, hidden)
+        if parts_dir is not None and fresh and time.monotonic() - last_part >= seconds_per_part:
+            _write_part(parts_dir, parts, fresh)
+            fresh, last_part = [], time.monotonic()
+    if parts_dir is not None and fresh:
+        _write_part(parts_dir, parts, fresh)
+        fresh = []
+    if several():
+        wait_for_all("all batches scored")
+        parts = _read_parts(parts_dir, identity)
+    return join([*parts.values(), *fresh], [sample.id for sample in samples])
+
+
+def _summarise(samples: Sequence[Sample], scores: TokenScores, per_token: bool, identity: dict) -> ScoreTable:
+    """The table of one batch, whose row b is samples[b]: means in float64."""
+    columns = {name: np.full(len(samples), np.nan) for name in METRICS}
+    rows = []
+    for b, sample in enumerate(samples):
+        counted = sample.counted
+        tokens = TokenScores(*[values[b, : len(counted)] for values in scores])
+        rows.append(TokenRow(counted, tokens.flatness.copy(), tokens.entropy.copy()))
+        if not counted.any():
+            continue
+        means = {}
+        for name, values in tokens._asdict().items():
+            values = values[counted].astype(np.float64)
+            if not np.isfinite(values).all():
+                place = np.flatnonzero(counted)[~np.isfinite(values)][0]
+                raise ValueError(
+                    f"sample {sample.id}: {name} at token {place} is not a finite number, so the target's logits are "
+                    "broken there; check its weights, and try --dtype float32"
+                )
+            means[name] = values.mean()
+        means["ppl"] = np.exp(means.pop("nll"))
+        means["flatness_median"] = np.median(tokens.flatness[counted])
+        for name, mean in means.items():
+            columns[name][b] = mean
+    return ScoreTable(
+        ids=tuple(sample.id for sample in samples),
+        sources=tuple(sample.source for sample in samples),
+        num_tokens=np.array([row.counted.sum() for row in rows], np.int32),
+        identity=identity,
+        tokens=tuple(rows) if per_token else None,
+        **columns,
+    )
+
+
+def _read_parts(directory: Path, identity: dict) -> dict[int, ScoreTable]:
+    """What earlier calls finished, by number; an error if it belongs to something else."""
+    directory.mkdir(parents=True, exist_ok=True)
+    parts = {}
+    for path in sorted(directory.glob("part-*.parquet")):
+        part = read_scores(path)
+        different = differences(part.identity, identity)
+        if different:
+            raise ValueError(f"{path}: scores of another run ({different}); delete {directory} or choose another --out")
+        parts[int(path.stem.removeprefix("part-"))] = part
+    return parts
+
+
+def _write_part(directory: Path, parts: dict[int, ScoreTable], tables: Sequence[ScoreTable]) -> None:
+    # No two processes take the same number: each has the first free one that is its own index modulo their count.
+    number = max(parts, default=-1) + 1
+    number += (jax.process_index() - number) % jax.process_count()
+    parts[number] = join(tables, [name for table in tables for name in table.ids])
+    write_part(directory / f"part-{number:05d}.parquet", parts[number])

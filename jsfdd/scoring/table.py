@@ -1,0 +1,174 @@
+"""The scores of all samples, and scores.parquet, in which they are kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+from jaxtyping import Bool, Float, Int
+
+from jsfdd.base.files import written_whole
+
+METRICS = ("flatness", "flatness_median", "entropy", "top1", "margin", "energy", "ppl")
+COLUMNS = ("id", "source", "num_tokens", *METRICS)
+_TOKEN_METRICS = ("counted", "flatness", "entropy")
+_IN_PART = "token_"  # a part holds samples and tokens in one file, where "flatness" would be both
+_IDENTITY = b"jsfdd_identity"
+_REMEDY = "delete it and score again"
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenRow:
+    """Per-token scores of one sample of T tokens; 0 where a token does not count."""
+
+    counted: Bool[np.ndarray, " T"]
+    flatness: Float[np.ndarray, " T"]
+    entropy: Float[np.ndarray, " T"]  # nats
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreTable:
+    """Scores of N samples, in the order of the data.
+
+    A sample's metric is the mean over its counted tokens, but for flatness_median and for ppl = exp(mean nll). Samples
+    without a counted token have NaN.
+
+    Attributes:
+      ids, sources: of each sample.
+      num_tokens: int32[N], counted tokens.
+      flatness, …, ppl: float64[N]; entropy in nats.
+      identity: JSON-ready; all that the scores depend on.
+      tokens: per-token scores of each sample, where they were asked for.
+    """
+
+    ids: tuple[str, ...]
+    sources: tuple[str, ...]
+    num_tokens: Int[np.ndarray, " N"]
+    flatness: Float[np.ndarray, " N"]
+    flatness_median: Float[np.ndarray, " N"]
+    entropy: Float[np.ndarray, " N"]
+    top1: Float[np.ndarray, " N"]
+    margin: Float[np.ndarray, " N"]
+    energy: Float[np.ndarray, " N"]
+    ppl: Float[np.ndarray, " N"]
+    identity: dict
+    tokens: tuple[TokenRow, ...] | None = None
+
+
+def join(tables: Sequence[ScoreTable], ids: Sequence[str]) -> ScoreTable:
+    """One table of the rows of several (at least one, all of one identity), in the order of `ids`."""
+    row_of_id = {name: row for row, name in enumerate(itertools.chain.from_iterable(table.ids for table in tables))}
+    rows = [row_of_id[name] for name in ids]
+
+    def gathered(values: Sequence) -> tuple:
+        joined = list(itertools.chain.from_iterable(values))
+        return tuple(joined[row] for row in rows)
+
+    return ScoreTable(
+        ids=tuple(ids),
+        sources=gathered([table.sources for table in tables]),
+        identity=tables[0].identity,
+        tokens=None if tables[0].tokens is None else gathered([table.tokens for table in tables]),
+        **{name: np.concatenate([getattr(table, name) for table in tables])[rows] for name in ("num_tokens", *METRICS)},
+    )
+
+
+def write_scores(path: Path, table: ScoreTable) -> None:
+    """Write scores.parquet, atomic: one row a sample, the identity in the file's metadata; not the per-token scores."""
+    _write(path, _sample_columns(table), table.identity)
+
+
+def write_token_scores(path: Path, table: ScoreTable) -> None:
+    """Write token_scores.parquet, atomic: id, and lists over all T tokens: counted, flatness, entropy (nats)."""
+    _write(path, {"id": pyarrow.array(table.ids, pyarrow.string()), **_token_columns(table, "")}, table.identity)
+
+
+def write_part(path: Path, table: ScoreTable) -> None:
+    """Write all of a table, per-token scores included, into one file, atomic; `read_scores` reads it."""
+    tokens = {} if table.tokens is None else _token_columns(table, _IN_PART)
+    _write(path, {**_sample_columns(table), **tokens}, table.identity)
+
+
+def read_scores(path: Path) -> ScoreTable:
+    """Read scores.parquet or a part.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: the file is damaged, lacks a column or is not jsfdd's, or an id occurs twice; names file and remedy.
+    """
+    path = Path(path)
+    table = _read(path, COLUMNS)
+    ids = tuple(table["id"].to_pylist())
+    if len(set(ids)) != len(ids):
+        raise ValueError(f"{path}: an id occurs more than once; {_REMEDY}")
+    numbers = {name: table[name].to_numpy() for name in ("num_tokens", *METRICS)}
+    for name, values in numbers.items():
+        expected = np.dtype(np.int32 if name == "num_tokens" else np.float64)
+        if values.dtype != expected:
+            raise ValueError(f"{path}: column {name} is {values.dtype}, not {expected}; {_REMEDY}")
+    return ScoreTable(
+        ids=ids,
+        sources=tuple(table["source"].to_pylist()),
+        identity=json.loads(table.schema.metadata[_IDENTITY]),
+        tokens=_token_rows(table, _IN_PART) if _IN_PART + _TOKEN_METRICS[0] in table.column_names else None,
+        **numbers,
+    )
+
+
+def read_token_scores(path: Path) -> dict[str, TokenRow]:
+    """Read token_scores.parquet: sample id -> its scores. Errors as in `read_scores`."""
+    table = _read(Path(path), ("id", *_TOKEN_METRICS))
+    return dict(zip(table["id"].to_pylist(), _token_rows(table, ""), strict=True))
+
+
+def _sample_columns(table: ScoreTable) -> dict[str, pyarrow.Array]:
+    return {
+        "id": pyarrow.array(table.ids, pyarrow.string()),
+        "source": pyarrow.array(table.sources, pyarrow.string()),
+        **{name: pyarrow.array(getattr(table, name)) for name in ("num_tokens", *METRICS)},
+    }
+
+
+def _token_columns(table: ScoreTable, prefix: str) -> dict[str, pyarrow.Array]:
+    ends = np.cumsum([0, *(len(row.counted) for row in table.tokens)])
+    return {
+        prefix + name: pyarrow.LargeListArray.from_arrays(
+            ends, pyarrow.array(np.concatenate([getattr(row, name) for row in table.tokens]))
+        )
+        for name in _TOKEN_METRICS
+    }
+
+
+def _token_rows(table: pyarrow.Table, prefix: str) -> tuple[TokenRow, ...]:
+    columns = []
+    for name in _TOKEN_METRICS:
+        lists = table[prefix + name].combine_chunks()
+        ends = np.cumsum(lists.value_lengths().to_numpy())
+        columns.append(np.split(lists.flatten().to_numpy(zero_copy_only=False), ends[:-1]))
+    return tuple(TokenRow(*row) for row in zip(*columns, strict=True))
+
+
+def _write(path: Path, columns: dict[str, pyarrow.Array], identity: dict) -> None:
+    table = pyarrow.table(columns).replace_schema_metadata({_IDENTITY: json.dumps(identity, sort_keys=True)})
+    with written_whole(path) as aside:
+        pyarrow.parquet.write_table(table, aside)
+
+
+def _read(path: Path, columns: Sequence[str]) -> pyarrow.Table:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; run `jsfdd score` first, or check the path")
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path}: not a whole Parquet file ({error}); {_REMEDY}") from None
+    missing = [name for name in columns if name not in table.column_names]
+    if missing or _IDENTITY not in (table.schema.metadata or {}):
+        what = f"has no column {', '.join(missing)}" if missing else "was not written by jsfdd"
+        raise ValueError(f"{path}: {what}; {_REMEDY}")
+    return table

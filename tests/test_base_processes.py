@@ -1,0 +1,164 @@
+"""Two real processes on this machine as one run: the same results as one, clear ends, and a restart that completes."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from forced_devices import XLA_FLAGS
+from test_commands_run import _chats, _prompts
+from toy import write_target
+
+from jsfdd.base.processes import start
+from jsfdd.scoring.table import METRICS, read_scores
+from jsfdd.weights.checkpoint import load_draft
+
+HERE = Path(__file__).parent
+LIMIT = 300  # seconds within which anything here ends, however loaded the machine
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def begin(command, devices=2):
+    """A Python process with forced CPU devices of its own."""
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": XLA_FLAGS,
+        "JAX_NUM_CPU_DEVICES": str(devices),
+    }
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def begin_command(*arguments):
+    """`jsfdd` with these arguments in two processes; the second one's may be given as a list of its own, last."""
+    both = [list(arguments), list(arguments)]
+    if isinstance(arguments[-1], list):
+        both = [list(arguments[:-1]), arguments[-1]]
+    place = ["--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", 2, "--process-id"]
+    return [begin(["-m", "jsfdd.commands.cli", *each, *place, number]) for number, each in enumerate(both)]
+
+
+def finish(processes):
+    """[(exit code, stdout, stderr)] of each."""
+    try:
+        texts = [process.communicate(timeout=LIMIT) for process in processes]
+        return [(process.returncode, *text) for process, text in zip(processes, texts)]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    _chats(folder / "chats.jsonl"), _prompts(folder / "prompts.jsonl"), write_target(folder / "target")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(inputs, tmp_path_factory):
+    """What one process with four devices makes of all stages."""
+    out = tmp_path_factory.mktemp("alone")
+    ((code, _, errors),) = finish([begin([HERE / "as_one_process.py", inputs, out], devices=4)])
+    assert code == 0, errors[-2000:]
+    return out
+
+
+def assert_same_draft(found, expected):
+    for a, b in zip(*(jax.tree.leaves(load_draft(path)[1]) for path in (found, expected)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_every_stage_in_two_processes(inputs, alone, tmp_path):
+    """Scores to the bit, the same selection, the same draft but for rounding, the same answers."""
+    port = free_port()
+    ends = finish([begin([HERE / "as_one_process.py", inputs, tmp_path, f"127.0.0.1:{port}", 2, i]) for i in range(2)])
+    assert [code for code, _, _ in ends] == [0, 0], ends[0][2][-2000:] + ends[1][2][-2000:]
+
+    found, expected = read_scores(tmp_path / "scores.parquet"), read_scores(alone / "scores.parquet")
+    assert found.ids == expected.ids and len(found.ids) == 24
+    for name in ("num_tokens", *METRICS):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), err_msg=name)
+    parts = {int(path.stem[-5:]) % 2 for path in (tmp_path / "scores.parts").glob("part-*.parquet")}
+    assert parts == {0, 1}  # each process wrote its own
+    selections = [json.loads((path / "selection.json").read_text()) for path in (tmp_path, alone)]
+    assert selections[0]["ids"] == selections[1]["ids"]
+
+    assert_same_draft(tmp_path / "draft", alone / "draft")
+    shards = json.loads((tmp_path / "draft" / "hidden" / "manifest.json").read_text())["shards"]
+    names = [name for shard in shards for name, _ in shard["samples"]]
+    assert len(shards) == 2 and len(names) == len(set(names)) >= 12  # a shard of each process, no sample twice or lost
+    assert not list((tmp_path / "draft" / "hidden").glob("manifest-*"))
+
+    reports = [json.loads((path / "evaluated" / "report.json").read_text()) for path in (tmp_path, alone)]
+    assert reports[0]["prompts"] == reports[1]["prompts"] and reports[0]["same_text_share"] == 1.0
+    assert reports[0]["hardware"]["num_processes"] == 2
+
+
+def train_arguments(inputs, alone, out):
+    return [
+        "train", "--target", inputs / "target", "--data", inputs / "chats.jsonl", "--max-length", 128, "--epochs", 2,
+        "--batch-tokens", 512, "--held-out-share", 0.1, "--selection", alone / "selection.json", "--save-every", 1,
+        "--shard-optimizer", "--out", out,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_when_one_is_killed_the_other_says_so_and_a_restart_completes(inputs, alone, tmp_path, killed):
+    """Killed once hidden states are being stored or steps taken; the restart is one process, and ends the same."""
+    processes = begin_command(*train_arguments(inputs, alone, tmp_path / "draft"))
+    until = time.monotonic() + LIMIT
+    while not (tmp_path / "draft" / "hidden" / "manifest.json").exists():
+        assert processes[killed].poll() is None and time.monotonic() < until, processes[killed].communicate()[1][-2000:]
+        time.sleep(0.01)
+    processes[killed].send_signal(signal.SIGKILL)
+    code, _, errors = finish(processes)[1 - killed]
+    assert code != 0
+    # Of the second process the first's end is told by JAX itself, which then ends it.
+    assert "start all of them again" in errors or "JAX distributed service detected fatal errors" in errors, errors[-2000:]
+    single = begin(["-m", "jsfdd.commands.cli", *train_arguments(inputs, alone, tmp_path / "draft")])
+    code, _, errors = finish([single])[0]
+    assert code == 0, errors[-2000:]
+    assert_same_draft(tmp_path / "draft", alone / "draft")
+
+
+def test_processes_with_other_data_or_options_all_end_with_the_reason(inputs, tmp_path):
+    def arguments(data, *more):
+        return ["score", "--target", inputs / "target", "--data", data, "--max-length", 128, "--out", tmp_path / "out", *more]
+
+    (tmp_path / "other.jsonl").write_text("".join((inputs / "chats.jsonl").read_text().splitlines(True)[:-1]))
+    ends = finish(begin_command(*arguments(inputs / "chats.jsonl"), arguments(tmp_path / "other.jsonl")))
+    for code, _, errors in ends:
+        assert code == 2 and "process 1 and process 0 differ in" in errors, errors[-2000:]
+        assert "the same options and the same files" in errors
+    assert not list((tmp_path / "out").glob("*"))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("auto", 2, 0), "go with --coordinator HOST:PORT"),
+        ((None, 2, None), "go with --coordinator HOST:PORT"),
+        (("10.0.0.1:80", 2, None), "give --num-processes and --process-id"),
+        (("10.0.0.1", 2, 0), "must be HOST:PORT"),
+        (("10.0.0.1:80", 2, 2), "must be from 0 to 1"),
+    ],
+)
+def test_options_that_do_not_fit_together(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        start(*arguments)
+    assert not jax.distributed.is_initialized()

@@ -1,0 +1,374 @@
+"""The command line: what a wrong input looks like to a person, and what a right one prints."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from toy import toy_draft, write_target
+
+from jsfdd.base.files import read_json
+from jsfdd.commands import cli
+from jsfdd.commands.cli import _COMMANDS, _STAGES, main
+from jsfdd.commands.parser import field_docstrings
+from jsfdd.models.architecture import Rope
+from jsfdd.scoring.table import METRICS, ScoreTable, write_scores
+from jsfdd.weights.export import write_draft
+from jsfdd.weights.target import load_target
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    return str(write_target(tmp_path_factory.mktemp("target") / "toy"))
+
+
+def _file(tmp_path, name, *rows):
+    path = tmp_path / name
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+GOOD = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b c d"}]}
+
+
+@pytest.mark.parametrize(
+    "rows, words",
+    [
+        ((GOOD, '{"messages": ['), [":2:", "JSON"]),
+        ((GOOD, {"messages": [{"role": "user", "content": "a"}]}), [":2:", "assistant"]),
+        ((GOOD, {"messages": [{"role": "robot", "content": "a"}]}), [":2:", "unknown role 'robot'", "use one of"]),
+    ],
+)
+def test_bad_rows_are_one_line_and_exit_code_2(tmp_path, target, capsys, rows, words):
+    data, out = _file(tmp_path, "chats.jsonl", *rows), tmp_path / "out"
+    assert main(["score", "--target", target, "--data", data, "--out", str(out)]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("jsfdd: error: ") and "\n" not in error and data in error
+    assert all(word in error for word in words)
+    assert not out.exists()
+
+
+def test_a_missing_target_says_how_to_get_one(tmp_path, capsys):
+    data = _file(tmp_path, "chats.jsonl", GOOD)
+    assert main(["score", "--target", str(tmp_path / "none"), "--data", data, "--out", str(tmp_path / "out")]) == 2
+    assert "smollm2" in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written(tmp_path, target, capsys):
+    """A file where the directory should be: root may write anywhere, so permissions cannot be tested."""
+    data, blocked = _file(tmp_path, "chats.jsonl", GOOD), tmp_path / "file"
+    blocked.write_text("")
+    for command in (["score"], ["train"]):
+        assert main([*command, "--target", target, "--data", data, "--out", str(blocked)]) == 2
+        assert str(blocked) in capsys.readouterr().err
+
+
+def test_a_draft_that_is_not_there(tmp_path, capsys):
+    assert main(["export", "--draft", str(tmp_path / "none"), "--out", str(tmp_path / "out")]) == 2
+    assert str(tmp_path / "none") in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+_GENERATE = ["generate", "--target", "t", "--prompt", "x"]
+_EVALUATE = ["evaluate", "--target", "t", "--prompts", "p", "--out", "o"]
+_AVERAGE = [*_EVALUATE, "--draft", "a", "b", "--combine", "average"]
+_SCORE = ["score", "--target", "t", "--data", "d", "--out", "o"]
+
+
+@pytest.mark.parametrize(
+    "arguments, word",
+    [
+        (["select", "--scores", "s", "--out", "o", "--retain-ratio", "1.5"], "--retain-ratio"),
+        (["generate", "--target", "smollm2", "--prompt", "x"], "--no-draft"),
+        (["run", "--target", "t", "--data", "d", "--prompts", "p", "--out", "o", "--arms", "full", "flattest"], "flattest"),
+        (["score", "--targett", "x"], "--target"),
+        ([*_SCORE, "--keep-features", "flatness", "--retain-ratio", "0"], "--retain-ratio: got"),
+        (["run", "--target", "t", "--data", "d", "--prompts", "p", "--out", "o", "--features", "dir"], "--features: got 'dir'"),
+        ([*_SCORE, "--keep-features", "flattest", "--retain-ratio", "0.5"], "'flattest' is unknown; choose from full, flatness"),
+        ([*_SCORE, "--keep-features", "full", "full"], "--keep-features: got"),
+        (["train", *_SCORE[1:], "--features", "recompute", "--feature-dtype", "int8"], "take bfloat16 or float32"),
+        (["train", *_SCORE[1:], "--mix", "a=0.5", "b"], "--mix: got ('a=0.5', 'b'), but it must be different SOURCE=WEIGHT"),
+        (["train", *_SCORE[1:], "--mix", "a=1", "b=0"], "weights above 0, as in math=0.5 chat=0.5"),
+        (["train", *_SCORE[1:], "--mix", "a=1", "a=2"], "different SOURCE=WEIGHT"),
+        (["train", *_SCORE[1:], "--mix-total", "9"], "say of what with --mix SOURCE=WEIGHT"),
+        (["train", *_SCORE[1:], "--mix", "a=1", "--mix-total", "0"], "--mix-total: got 0"),
+        (["train", *_SCORE[1:], "--target-top-k", "-1"], "--target-top-k: got"),
+        (["train", *_SCORE[1:], "--target-top-k", "8", "--target-means", "store"], "choose one"),
+        (["train", *_SCORE[1:], "--target-top-k", "8", "--draft-vocab", "4"], "exceeds the 4 tokens of --draft-vocab"),
+        (["train", *_SCORE[1:], "--target-top-k", "8", "--hass-top-k-weight", "1"], "exceeds --target-top-k 8"),
+        (["generate", "--target", "t", "--prompt", " ", "--no-draft"], "--prompt is empty"),
+        (["generate", "--target", "t", "--prompt", "x", "--no-draft", "--show-accepted"], "--show-accepted"),
+        (["generate", "--target", "t", "--prompt", "x", "--no-draft", "--temperature", "-1"], "--temperature"),
+        (["generate", "--target", "t", "--prompt", "x", "--no-draft", "--top-p", "0"], "--top-p"),
+        (["respond", "--target", "t", "--data", "d", "--out", "o.jsonl", "--tree-nodes", "9"], "--tree-nodes"),
+        (["respond", "--target", "t", "--data", "d", "--out", "answers"], "ends in .jsonl"),
+        ([*_GENERATE, "--draft", "a", "b"], "got 2, but without --combine one draft decodes"),
+        ([*_GENERATE, "--no-draft", "--combine", "route", "--tree-nodes", "9"], "needs two drafts or more, but --draft gives 0"),
+        ([*_EVALUATE, "--draft"], "at least one draft"),
+        ([*_EVALUATE, "--draft", "a", "--combine", "merge", "--tree-nodes", "9"], "needs two drafts or more, but --draft gives 1"),
+        ([*_EVALUATE, "--draft", "a", "b", "--combine", "merge"], "--combine merge works on trees"),
+        ([*_EVALUATE, "--draft", "a", "--combine", "merge", "--draft=b"], "--combine merge works on trees"),
+        ([*_GENERATE, "--draft", "a", "b", "--temperature", "0.5", "--draft", "c"], "got 3, but without --combine"),
+        ([*_SCORE, "--keep-features", "full", "--keep_features", "full"], "--keep-features: got ('full', 'full')"),
+        ([*_EVALUATE, "--draft", "a", "b", "--combine", "route"], "give --tree-nodes, with --tree-top-k 1"),
+        ([*_EVALUATE, "--draft", "a", "b", "--each-draft"], "--each-draft does nothing without --combine"),
+        ([*_AVERAGE, "--combine-weights", "1"], "--combine-weights: got 1 of them for 2 drafts"),
+        ([*_AVERAGE, "--combine-weights", "0.5", "0.4"], "weights that sum to 1"),
+        ([*_AVERAGE, "--route-steps", "3"], "--route-by and --route-steps do nothing without --combine route"),
+        ([*_EVALUATE, "--draft", "a", "b", "--combine-weights", "0.5", "0.5"], "does nothing without --combine average"),
+        ([*_EVALUATE, "--draft", "a", "b", "--route-by", "entropy"], "do nothing without --combine route"),
+    ],
+)
+def test_wrong_options_exit_with_2(arguments, word, capsys):
+    assert _exit_code(arguments) == 2
+    captured = capsys.readouterr()
+    assert word in captured.err and not captured.out
+
+
+def _exit_code(arguments):
+    """Of the process: `main` returns it, the parser raises it."""
+    try:
+        return main(arguments)
+    except SystemExit as stop:
+        return stop.code or 0
+
+
+def test_generate_streams_the_greedy_text(target, capsys):
+    arguments = ["generate", "--target", target, "--prompt", "hello", "--no-draft", "--max-new-tokens", "12"]
+    assert main(arguments) == 0
+    first = capsys.readouterr()
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == first.out != "\n"
+    assert "tokens/s" in first.err and "τ" not in first.err
+
+
+def test_a_tree_larger_than_its_depth_allows_is_refused_before_anything_is_read(tmp_path, capsys):
+    """Neither target nor draft nor prompts exist: the tree is looked at first."""
+    common = ["--target", "nowhere", "--draft", "nowhere", "--num-draft-tokens", "2", "--tree-nodes", "200"]
+    for command in (["generate", "--prompt", "x"], ["evaluate", "--prompts", "nowhere", "--out", str(tmp_path / "out")]):
+        assert main([*command, *common]) == 2
+        assert "depth 2 with top-k 10 proposes 110 tokens; take fewer nodes" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def _export_draft(target, directory, seed=1, **changes):
+    config = load_target(target).config
+    draft, params = toy_draft(dataclasses.replace(config, **changes), seed)
+    write_draft(directory, draft, params, "vllm")
+    return str(directory)
+
+
+def test_generate_marks_what_the_draft_proposed(tmp_path, target, capsys):
+    draft = _export_draft(target, tmp_path / "draft")
+    common = ["generate", "--target", target, "--prompt", "hello", "--max-new-tokens", "40"]
+    assert main([*common, "--no-draft"]) == 0
+    plain = capsys.readouterr().out
+    # As wide as the whole vocabulary of bytes, so that an untrained draft is right now and then.
+    tree = ["--draft", draft, "--num-draft-tokens", "2", "--tree-nodes", "150", "--tree-top-k", "100"]
+    assert main([*common, *tree]) == 0
+    unmarked = capsys.readouterr()
+    assert unmarked.out == plain and "τ" in unmarked.err
+    assert main([*common, *tree, "--show-accepted"]) == 0
+    marked = capsys.readouterr().out
+    assert re.sub(r"\[(.*?)\]", r"\1", marked, flags=re.DOTALL) == plain and marked != plain
+
+
+def test_generate_marks_which_draft_proposed(tmp_path, target, capsys):
+    """By its number; the text without marks is that of each draft alone, and who had how many accepted is told at the end."""
+    drafts = [_export_draft(target, tmp_path / "first"), _export_draft(target, tmp_path / "second", seed=2)]
+    common = ["generate", "--target", target, "--prompt", "hello", "--max-new-tokens", "40", "--num-draft-tokens", "2"]
+    tree = ["--tree-nodes", "150", "--tree-top-k", "100"]
+    assert main([*common, *tree, "--draft", drafts[0]]) == 0
+    plain = capsys.readouterr().out
+    assert main([*common, *tree, "--draft", *drafts, "--combine", "merge", "--show-accepted"]) == 0
+    captured = capsys.readouterr()
+    assert re.sub(r"\[[12]:(.*?)\]", r"\1", captured.out, flags=re.DOTALL) == plain
+    counts = [int(count) for count in re.search(r"accepted: \[1:first\] (\d+), \[2:second\] (\d+)", captured.err).groups()]
+    assert min(counts) > 0
+
+
+def test_evaluate_combines_drafts_beside_each_alone(tmp_path, target, capsys):
+    drafts = [_export_draft(target, tmp_path / "first"), _export_draft(target, tmp_path / "second", seed=2)]
+    prompts = _file(tmp_path, "p.jsonl", *({"id": str(i), "source": "ab"[i % 2], "turns": ["hello"]} for i in range(4)))
+    arguments = ["evaluate", "--target", target, "--prompts", prompts, "--max-new-tokens", "24", "--num-draft-tokens", "2"]
+    arguments += ["--draft", *drafts, "--tree-nodes", "150", "--tree-top-k", "100"]
+    merged = [*arguments, "--combine", "merge", "--each-draft", "--out", str(tmp_path / "out")]
+    assert main([*merged, "--dry-run"]) == 0
+    words = capsys.readouterr().out
+    assert "for 3 drafts" in words and "merge: first and second, their trees merged, 150 nodes a tree" in words
+    assert main([*merged, "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)["drafts"]
+    assert list(values) == ["first", "second", "merge"] and "drafts" not in values["first"]
+    assert len(read_json(tmp_path / "out" / "differences.json")) == 3
+    report = read_json(tmp_path / "out" / "merge" / "report.json")
+    assert report["combined"] == {"rule": "merge", "route_by": "confidence", "route_steps": 0, "tree_nodes": 150}
+    assert report["same_text_share"] == 1.0 and len(report["alpha"]) == 2
+    for figures in (report, *report["per_source"].values()):
+        for share in ("verified_share", "accepted_share"):
+            assert sum(figures["drafts"][name][share] for name in ("first", "second")) == pytest.approx(1)
+    assert main([*arguments[:-4], "--combine", "average", "--combine-weights", "1", "0", "--out", str(tmp_path / "one")]) == 0
+    assert "average" in capsys.readouterr().out
+    assert read_json(tmp_path / "one" / "report.json")["config"]["combine_weights"] == [1.0, 0.0]
+    other = _export_draft(target, tmp_path / "other", rope=Rope(5e5))
+    wrong = ["--draft", drafts[0], other, "--combine", "merge", "--tree-nodes", "9", "--out", str(tmp_path / "no")]
+    assert main([*arguments[:9], *wrong]) == 2
+    assert "drafts first and other cannot be combined: rope is" in capsys.readouterr().err
+
+
+def test_evaluate_compares_drafts_and_prints_a_table(tmp_path, target, capsys):
+    drafts = [_export_draft(target, tmp_path / name) for name in ("first", "second")]
+    prompts = _file(tmp_path, "p.jsonl", *({"id": str(i), "source": "ab"[i % 2], "turns": ["hello"]} for i in range(4)))
+    arguments = ["evaluate", "--target", target, "--prompts", prompts, "--max-new-tokens", "6", "--num-draft-tokens", "2"]
+    assert main([*arguments, "--draft", *drafts, "--out", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    for word in ("first", "second", "τ [95%]", "α2", "0 first", "τ of second minus first: +0.000", "compiling"):
+        assert word in out
+    assert "…" not in out
+    (difference,) = read_json(tmp_path / "out" / "differences.json")
+    assert (difference["a"], difference["b"], difference["tau_difference"]) == ("second", "first", 0.0)
+    assert read_json(tmp_path / "out" / "first" / "report.json")["per_source"].keys() == {"a", "b"}
+    assert main([*arguments, "--draft", drafts[0], drafts[0], "--out", str(tmp_path / "again")]) == 2
+    assert "given twice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "turns, changes, words",
+    [
+        (["a" * 1100], {}, ["prompt p0", "exceed the context of 1024", "--max-new-tokens"]),
+        ([], {}, [":1:", "turns"]),
+        ([" "], {}, [":1:", "turns"]),
+        (["fine"], {"hidden_size": 16}, ["hidden_size is 16", "has 32"]),
+        (["fine"], {"vocab_size": 300}, ["vocab_size is 300", "has 258"]),
+        (["fine"], {"rope": Rope(5e5)}, ["rope is", "theta=500000"]),
+    ],
+    ids=["longer than the context", "no turn", "empty turn", "hidden size", "vocabulary", "rope"],
+)
+def test_prompts_and_drafts_that_do_not_fit(tmp_path, target, capsys, turns, changes, words):
+    draft = _export_draft(target, tmp_path / "draft", **changes)
+    prompts = _file(tmp_path, "p.jsonl", {"id": "p0", "source": "s", "turns": turns})
+    out = tmp_path / "out"
+    assert main(["evaluate", "--target", target, "--draft", draft, "--prompts", prompts, "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert all(word in error for word in words), error
+    assert not out.exists()
+
+
+def test_one_name_one_meaning():
+    """Design §5: an option has the same type and default in every command (`out` differs in what it is a directory of)."""
+    seen = {}
+    for kind in _COMMANDS.values():
+        for name, field in kind.__dataclass_fields__.items():
+            if name in ("out", "draft", "seed"):
+                continue
+            assert seen.setdefault(name, (field.type, field.default)) == (field.type, field.default), (kind, name)
+    assert {"target", "retain_ratio", "num_draft_tokens"} <= set(seen)
+
+
+@pytest.mark.parametrize("command", _COMMANDS)
+def test_help_explains_every_option_and_ends_with_examples(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    assert _exit_code([command, "--help"]) == 0
+    text, kind = capsys.readouterr().out, _COMMANDS[command]
+    assert text.split("example:")[1].strip().startswith(f"jsfdd {command}")
+    assert max(map(len, text.splitlines())) <= 100
+    helps = field_docstrings(kind)
+    for name in kind.__dataclass_fields__:
+        assert helps[name] and (command == "completion" or "--" + name.replace("_", "-") in text)
+    assert ("--dry-run" in text) == ("--json" in text) == (command in _STAGES)
+    assert "Options(" not in text and "None" not in text  # what dataclasses and tyro say by themselves
+
+
+def test_help_shows_groups_defaults_and_choices(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    _exit_code(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.replace("│", "").split())
+    for title in ("target options", "data options", "training options", "output options"):
+        assert title in text
+    for words in ("--epochs INT Passes over the kept samples.", "(default: 10)", "--data PATH … Chats:", "(default: 0)"):
+        assert words in text
+    assert "--fc-bias Give" in text and "--no-fc-bias" not in text
+    assert "--mask-spans {thinking,tool_calls} …" in text
+
+
+def test_help_of_the_command_documents_exit_codes(capsys):
+    assert _exit_code(["--help"]) == 0
+    text = capsys.readouterr().out
+    for words in ("exit codes:", "  0 ", "  2 ", "  130 ", "NO_COLOR", *_COMMANDS):
+        assert words in text
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_scripts_know_commands_and_options(shell, capsys):
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert "retain-ratio" in script and "evaluate" in script and "dry-run" in script
+    if shell == "bash":
+        checked = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True)
+        assert (checked.returncode, checked.stderr) == (0, "")
+
+
+def test_no_color():
+    """On a terminal the help is coloured, unless NO_COLOR says otherwise."""
+    code = "from jsfdd.commands.cli import main; main(['completion', '--help'])"
+    for no_color, coloured in (("", True), ("1", False)):
+        reader, terminal = os.openpty()
+        environment = os.environ | {"NO_COLOR": no_color, "TERM": "xterm"}
+        process = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=terminal)
+        os.close(terminal)
+        shown = b""
+        with contextlib.suppress(OSError):  # how a terminal says that its other end is closed
+            while part := os.read(reader, 4096):
+                shown += part
+        os.close(reader)
+        assert process.wait() == 0 and b"Print a completion script" in shown
+        assert (b"\x1b[" in shown) == coloured
+
+
+def test_an_interrupt_exits_with_130(monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_run", interrupt)
+    assert main(["demo"]) == 130
+    assert "interrupted; the same command continues" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["completion", "bash"], ["select", "--scores", "SCORES", "--out", "OUT", "--dry-run"]]
+)
+def test_a_reader_that_leaves_early_is_no_fault(tmp_path, arguments):
+    """As in `jsfdd … | head`: output that nobody reads any more ends the command without a word."""
+    columns = {name: np.arange(1.0, 5.0) for name in METRICS}
+    ids = tuple("abcd")
+    table = ScoreTable(ids=ids, sources=ids, num_tokens=np.ones(4, np.int32), identity={}, tokens=None, **columns)
+    write_scores(tmp_path / "scores.parquet", table)
+    names = {"SCORES": str(tmp_path / "scores.parquet"), "OUT": str(tmp_path / "out")}
+    command = [sys.executable, "-m", "jsfdd.commands.cli", *(names.get(word, word) for word in arguments)]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as closed:
+        done = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, text=True)
+    said = [line for line in done.stderr.splitlines() if not line.startswith("[transformers]")]
+    assert (done.returncode, said) == (141, [])
+
+
+def test_scores_as_json(tmp_path, target, capsys):
+    """stdout is one line of JSON; what was read, kept and skipped is on stderr and in the JSON, without any text of a chat."""
+    question, answer = {"role": "user", "content": "I am Ada"}, {"role": "assistant", "content": "Hello Ada<|im_end|>"}
+    secret = {"messages": [question, answer]}
+    data = _file(tmp_path, "chats.jsonl", GOOD, GOOD, secret)
+    assert main(["score", "--target", target, "--data", data, "--out", str(tmp_path / "out"), "--json"]) == 0
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    assert captured.out.count("\n") == 1
+    assert (result["command"], result["samples"], result["scores"]) == ("score", 1, str(tmp_path / "out" / "scores.parquet"))
+    assert "features" not in result
+    [counts] = result["files"]
+    assert (counts["read"], counts["kept"], counts["duplicates"], counts["special_text"]) == (3, 1, 1, 1)
+    assert f"{data}: 3 read, 1 kept; skipped: 1 duplicates, 1 with a special token's text" in captured.err
+    assert "Ada" not in captured.out + captured.err

@@ -1,0 +1,54 @@
+"""Drafts by name, and what --combine makes of them or says of those that do not belong together."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from toy import toy_config, toy_draft
+
+from jsfdd.commands import drafts
+from jsfdd.commands.configs import EvaluateConfig
+from jsfdd.decoding.ensemble import Combine, Ensemble
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Drafts that are there by their paths alone: runs/NAME-of-TARGET, trained for that target, or exported/NAME."""
+    config = toy_config()
+
+    def load(path):
+        _, _, target = path.name.partition("-of-")
+        return *toy_draft(config, seed=len(path.name)), {"target": target * 8} if target else None
+
+    monkeypatch.setattr(drafts, "load_draft_and_record", load)
+
+
+def _measured(*paths, **options):
+    names = tuple(map(Path, paths))
+    return drafts.measured_drafts(EvaluateConfig(target="t", prompts=(Path("p"),), out=Path("o"), draft=names, **options))
+
+
+def test_drafts_trained_for_other_targets_are_refused(trained):
+    with pytest.raises(ValueError, match=r"drafts a-of-one and b-of-two .* different targets \(fingerprints oneoneoneone…"):
+        _measured("exported/x", "runs/a-of-one", "runs/b-of-two", combine="average")
+    assert list(_measured("exported/x", "runs/a-of-one", "runs/bb-of-one", combine="average")) == ["average"]
+
+
+def test_what_is_measured(trained):
+    options = dict(combine="route", tree_nodes=9, route_by="entropy", route_steps=2)
+    only = _measured("exported/x", "exported/yy", **options)
+    assert list(only) == ["route"] and isinstance(only["route"], Ensemble)
+    assert list(only["route"].drafts) == ["x", "yy"] and only["route"].combine == Combine("route", "entropy", 2)
+    assert list(_measured("exported/x", "exported/yy", each_draft=True, **options)) == ["x", "yy", "route"]
+    with pytest.raises(ValueError, match="one is named route"):
+        _measured("exported/x", "exported/route", each_draft=True, **options)
+
+
+def test_equal_weights_unless_given(trained):
+    (_, mean), (_, first) = (
+        _measured("exported/x", "exported/yy", combine="average", combine_weights=weights)["average"] for weights in ((), (1.0, 0.0))
+    )
+    one, two = (toy_draft(toy_config(), seed=length)[1] for length in (1, 2))
+    assert jax.tree.all(jax.tree.map(np.array_equal, first, one))
+    assert jax.tree.all(jax.tree.map(lambda m, a, b: np.allclose(m, (a + b) / 2, atol=1e-6), mean, one, two))

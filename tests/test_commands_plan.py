@@ -1,0 +1,150 @@
+"""`plan` from shapes alone: exact where it counts, near what the compiler allocates, and useful for what is not here."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from test_commands_run import _chats
+from toy import toy_config, write_target
+
+from jsfdd.base.mesh import make_mesh
+from jsfdd.base.records import Batch, DraftBatch
+from jsfdd.commands.cli import main
+from jsfdd.commands.configs import PlanConfig, TrainConfig
+from jsfdd.commands.costs import Lengths, evaluate_stage, forward_flops, known_stage, param_bytes, score_stage, train_stage
+from jsfdd.commands.plan import GB, Devices, make_plan, print_plan, suggest_model_shards
+from jsfdd.data.batches import Shape
+from jsfdd.models.draft import draft_config
+from jsfdd.models.target import hidden_states, init_params
+from jsfdd.scoring.score import block_size, make_score_step
+from jsfdd.training.loss import borrow
+from jsfdd.training.step import init_state, make_optimizer, make_train_step
+
+SEVENTY_B = dict(
+    model_type="llama", architectures=["LlamaForCausalLM"], vocab_size=128256, hidden_size=8192, intermediate_size=28672,
+    num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8, head_dim=128, max_position_embeddings=8192,
+    rms_norm_eps=1e-5, rope_theta=5e5, hidden_act="silu", tie_word_embeddings=False,
+)  # fmt: skip
+
+
+def options(tmp_path, **changes):
+    return PlanConfig(**(dict(target="x", data=(tmp_path / "chats.jsonl",), batch_tokens=4096) | changes))
+
+
+def test_a_70b_config_without_weights_or_tokenizer(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(SEVENTY_B))
+    _chats(tmp_path / "chats.jsonl")
+    shared = dict(target=str(tmp_path), dtype="bfloat16", devices=16)
+    plan = make_plan(options(tmp_path, **shared, device_kind="TPU v5"))
+    score = plan.stages[0]
+    assert score.memory["target"] == pytest.approx(70.55e9 * 2, rel=0.001)  # the 70B that its makers count
+    assert score.peak > 95 * GB and plan.suggested == 4 and "estimated" in plan.lengths.source
+    # Two FLOPs a parameter and token, attention and the padding of the tokens aside.
+    assert score.flops > 2 * 68e9 * plan.lengths.tokens.sum()
+    print_plan(plan)
+    out = capsys.readouterr().out
+    assert "--model-shards 4" in out and "16 × TPU v5, 95 GB and 459 TFLOP/s" in out
+    # The draft of such a target, its gradient and its moments are 16 GB on every device.
+    assert make_plan(options(tmp_path, **shared, device_kind="TPU v5 lite")).suggested is None
+
+
+def test_unknown_devices_need_their_figures(tmp_path, capsys):
+    write_target(tmp_path / "target")
+    _chats(tmp_path / "chats.jsonl")
+    arguments = ["plan", "--target", str(tmp_path / "target"), "--data", str(tmp_path / "chats.jsonl")]
+    arguments += ["--device-kind", "Abacus"]
+    assert main(arguments) == 2
+    assert "'Abacus' is not known, so give --device-memory and --device-rate" in capsys.readouterr().err
+    assert main([*arguments, "--device-memory", "1", "--device-rate", "0.5"]) == 0
+    assert "1 GB and 0.5 TFLOP/s each (given)" in capsys.readouterr().out
+
+
+def test_the_suggested_mesh_is_the_first_that_fits(tmp_path):
+    config = toy_config(vocab_size=4096, hidden_size=64, intermediate_size=128, num_heads=8, num_kv_heads=8)
+    lengths = Lengths(np.full(8, 64), np.full(8, 30), "")
+
+    def suggested(memory):
+        return suggest_model_shards(config, lengths, options(tmp_path, batch_tokens=64), Devices(8, "x", memory, 1.0, ""))
+
+    peaks = {m: max(
+        score_stage(config, lengths, 64, 4, m).peak,
+        train_stage(config, lengths, options(tmp_path, batch_tokens=64), 4, m, 8 // m).peak,
+        evaluate_stage(config, options(tmp_path), 4, m, 8 // m).peak,
+    ) for m in (1, 2, 4, 8)}  # fmt: skip
+    assert peaks[1] > peaks[2] > peaks[4] > peaks[8]
+    for m in (1, 2, 4, 8):
+        assert suggested(peaks[m] / 0.89) == m
+    assert suggested(peaks[8] / 2) is None
+
+
+def test_parameters_are_counted_to_the_byte():
+    config = toy_config(vocab_size=96)
+    params = init_params(config, jax.random.key(0))
+    assert param_bytes(config, 4, 1) == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert param_bytes(config, 4, 2) < 0.6 * param_bytes(config, 4, 1)
+
+
+# Large enough that what is allocated is arrays, not the compiler's scratch.
+CHECKED = toy_config(
+    vocab_size=8192, hidden_size=256, intermediate_size=768, num_layers=4, num_heads=8, num_kv_heads=4, head_dim=32
+)
+SHAPE = Shape(8, 256)
+
+
+def shapes_of(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def allocated(compiled):
+    found = compiled.memory_analysis()
+    return found.argument_size_in_bytes + found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+
+
+def test_a_scoring_step_is_near_what_is_allocated():
+    mesh = make_mesh(1)
+    params = jax.eval_shape(lambda: init_params(CHECKED, jax.random.key(0)))
+    batch = Batch(np.zeros(SHAPE, np.int32), np.zeros(SHAPE, bool), np.zeros(SHAPE.rows, np.int32))
+    compiled = make_score_step(CHECKED, mesh, block_size()).lower(params, shapes_of(batch)).compile()
+    lengths = Lengths(np.full(8, 256), np.full(8, 100), "")
+    expected = score_stage(CHECKED, lengths, 8 * 256, 4, 1).peak
+    assert 0.6 < expected / allocated(compiled) < 1.6, (expected, allocated(compiled), compiled.memory_analysis())
+
+
+def test_a_training_step_is_near_what_is_allocated(tmp_path):
+    mesh, draft = make_mesh(1), draft_config(CHECKED)
+    config = options(tmp_path, batch_tokens=8 * 256)
+    training = TrainConfig(target="x", data=config.data, out=tmp_path)
+    optimizer = make_optimizer(training, 10)
+    frozen = jax.eval_shape(lambda: borrow(CHECKED, init_params(CHECKED, jax.random.key(0))))
+    state = jax.eval_shape(lambda: init_state(draft, optimizer, 0))
+    batch = DraftBatch(
+        np.zeros(SHAPE, np.int32),
+        np.zeros(SHAPE, bool),
+        np.zeros(SHAPE, np.float32),
+        np.zeros((*SHAPE, CHECKED.hidden_size), np.float32),
+        np.zeros((*SHAPE, CHECKED.hidden_size + 1), np.float32),
+    )
+    compiled = make_train_step(CHECKED, draft, optimizer, mesh, training).lower(frozen, state, shapes_of(batch)).compile()
+    lengths = Lengths(np.full(8, 256), np.full(8, 100), "")
+    stage = train_stage(CHECKED, lengths, config, 4, 1, 1)
+    expected = stage.peak - stage.memory["target"] + frozen.embedding.size * 4  # of the target, a step reads the embedding
+    assert 0.6 < expected / allocated(compiled) < 1.6, (expected, allocated(compiled), compiled.memory_analysis())
+
+
+def test_likeliest_tokens_take_disk_by_their_number_alone(tmp_path):
+    lengths = Lengths(np.full(8, 256), np.full(8, 100), "")
+    means, few, many = (known_stage(CHECKED, lengths, options(tmp_path, target_top_k=k), 4, 1) for k in (0, 32, 256))
+    kept = 0.5 * 8 * 256
+    assert (means.disk, few.disk, many.disk) == (kept * 2 * 257, kept * (4 * 32 + 2), kept * (4 * 256 + 2))
+    assert few.flops == many.flops == means.flops / 2 and few.name == "target top-k"
+
+
+def test_forward_flops_are_those_of_the_matrices():
+    """Against XLA's own count of one forward pass without a head; it counts the norms' and softmax's arithmetic too."""
+    config = dataclasses.replace(CHECKED, num_layers=1)
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    lowered = jax.jit(lambda p, t: hidden_states(config, p, t)).lower(params, jax.ShapeDtypeStruct(SHAPE, np.int32))
+    counted = lowered.compile().cost_analysis()["flops"]
+    assert forward_flops(config, [SHAPE]) == pytest.approx(counted, rel=0.1)

@@ -1,0 +1,396 @@
+"""Every stage on a toy target in seconds: the whole loop, run twice, stage by stage, and from Python."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from toy import toy_tokenizer, write_target
+
+from jsfdd.base.files import read_json, write_json
+from jsfdd.commands import outcome as results
+from jsfdd.commands import pipeline
+from jsfdd.commands.configs import EvaluateConfig, ExportConfig, RunConfig, ScoreConfig, SelectConfig, TrainConfig
+from jsfdd.commands.dry_run import dry_run
+from jsfdd.data.chat import read_chats
+from jsfdd.data.template import tokenize_chats
+from jsfdd.hidden import capture as features
+from jsfdd.scoring.table import read_scores
+from jsfdd.selection.sfdd import read_selection
+from jsfdd.training.journal import read_lines
+from jsfdd.training.train import METRICS, split_held_out
+from jsfdd.weights.eagle import read_draft
+
+WORDS = "the cat sat on a mat and saw one red bird fly over two green hills".split()
+
+
+def _chats(path, count=24):
+    rng = np.random.default_rng(0)
+    with path.open("w") as file:
+        for i in range(count):
+            text = [" ".join(rng.choice(WORDS, 3 + i % 5)) for _ in range(2)]
+            messages = [{"role": "user", "content": text[0]}, {"role": "assistant", "content": text[1]}]
+            file.write(json.dumps({"id": f"c{i}", "source": "ab"[i % 2], "messages": messages}) + "\n")
+    return path
+
+
+def _prompts(path):
+    rows = [{"id": f"p{i}", "source": "x", "turns": [WORDS[i]]} for i in range(5)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    return str(write_target(folder / "target")), _chats(folder / "chats.jsonl"), _prompts(folder / "prompts.jsonl")
+
+
+def _run_config(inputs, out, **changes):
+    target, data, prompts = inputs
+    values = dict(
+        target=target, data=(data,), prompts=(prompts,), out=out, max_length=128, batch_tokens=512, epochs=2, held_out_share=0.2,
+        max_new_tokens=8, num_draft_tokens=2, batch_size=4,
+    )  # fmt: skip
+    return RunConfig(**(values | changes))
+
+
+@pytest.fixture(scope="module")
+def finished(inputs, tmp_path_factory):
+    config = _run_config(inputs, tmp_path_factory.mktemp("run") / "out")
+    return config, pipeline.run(config)
+
+
+def test_the_summary_tells_what_the_artifacts_hold(finished):
+    config, summary = finished
+    assert [row["arm"] for row in summary["arms"]] == ["full", "flatness", "random"]
+    table = read_scores(config.out / "scores.parquet")
+    assert len(table.ids) == 24 == summary["data"]["kept"]
+    [counts] = summary["data"]["files"]
+    assert (counts["file"], counts["read"], counts["kept"], counts["duplicates"]) == (str(config.data[0]), 24, 24, 0)
+    samples, _ = tokenize_chats(read_chats(config.data), toy_tokenizer(), 128)
+    held_out = {sample.id for sample in split_held_out(samples, config.held_out_share)[1]}
+    assert 0 < len(held_out) < 12
+    for row in summary["arms"]:
+        arm = config.out / "arms" / row["arm"]
+        kept = read_selection(arm / "selection.json").ids
+        assert len(kept) == (24 if row["arm"] == "full" else 12)
+        # The table counts what was trained on: the selection without what is held out.
+        trained = set(kept) - held_out
+        assert row["samples"] == len(trained)
+        assert row["counted_tokens"] == sum(n for i, n in zip(table.ids, table.num_tokens) if i in trained)
+        assert row["tau"] == read_json(arm / "report.json")["tau"] >= 1
+        assert read_json(arm / "report.json")["same_text_share"] == 1.0
+        draft, _ = read_draft(arm / "draft")
+        assert draft.decoder.hidden_size == 32
+        card = (arm / "draft" / "README.md").read_text()
+        assert f"τ = {row['tau']:.3f}" in card and f"{len(kept)} conversations" in card and "samples" in card
+    assert {(d["a"], d["b"]) for d in summary["differences"]} == {("flatness", "full"), ("random", "full"), ("random", "flatness")}
+    page = (config.out / "report.html").read_text()
+    assert "flatness" in page and "<script>" not in page
+
+
+def test_the_dry_run_foretells_the_run(finished, tmp_path):
+    config, summary = finished
+    plan = dry_run(RunConfig.taken_from(config, out=tmp_path / "out")).values
+    full = plan["arms"]["full"]
+    ran = summary["arms"][0]
+    assert (full["samples"], full["steps"], full["tokens"]) == (ran["samples"], ran["steps"], ran["tokens"])
+    assert plan["scoring"]["padding_share"] == summary["data"]["padding_share"]
+    assert plan["scoring"]["counted_tokens"] == summary["data"]["counted_tokens"]
+    stored = sum(path.stat().st_size for path in (config.out / "hidden").glob("*") if path.name != "manifest.json")
+    assert plan["hidden_bytes"] == stored
+    assert not (tmp_path / "out").exists()
+
+
+def test_results_are_words_and_json(finished):
+    config, summary = finished
+    result = results.of_run(config, summary)
+    values = json.loads(json.dumps(result.values, default=str))
+    assert values["arms"] == summary["arms"] and values["report"] == str(config.out / "report.html")
+    assert all(arm in result.words for arm in config.arms) and "τ of flatness minus full" in result.words
+    arm = config.out / "arms" / "full"
+    evaluated = EvaluateConfig.taken_from(config, draft=(arm,), out=arm)
+    result = results.of_evaluate(evaluated, {"full": read_json(arm / "report.json")})
+    figures = json.loads(json.dumps(result.values, default=str))["drafts"]["full"]
+    assert figures["tau"] == summary["arms"][0]["tau"] and len(figures["alpha"]) == 2
+    assert "prompts" not in figures and "examples" not in figures
+    assert f"{figures['tau']:.3f}" in result.words and result.words.endswith(str(arm))
+
+
+def test_a_flavour_that_cannot_hold_the_drafts_is_refused_before_training(inputs, tmp_path):
+    config = _run_config(inputs, tmp_path / "out", fc_bias=True)
+    with pytest.raises(ValueError, match="--flavour vllm cannot represent this draft: fc_bias"):
+        pipeline.run(config)
+    assert not (config.out / "scores.parquet").exists() and not (config.out / "arms").exists()
+
+
+def test_export_finds_or_takes_what_its_card_tells(finished, tmp_path):
+    config, _ = finished
+    arm, other = config.out / "arms" / "flatness", config.out / "arms" / "full"
+    shared = dict(flavour="speculators", export_dtype="bfloat16", num_draft_tokens=7)
+    pipeline.export(ExportConfig(draft=arm / "checkpoints", out=tmp_path / "a", **shared))
+    settings = read_json(tmp_path / "a" / "config.json")
+    assert settings["torch_dtype"] == "bfloat16"
+    assert settings["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == 7
+    # The report says for which target; an option is stronger.
+    assert settings["speculators_config"]["verifier"] == {"name_or_path": config.target, "architectures": ["LlamaForCausalLM"]}
+    named = ExportConfig(draft=arm, out=tmp_path / "b", report=other / "report.json", served_target="org/toy", **shared)
+    pipeline.export(named)
+    card = (tmp_path / "b" / "README.md").read_text()
+    assert f"τ = {read_json(other / 'report.json')['tau']:.3f}" in card and "org/toy" in card and "12 conversations" in card
+    # From an exported directory: nothing is known but what is named.
+    pipeline.export(ExportConfig(draft=tmp_path / "b", out=tmp_path / "c", selection=arm / "selection.json"))
+    card = (tmp_path / "c" / "README.md").read_text()
+    assert "Not measured yet" in card and "Not known" in card and "12 conversations" in card
+
+
+@pytest.mark.parametrize("name, edit, message", [
+    ("report", {"tau": None}, None),
+    ("report", {"alpha": ...}, "no field alpha"),
+    ("selection", {"inputs": {"scores": {"target": "another"}}}, "target: found 'another'"),
+])  # fmt: skip
+def test_cards_are_not_made_from_other_runs(finished, tmp_path, name, edit, message):
+    config, _ = finished
+    arm = config.out / "arms" / "flatness"
+    values = read_json(arm / f"{name}.json") | edit
+    (tmp_path / "file.json").write_text(json.dumps({key: value for key, value in values.items() if value is not ...}))
+    export = ExportConfig(draft=arm, out=tmp_path / "draft", **{name: tmp_path / "file.json"})
+    if message is None:
+        pipeline.export(export)
+        return
+    with pytest.raises(ValueError, match=message):
+        pipeline.export(export)
+    assert not (tmp_path / "draft").exists()
+
+
+def test_flatness_arm_keeps_the_flattest(finished):
+    config, _ = finished
+    table = read_scores(config.out / "scores.parquet")
+    flatness = dict(zip(table.ids, table.flatness))
+    kept = set(read_selection(config.out / "arms" / "flatness" / "selection.json").ids)
+    assert min(flatness[i] for i in kept) >= max(flatness[i] for i in flatness if i not in kept)
+
+
+def test_a_second_run_computes_nothing(finished, monkeypatch, capsys):
+    config, summary = finished
+    monkeypatch.setattr(pipeline, "load", lambda *_: pytest.fail("loaded the target again"))
+    before = {path: path.stat().st_mtime_ns for path in config.out.rglob("*") if path.is_file()}
+    assert pipeline.run(config) == summary
+    assert {path: path.stat().st_mtime_ns for path in config.out.rglob("*") if path.is_file()} == before
+    assert "finished before" in capsys.readouterr().err
+
+
+def test_a_mixture_is_of_what_was_selected_and_is_recorded(finished, tmp_path):
+    """From features that were stored for all; another mixture in the same directory is refused by name."""
+    of_run, _ = finished
+    selected = of_run.out / "arms" / "flatness" / "selection.json"
+    config = TrainConfig.taken_from(
+        of_run, selection=selected, features=str(of_run.out / "hidden"), epochs=1, out=tmp_path, mix=("a=2", "b=1"), mix_total=3
+    )
+    samples, _ = tokenize_chats(read_chats(config.data), toy_tokenizer(), 128)
+    kept, held_out = pipeline.training_sides(samples, read_selection(selected), config)
+    assert {sample.id for sample in kept} <= set(read_selection(selected).ids) - {sample.id for sample in held_out}
+    assert sorted(sample.source for sample in kept) == ["a", "a", "b"] and held_out
+
+    result = pipeline.train(config)
+    assert result.samples == 3 and not (tmp_path / "hidden").exists()
+    recorded = pipeline.load_draft_and_record(tmp_path)[2]["mix"]
+    assert recorded["shares"] == {"a": 2 / 3, "b": 1 / 3} and recorded["total"] == 3
+    assert {source: found["samples"] for source, found in recorded["contents"].items()} == {"a": 2, "b": 1}
+    assert pipeline.train(dataclasses.replace(config, mix=("b=0.5", "a=1"))).seconds == result.seconds, "the same mixture"
+    for changes, named in (
+        ({"mix": ("a=1", "b=1")}, "mix.shares.a: found 0.666"),
+        ({"mix_total": 2}, "mix.total: found 3, expected 2"),
+        ({"mix_unit": "tokens", "mix_total": 40}, "mix.unit: found 'samples', expected 'tokens'"),
+        ({"mix": (), "mix_total": None}, "mix: found {"),
+    ):
+        with pytest.raises(ValueError, match="other inputs or options") as error:
+            pipeline.train(dataclasses.replace(config, **changes))
+        assert named in str(error.value)
+
+
+def test_an_interrupted_run_continues_to_the_same_result(inputs, finished, tmp_path, monkeypatch):
+    """Stopped after scoring, after the first arm and before the summary, it ends with the same drafts."""
+    config = _run_config(inputs, tmp_path / "out")
+    for stop in ("select", "_evaluate_arms", "export", "_summary"):
+        with monkeypatch.context() as patch:
+            patch.setattr(pipeline, stop, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                pipeline.run(config)
+    again = pipeline.run(config)
+    whole = finished[1]
+    for row, other in zip(again["arms"], whole["arms"]):
+        for name in ("arm", "samples", "steps", "tau", "held_out"):
+            assert row[name] == other[name]
+    for arm in config.arms:
+        _, params = read_draft(config.out / "arms" / arm / "draft")
+        _, expected = read_draft(finished[0].out / "arms" / arm / "draft")
+        assert np.array_equal(params["fc"]["kernel"], expected["fc"]["kernel"])
+
+
+def test_changed_options_or_inputs_are_refused_by_name(inputs, finished):
+    config, _ = finished
+    with pytest.raises(ValueError, match="config.epochs: found 2, expected 3.*choose another --out"):
+        pipeline.run(_run_config(inputs, config.out, epochs=3))
+    with inputs[1].open("a") as file:
+        file.write("\n")
+    with pytest.raises(ValueError, match="chats.jsonl: found"):
+        pipeline.run(config)
+
+
+def test_a_new_file_in_a_directory_of_data_is_noticed(inputs, tmp_path):
+    folder = tmp_path / "chats"
+    folder.mkdir()
+    _chats(folder / "a.jsonl", 4)
+    config = _run_config((inputs[0], folder, inputs[2]), tmp_path / "out")
+    claim = pipeline.check_claim(config)
+    assert not config.out.exists() and str(folder / "a.jsonl") in claim["inputs"]
+    config.out.mkdir()
+    write_json(config.out / "run.json", claim)
+    assert pipeline.check_claim(config) == claim
+    _chats(folder / "b.jsonl", 2)
+    with pytest.raises(ValueError, match=r"inputs\..*b\.jsonl: found None, expected .*choose another --out"):
+        pipeline.check_claim(config)
+
+
+def test_stage_by_stage(inputs, tmp_path):
+    """The README's ten lines; hidden states are stored for the kept and the held-out samples alone."""
+    target, data, prompts = inputs
+    shared = dict(target=target, data=(data,), max_length=128, batch_tokens=512)
+    pipeline.score(ScoreConfig(**shared, out=tmp_path))
+    chosen = pipeline.select(SelectConfig(scores=tmp_path / "scores.parquet", retain_ratio=0.25, out=tmp_path))
+    result = pipeline.train(
+        TrainConfig(**shared, selection=tmp_path / "selection.json", epochs=1, held_out_share=0.1, out=tmp_path / "draft")
+    )
+    assert len(chosen.ids) == 6 and result.samples <= 6
+    stored = {name for shard in read_json(tmp_path / "draft" / "hidden" / "manifest.json")["shards"] for name, _ in shard["samples"]}
+    assert set(chosen.ids) <= stored and len(stored) < 14
+    pipeline.export(ExportConfig(draft=tmp_path / "draft", out=tmp_path / "exported"))
+    config = EvaluateConfig(
+        target=target, draft=(tmp_path / "exported",), prompts=(prompts,), out=tmp_path / "eval", max_new_tokens=8, num_draft_tokens=2
+    )
+    report = pipeline.evaluate(config)["exported"]
+    assert report == {k: v for k, v in read_json(tmp_path / "eval" / "report.json").items() if k != "config"}
+
+
+def test_a_probe_decodes_while_training_and_its_best_draft_is_the_runs(inputs, tmp_path):
+    """A probe's τ is what `evaluate` says of the same draft, prompts and length, and the draft kept is that of the best."""
+    target, data, prompts = inputs
+    shared = dict(target=target, data=(data,), max_length=128, batch_tokens=512, held_out_share=0.0)
+    config = TrainConfig(
+        **shared, epochs=4, out=tmp_path / "draft", probe_prompts=(prompts,), probe_every=3, probe_new_tokens=16
+    )
+    steps = pipeline.train(config).steps
+    probes = {line["step"]: line["probe"] for line in read_lines(config.out / METRICS) if "probe" in line}
+    assert set(probes) == {*range(3, steps, 3), steps} and all(figures["tau"] >= 1 for figures in probes.values())
+    best = max(figures["tau"] for figures in probes.values())
+    first_best = min(step for step, figures in probes.items() if figures["tau"] == best)
+    assert [path.name for path in (config.out / "best").iterdir()] == [str(first_best)]
+    measured = EvaluateConfig(
+        target=target, draft=(config.out,), prompts=(prompts,), out=tmp_path / "eval", max_new_tokens=16, num_draft_tokens=4
+    )
+    report = pipeline.evaluate(measured)["draft"]
+    assert (report["tau"], report["n_steps"]) == (best, probes[first_best]["n_steps"])
+    assert report["alpha"] == probes[first_best]["alpha"]
+    with pytest.raises(ValueError, match="identity.*probe|probe.*new_tokens"):
+        pipeline.train(dataclasses.replace(config, probe_new_tokens=12))
+
+
+def _stored_in(directory):
+    return {name for shard in read_json(directory / "manifest.json")["shards"] for name, _ in shard["samples"]} - {None}
+
+
+def test_one_pass_scores_and_keeps_features_and_training_reads_them(inputs, tmp_path):
+    """`--keep-features` and `train --features DIR`: the same draft as from features that training computes itself."""
+    target, data, _ = inputs
+    shared = dict(target=target, data=(data,), max_length=128, batch_tokens=512, held_out_share=0.1)
+    kept = ScoreConfig(**shared, out=tmp_path, keep_features=("flatness", "random"), retain_ratio=0.25)
+    pipeline.score(kept)
+    features = tmp_path / "hidden"
+    manifest = read_json(features / "manifest.json")
+    rule = {"keep_features": ["flatness", "random"], "retain_ratio": 0.25, "within": "all", "seed": 0, "held_out_share": 0.1}
+    assert manifest["kept_for"] == rule and {"target", "tokenizer", "template"} <= manifest["identity"].keys()
+
+    def chosen(metric, **changes):
+        options = dict(scores=tmp_path / "scores.parquet", metric=metric, retain_ratio=0.25, out=tmp_path / metric) | changes
+        return set(pipeline.select(SelectConfig(**options)).ids)
+
+    samples, _ = tokenize_chats(read_chats((data,)), toy_tokenizer(), 128)
+    held_out = {sample.id for sample in split_held_out(samples, 0.1)[1]}
+    assert _stored_in(features) == chosen("flatness") | chosen("random") | held_out
+    assert len(_stored_in(features)) < len(samples)
+
+    def trained(name, **changes):
+        options = dict(selection=tmp_path / "flatness" / "selection.json", epochs=1, out=tmp_path / name, features=str(features))
+        return TrainConfig(**(shared | options | changes))
+
+    read = pipeline.train(trained("read"))
+    assert not (tmp_path / "read" / "hidden").exists()
+    computed = pipeline.train(trained("computed", features="store"))
+    for a, b in zip(jax.tree.leaves(read.state.params), jax.tree.leaves(computed.state.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)  # other batches, so hidden states that round otherwise
+
+    chosen("entropy", retain_ratio=0.75)
+    wrong = tmp_path / "entropy" / "selection.json"
+    message = (
+        r"hidden: lacks \d+ of \d+ samples.*Wanted: --metric entropy --retain-ratio 0.75 .*; kept for: --keep-features flatness "
+        r"random --retain-ratio 0.25.*--features store"
+    )
+    with pytest.raises(ValueError, match=message):
+        pipeline.train(trained("wrong", selection=wrong))
+    with pytest.raises(ValueError, match="lacks .* --held-out-share 0.3; kept for: .* --held-out-share 0.1"):
+        pipeline.train(trained("wrong", held_out_share=0.3))
+    with pytest.raises(ValueError, match="holds bfloat16; give --feature-dtype bfloat16"):
+        pipeline.train(trained("wrong", feature_dtype="int8"))
+    with pytest.raises(FileNotFoundError, match="--features none: no such directory; give one that .* or store or recompute"):
+        pipeline.train(trained("wrong", features="none"))
+    with pytest.raises(ValueError, match="hidden states of another run .*identity.max_length"):
+        pipeline.train(trained("wrong", max_length=64))
+    with pytest.raises(ValueError, match="kept_for.retain_ratio: found 0.25, expected 0.5"):
+        pipeline.score(dataclasses.replace(kept, retain_ratio=0.5))
+    assert not (tmp_path / "wrong" / "checkpoints").exists()
+    plan = dry_run(trained("read"))
+    assert plan.values["hidden_bytes"] == 0 and f"read hidden states from {features}" in plan.words
+    with pytest.raises(ValueError, match="lacks"):
+        dry_run(trained("wrong", selection=wrong))
+    plan = dry_run(dataclasses.replace(kept, out=tmp_path / "other"))
+    assert "keep about" in plan.words and f"{tmp_path / 'other' / 'hidden'}/" in plan.values["would_write"]
+    assert plan.values["hidden_bytes"] > 0
+
+
+@pytest.mark.parametrize("changes, stored", [
+    (dict(arms=("flatness", "random")), "in one pass"),
+    (dict(arms=("flatness", "random"), within="source"), "in one pass"),
+    (dict(arms=("flatness",), unit="batch"), "after the selection"),
+    (dict(arms=("flatness",), features="recompute"), "none"),
+    (dict(arms=("flatness",), feature_dtype="int8"), "in one pass"),
+    (dict(arms=("flatness",), target_top_k=8, token_loss="total_variation"), "in one pass"),
+])  # fmt: skip
+def test_a_run_stores_what_its_arms_train_on_and_no_more(inputs, tmp_path, monkeypatch, changes, stored):
+    config = _run_config(inputs, tmp_path / "out", epochs=1, **changes)
+    second_passes, original = [], features.store_hidden
+    monkeypatch.setattr(features, "store_hidden", lambda *a, **b: second_passes.append(1) or original(*a, **b))
+    planned = dry_run(config).values["hidden_bytes"]
+    summary = pipeline.run(config)
+    assert [row["arm"] for row in summary["arms"]] == list(config.arms) and all(row["tau"] >= 1 for row in summary["arms"])
+    assert len(second_passes) == (stored == "after the selection")
+    assert (config.out / "top_k").exists() == (config.target_top_k > 0)
+    assert (planned > 0) == (config.out / "hidden").exists() == (stored != "none")
+    if stored == "none":
+        return
+    samples, _ = tokenize_chats(read_chats(config.data), toy_tokenizer(), 128)
+    held_out = {sample.id for sample in split_held_out(samples, config.held_out_share)[1]}
+    kept = [read_selection(config.out / "arms" / arm / "selection.json").ids for arm in config.arms]
+    assert _stored_in(config.out / "hidden") == held_out.union(*kept) != {sample.id for sample in samples}
+
+
+def test_a_selection_of_other_data_is_refused(inputs, tmp_path):
+    target, data, _ = inputs
+    shared = dict(target=target, data=(data,), max_length=128, batch_tokens=512)
+    pipeline.score(ScoreConfig(**shared, out=tmp_path))
+    pipeline.select(SelectConfig(scores=tmp_path / "scores.parquet", out=tmp_path))
+    other = _chats(tmp_path / "other.jsonl", count=4)
+    with pytest.raises(ValueError, match="the data lacks .* of the samples"):
+        pipeline.train(TrainConfig(**(shared | {"data": (other,)}), selection=tmp_path / "selection.json", out=tmp_path / "draft"))

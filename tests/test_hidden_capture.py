@@ -1,0 +1,221 @@
+"""Where hidden states come from: a pass of its own, the scoring pass that keeps what can be selected, or each training step."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from toy import toy_config
+
+from jsfdd.base.mesh import make_mesh, shard_rows
+from jsfdd.base.records import Sample
+from jsfdd.data.batches import choose_shapes, make_batches, pad_batch
+from jsfdd.hidden import capture as features
+from jsfdd.hidden.best_k import StillPossible
+from jsfdd.hidden.capture import keep_features, make_recompute, store_hidden
+from jsfdd.hidden.rows import row_bytes
+from jsfdd.hidden.store import HiddenStore
+from jsfdd.models.target import hidden_states, init_params
+from jsfdd.scoring.passes import group_plans, spread_out
+from jsfdd.scoring.table import METRICS, ScoreTable, join
+from jsfdd.selection.sfdd import select
+
+CONFIG = toy_config(vocab_size=97, hidden_size=16, num_layers=1)
+PARAMS = init_params(CONFIG, jax.random.key(0))
+IDENTITY = {"target": {"fingerprint": "aa"}, "lengths": (1, 2)}
+
+
+def make_samples():
+    random = np.random.default_rng(0)
+    samples = []
+    for i in range(12):
+        tokens = random.integers(0, CONFIG.vocab_size, int(random.integers(3, 120))).astype(np.int32)
+        samples.append(Sample(f"s{i}", "x", tokens, np.ones(len(tokens), bool)))
+    return samples
+
+
+@jax.jit
+def forward(tokens):
+    return hidden_states(CONFIG, PARAMS, tokens)
+
+
+def hidden_alone(tokens):
+    return forward(jnp.pad(tokens, (0, 128 - len(tokens)))[None, :])[0, : len(tokens)]
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_store_hidden_stores_the_targets_hidden_states_and_computes_only_what_is_missing(tmp_path, monkeypatch, devices):
+    samples, mesh = make_samples(), make_mesh(data=devices)
+    options = dict(batch_tokens=256, directory=tmp_path, identity=IDENTITY, shard_bytes=4000, progress=False)
+    first = store_hidden(CONFIG, PARAMS, samples, mesh, dtype="float32", **options)
+    assert set(first) == {sample.id for sample in samples}
+    for sample in samples:
+        np.testing.assert_allclose(first[sample.id], hidden_alone(sample.tokens), rtol=1e-4, atol=1e-5)
+    before = {name: np.array(first[name]) for name in first}
+    lost = json.loads((tmp_path / "manifest.json").read_text())["shards"][1]
+    (tmp_path / lost["file"]).unlink()
+    batches = []
+    original = features.run_batches
+
+    def counting(step, params, samples, plans, mesh, **rest):
+        batches.append(len(plans))
+        return original(step, params, samples, plans, mesh, **rest)
+
+    monkeypatch.setattr(features, "run_batches", counting)
+    again = store_hidden(CONFIG, PARAMS, samples, mesh, dtype="float32", **options)
+    for name in before:
+        np.testing.assert_array_equal(again[name], before[name])
+    store_hidden(CONFIG, PARAMS, samples, mesh, dtype="float32", **options)
+    assert batches[0] > 0 and batches[1] == 0
+
+
+def test_store_hidden_in_bfloat16_rounds_once(tmp_path):
+    samples, mesh = make_samples()[:3], make_mesh(data=1)
+    options = dict(batch_tokens=256, identity=IDENTITY, progress=False)
+    exact = store_hidden(CONFIG, PARAMS, samples, mesh, directory=tmp_path / "a", dtype="float32", **options)
+    rounded = store_hidden(CONFIG, PARAMS, samples, mesh, directory=tmp_path / "b", dtype="bfloat16", **options)
+    for name in exact:
+        np.testing.assert_array_equal(rounded[name], np.asarray(exact[name]).astype(ml_dtypes.bfloat16))
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_recomputed_hidden_states_are_the_stored_ones(tmp_path, devices):
+    """On one device to the bit, in batches of the store's own shapes; over several but for rounding."""
+    samples, mesh = make_samples(), make_mesh(data=devices)
+    store = store_hidden(
+        CONFIG, PARAMS, samples, make_mesh(data=1), batch_tokens=512, directory=tmp_path, identity=IDENTITY, progress=False
+    )
+    hidden_of = make_recompute(CONFIG, PARAMS, mesh, "bfloat16")
+    lengths = [len(sample.tokens) for sample in samples]
+    for plan in make_batches(lengths, choose_shapes(lengths, 512)):
+        own = [samples[i] for i in plan.indices]
+        batch = pad_batch(own, plan.shape._replace(rows=plan.shape.rows + -plan.shape.rows % devices))
+        hidden = hidden_of(shard_rows(batch, mesh))
+        assert hidden.dtype == jnp.bfloat16
+        for sample, row in zip(own, np.asarray(hidden)):
+            found, expected = row[: len(sample.tokens)].astype(np.float32), store[sample.id].astype(np.float32)
+            np.testing.assert_allclose(found, expected, rtol=0.0 if devices == 1 else 0.01, atol=0.0 if devices == 1 else 1e-4)
+
+
+# --- Disk, at any moment ---------------------------------------------------------------------------------------------
+
+MANY = 500
+
+
+def many_samples():
+    """Chats of log-normal lengths, a few of which have no counted token."""
+    random = np.random.default_rng(0)
+    lengths = np.minimum(random.lognormal(4.5, 0.8, MANY).astype(int) + 8, 1024)
+    samples = []
+    for i, length in enumerate(lengths):
+        mask = np.zeros(length, bool)
+        mask[length // 2 if i % 11 else -1 :] = True
+        samples.append(Sample(f"m{i}", "x", np.zeros(length, np.int32), mask))
+    return samples
+
+
+def hidden_of(sample):
+    random = np.random.default_rng(int(sample.id[1:]))
+    return random.normal(size=(len(sample.tokens), CONFIG.hidden_size)).astype(np.float32)
+
+
+def size_of(samples, names=None, dtype="bfloat16"):
+    tokens = sum(len(sample.tokens) for sample in samples if names is None or sample.id in names)
+    return tokens * row_bytes(dtype, CONFIG.hidden_size)
+
+
+def in_order(samples, order):
+    """The samples' batches, `order` of those that `make_batches` makes."""
+    lengths = [len(sample.tokens) for sample in samples]
+    for plan in order(make_batches(lengths, choose_shapes(lengths, 1024))):
+        yield [samples[i] for i in plan.indices]
+
+
+def keep_all(directory, samples, scores, metrics, retain_ratio, held_out, monkeypatch, order=lambda plans: spread_out(plans, 1)):
+    """(table, most bytes that the store took at any moment), of a scoring pass with these scores."""
+    counts = np.array([sample.counted.sum() for sample in samples], np.int32)
+    values = np.where(counts > 0, scores, np.nan)
+    ids = tuple(sample.id for sample in samples)
+    table = ScoreTable(ids=ids, sources=ids, num_tokens=counts, identity={}, **dict.fromkeys(METRICS, values))
+    most, unlink = 0, type(directory).unlink
+
+    def look():
+        nonlocal most
+        most = max(most, sum(path.stat().st_size for path in directory.iterdir() if path.suffix != ".json"))
+
+    def look_and_unlink(path, **rest):  # disk is at its highest just before a file goes
+        look()
+        unlink(path, **rest)
+
+    stays = StillPossible(samples, metrics, retain_ratio, 0, held_out)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(directory), "unlink", look_and_unlink)
+        with keep_features(CONFIG, stays, directory=directory, identity=IDENTITY, kept_for={}) as keeper:
+            for batch in in_order(samples, order):
+                hidden = np.zeros((len(batch), max(len(sample.tokens) for sample in batch), CONFIG.hidden_size), np.float32)
+                for row, sample in zip(hidden, batch):
+                    row[: len(sample.tokens)] = hidden_of(sample)
+                keeper.keep(batch, join([table], [sample.id for sample in batch]), hidden)
+                look()
+        look()
+    return table, most
+
+
+@pytest.mark.parametrize("retain_ratio", [0.1, 0.5])
+@pytest.mark.parametrize("kind", ["by chance", "short ones", "a trend"])
+def test_disk_never_exceeds_a_fifth_more_than_the_share_that_is_kept(tmp_path, monkeypatch, retain_ratio, kind):
+    samples, random = many_samples(), np.random.default_rng(1)
+    lengths = np.array([len(sample.tokens) for sample in samples])
+    scores = {
+        "by chance": random.random(MANY),
+        "short ones": -lengths + random.random(MANY),
+        "a trend": random.random(MANY) - 0.0002 * lengths,
+    }[kind]
+    held_out = {sample.id for sample in samples[::20]}
+    table, most = keep_all(tmp_path, samples, scores, ["flatness"], retain_ratio, held_out, monkeypatch)
+    ranked = [sample for sample in samples if sample.counted.any()]
+    assert most <= 1.2 * retain_ratio * size_of(ranked) + size_of(samples, held_out)
+    store = HiddenStore.open(tmp_path, IDENTITY, verify=True)
+    assert set(store) == {*select(table, "flatness", retain_ratio).ids, *held_out}
+    for sample in samples:
+        if sample.id in store:
+            np.testing.assert_array_equal(store[sample.id], hidden_of(sample).astype(ml_dtypes.bfloat16))
+
+
+def test_longest_first_would_break_the_bound(tmp_path, monkeypatch):
+    samples = many_samples()
+    scores = np.random.default_rng(1).random(MANY)
+    _, most = keep_all(tmp_path, samples, scores, ["flatness"], 0.3, (), monkeypatch, order=lambda plans: plans)
+    assert most > 1.2 * 0.3 * size_of(samples)
+
+
+def test_where_long_samples_are_selected_disk_is_what_they_need(tmp_path, monkeypatch):
+    """No order helps against a selection that is itself larger than its share; nothing else is then stored for long."""
+    samples = many_samples()
+    scores = np.array([len(sample.tokens) for sample in samples]) + np.random.default_rng(1).random(MANY)
+    table, most = keep_all(tmp_path, samples, scores, ["flatness"], 0.3, (), monkeypatch)
+    assert most <= 1.2 * size_of(samples, select(table, "flatness", 0.3).ids)
+
+
+def test_what_is_known_beforehand_is_never_dropped(tmp_path, monkeypatch):
+    samples = many_samples()
+    table, most = keep_all(tmp_path, samples, np.zeros(MANY), ["random"], 0.3, (), monkeypatch)
+    chosen = select(table, "random", 0.3).ids
+    assert set(HiddenStore.open(tmp_path, IDENTITY)) == set(chosen) and most == size_of(samples, chosen)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_spread_out_mixes_all_lengths_and_keeps_the_longest_first(size):
+    samples = many_samples()
+    lengths = [len(sample.tokens) for sample in samples]
+    plans = make_batches(lengths, choose_shapes(lengths, 1024))
+    order = spread_out(plans, size)
+    assert sorted(order) == sorted(plans) and order[0] == plans[0]
+    assert len(list(group_plans(order, size))) <= len(list(group_plans(plans, size)))
+    done = np.cumsum([len(plan.indices) for plan in order]) / MANY
+    tokens = np.cumsum([sum(lengths[i] for i in plan.indices) for plan in order]) / sum(lengths)
+    assert np.abs(done - tokens).max() < 3 * size / len(order)  # some groups' worth
