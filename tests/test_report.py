@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from jsfdd.commands.configs import RunConfig
-from jsfdd.scoring.metrics import Metric
 from jsfdd.report import panel, plots
 from jsfdd.report.report import costs, spearman, verdict, write_report
 from jsfdd.report.run_files import read_run
+from jsfdd.scoring.metrics import Metric
 from jsfdd.scoring.table import ScoreTable, TokenRow, write_scores, write_token_scores
 from jsfdd.selection.sfdd import Selection, write_selection
 

@@ -163,8 +163,9 @@ def test_a_certain_target_has_a_tail_of_nothing_and_trains():
         assert np.all(np.isfinite(log_probs)) and np.all(ids[0, 0] == 0)
 
         for name in ("reverse_kl", "hybrid"):
+            distance = Distance(name)
 
-            def loss(predicted, distance=Distance(name), known=(log_probs, ids)):
+            def loss(predicted, distance=distance, known=(log_probs, ids)):
                 return coarse_loss(distance, 2, head, predicted, *known, jnp.ones(2)).distance
 
             value, slope = jax.jit(jax.value_and_grad(loss))(jnp.array([[-40.0], [0.0]]))

@@ -32,7 +32,7 @@ def save_steps(run, state, *steps):
     draft, state = state
     with checkpoint.open_checkpoints(run) as checkpoints:
         for step in steps:
-            params = jax.tree.map(lambda x: x + step, state.params)
+            params = jax.tree.map(lambda x, step=step: x + step, state.params)
             checkpoint.save(checkpoints, state._replace(step=jnp.int32(step), params=params), draft, IDENTITY)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from jsfdd.base.mesh import describe_hardware
+from jsfdd.base.hardware import describe_hardware
 from jsfdd.models.architecture import DecoderConfig, Rope
 from jsfdd.models.counted import fold_counted
 from jsfdd.models.target import head_logits, hidden_states, init_params

@@ -13,7 +13,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from jsfdd.base.mesh import describe_hardware, make_mesh, replicate, shard_rows
+from jsfdd.base.hardware import describe_hardware
+from jsfdd.base.mesh import make_mesh, replicate, shard_rows
 from jsfdd.base.records import DraftBatch
 from jsfdd.commands.configs import TrainConfig
 from jsfdd.models.architecture import DecoderConfig, Rope

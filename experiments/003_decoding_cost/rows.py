@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jsfdd.base.mesh import describe_hardware
+from jsfdd.base.hardware import describe_hardware
 from jsfdd.models.layers import cached_view, empty_cache
 from jsfdd.models.target import decode, head_logits, unstack_layers
 from jsfdd.weights.target import load_target

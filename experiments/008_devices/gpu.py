@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jsfdd.base.mesh import describe_hardware, make_mesh
+from jsfdd.base.hardware import describe_hardware
+from jsfdd.base.mesh import make_mesh
 from jsfdd.base.records import Batch, DraftBatch
 from jsfdd.commands.configs import PlanConfig, TrainConfig
 from jsfdd.commands.costs import Lengths, score_stage, train_stage

@@ -12,7 +12,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from jsfdd.base.mesh import describe_hardware, make_mesh
+from jsfdd.base.hardware import describe_hardware
+from jsfdd.base.mesh import make_mesh
 from jsfdd.commands.configs import ScoreConfig, TrainConfig
 from jsfdd.commands.hidden_stage import still_possible
 from jsfdd.data.chat import read_chats

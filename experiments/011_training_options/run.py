@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jsfdd.base.mesh import describe_hardware
+from jsfdd.base.hardware import describe_hardware
 from jsfdd.commands import hidden_stage as hidden
 from jsfdd.commands import pipeline
 from jsfdd.commands.configs import ScoreConfig, SelectConfig, TrainConfig, stores_means

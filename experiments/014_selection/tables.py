@@ -14,7 +14,7 @@ import matplotlib
 import numpy as np
 from scipy.stats import spearmanr
 
-from jsfdd.base.mesh import describe_hardware
+from jsfdd.base.hardware import describe_hardware
 from jsfdd.scoring.table import METRICS, join, read_scores
 from jsfdd.selection import sfdd
 

@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "014_selection"))
 from pool import SMOKE, Pool, open_pool, pool_parser  # noqa: E402
 
-from jsfdd.base.mesh import describe_hardware  # noqa: E402
+from jsfdd.base.hardware import describe_hardware  # noqa: E402
 from jsfdd.data.batches import epoch_batches, make_batches  # noqa: E402
 from jsfdd.evaluation.intervals import interval, resample_ratios  # noqa: E402
 from jsfdd.models.draft import Draft, allowed_tokens  # noqa: E402

@@ -11,7 +11,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "014_selection"))
 from tables import difference, read_runs, sources_of, summary  # noqa: E402
 
-from jsfdd.base.mesh import describe_hardware  # noqa: E402
+from jsfdd.base.hardware import describe_hardware  # noqa: E402
 
 BASE = "flatness 50%"  # the same chats, steps and seed, with cross entropy on stored means: what the recipes change
 ALSO = ("full", "full, flatness 50% of the tokens", "full, random 50% of the tokens", "full, half the epochs")

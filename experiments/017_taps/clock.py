@@ -11,7 +11,7 @@ sys.path.insert(0, str(HERE.parent / "014_selection"))
 from pool import MAX_NEW_TOKENS, SMOKE, Pool, open_pool, pool_parser  # noqa: E402
 from systems import NODES, PROMPTS, System, systems  # noqa: E402
 
-from jsfdd.base.mesh import describe_hardware  # noqa: E402
+from jsfdd.base.hardware import describe_hardware  # noqa: E402
 from jsfdd.decoding.ensemble import Ensemble  # noqa: E402
 from jsfdd.decoding.tree import TreeShape  # noqa: E402
 from jsfdd.evaluation.evaluate import evaluate  # noqa: E402

@@ -14,7 +14,7 @@ from pool import AHEAD, MAX_NEW_TOKENS, SMOKE, Pool, open_pool, pool_parser  # n
 from summary import summaries, table  # noqa: E402
 from systems import PROMPTS, System, systems  # noqa: E402
 
-from jsfdd.base.mesh import describe_hardware  # noqa: E402
+from jsfdd.base.hardware import describe_hardware  # noqa: E402
 from jsfdd.decoding.state import DecodeSetup  # noqa: E402
 from jsfdd.decoding.tree import TreeShape  # noqa: E402
 from jsfdd.evaluation.replay_trees import make_tree_replay  # noqa: E402

@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "014_selection"))
 from pool import GAMMA, SMOKE, open_pool, pool_parser, trained_draft  # noqa: E402
 
-from jsfdd.base.mesh import describe_hardware  # noqa: E402
+from jsfdd.base.hardware import describe_hardware  # noqa: E402
 from jsfdd.evaluation import confidence, replay  # noqa: E402
 from jsfdd.evaluation.acceptance import acceptance_figures  # noqa: E402
 

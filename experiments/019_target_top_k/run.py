@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jsfdd.base.mesh import describe_hardware
+from jsfdd.base.hardware import describe_hardware
 from jsfdd.commands.configs import TrainConfig
 from jsfdd.commands.inputs import load
 from jsfdd.data.batches import Shape

@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "014_selection"))
 from tables import Runs, difference, draws, resampled, tau  # noqa: E402
 
-from jsfdd.base.mesh import describe_hardware  # noqa: E402
+from jsfdd.base.hardware import describe_hardware  # noqa: E402
 
 EPOCHS = (4, 30)  # what was trained, and the paper's
 SAME = {"all": "full", "half": "flatness_50%", "random half, not scored": "random_50%"}  # 014's, of the same chats

@@ -15,7 +15,7 @@ from arms import by_metric, prompt_clusters, within  # noqa: E402
 from pool import PROMPTS, SMOKE, Arm, Pool, judge_draft, open_pool, pool_parser, taus, trained_draft  # noqa: E402
 from tables import Runs, by_benchmark, runs_of, summary  # noqa: E402
 
-from jsfdd.base.mesh import describe_hardware  # noqa: E402
+from jsfdd.base.hardware import describe_hardware  # noqa: E402
 from jsfdd.selection.sfdd import random_score  # noqa: E402
 
 OTHERS = PROMPTS if SMOKE else {"mt_bench": 40, "gsm8k": 40, "alpaca": 40, "sum": 16, "qa": 40}

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
+import re
+import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 
 @contextmanager
@@ -43,13 +49,103 @@ def write_json(path: str | Path, value) -> None:
         aside.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def read_json(path: str | Path):
-    """What `write_json` wrote. ValueError names a damaged file."""
+def read_json(path: str | Path, kind: type = object, *, remedy: str = "delete the file and run again") -> Any:
+    """The value in a JSON file.
+
+    Args:
+      path: the file.
+      kind: what the value must be: dict, list, or anything.
+      remedy: what the reader of an error message can do about a damaged file.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file is damaged or holds another kind of value; the message names it.
+    """
     path = Path(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: damaged JSON ({error}); delete the file and run the stage again") from error
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file; check the path") from None
+    except (ValueError, RecursionError) as error:  # ValueError: also bad UTF-8 and numbers of thousands of digits
+        raise ValueError(f"{path}: damaged JSON ({error}); {remedy}") from error
+    if not isinstance(value, kind):
+        raise ValueError(f"{path}: a JSON {_JSON_NAMES[kind]} was expected, not {type(value).__name__}; {remedy}")
+    return value
+
+
+_JSON_NAMES = {dict: "object", list: "array"}
+
+
+def decode(kind: type, values: Any, where: str | Path, *, partial: bool = False) -> Any:
+    """A dataclass from the JSON values that `dataclasses.asdict` made of it, checked field by field.
+
+    Dataclasses may be nested; tuples come from arrays and Paths from strings.
+
+    Args:
+      kind: the dataclass.
+      values: an object as `json.loads` gives it.
+      where: the file, for messages.
+      partial: whether fields that have a default may be missing: yes for what people write, no for what we wrote.
+
+    Raises:
+      ValueError: a field is unknown, missing, of the wrong type, or refused by the dataclass; names `where` and the field.
+    """
+    _check_fields(kind, values, where, "", partial)
+    try:
+        return msgspec.convert(values, kind, dec_hook=_path_from_text)
+    except msgspec.ValidationError as error:
+        reason, _, place = str(error).partition(" - at `$")
+        field = place.rstrip("`").lstrip(".")
+        subject = f"{field} is {_value_at(values, field)!r:.80}: " if field else ""
+        raise ValueError(f"{where}: {subject}{reason}") from None
+
+
+def _check_fields(kind, values, where, prefix: str, partial: bool) -> None:
+    """Names only, at every depth: msgspec checks types, but takes a dataclass with unknown or missing fields."""
+    arguments = typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(values, dict):
+            raise ValueError(f"{where}: {prefix or kind.__name__} is {values!r:.80}: Expected `object`")
+        types = typing.get_type_hints(kind)
+        fields = [field for field in dataclasses.fields(kind) if field.init]
+        optional = {field.name for field in fields if partial and _has_default(field)}
+        names = {field.name for field in fields}
+        for problem, wrong in (("unknown", set(values) - names), ("missing", names - optional - set(values))):
+            if wrong:
+                listed = ", ".join(prefix + name for name in sorted(wrong))
+                raise ValueError(f"{where}: {problem}: {listed}; {kind.__name__} has {', '.join(sorted(names))}")
+        for name in names & set(values):
+            _check_fields(types[name], values[name], where, f"{prefix}{name}.", partial)
+    elif isinstance(values, dict):
+        inner = next((part for part in arguments if dataclasses.is_dataclass(part)), None)
+        if inner is not None and typing.get_origin(kind) is dict:
+            for key, value in values.items():
+                _check_fields(inner, value, where, f"{prefix}{key}.", partial)
+        elif inner is not None:  # Kind | None
+            _check_fields(inner, values, where, prefix, partial)
+    elif isinstance(values, list) and arguments:
+        for position, value in enumerate(values):
+            _check_fields(arguments[0], value, where, f"{prefix}{position}.", partial)
+
+
+def _has_default(field: dataclasses.Field) -> bool:
+    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+
+
+def _path_from_text(kind: type, value: Any) -> Any:
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    raise ValueError(f"Expected `{kind.__name__}`, got `{type(value).__name__}`")
+
+
+def _value_at(values: Any, field: str) -> Any:
+    """The value that msgspec complains about, as deep as its path can be followed: "ids[3]", "draft.layers"."""
+    for key, position in re.findall(r"(\w+)|\[(\d+)\]", field):
+        if isinstance(values, dict) and key in values:
+            values = values[key]
+        elif isinstance(values, list) and position:
+            values = values[int(position)]
+    return values
 
 
 def plain(value):

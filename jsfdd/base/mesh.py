@@ -16,17 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-# Device kind as JAX names it -> (memory in GB, dense bfloat16 TFLOP/s), as their makers state them: a page per version
-# under docs.cloud.google.com/tpu/docs for TPUs, the data sheets for NVIDIA's SXM modules (half of their figures with sparsity).
-KNOWN_DEVICES = {
-    "TPU v4": (32, 275),
-    "TPU v5 lite": (16, 197),
-    "TPU v5": (95, 459),
-    "TPU v6 lite": (32, 918),
-    "NVIDIA A100-SXM4-80GB": (80, 312),
-    "NVIDIA H100 80GB HBM3": (80, 989),
-    "NVIDIA H200": (141, 989),
-}
+from jsfdd.base.split_map import split_map
 
 
 def make_mesh(data: int = -1, model: int = 1) -> Mesh:
@@ -47,6 +37,11 @@ def make_mesh(data: int = -1, model: int = 1) -> Mesh:
 def num_data_shards(mesh: Mesh) -> int:
     """How many ways a batch's rows are split: every batch must be a multiple of it."""
     return mesh.shape["data"]
+
+
+def round_up_to_shards(rows: int, mesh: Mesh) -> int:
+    """The least number of rows, at least `rows`, that the mesh's data shards divide."""
+    return -(-rows // num_data_shards(mesh)) * num_data_shards(mesh)
 
 
 def own_data_shards(mesh: Mesh) -> tuple[int, ...]:
@@ -143,14 +138,10 @@ def split_over_data(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
 def map_over_devices(f: Callable, mesh: Mesh, *, num_sharded: int = 1) -> Callable:
     """Compile `f(params, *args)` to run on each data shard's rows by itself, without communication between them.
 
-    Where a "model" axis splits the parameters, every data shard is a program of its own over its model shards. As one
-    program for all they would have to meet at every collective that XLA places over all devices at once, and loops that
-    run as long as a shard's own rows need would wait for each other for ever.
-
     Args:
       f: takes pytrees; `params` whole or split over "model", then `num_sharded` trees whose leading axis is split over
         "data".
-      mesh: from `make_mesh`.
+      mesh: from `make_mesh`. Where it has a "model" axis, see `split_map`.
       num_sharded: how many arguments after `params` are split by rows.
 
     Returns:
@@ -161,49 +152,22 @@ def map_over_devices(f: Callable, mesh: Mesh, *, num_sharded: int = 1) -> Callab
     if mesh.shape["model"] == 1:
         # check_vma: a loop whose carry starts from a constant is a type error under the check.
         return jax.jit(jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=P("data"), check_vma=False))
-    groups = {
-        shard: Mesh(devices[None], mesh.axis_names, axis_types=mesh.axis_types)
-        for shard, devices in enumerate(mesh.devices)
-        if any(device.process_index == jax.process_index() for device in devices)
-    }
-    programs = {
-        shard: jax.jit(f, out_shardings=NamedSharding(group, P("data"))) for shard, group in groups.items()
-    }
+    mapped = split_map(f, mesh)
 
-    def mapped(*args):
-        placed = [
-            jax.tree.map(lambda x, spec=spec: x if _is_on(x, mesh) else put(x, NamedSharding(mesh, spec)), arg)
-            for arg, spec in zip(args, in_specs, strict=True)
-        ]
-        results = [
-            program(*jax.tree.map(lambda x, group=groups[shard]: _part_on(x, group, mesh), placed))
-            for shard, program in programs.items()
-        ]
-        return jax.tree.map(lambda *parts: _joined(parts, mesh), *results)
+    def placed(*args):
+        return mapped(*[_on_mesh(arg, NamedSharding(mesh, spec)) for arg, spec in zip(args, in_specs, strict=True)])
 
-    return mapped
+    return placed
 
 
-def _is_on(x, mesh: Mesh) -> bool:
-    return isinstance(x, jax.Array) and isinstance(x.sharding, NamedSharding) and x.sharding.mesh == mesh
+def _on_mesh(tree, sharding: NamedSharding):
+    """Arrays that are on the mesh already stay as they are split; the rest go under `sharding`."""
 
+    def placed(x):
+        on_mesh = isinstance(x, jax.Array) and isinstance(x.sharding, NamedSharding) and x.sharding.mesh == sharding.mesh
+        return x if on_mesh else put(x, sharding)
 
-def _part_on(x: jax.Array, group: Mesh, mesh: Mesh) -> jax.Array:
-    """What one data shard's devices hold of `x`, as an array of theirs alone; nothing is copied."""
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        return jax.random.wrap_key_data(_part_on(jax.random.key_data(x), group, mesh))
-    spec = (*x.sharding.spec, *[None] * (x.ndim - len(x.sharding.spec)))
-    shape = tuple(size // num_data_shards(mesh) if part == "data" else size for size, part in zip(x.shape, spec))
-    data = {part.device: part.data for part in x.addressable_shards}
-    parts = [data[device] for device in group.local_devices]
-    return jax.make_array_from_single_device_arrays(shape, NamedSharding(group, P(*spec)), parts)
-
-
-def _joined(parts: tuple[jax.Array, ...], mesh: Mesh) -> jax.Array:
-    """The data shards' results, this process's part of them, as one array with its leading axis split over "data"."""
-    shape = (parts[0].shape[0] * num_data_shards(mesh), *parts[0].shape[1:])
-    data = [shard.data for part in parts for shard in part.addressable_shards]
-    return jax.make_array_from_single_device_arrays(shape, NamedSharding(mesh, P("data")), data)
+    return jax.tree.map(placed, tree)
 
 
 def sum_over_devices(f: Callable, mesh: Mesh, *, num_sharded: int = 1) -> Callable:
@@ -220,27 +184,6 @@ def sum_over_devices(f: Callable, mesh: Mesh, *, num_sharded: int = 1) -> Callab
         out_specs=P(),
         check_vma=False,
     )
-
-
-def peak_flops(mesh: Mesh) -> float | None:
-    """FLOP/s of all the mesh's devices together in dense bfloat16, as their makers state it; None of an unknown kind."""
-    known = KNOWN_DEVICES.get(mesh.devices.flat[0].device_kind)
-    return None if known is None else mesh.devices.size * known[1] * 1e12
-
-
-def describe_hardware() -> dict:
-    """What a figure was measured on: platform, device kind and count, host cores."""
-    import os
-
-    device = jax.devices()[0]
-    return {
-        "platform": device.platform,
-        "device_kind": device.device_kind,
-        "num_devices": jax.device_count(),
-        "num_processes": jax.process_count(),
-        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "jax": jax.__version__,
-    }
 
 
 def to_host(tree):

@@ -18,7 +18,8 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from jsfdd.base.files import differences, read_json, write_json
-from jsfdd.base.mesh import describe_hardware, make_mesh
+from jsfdd.base.hardware import describe_hardware
+from jsfdd.base.mesh import make_mesh
 from jsfdd.base.processes import agree, agree_on_directory, is_primary, several, wait_for_all
 from jsfdd.base.progress import console, progress
 from jsfdd.base.records import Sample

@@ -18,7 +18,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from jsfdd.base.mesh import KNOWN_DEVICES
+from jsfdd.base.hardware import KNOWN_DEVICES
 from jsfdd.commands.configs import PlanConfig
 from jsfdd.commands.costs import Lengths, Stage, plan_stages
 from jsfdd.data.chat import Chat, read_chats

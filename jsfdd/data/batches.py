@@ -58,6 +58,11 @@ def bucket_lengths(longest: int) -> tuple[int, ...]:
     return tuple(lengths)
 
 
+def next_power_of_two(n: int) -> int:
+    """The least power of two that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
 def choose_shapes(lengths: Lengths, token_budget: int, shape_cost: int = 2048) -> tuple[Shape, ...]:
     """The shapes for samples of these lengths, shortest first, all of about `token_budget` tokens.
 

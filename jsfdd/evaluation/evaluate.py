@@ -24,7 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jsfdd.base.mesh import describe_hardware, num_data_shards, replicate, shard_rows, to_host
+from jsfdd.base.hardware import describe_hardware
+from jsfdd.base.mesh import num_data_shards, replicate, shard_rows, to_host
 from jsfdd.base.records import DraftShares, Prompt
 from jsfdd.decoding.ensemble import Ensemble, as_decoded, members_of
 from jsfdd.decoding.generate import DecodeSetup, make_generate, prepare_params

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import numpy as np
 from jax.sharding import Mesh
 
-from jsfdd.base.mesh import peak_flops
+from jsfdd.base.hardware import peak_flops
 from jsfdd.data.batches import BatchPlan
 from jsfdd.models.draft import DraftConfig
 from jsfdd.models.flops import step_flops
