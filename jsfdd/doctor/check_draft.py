@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from jsfdd.base.records import Sample, samples_digest
+from jsfdd.data.held_out import split_held_out
 from jsfdd.doctor.findings import Finding
 from jsfdd.models.architecture import DecoderConfig, Rope
 from jsfdd.models.layers import rope_frequencies
-from jsfdd.training.train import split_held_out
 
 
 def check_architecture(target: DecoderConfig, draft: DecoderConfig) -> list[Finding]:

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float
 
 from jsfdd.base.mesh import split_over_data, sum_over_devices
 from jsfdd.base.records import DraftBatch, TrainState
+from jsfdd.base.tuning import vocabulary_block
 from jsfdd.models.architecture import DecoderConfig
 from jsfdd.models.draft import DraftConfig, init_draft
 from jsfdd.training.loss import Borrowed, LossSums, loss_sums
@@ -174,11 +175,8 @@ def make_evaluate_step(
 
 
 def block_size(mesh: Mesh) -> int:
-    """Tokens that meet the vocabulary at a time.
-
-    Two [V, block] float32 arrays should stay near a CPU's caches; an accelerator wants large products instead.
-    """
-    return 128 if mesh.devices.flat[0].platform == "cpu" else 1024
+    """Tokens that meet the vocabulary at a time."""
+    return vocabulary_block(mesh.devices.flat[0].platform)
 
 
 def _loss(target_config, draft_config, mesh, options):

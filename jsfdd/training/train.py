@@ -29,11 +29,12 @@ from jsfdd.base.records import Sample, TrainState, samples_digest
 from jsfdd.commands.configs import TrainConfig
 from jsfdd.commands.options import Seeded
 from jsfdd.data.batches import BatchPlan, Shape, choose_shapes, epoch_batches, make_batches
+from jsfdd.data.held_out import split_held_out as split_held_out
 from jsfdd.models.architecture import DecoderConfig
-from jsfdd.models.draft import DraftConfig, draft_config
+from jsfdd.models.draft import DraftConfig
 from jsfdd.models.sharding import split_vocabulary
-from jsfdd.selection.vocabulary import frequent_tokens
 from jsfdd.training.batch import TrainingData, device_batch, weights_digest
+from jsfdd.training.draft_shape import draft_of
 from jsfdd.training.journal import append_line, drop_after, mean_figures, read_lines
 from jsfdd.training.loss import Borrowed, borrow, restrict
 from jsfdd.training.recipe import Recipe
@@ -54,7 +55,6 @@ from jsfdd.weights import checkpoint
 METRICS = "metrics.jsonl"
 TIMINGS = "timings.jsonl"
 _STEPS_AHEAD = 2
-_HELD_OUT_SALT = "jsfdd held out: "
 
 Probe = Callable[[dict], dict]  # draft params -> figures, among them "tau"
 
@@ -78,32 +78,6 @@ class TrainResult:
     tokens: int
     seconds: float
     held_out: dict[str, float]
-
-
-def draft_of(target_config: DecoderConfig, options: Recipe, samples: Sequence[Sample]) -> DraftConfig:
-    """The draft that these options train on `samples`. ValueError where they ask for more tokens than the target has."""
-    if options.hass_top_k_weight and options.hass_top_k > target_config.vocab_size:
-        raise ValueError(f"--hass-top-k: {options.hass_top_k} exceeds the target's vocabulary of {target_config.vocab_size}")
-    if (k := options.target_top_k) > target_config.vocab_size:
-        raise ValueError(f"--target-top-k: {k} exceeds the target's vocabulary of {target_config.vocab_size}")
-    vocabulary = frequent_tokens(samples, options.draft_vocab, target_config.vocab_size) if options.draft_vocab else ()
-    return draft_config(target_config, options.fc_bias, vocabulary)
-
-
-def split_held_out(samples: Sequence[Sample], share: float) -> tuple[list[Sample], list[Sample]]:
-    """(for training, held out): about `share` of the samples are held out, by a hash of their ids alone.
-
-    A sample's side does not depend on the others, so every selection from the same data is judged on the same samples,
-    none of which it was trained on.
-    """
-
-    def is_held_out(sample: Sample) -> bool:
-        digest = hashlib.sha256((_HELD_OUT_SALT + sample.id).encode()).digest()
-        return int.from_bytes(digest[:8], "big") < share * 2**64
-
-    sides = [is_held_out(sample) for sample in samples]
-    train = [sample for sample, out in zip(samples, sides, strict=True) if not out]
-    return train, [sample for sample, out in zip(samples, sides, strict=True) if out]
 
 
 def train(

@@ -1,0 +1,25 @@
+"""The shape of the draft that a recipe trains."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jsfdd.base.records import Sample
+from jsfdd.models.architecture import DecoderConfig
+from jsfdd.models.draft import DraftConfig, draft_config
+from jsfdd.selection.vocabulary import frequent_tokens
+from jsfdd.training.recipe import Recipe
+
+
+def draft_of(target: DecoderConfig, recipe: Recipe, samples: Sequence[Sample]) -> DraftConfig:
+    """The shape of the draft that `recipe` trains on `samples`; its draft vocabulary, if any, is theirs.
+
+    Raises:
+      ValueError: the recipe asks for more tokens than the target has.
+    """
+    if recipe.hass_top_k_weight and recipe.hass_top_k > target.vocab_size:
+        raise ValueError(f"--hass-top-k: {recipe.hass_top_k} exceeds the target's vocabulary of {target.vocab_size}")
+    if (k := recipe.target_top_k) > target.vocab_size:
+        raise ValueError(f"--target-top-k: {k} exceeds the target's vocabulary of {target.vocab_size}")
+    vocabulary = frequent_tokens(samples, recipe.draft_vocab, target.vocab_size) if recipe.draft_vocab else ()
+    return draft_config(target, recipe.fc_bias, vocabulary)
