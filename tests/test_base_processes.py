@@ -18,7 +18,7 @@ from toy import write_target
 
 from jsfdd.base.processes import start
 from jsfdd.scoring.table import METRICS, read_scores
-from jsfdd.weights.checkpoint import load_draft
+from jsfdd.weights.draft import load_draft
 
 HERE = Path(__file__).parent
 LIMIT = 300  # seconds within which anything here ends, however loaded the machine
@@ -79,7 +79,7 @@ def alone(inputs, tmp_path_factory):
 
 
 def assert_same_draft(found, expected):
-    for a, b in zip(*(jax.tree.leaves(load_draft(path)[1]) for path in (found, expected)), strict=True):
+    for a, b in zip(*(jax.tree.leaves(load_draft(path).params) for path in (found, expected)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 

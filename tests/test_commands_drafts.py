@@ -10,6 +10,7 @@ from toy import toy_config, toy_draft
 from jsfdd.commands import drafts
 from jsfdd.commands.configs import EvaluateConfig
 from jsfdd.decoding.ensemble import Combine, Ensemble
+from jsfdd.models.draft import Draft
 
 
 @pytest.fixture
@@ -19,9 +20,9 @@ def trained(monkeypatch):
 
     def load(path):
         _, _, target = path.name.partition("-of-")
-        return *toy_draft(config, seed=len(path.name)), {"target": target * 8} if target else None
+        return Draft(*toy_draft(config, seed=len(path.name)), {"target": target * 8} if target else None)
 
-    monkeypatch.setattr(drafts, "load_draft_and_record", load)
+    monkeypatch.setattr(drafts, "load_draft", load)
 
 
 def _measured(*paths, **options):
@@ -46,8 +47,9 @@ def test_what_is_measured(trained):
 
 
 def test_equal_weights_unless_given(trained):
-    (_, mean), (_, first) = (
-        _measured("exported/x", "exported/yy", combine="average", combine_weights=weights)["average"] for weights in ((), (1.0, 0.0))
+    mean, first = (
+        _measured("exported/x", "exported/yy", combine="average", combine_weights=weights)["average"].params
+        for weights in ((), (1.0, 0.0))
     )
     one, two = (toy_draft(toy_config(), seed=length)[1] for length in (1, 2))
     assert jax.tree.all(jax.tree.map(np.array_equal, first, one))

@@ -20,7 +20,7 @@ from jsfdd.scoring.table import read_scores
 from jsfdd.selection.sfdd import read_selection
 from jsfdd.training.journal import read_lines
 from jsfdd.training.train import METRICS, split_held_out
-from jsfdd.weights.eagle import read_draft
+from jsfdd.weights.draft import load_draft
 
 WORDS = "the cat sat on a mat and saw one red bird fly over two green hills".split()
 
@@ -82,7 +82,7 @@ def test_the_summary_tells_what_the_artifacts_hold(finished):
         assert row["counted_tokens"] == sum(n for i, n in zip(table.ids, table.num_tokens) if i in trained)
         assert row["tau"] == read_json(arm / "report.json")["tau"] >= 1
         assert read_json(arm / "report.json")["same_text_share"] == 1.0
-        draft, _ = read_draft(arm / "draft")
+        draft = load_draft(arm / "draft").config
         assert draft.decoder.hidden_size == 32
         card = (arm / "draft" / "README.md").read_text()
         assert f"τ = {row['tau']:.3f}" in card and f"{len(kept)} conversations" in card and "samples" in card
@@ -196,7 +196,7 @@ def test_a_mixture_is_of_what_was_selected_and_is_recorded(finished, tmp_path):
 
     result = pipeline.train(config)
     assert result.samples == 3 and not (tmp_path / "hidden").exists()
-    recorded = pipeline.load_draft_and_record(tmp_path)[2]["mix"]
+    recorded = load_draft(tmp_path).record["mix"]
     assert recorded["shares"] == {"a": 2 / 3, "b": 1 / 3} and recorded["total"] == 3
     assert {source: found["samples"] for source, found in recorded["contents"].items()} == {"a": 2, "b": 1}
     assert pipeline.train(dataclasses.replace(config, mix=("b=0.5", "a=1"))).seconds == result.seconds, "the same mixture"
@@ -225,8 +225,8 @@ def test_an_interrupted_run_continues_to_the_same_result(inputs, finished, tmp_p
         for name in ("arm", "samples", "steps", "tau", "held_out"):
             assert row[name] == other[name]
     for arm in config.arms:
-        _, params = read_draft(config.out / "arms" / arm / "draft")
-        _, expected = read_draft(finished[0].out / "arms" / arm / "draft")
+        params = load_draft(config.out / "arms" / arm / "draft").params
+        expected = load_draft(finished[0].out / "arms" / arm / "draft").params
         assert np.array_equal(params["fc"]["kernel"], expected["fc"]["kernel"])
 
 

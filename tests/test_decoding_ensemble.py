@@ -22,6 +22,7 @@ from jsfdd.decoding.ensemble import (
 from jsfdd.decoding.generate import DecodeSetup, generate, make_stream, prepare_params
 from jsfdd.decoding.tree import Proposals, TreeShape
 from jsfdd.models.architecture import Rope
+from jsfdd.models.draft import Draft
 
 TREE = TreeShape(3, 3, 9)
 RULES = {
@@ -184,11 +185,11 @@ def test_what_a_row_is_given_does_not_depend_on_the_batch(models):
 
 
 def test_averages_are_linear(models):
-    one, two = (models.draft, models.good), toy_draft(models.target, seed=4)
-    config, same = average_drafts({"a": one, "b": two}, (1.0, 0.0))
+    one, two = Draft(models.draft, models.good), Draft(*toy_draft(models.target, seed=4))
+    config, same, _ = average_drafts({"a": one, "b": two}, (1.0, 0.0))
     assert config == models.draft and jax.tree.all(jax.tree.map(np.array_equal, same, models.good))
-    _, third = average_drafts({"a": one, "b": two, "c": one}, (0.2, -0.5, 1.3))
-    expected = jax.tree.map(lambda a, b: 1.5 * a - 0.5 * b, one[1], two[1])
+    third = average_drafts({"a": one, "b": two, "c": one}, (0.2, -0.5, 1.3)).params
+    expected = jax.tree.map(lambda a, b: 1.5 * a - 0.5 * b, one.params, two.params)
     assert jax.tree.all(jax.tree.map(lambda a, b: np.allclose(a, b, atol=1e-6), third, expected))
 
 
@@ -201,18 +202,18 @@ def test_averages_are_linear(models):
     ],
 )
 def test_drafts_of_other_shapes_are_not_averaged(models, changes, words):
-    other = toy_draft(dataclasses.replace(models.target, **changes))
+    other = Draft(*toy_draft(dataclasses.replace(models.target, **changes)))
     with pytest.raises(ValueError, match=f"drafts a and b cannot be combined: {words}"):
-        average_drafts({"a": (models.draft, models.good), "b": other}, (0.5, 0.5))
+        average_drafts({"a": Draft(models.draft, models.good), "b": other}, (0.5, 0.5))
     if "intermediate_size" in changes:
-        check_one_target({"a": models.draft, "b": other[0]})  # that alone does not stop them from decoding together
+        check_one_target({"a": models.draft, "b": other.config})  # that alone does not stop them from decoding together
     else:
         with pytest.raises(ValueError, match=words):
-            check_one_target({"a": models.draft, "b": other[0]})
+            check_one_target({"a": models.draft, "b": other.config})
 
 
 def test_drafts_of_other_vocabularies_are_not_averaged(models):
-    even, odd = ((half, models.good) for half in models.halves)
+    even, odd = (Draft(half, models.good) for half in models.halves)
     with pytest.raises(ValueError, match=r"the draft vocabulary is \(0, 2, .*… and \(1, 3, .*…"):
         average_drafts({"a": even, "b": odd}, (0.5, 0.5))
 

@@ -41,6 +41,7 @@ from jsfdd.doctor.findings import Diagnosis, Finding, Span, print_diagnosis, sup
 from jsfdd.doctor.reader import Choices, DecodedText, Reader, decode_texts
 from jsfdd.models.architecture import Rope
 from jsfdd.models.target import head_logits, hidden_states
+from jsfdd.weights.draft import load_draft
 from jsfdd.weights.target import load_target
 
 ROPE = Rope(1e4, "linear", factor=4.0)
@@ -70,7 +71,7 @@ def healthy(inputs):
     target = load_target(str(directory))
     chats = read_chats([data])
     samples, _ = tokenize_chats(chats, target.tokenizer, LENGTH)
-    config, params, record = pipeline.load_draft_and_record(run)
+    config, params, record = load_draft(run)
     prompts = [(chat.id, template.render_prompt(target.tokenizer, chat.messages[:1])) for chat in chats[:4]]
     texts = decode_texts(target, config, params, prompts, **SHORT)
     return target, chats, samples, config, params, record, texts, Reader(target, LENGTH)

@@ -13,6 +13,7 @@ from jsfdd.decoding.tree import TreeShape
 from jsfdd.decoding.verify import Cutoff
 from jsfdd.evaluation.evaluate import compare, evaluate
 from jsfdd.evaluation.intervals import interval, resample_ratios, tau_difference
+from jsfdd.models.draft import Draft
 
 PROMPTS = [Prompt(f"p{i}", "even" if i % 2 == 0 else "odd", ("hi" * (i + 1),)) for i in range(5)]
 PROMPTS.append(Prompt("two", "odd", ("first turn", "second turn")))
@@ -24,7 +25,7 @@ def reports():
     target = loaded_target()
     draft, params = toy_draft(target.config)
     other = jax.tree.map(lambda x: x * 0.5, params)
-    return evaluate(target, {"a": (draft, params), "b": (draft, other)}, PROMPTS, make_mesh(data=2), **OPTIONS)
+    return evaluate(target, {"a": Draft(draft, params), "b": Draft(draft, other)}, PROMPTS, make_mesh(data=2), **OPTIONS)
 
 
 def test_counts_agree(reports):
@@ -75,10 +76,10 @@ def test_sources_add_up_to_the_whole(reports):
 def test_a_tree_accepts_more_than_a_chain_and_writes_the_same(reports):
     target = loaded_target()
     draft, params = toy_draft(target.config)
-    wide = evaluate(target, {"a": (draft, params)}, PROMPTS, make_mesh(data=2), tree=TreeShape(2, 50, 120), **OPTIONS)["a"]
+    wide = evaluate(target, {"a": Draft(draft, params)}, PROMPTS, make_mesh(data=2), tree=TreeShape(2, 50, 120), **OPTIONS)["a"]
     assert wide["tau"] > reports["a"]["tau"] and wide["same_text_share"] == 1.0
     sampled = evaluate(
-        target, {"a": (draft, params)}, PROMPTS, make_mesh(data=2), tree=TreeShape(2, 50, 120), cutoff=Cutoff(top_p=0.9),
+        target, {"a": Draft(draft, params)}, PROMPTS, make_mesh(data=2), tree=TreeShape(2, 50, 120), cutoff=Cutoff(top_p=0.9),
         **(OPTIONS | {"temperature": 1.0}),
     )["a"]  # fmt: skip
     assert sampled["same_text_share"] == 1.0
@@ -97,14 +98,14 @@ def test_a_prompt_too_long_for_the_context_is_refused_before_decoding():
     draft, params = toy_draft(target.config)
     long = [Prompt("long", "x", ("a" * 1020,))]
     with pytest.raises(ValueError, match="prompt long: .* context of 1024"):
-        evaluate(target, {"d": (draft, params)}, long, make_mesh(data=1), **OPTIONS)
+        evaluate(target, {"d": Draft(draft, params)}, long, make_mesh(data=1), **OPTIONS)
 
 
 def test_a_draft_of_another_target_is_refused():
     target = loaded_target()
     draft, params = toy_draft(dataclasses.replace(target.config, vocab_size=300))
     with pytest.raises(ValueError, match="vocab_size is 300, but the target toy has 258"):
-        evaluate(target, {"d": (draft, params)}, PROMPTS, make_mesh(data=1), **OPTIONS)
+        evaluate(target, {"d": Draft(draft, params)}, PROMPTS, make_mesh(data=1), **OPTIONS)
 
 
 def test_intervals_cover():

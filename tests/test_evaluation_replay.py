@@ -20,7 +20,7 @@ from jsfdd.evaluation.acceptance import acceptance_figures
 from jsfdd.evaluation.evaluate import evaluate
 from jsfdd.evaluation.replay import Recorded, _walk_text, make_judge, record, walk
 from jsfdd.evaluation.replay_trees import make_tree_replay
-from jsfdd.models.draft import DraftConfig
+from jsfdd.models.draft import Draft, DraftConfig
 from jsfdd.models.target import hidden_states
 
 PROMPTS = [Prompt(f"p{i}", "even" if i % 2 == 0 else "odd", ("hi" * (i + 1),)) for i in range(3)]
@@ -67,7 +67,7 @@ def test_greedy_counts_are_the_decoders(stop, vocabulary):
     draft, params = _often_right(target, vocabulary)
     mesh = make_mesh()
     options = dict(temperature=0.0, max_new_tokens=24, batch_size=4, seed=0)
-    report = evaluate(target, {"draft": (draft, params)}, PROMPTS, mesh, num_draft_tokens=3, **options)["draft"]
+    report = evaluate(target, {"draft": Draft(draft, params)}, PROMPTS, mesh, num_draft_tokens=3, **options)["draft"]
     recorded = record(target, PROMPTS, mesh, ahead=4, **options)
     counts = _replay(target, recorded, draft, params, depth=3)
     figures = acceptance_figures(counts, np.ones(len(PROMPTS), bool), seed=0)
@@ -131,11 +131,11 @@ def test_tree_counts_are_the_decoders_at_every_temperature(rule, temperature):
     target = _damped_target((257, 27, 92))
     draft, params = _often_right(target)
     shape = TreeShape(3, 3, 8)
-    drafts, combine = {"one": (draft, params)}, None
+    drafts, combine = {"one": Draft(draft, params)}, None
     if rule:
         other = jax.tree.map(lambda x, y: 0.8 * x + 0.2 * y, params, toy_draft(target.config, seed=7)[1])
         combine = Combine(rule)
-        drafts = {"both": Ensemble({"one": (draft, params), "two": (draft, other)}, combine)}
+        drafts = {"both": Ensemble({"one": Draft(draft, params), "two": Draft(draft, other)}, combine)}
         params, draft = (params, other), (draft, draft)
     mesh = make_mesh()
     options = dict(temperature=temperature, max_new_tokens=24, batch_size=4, seed=0)

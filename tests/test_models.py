@@ -10,7 +10,7 @@ from toy import toy_config, toy_draft, toy_target
 
 from jsfdd.models.architecture import Rope
 from jsfdd.models.counted import fold_counted
-from jsfdd.models.draft import Draft, draft_config
+from jsfdd.models.draft import EagleLayer, draft_config
 from jsfdd.models.layers import cached_view, empty_cache, rope_frequencies, rope_table, rotate
 from jsfdd.models.target import decode, embed_tokens, head_logits, hidden_states, unstack_layers
 
@@ -140,10 +140,10 @@ def test_draft_one_by_one_equals_whole():
     config, _ = toy_target()
     draft, params = toy_draft(config)
     embedding, hidden = jax.random.normal(jax.random.key(0), (2, 2, 9, 32))
-    whole = Draft(draft).apply({"params": params}, embedding, hidden)
+    whole = EagleLayer(draft).apply({"params": params}, embedding, hidden)
     cache, pieces = empty_cache(draft.decoder, 2, 12), []
     for t in range(9):
-        out, cache = Draft(draft).apply(
+        out, cache = EagleLayer(draft).apply(
             {"params": params}, embedding[:, t : t + 1], hidden[:, t : t + 1], cached_view(cache, 1), cache, method="decode"
         )
         cache = cache._replace(length=cache.length + 1)

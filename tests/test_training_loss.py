@@ -12,7 +12,7 @@ from toy import toy_config
 from jsfdd.base.mesh import make_mesh
 from jsfdd.base.records import DraftBatch, Sample
 from jsfdd.commands.configs import TrainConfig
-from jsfdd.models.draft import Draft, draft_config, draft_steps, init_draft
+from jsfdd.models.draft import EagleLayer, draft_config, draft_steps, init_draft
 from jsfdd.models.layers import cached_view, empty_cache
 from jsfdd.models.target import embed_tokens, head_logits, hidden_states, init_params
 from jsfdd.training.loss import borrow, hidden_noise, loss_sums
@@ -40,7 +40,7 @@ def toy(config):
 def slow_sums(draft_params, params, batch, config, draft, options):
     """The definitions of loss.py and records.py written out for one draft step, [B, T, V] materialised, one mask at the end."""
     embedding = embed_tokens(config, params, jnp.asarray(batch.tokens))
-    predicted = Draft(draft).apply({"params": draft_params}, embedding[:, 1:], batch.hidden[:, :-1])
+    predicted = EagleLayer(draft).apply({"params": draft_params}, embedding[:, 1:], batch.hidden[:, :-1])
     true = batch.hidden[:, 1:]
     p = jax.nn.softmax(head_logits(config, params, true))
     log_q = jax.nn.log_softmax(head_logits(config, params, predicted))
@@ -119,7 +119,7 @@ def test_each_harmonised_step_is_what_decoding_does():
     all_at_once = jax.jit(lambda *inputs: list(draft_steps(draft, draft_params, *inputs, 4)))(embedding, hidden)
 
     def extended(embedding, states, cache):
-        predicted, cache = Draft(draft).apply(
+        predicted, cache = EagleLayer(draft).apply(
             {"params": draft_params}, embedding, states, cached_view(cache, states.shape[1]), cache, method="decode"
         )
         return predicted[:, -1:], cache._replace(length=cache.length + states.shape[1])

@@ -30,8 +30,7 @@ from jsfdd.training.step import make_evaluate_step
 from jsfdd.training.tensorboard import scalars
 from jsfdd.training.token_loss import Distance
 from jsfdd.training.train import METRICS, TIMINGS, draft_of, split_held_out, train
-from jsfdd.weights import checkpoint
-from jsfdd.weights.checkpoint import load_draft
+from jsfdd.weights.draft import load_draft
 
 
 @functools.cache
@@ -177,7 +176,7 @@ def test_finished_run_is_returned_not_repeated(finished):
     jax.tree.map(np.testing.assert_array_equal, _bits(again.state), _bits(result.state))
     assert again.seconds == result.seconds and again.held_out == result.held_out
     assert {path: path.read_bytes() for path in before} == before
-    assert load_draft(directory)[0] == result.draft
+    assert load_draft(directory).config == result.draft
 
 
 def test_lines_say_what_happened(finished):
@@ -324,7 +323,7 @@ def test_a_draft_vocabulary_is_of_the_data_and_is_kept(tmp_path):
     assert len(draft.vocabulary) == 5 and set(draft.vocabulary) < set(range(8))  # the data has tokens 0 to 7 alone
     means = store_of_means(tmp_path / "means", options, vocabulary=draft.vocabulary)
     result = run(tmp_path / "run", known=means, draft_vocab=5, learning_rate=1e-2)
-    assert result.draft == draft == load_draft(tmp_path / "run")[0]
+    assert result.draft == draft == load_draft(tmp_path / "run").config
     assert 0 < result.held_out["acceptance"] < result.held_out["coverage"] < 1 and "kl" not in result.held_out
     with pytest.raises(ValueError, match="vocabulary"):
         store_of_means(tmp_path / "means", options)
@@ -418,8 +417,8 @@ def test_the_draft_of_the_best_tau_is_kept(tmp_path):
     steps = [*range(4, result.steps, 4), result.steps]
     assert lines == list(zip(steps, [1.1, 1.4, 1.2, 1.3, 1.0, 0.9]))
     assert [path.name for path in (tmp_path / "best").iterdir()] == ["8"]
-    _, best, _ = checkpoint.load_draft(tmp_path)
-    _, last, _ = checkpoint.load_draft(tmp_path / "checkpoints")
+    best = load_draft(tmp_path).params
+    last = load_draft(tmp_path / "checkpoints").params
     assert jax.tree.all(jax.tree.map(np.array_equal, last, result.state.params))
     assert not np.array_equal(best["fc"]["kernel"], last["fc"]["kernel"])
 
@@ -432,7 +431,7 @@ def test_a_resumed_run_keeps_the_same_best(tmp_path):
         run(tmp_path / "killed", probe=_scripted_probe(taus, stop_at=2), **options)
     assert [path.name for path in (tmp_path / "killed" / "best").iterdir()] == ["8"]
     run(tmp_path / "killed", probe=_scripted_probe(taus[1:]), **options)
-    whole, killed = (checkpoint.load_draft(tmp_path / name)[1] for name in ("whole", "killed"))
+    whole, killed = (load_draft(tmp_path / name).params for name in ("whole", "killed"))
     assert jax.tree.all(jax.tree.map(np.array_equal, whole, killed))
     assert (tmp_path / "whole" / METRICS).read_text() == (tmp_path / "killed" / METRICS).read_text()
 

@@ -64,7 +64,7 @@ def test_what_a_killed_save_left_is_not_taken_and_removed(state, tmp_path):
     save_steps(tmp_path, state, 3)
     left = tmp_path / "checkpoints" / "6.orbax-checkpoint-tmp"
     shutil.copytree(tmp_path / "checkpoints" / "3", left)
-    assert checkpoint.load_draft(tmp_path)[1]["fc"]["kernel"].shape == (64, 32)
+    assert checkpoint.read_trained_draft(tmp_path).params["fc"]["kernel"].shape == (64, 32)
     assert left.exists(), "reading a run that may still be in training removes nothing"
     with checkpoint.open_checkpoints(tmp_path) as checkpoints:
         assert checkpoint.latest_step(checkpoints) == 3
@@ -83,27 +83,27 @@ def test_damaged_checkpoint_names_itself_and_the_remedy(state, tmp_path, damage)
     else:
         shutil.rmtree(where)
         where.mkdir()
-    for read in (lambda: restore(tmp_path, state[1]), lambda: checkpoint.load_draft(tmp_path)):
+    for read in (lambda: restore(tmp_path, state[1]), lambda: checkpoint.read_trained_draft(tmp_path)):
         with pytest.raises(ValueError, match="damaged checkpoint; delete it") as error:
             read()
         assert str(where) in str(error.value)
 
 
-def test_load_draft_takes_the_run_or_its_checkpoints(state, tmp_path):
+def test_read_trained_draft_takes_the_run_or_its_checkpoints(state, tmp_path):
     save_steps(tmp_path, state, 3, 4)
     for path in (tmp_path, str(tmp_path / "checkpoints")):
-        config, params, info = checkpoint.load_draft(path)
+        config, params, info = checkpoint.read_trained_draft(path)
         assert config == state[0] and info == IDENTITY
         jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b + 4), params, state[1].params)
         # On the first device, but not bound to it: decoding spreads them over all.
         assert all(x.sharding.device_set == {jax.devices()[0]} and not x.committed for x in jax.tree.leaves(params))
 
 
-def test_load_draft_says_what_is_not_there(tmp_path):
+def test_read_trained_draft_says_what_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere: no such directory"):
-        checkpoint.load_draft(tmp_path / "nowhere")
+        checkpoint.read_trained_draft(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="no checkpoint in it"):
-        checkpoint.load_draft(tmp_path)
+        checkpoint.read_trained_draft(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

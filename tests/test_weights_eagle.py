@@ -30,13 +30,13 @@ def _edit_settings(directory, **changes):
 def test_a_peers_copy_of_the_embedding_is_left_alone(tmp_path, flavour):
     directory, tensors = _written(tmp_path, flavour)
     save_file(tensors | {"embed_tokens.weight": np.zeros((64, 32), np.float32)}, directory / "model.safetensors")
-    _, params = read_draft(directory)
+    params = read_draft(directory).params
     assert set(params) == {"fc", "layer"}
 
 
 def test_shards_are_read(tmp_path):
     directory, tensors = _written(tmp_path)
-    whole = read_draft(directory)[1]
+    whole = read_draft(directory).params
     (directory / "model.safetensors").unlink()
     names = sorted(tensors)
     parts = {"a.safetensors": names[:4], "b.safetensors": names[4:]}
@@ -45,7 +45,7 @@ def test_shards_are_read(tmp_path):
     index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     assert is_exported(directory)
-    assert jax.tree.all(jax.tree.map(np.array_equal, read_draft(directory)[1], whole))
+    assert jax.tree.all(jax.tree.map(np.array_equal, read_draft(directory).params, whole))
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_fc_bias_is_there_if_its_tensor_says_something(tmp_path):
     for value, switch, expected in ((0.0, False, False), (0.0, True, True), (0.5, False, True), (0.5, True, True)):
         save_file(tensors | {"fc.bias": np.full(32, value, np.float32)}, directory / "model.safetensors")
         _edit_settings(directory, bias=switch)
-        config, params = read_draft(directory)
+        config, params, _ = read_draft(directory)
         assert config.fc_bias == expected == ("bias" in params["fc"])
 
 

@@ -15,14 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jsfdd.commands.pipeline import load_draft
 from jsfdd.data.chat import read_chats
 from jsfdd.data.template import tokenize_chats
 from jsfdd.models.architecture import Rope
-from jsfdd.models.draft import Draft, draft_config, init_draft
+from jsfdd.models.draft import EagleLayer, draft_config, init_draft
 from jsfdd.models.target import embed_tokens, hidden_states
 from jsfdd.weights.card import Serving
-from jsfdd.weights.eagle import read_draft
+from jsfdd.weights.draft import load_draft
 from jsfdd.weights.export import write_draft
 from jsfdd.weights.target import load_target
 
@@ -42,7 +41,7 @@ def main(run: Path, target_dir: Path, work: Path) -> None:
     scaled = dataclasses.replace(biased, decoder=dataclasses.replace(biased.decoder, rope=Rope(1e4, "linear", factor=2.0)))
     # Each case with the flavours whose peers can compute it; speculators turns by the target's own rope.
     cases = {
-        "trained": (load_draft(run), ("eagle", "speculators")),
+        "trained": (load_draft(run)[:2], ("eagle", "speculators")),
         "random with fc bias": (random_draft(biased), ("eagle", "speculators")),
         "random with scaled rope": (random_draft(scaled), ("eagle",)),
     }
@@ -59,9 +58,9 @@ def main(run: Path, target_dir: Path, work: Path) -> None:
             name = f"{case}, {flavour}".replace(", ", "_").replace(" ", "_")
             write_draft(work / name, config, params, flavour, serving=Serving(str(target_dir.absolute())))
             # What is compared is the directory, so our side reads it too.
-            config_again, params_again = read_draft(work / name)
+            config_again, params_again = load_draft(work / name)[:2]
             embedding = embed_tokens(target.config, target.params, tokens[:, 1:])
-            arrays[name] = np.asarray(Draft(config_again).apply({"params": params_again}, embedding, hidden))
+            arrays[name] = np.asarray(EagleLayer(config_again).apply({"params": params_again}, embedding, hidden))
             index.append({"name": name, "case": case, "flavour": flavour})
     np.savez(work / "arrays.npz", **arrays)
     (work / "index.json").write_text(json.dumps(index) + "\n")

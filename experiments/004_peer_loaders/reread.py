@@ -10,12 +10,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jsfdd.weights.eagle import read_draft
+from jsfdd.weights.draft import load_draft
 
 
 def main(work: Path) -> None:
     for converted in sorted((work / "converted").iterdir()):
-        (config, params), (again, params_again) = read_draft(work / converted.name), read_draft(converted)
+        (config, params, _), (again, params_again, _) = load_draft(work / converted.name), load_draft(converted)
         same = jax.tree.structure(params) == jax.tree.structure(params_again)
         same = same and jax.tree.all(jax.tree.map(np.array_equal, params, params_again))
         ours, theirs = (dataclasses.asdict(c.decoder) | {"fc_bias": c.fc_bias} for c in (config, again))

@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jsfdd.commands.pipeline import load_draft
 from jsfdd.data.chat import read_prompts
 from jsfdd.data.template import render_prompt
 from jsfdd.decoding.generate import DecodeSetup, PromptBatch, make_stream, prepare_params
 from jsfdd.evaluation.evaluate import check_draft
-from jsfdd.models.draft import Draft
+from jsfdd.models.draft import EagleLayer
 from jsfdd.models.target import embed_tokens, head_logits, hidden_states
+from jsfdd.weights.draft import load_draft
 from jsfdd.weights.target import load_target
 
 
@@ -56,7 +56,7 @@ def make_twin(target, draft, depth):
         proposals, gaps = [], []
         for i in range(depth):
             last = lengths - 2 + i  # the pair (h, x) of the newest token but one, then the draft's own guesses
-            guess = Draft(draft).apply({"params": draft_params}, embedding, hiddens)[rows, last]
+            guess = EagleLayer(draft).apply({"params": draft_params}, embedding, hiddens)[rows, last]
             token, gap = margins(head_logits(config, params, guess))
             proposals.append(token)
             gaps.append(gap)
@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
 
-    draft, draft_params = load_draft(args.draft)
+    draft, draft_params, _ = load_draft(args.draft)
     target = load_target("smollm2")
     check_draft(target, draft, str(args.draft))
     params = prepare_params(target.params, draft_params)

@@ -23,6 +23,7 @@ from jsfdd.evaluation import evaluate as evaluation
 from jsfdd.training.batch import TrainingData
 from jsfdd.training.journal import read_lines
 from jsfdd.training.train import METRICS, TIMINGS
+from jsfdd.weights.draft import load_draft
 
 HERE = Path(__file__).parent
 _WEIGHING = {"token_retain_ratio", "token_weighting"}  # options that need token scores
@@ -113,7 +114,7 @@ def main() -> None:
 
     lengths = [len(sample.tokens) for sample in kept]
     prompts = read_prompts(options.prompts)
-    drafts = {name: pipeline.load_draft(options.work / "arms" / row["directory"]) for name, row in rows.items()}
+    drafts = {name: load_draft(options.work / "arms" / row["directory"]) for name, row in rows.items()}
     begin = clock()
     reports = evaluation.evaluate(
         loaded.target, drafts, prompts, loaded.mesh,

@@ -20,15 +20,15 @@ from scipy.stats import rankdata
 from step import budgeted_step, gain
 
 from jsfdd.base.records import Sample
-from jsfdd.commands.pipeline import load_draft
 from jsfdd.data.batches import bucket_lengths, pad_rows
 from jsfdd.data.chat import read_chats
 from jsfdd.data.template import tokenize_chats
 from jsfdd.evaluation.intervals import interval
-from jsfdd.models.draft import Draft
+from jsfdd.models.draft import EagleLayer
 from jsfdd.models.target import embed_tokens, head_logits, hidden_states
 from jsfdd.report.panel import INK, MUTED, STYLE
 from jsfdd.scoring.flatness import effective_choices, token_scores
+from jsfdd.weights.draft import load_draft
 from jsfdd.weights.target import Target, load_target
 
 HERE = Path(__file__).parent
@@ -71,7 +71,7 @@ def main() -> None:
 def measure(options: argparse.Namespace, files: Sequence[Path], path: Path) -> None:
     """One .npz of columns, a row a token: where it is, what p and q are like, and what each step gains."""
     target = load_target("smollm2")
-    config, params = load_draft(options.draft)
+    config, params, _ = load_draft(options.draft)
     samples = choose(read_chats(files), target, options.samples)
     columns = defaultdict(list)
     for begin in range(0, len(samples), BATCH):
@@ -129,7 +129,7 @@ def read_tokens(target: Target, config, params: dict, samples: Sequence[Sample],
 def _hidden_and_guess(target_config, config, target_params, params, tokens):
     hidden = hidden_states(target_config, target_params, tokens)
     embedding = embed_tokens(target_config, target_params, jnp.roll(tokens, -1, axis=1))
-    return hidden, Draft(config).apply({"params": params}, embedding, hidden)
+    return hidden, EagleLayer(config).apply({"params": params}, embedding, hidden)
 
 
 def compare_block(config, params: dict, hidden: Float[Array, "n D"], guessed: Float[Array, "n D"], following) -> dict:

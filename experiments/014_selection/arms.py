@@ -144,7 +144,7 @@ def arms(pool: Pool, plan: str, seeds: Sequence[int]) -> dict[str, Arm | Progres
             soft = token_weights_of(pool, pool.samples, metric="flatness", weighting="soft", retain_ratio=1.0, seed=seed)
             add("full, tokens weighted by flatness", everything, weights=soft)
         elif plan == "draft-aware":  # asks a draft that was trained on a random fifth
-            refused = refused_share(pool, *trained_draft(pool, "random 20% seed 0"))
+            refused = refused_share(pool, *trained_draft(pool, "random 20% seed 0")[:2])
             add("most refused 50%", within(pool, np.zeros(len(everything)), refused, 0.5))
         elif plan == "dropout":  # three epochs' worth in four passes and one
             add("full, three quarters of the epochs", everything, epochs=3 * epochs // 4)

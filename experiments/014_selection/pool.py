@@ -28,7 +28,7 @@ from jsfdd.data.batches import Shape, choose_shapes
 from jsfdd.data.chat import read_prompts
 from jsfdd.evaluation import replay
 from jsfdd.hidden.capture import store_hidden
-from jsfdd.models.draft import DraftConfig
+from jsfdd.models.draft import Draft, DraftConfig
 from jsfdd.scoring.table import ScoreTable, join, read_token_scores
 from jsfdd.selection.tokens import token_weights
 from jsfdd.training import train as training
@@ -38,7 +38,7 @@ from jsfdd.training.soft_means import store_means
 from jsfdd.training.soft_top_k import store_top_k
 from jsfdd.training.step import block_size
 from jsfdd.training.token_loss import Distance
-from jsfdd.weights.checkpoint import load_draft
+from jsfdd.weights.draft import load_draft
 
 SMOKE = os.environ.get("SMOKE") == "1"
 PROMPTS = {"gsm8k": 2, "qa": 2} if SMOKE else {"mt_bench": 30, "gsm8k": 40, "alpaca": 40, "sum": 8, "qa": 40}
@@ -207,7 +207,7 @@ def run_arm(pool: Pool, name: str, arm) -> dict:
     if row is None:
         row, draft, params = arm.train(pool, directory)
     elif lacking:
-        draft, params = trained_draft(pool, name)
+        draft, params, _ = trained_draft(pool, name)
     for temperature in lacking:
         row[f"T={temperature:g}"] = judge_draft(pool, draft, params, temperature)
     if lacking:
@@ -237,10 +237,9 @@ def taus(row: dict) -> str:
     return ", ".join(shown)
 
 
-def trained_draft(pool: Pool, name: str) -> tuple[DraftConfig, dict]:
+def trained_draft(pool: Pool, name: str) -> Draft:
     """The draft of an arm that was run."""
-    config, params, _ = load_draft(pool.work / "arms" / name.replace(" ", "_").replace("/", "-"))
-    return config, params
+    return load_draft(pool.work / "arms" / name.replace(" ", "_").replace("/", "-"))
 
 
 def token_weights_of(pool: Pool, samples: Sequence[Sample], **choice) -> dict:

@@ -19,7 +19,7 @@ from pool import SMOKE, Pool, open_pool, pool_parser  # noqa: E402
 from jsfdd.base.hardware import describe_hardware  # noqa: E402
 from jsfdd.data.batches import epoch_batches, make_batches  # noqa: E402
 from jsfdd.evaluation.intervals import interval, resample_ratios  # noqa: E402
-from jsfdd.models.draft import Draft, allowed_tokens  # noqa: E402
+from jsfdd.models.draft import EagleLayer, allowed_tokens  # noqa: E402
 from jsfdd.models.target import embed_tokens, head_logits  # noqa: E402
 from jsfdd.scoring.table import read_token_scores  # noqa: E402
 from jsfdd.training import train as training  # noqa: E402
@@ -94,7 +94,7 @@ def _make_look(pool: Pool, samples):
     def of_batch(params, batch):
         hidden = batch.hidden.astype(jnp.float32)
         embedding = embed_tokens(target.config, target.params, batch.tokens[:, 1:])
-        predicted = Draft(pool.draft).apply({"params": params}, embedding, hidden[:, :-1])
+        predicted = EagleLayer(pool.draft).apply({"params": params}, embedding, hidden[:, :-1])
 
         def of_row(pair):
             truth, guess = pair

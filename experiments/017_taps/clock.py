@@ -15,6 +15,7 @@ from jsfdd.base.hardware import describe_hardware  # noqa: E402
 from jsfdd.decoding.ensemble import Ensemble  # noqa: E402
 from jsfdd.decoding.tree import TreeShape  # noqa: E402
 from jsfdd.evaluation.evaluate import evaluate  # noqa: E402
+from jsfdd.models.draft import Draft  # noqa: E402
 
 FIGURES = (
     "n_prompts", "tau", "tau_low", "tau_high", "tokens_per_second", "baseline_tokens_per_second", "speedup", "speedup_low",
@@ -44,8 +45,8 @@ def decoded(pool: Pool, chosen: dict[str, System], temperature: float, each: int
 
 def _as_draft(system: System):
     if system.combine is None:
-        return system.shapes, system.params
-    return Ensemble(dict(zip(("maths", "chat"), zip(system.shapes, system.params))), system.combine)
+        return Draft(system.shapes, system.params)
+    return Ensemble(dict(zip(("maths", "chat"), map(Draft, system.shapes, system.params))), system.combine)
 
 
 def main() -> None:

@@ -30,14 +30,14 @@ def systems(pool: Pool, training: str, seed: int, chosen: str = "", other_seed: 
     started elsewhere.
     """
     drafts = {name: trained_draft(pool, f"{training} {name}{chosen} seed {seed}") for name in SINGLE}
-    found = {f"{name}{chosen}": System(*draft) for name, draft in drafts.items()}
+    found = {f"{name}{chosen}": System(draft.config, draft.params) for name, draft in drafts.items()}
     both = {name: drafts[name] for name in ("maths", "chat")}
     found[f"mixed large at 120{chosen}"] = found[f"mixed large{chosen}"]._replace(nodes=2 * NODES)
-    found[f"averaged{chosen}"] = System(*average_drafts(both, (0.5, 0.5)))
+    found[f"averaged{chosen}"] = System(*average_drafts(both, (0.5, 0.5))[:2])
     if other_seed is not None:
         unlike = both | {"chat": trained_draft(pool, f"{training} chat{chosen} seed {other_seed}")}
-        found[f"averaged, of two starts{chosen}"] = System(*average_drafts(unlike, (0.5, 0.5)))
-    shapes, params = (tuple(part) for part in zip(*both.values()))
+        found[f"averaged, of two starts{chosen}"] = System(*average_drafts(unlike, (0.5, 0.5))[:2])
+    shapes, params = (tuple(part) for part in zip(*(draft[:2] for draft in both.values())))
     found[f"routed{chosen}"] = System(shapes, params, Combine("route"))
     found[f"routed by entropy{chosen}"] = System(shapes, params, Combine("route", "entropy"))
     found[f"routed per prompt{chosen}"] = System(shapes, params, Combine("route", "confidence", 5))

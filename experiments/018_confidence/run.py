@@ -27,7 +27,7 @@ def main() -> None:
     options = parser.parse_args()
     pool = open_pool(options)
     recorded, (states, _) = pool.recorded[0.0], pool.judges[0.0]
-    draft, params = trained_draft(pool, options.draft)
+    draft, params, _ = trained_draft(pool, options.draft)
     judge = replay.make_judge(pool.loaded.target, states, recorded, draft, pool.loaded.mesh, num_draft_tokens=GAMMA)
     judged = judge(params)
     counts = replay.walk(recorded, judged)

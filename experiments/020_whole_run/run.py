@@ -26,7 +26,7 @@ from jsfdd.hidden.capture import store_hidden  # noqa: E402
 from jsfdd.selection.sfdd import select  # noqa: E402
 from jsfdd.training import train as training  # noqa: E402
 from jsfdd.training.batch import TrainingData  # noqa: E402
-from jsfdd.weights.checkpoint import load_draft  # noqa: E402
+from jsfdd.weights.draft import load_draft  # noqa: E402
 
 HEADS = {"8k": {}, "full": {"draft_vocab": 0}}
 

@@ -53,7 +53,7 @@ def row_of(pool: Pool, name: str, ids: Sequence[str], seed: int) -> dict:
     if (trained / "row.json").exists():
         before = json.loads((trained / "row.json").read_text())
         row = {key: before[key] for key in ("samples", "steps", "tokens_in_loss", "cpu_seconds")}
-        draft, params = trained_draft(pool, name)
+        draft, params, _ = trained_draft(pool, name)
     else:
         row, draft, params = Arm(ids, {"seed": seed}).train(pool, trained)
     for temperature in pool.judges:

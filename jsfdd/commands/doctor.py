@@ -10,12 +10,12 @@ from jsfdd.base.progress import console
 from jsfdd.commands.configs import DoctorConfig
 from jsfdd.commands.inputs import identity_of
 from jsfdd.commands.options import DataOptions
-from jsfdd.commands.pipeline import load_draft_and_record
 from jsfdd.data.chat import read_chats
 from jsfdd.data.template import tokenize_chats
 from jsfdd.doctor.examine import examine
 from jsfdd.doctor.findings import Diagnosis, print_diagnosis
 from jsfdd.hidden.store import HiddenStore
+from jsfdd.weights.draft import load_draft
 from jsfdd.weights.target import load_target, locate_target
 
 
@@ -27,8 +27,8 @@ def doctor(config: DoctorConfig) -> Diagnosis:
     if config.model_shards > 1:
         raise ValueError("--model-shards: doctor examines on one device; leave the option out")
     chats = read_chats(config.data)
-    draft = None if config.draft is None else load_draft_and_record(config.draft)
-    record = (draft and draft[2]) or {}
+    draft = None if config.draft is None else load_draft(config.draft)
+    record = (draft and draft.record) or {}
     store = _find_store(config)
     target = load_target(config.target, jnp.dtype(config.dtype))
     max_length = record.get("max_length", DataOptions.max_length)

@@ -7,21 +7,8 @@ from pathlib import Path
 
 from jsfdd.commands.configs import EvaluateConfig, GenerateConfig
 from jsfdd.decoding.ensemble import Combine, Ensemble, average_drafts, check_one_target
-from jsfdd.models.draft import DraftConfig
-from jsfdd.weights.checkpoint import load_draft as load_trained_draft
-from jsfdd.weights.eagle import is_exported, read_draft
-
-Draft = tuple[DraftConfig, dict]
-
-
-def load_draft(path: Path) -> tuple[DraftConfig, dict]:
-    """A draft from wherever it is: an exported directory, or a training run's last checkpoint."""
-    return load_draft_and_record(path)[:2]
-
-
-def load_draft_and_record(path: Path) -> tuple[DraftConfig, dict, dict | None]:
-    """A draft, and what its training run recorded: None for an exported one."""
-    return (*read_draft(path), None) if is_exported(path) else load_trained_draft(path)
+from jsfdd.models.draft import Draft
+from jsfdd.weights.draft import load_draft
 
 
 def names_of(drafts: Sequence[Path]) -> dict[str, Path]:
@@ -54,11 +41,10 @@ def answering_draft(config: GenerateConfig) -> Draft | Ensemble:
 
 def _together(config: EvaluateConfig | GenerateConfig) -> tuple[Draft | Ensemble, dict[str, Draft]]:
     """What --combine makes of the drafts, and the drafts by name. ValueError says which of them are not alike, and how."""
-    loaded = {name: load_draft_and_record(path) for name, path in names_of(config.draft).items()}
-    drafts = {name: (draft, params) for name, (draft, params, _) in loaded.items()}
-    check_one_target({name: draft for name, (draft, _) in drafts.items()})
+    drafts = {name: load_draft(path) for name, path in names_of(config.draft).items()}
+    check_one_target({name: draft.config for name, draft in drafts.items()})
     # An exported draft does not say which weights its target had.
-    targets = [(name, record["target"]) for name, (*_, record) in loaded.items() if record is not None]
+    targets = [(name, draft.record["target"]) for name, draft in drafts.items() if draft.record is not None]
     for name, target in targets[1:]:
         if target != targets[0][1]:
             raise ValueError(

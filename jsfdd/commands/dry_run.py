@@ -160,8 +160,8 @@ def _evaluate(config: EvaluateConfig) -> Result:
     drafts = measured_drafts(config)
     target = describe_target(config.target)
     for name, draft in drafts.items():
-        for member, (its, _) in members_of(name, draft).items():
-            check_draft(target, its, member)
+        for member, its in members_of(name, draft).items():
+            check_draft(target, its.config, member)
     values, words = _decoding(config, target, prompts)
     words = [f"{line}, for {_many(len(drafts), 'draft')}" for line in words]
     if config.combine is not None:
@@ -177,7 +177,7 @@ def _export(config: ExportConfig) -> Result:
     draft, *_ = pipeline.plan_export(config)
     if config.out.exists():
         raise FileExistsError(f"{config.out}: already there; choose another --out or remove it")
-    decoder = draft.decoder
+    decoder = draft.config.decoder
     values = {"flavour": config.flavour, "hidden_size": decoder.hidden_size, "vocab_size": decoder.vocab_size}
     words = [f"write a draft of width {decoder.hidden_size:,} in the layout of {config.flavour}"]
     return _result("export", values, words, config.out, ["config.json", "model.safetensors", "README.md"])

@@ -36,8 +36,8 @@ def answer(config: GenerateConfig) -> None:
     members = {} if draft is None else members_of(str(config.draft[0]), draft)
     mesh = make_mesh(data=1, model=config.model_shards)
     target = load_target(config.target, jnp.dtype(config.dtype), mesh)
-    for name, (its_config, _) in members.items():
-        check_draft(target, its_config, name)
+    for name, member in members.items():
+        check_draft(target, member.config, name)
     prompt = Prompt("--prompt", "", (config.prompt,))
     tokens = render_turns(target, prompt, [])
     check_length(target, prompt, len(tokens), config.max_new_tokens)

@@ -34,7 +34,7 @@ from jsfdd.commands.configs import (
     TrainConfig,
     stores_target,
 )
-from jsfdd.commands.drafts import load_draft, load_draft_and_record, measured_drafts
+from jsfdd.commands.drafts import measured_drafts
 from jsfdd.commands.inputs import Loaded, load
 from jsfdd.commands.options import DecodingOptions
 from jsfdd.data.batches import make_batches, padding_share
@@ -45,7 +45,7 @@ from jsfdd.decoding.tree import TreeShape
 from jsfdd.decoding.verify import Cutoff
 from jsfdd.evaluation import evaluate as evaluation
 from jsfdd.evaluation.probe import make_probe
-from jsfdd.models.draft import DraftConfig
+from jsfdd.models.draft import Draft
 from jsfdd.report.report import write_report
 from jsfdd.scoring.score import score_samples
 from jsfdd.scoring.table import ScoreTable, read_scores, read_token_scores, write_scores, write_token_scores
@@ -56,6 +56,7 @@ from jsfdd.selection.tokens import token_weights
 from jsfdd.training import train as training
 from jsfdd.training.batch import HiddenStates, PerToken, TrainingData
 from jsfdd.weights.card import Provenance, Serving, read_report
+from jsfdd.weights.draft import load_draft
 from jsfdd.weights.export import check_flavour, write_draft
 from jsfdd.weights.target import Target, load_target
 
@@ -160,20 +161,20 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict]:
 
 def export(config: ExportConfig) -> None:
     """`jsfdd export`: writes a directory that an engine loads."""
-    draft, params, serving, provenance = plan_export(config)
+    draft, serving, provenance = plan_export(config)
     write_draft(
-        config.out, draft, params, config.flavour, dtype=config.export_dtype, serving=serving, provenance=provenance
+        config.out, *draft[:2], config.flavour, dtype=config.export_dtype, serving=serving, provenance=provenance
     )
 
 
-def plan_export(config: ExportConfig) -> tuple[DraftConfig, dict, Serving, Provenance]:
+def plan_export(config: ExportConfig) -> tuple[Draft, Serving, Provenance]:
     """All that `export` writes. ValueError names what the flavour cannot represent."""
-    draft, params, identity = load_draft_and_record(config.draft)
-    provenance = _provenance(config, identity)
+    draft = load_draft(config.draft)
+    provenance = _provenance(config, draft.record)
     named = None if provenance.report is None else provenance.report["config"]["target"]
     serving = Serving(config.served_target or named, config.num_draft_tokens)
-    check_flavour(draft, config.flavour, serving)
-    return draft, params, serving, provenance
+    check_flavour(draft.config, config.flavour, serving)
+    return draft, serving, provenance
 
 
 def report(config: ReportConfig) -> Path:

@@ -26,7 +26,7 @@ from jsfdd.base.processes import agree, agree_on_directory, is_primary, wait_for
 from jsfdd.base.progress import progress
 from jsfdd.commands.configs import RespondConfig
 from jsfdd.commands.inputs import identity_of, show_counts
-from jsfdd.commands.pipeline import load_draft, tree_shape
+from jsfdd.commands.pipeline import tree_shape
 from jsfdd.data.chat import read_chat_files
 from jsfdd.data.counts import FileCounts, count_questions_by_file
 from jsfdd.data.questions import Questions, questions_of
@@ -35,8 +35,9 @@ from jsfdd.decoding.conversations import Conversation, answer_all, rows_together
 from jsfdd.decoding.generate import DecodeSetup
 from jsfdd.decoding.verify import Cutoff
 from jsfdd.evaluation.evaluate import check_draft
-from jsfdd.models.draft import DraftConfig
+from jsfdd.models.draft import Draft
 from jsfdd.weights.checkpoint import draft_to_json
+from jsfdd.weights.draft import load_draft
 from jsfdd.weights.target import Target, describe_target, load_target
 
 
@@ -46,14 +47,14 @@ class Asked(NamedTuple):
     Attributes:
       questions: in the order of the input.
       files: what became of each input file's rows.
-      draft: (config, params), or None.
+      draft: None without one.
       setup: how to decode.
       longest_prompt: tokens of a prompt that still has an answer.
     """
 
     questions: list[Questions]
     files: list[FileCounts]
-    draft: tuple[DraftConfig, dict] | None
+    draft: Draft | None
     setup: DecodeSetup
     longest_prompt: int
 
@@ -105,7 +106,7 @@ def respond(config: RespondConfig) -> Responses:
         conversations, accept_counts = answer_all(
             target,
             asked.setup,
-            asked.draft and asked.draft[1],
+            asked.draft and asked.draft.params,
             asked.questions,
             mesh,
             temperature=config.temperature,
@@ -135,10 +136,10 @@ def ask(config: RespondConfig) -> Asked:
     draft = None if config.draft is None else load_draft(config.draft)
     target = describe_target(config.target)
     if draft is not None:
-        check_draft(target, draft[0], str(config.draft))
+        check_draft(target, draft.config, str(config.draft))
     setup = DecodeSetup(
         target.config,
-        draft and draft[0],
+        draft and draft.config,
         config.num_draft_tokens if draft else 0,
         config.max_new_tokens,
         target.stop_tokens,
@@ -166,7 +167,7 @@ def _identity(config: RespondConfig, target: Target, asked: Asked, batch_size: i
     reach = ("num_draft_tokens", "tree_nodes", "tree_top_k")
     draft = None
     if asked.draft is not None:
-        draft = {"digest": _digest(*asked.draft)} | {name: getattr(config, name) for name in reach}
+        draft = {"digest": _digest(asked.draft)} | {name: getattr(config, name) for name in reach}
     return (
         identity_of(target, config.data, config.max_length, config.dtype)
         | {name: getattr(config, name) for name in names}
@@ -174,9 +175,9 @@ def _identity(config: RespondConfig, target: Target, asked: Asked, batch_size: i
     )
 
 
-def _digest(draft: DraftConfig, params: dict) -> str:
-    sha = hashlib.sha256(json.dumps(draft_to_json(draft), sort_keys=True).encode())
-    for path, leaf in jax.tree.leaves_with_path(params):
+def _digest(draft: Draft) -> str:
+    sha = hashlib.sha256(json.dumps(draft_to_json(draft.config), sort_keys=True).encode())
+    for path, leaf in jax.tree.leaves_with_path(draft.params):
         sha.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
         sha.update(np.asarray(leaf).tobytes())
     return sha.hexdigest()

@@ -21,7 +21,7 @@ from jsfdd.decoding.ensemble import Choices, certainty, confidence, route, still
 from jsfdd.decoding.merge import merge
 from jsfdd.decoding.state import DecodeSetup, DecodeState
 from jsfdd.decoding.tree import Proposals, Tree, grow, path_probs, rerank, root_only
-from jsfdd.models.draft import Draft
+from jsfdd.models.draft import EagleLayer
 from jsfdd.models.layers import View, cached_view
 from jsfdd.models.target import embed_tokens, head_logits
 
@@ -128,7 +128,7 @@ def _log_probs(setup: DecodeSetup, params: dict, hidden) -> Float[Array, "*shape
 def draft_forward(setup: DecodeSetup, params: dict, cache: KVCache, view: View, hidden, tokens):
     """The draft over pairs (hidden [B,T,D], tokens int[B,T]) that continue its cache, seeing what the view shows."""
     embedding = embed_tokens(setup.target, params["target"], tokens)
-    return Draft(setup.draft).apply({"params": params["draft"]}, embedding, hidden, view, cache, method="decode")
+    return EagleLayer(setup.draft).apply({"params": params["draft"]}, embedding, hidden, view, cache, method="decode")
 
 
 def next_logits(setup: DecodeSetup, params: dict, hidden) -> Float[Array, "*shape V"]:

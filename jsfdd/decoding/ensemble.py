@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jsfdd.decoding.tree import Proposals, TreeShape, path_probs
-from jsfdd.models.draft import DraftConfig
+from jsfdd.models.draft import Draft, DraftConfig
 
 RouteBy = Literal["confidence", "entropy"]
 
@@ -50,21 +50,21 @@ class Combine:
 class Ensemble(NamedTuple):
     """Drafts, as `load_draft` gives them, that decode together; by name, the earlier ones first where they tie."""
 
-    drafts: dict[str, tuple[DraftConfig, dict]]
+    drafts: dict[str, Draft]
     combine: Combine
 
 
-def members_of(name: str, draft: tuple[DraftConfig, dict] | Ensemble) -> dict[str, tuple[DraftConfig, dict]]:
+def members_of(name: str, draft: Draft | Ensemble) -> dict[str, Draft]:
     """The drafts that one draft or several come to, by name."""
     return draft.drafts if isinstance(draft, Ensemble) else {name: draft}
 
 
-def as_decoded(draft: tuple[DraftConfig, dict] | Ensemble):
+def as_decoded(draft: Draft | Ensemble):
     """`DecodeSetup`'s `draft`, its parameters, and `DecodeSetup`'s `combine`."""
     if not isinstance(draft, Ensemble):
-        return *draft, None
-    configs, params = zip(*draft.drafts.values())
-    return configs, params, draft.combine
+        return draft.config, draft.params, None
+    drafts = draft.drafts.values()
+    return tuple(d.config for d in drafts), tuple(d.params for d in drafts), draft.combine
 
 
 class Choices(NamedTuple):
@@ -114,20 +114,20 @@ def _chosen(combine: Combine, choices: Choices) -> Bool[Array, " B"]:
     return choices.steps >= combine.route_steps
 
 
-def average_drafts(drafts: dict[str, tuple[DraftConfig, dict]], weights: Sequence[float]) -> tuple[DraftConfig, dict]:
+def average_drafts(drafts: dict[str, Draft], weights: Sequence[float]) -> Draft:
     """The draft whose every parameter is Σ weight · theirs: linear in any weights, taken as they are.
 
     Weights that sum to 1 keep the parameters' scale; (1, 0, …) gives the first draft to the bit.
 
     Raises ValueError, naming what differs, where the drafts' shapes, rotations or vocabularies do.
     """
-    configs = {name: config for name, (config, _) in drafts.items()}
+    configs = {name: draft.config for name, draft in drafts.items()}
     _check_equal(configs, lambda c: vars(c.decoder) | {"fc_bias": c.fc_bias, "the draft vocabulary": c.vocabulary})
     averaged = jax.tree.map(
         lambda *leaves: sum(weight * leaf for weight, leaf in zip(weights, leaves, strict=True)),
-        *(params for _, params in drafts.values()),
+        *(draft.params for draft in drafts.values()),
     )
-    return next(iter(configs.values())), averaged
+    return Draft(next(iter(configs.values())), averaged)
 
 
 def check_one_target(drafts: dict[str, DraftConfig]) -> None:

@@ -24,7 +24,7 @@ from jsfdd.doctor.check_draft import check_architecture, check_record
 from jsfdd.doctor.check_hidden import check_data_choices, check_stored, check_target_text
 from jsfdd.doctor.findings import Diagnosis, Finding, spread_over, supervised_spans
 from jsfdd.doctor.reader import Reader, decode_texts
-from jsfdd.models.draft import DraftConfig
+from jsfdd.models.draft import Draft
 from jsfdd.weights.target import Target
 
 _LONGEST_READ = 512  # tokens of a conversation that the target reads: faults show early, and time is short
@@ -37,7 +37,7 @@ def examine(
     samples: Sequence[Sample],
     summary: TokenizeSummary,
     identity: dict,
-    draft: tuple[DraftConfig, dict, dict | None] | None,
+    draft: Draft | None,
     store: Mapping[str, np.ndarray] | None,
     *,
     conversations: int,
@@ -52,7 +52,7 @@ def examine(
       location: its directory or .gguf file.
       chats, samples, summary: what `tokenize_chats` was given and gave; at least one sample.
       identity: of target, template and data, as the pipeline records it.
-      draft: config, parameters and the training run's record (None for an exported draft); None without a draft.
+      draft: None without one.
       store: hidden states of the training run, if there are any.
       conversations: so many samples are read by the target, and so many prompts decoded.
       progress: called with what is being done.
@@ -72,14 +72,14 @@ def examine(
     if store is not None:
         findings.append(check_stored(reader, stored, store))
     if draft is not None:
-        config, params, record = draft
-        findings += check_architecture(target.config, config.decoder) + check_record(record, identity, samples)
-        findings += _check_draft(target, config, params, chats, conversations, num_draft_tokens, max_new_tokens, progress)
+        findings += check_architecture(target.config, draft.config.decoder) + check_record(draft.record, identity, samples)
+        findings += _check_draft(target, draft, chats, conversations, num_draft_tokens, max_new_tokens, progress)
     return Diagnosis(tuple(findings), samples[0].id, supervised_spans(samples[0], target.tokenizer))
 
 
-def _check_draft(target, config, params, chats, conversations, num_draft_tokens, max_new_tokens, progress) -> list[Finding]:
+def _check_draft(target, draft, chats, conversations, num_draft_tokens, max_new_tokens, progress) -> list[Finding]:
     """The checks that run the draft, if it can run on this target at all."""
+    config, params = draft.config, draft.params
     fits = (config.decoder.hidden_size, config.decoder.vocab_size) == (target.config.hidden_size, target.config.vocab_size)
     prompts = _prompts(target, chats, conversations, max_new_tokens) if fits else []
     if not prompts:

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jsfdd.data.batches import bucket_lengths, pad_rows
 from jsfdd.decoding.generate import DecodeSetup, PromptBatch, make_stream, prepare_params
-from jsfdd.models.draft import Draft, DraftConfig, allowed_tokens
+from jsfdd.models.draft import DraftConfig, EagleLayer, allowed_tokens
 from jsfdd.models.layers import causal_view
 from jsfdd.models.target import embed_tokens, final_norm, head_logits, residual_stream
 from jsfdd.weights.target import Target
@@ -174,7 +174,7 @@ class Reader:
 
     @staticmethod
     def _draft_output(config, params, embedding, hidden):
-        return Draft(config).apply({"params": params}, embedding[None], hidden[None])[0]
+        return EagleLayer(config).apply({"params": params}, embedding[None], hidden[None])[0]
 
 
 def draft_choices(

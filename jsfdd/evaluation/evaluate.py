@@ -35,7 +35,7 @@ from jsfdd.decoding.verify import EVERY_TOKEN, Cutoff
 from jsfdd.evaluation.acceptance import AcceptanceCounts, acceptance_figures, with_interval
 from jsfdd.evaluation.intervals import resample_ratios, tau_difference
 from jsfdd.evaluation.shares import no_shares, with_shares
-from jsfdd.models.draft import DraftConfig
+from jsfdd.models.draft import Draft, DraftConfig
 from jsfdd.models.sharding import place_params
 from jsfdd.weights.target import Target
 
@@ -73,7 +73,7 @@ class _Program(NamedTuple):
 
 def evaluate(
     target: Target,
-    drafts: dict[str, tuple[DraftConfig, dict] | Ensemble],
+    drafts: dict[str, Draft | Ensemble],
     prompts: Sequence[Prompt],
     mesh: Mesh,
     *,
@@ -90,7 +90,7 @@ def evaluate(
 
     Args:
       target: from `load_target`.
-      drafts: name -> (config, params), as `load_draft` gives them; those of one config are one program. Or several drafts that
+      drafts: name -> as `load_draft` gives them; those of one config are one program. Or several drafts that
         decode together.
       prompts: from `read_prompts`.
       mesh: rows are split over its "data" axis.
@@ -103,8 +103,8 @@ def evaluate(
       ValueError: a prompt with its answer is longer than the target's context, or a draft is of another target.
     """
     for name, draft in drafts.items():
-        for member, (config, _) in members_of(name, draft).items():
-            check_draft(target, config, member)
+        for member_name, member in members_of(name, draft).items():
+            check_draft(target, member.config, member_name)
     shards = num_data_shards(mesh)
     batch_size = -(-batch_size // shards) * shards
     plain = make_generate(DecodeSetup(target.config, None, 0, max_new_tokens, target.stop_tokens, cutoff=cutoff), mesh)

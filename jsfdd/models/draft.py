@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -76,7 +77,21 @@ def draft_config(target: DecoderConfig, fc_bias: bool = False, vocabulary: tuple
     return DraftConfig(decoder, fc_bias, vocabulary)
 
 
-class Draft(nn.Module):
+class Draft(NamedTuple):
+    """A draft: what `load_draft` returns and what decoding, evaluation and export take.
+
+    Attributes:
+      config: its shape.
+      params: {"fc": …, "layer": …}, as `init_draft` makes them.
+      record: what its training run wrote down about itself; None for a draft that was exported, or never trained.
+    """
+
+    config: DraftConfig
+    params: dict
+    record: dict | None = None
+
+
+class EagleLayer(nn.Module):
     """fc and one decoder layer."""
 
     config: DraftConfig
@@ -124,9 +139,9 @@ def draft_steps(
     t − 1, and attends as a draft that is n tokens ahead does (`harmonised_attention`): training sees what decoding does.
     At t < n − 1 no step n exists, and what is given there means nothing.
     """
-    draft, earlier = Draft(config), ()
+    layer, earlier = EagleLayer(config), ()
     for _ in range(num_steps):
-        hidden, pair = draft.apply({"params": params}, embedding, hidden, earlier, method="again")
+        hidden, pair = layer.apply({"params": params}, embedding, hidden, earlier, method="again")
         yield hidden
         earlier = (*earlier, pair)
         hidden = jnp.pad(hidden[:, :-1], ((0, 0), (1, 0), (0, 0)))
@@ -135,4 +150,4 @@ def draft_steps(
 def init_draft(config: DraftConfig, key: Array) -> dict:
     """Fresh parameters: {"fc": …, "layer": …}, float32."""
     width = config.decoder.hidden_size
-    return Draft(config).init(key, jnp.zeros((1, 2, width)), jnp.zeros((1, 2, width)))["params"]
+    return EagleLayer(config).init(key, jnp.zeros((1, 2, width)), jnp.zeros((1, 2, width)))["params"]

@@ -25,7 +25,7 @@ import orbax.checkpoint as ocp
 from jsfdd.base.processes import is_primary, wait_for_all
 from jsfdd.base.records import TrainState
 from jsfdd.models.architecture import DecoderConfig, Rope
-from jsfdd.models.draft import DraftConfig, init_draft
+from jsfdd.models.draft import Draft, DraftConfig, init_draft
 
 DIRECTORY = "checkpoints"
 BEST = "best"
@@ -98,8 +98,8 @@ def restore(checkpoints: ocp.CheckpointManager, step: int, like: TrainState) -> 
     return TrainState(**{**found["rest"], "params": found["params"]})
 
 
-def load_draft(path: str | Path) -> tuple[DraftConfig, dict, dict]:
-    """A training run's draft: its shape, its parameters on the first device, the run's identity.
+def read_trained_draft(path: str | Path) -> Draft:
+    """A training run's draft, its parameters on the first device; its record is the run's identity.
 
     Args:
       path: the run's directory, for the draft that decoded best where the run looked and the last one elsewhere; or the
@@ -128,7 +128,7 @@ def load_draft(path: str | Path) -> tuple[DraftConfig, dict, dict]:
         params = _read(checkpoints, step, params=ocp.args.StandardRestore(abstract))["params"]
         # Orbax binds arrays to the device that it restores them to; decoding may spread them over others.
         params = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), params)
-    return config, params, info["identity"]
+    return Draft(config, params, info["identity"])
 
 
 def draft_to_json(config: DraftConfig) -> dict:

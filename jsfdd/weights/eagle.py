@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jsfdd.models.architecture import DecoderConfig
-from jsfdd.models.draft import DraftConfig
+from jsfdd.models.draft import Draft, DraftConfig
 from jsfdd.weights.huggingface import weight_sources
 from jsfdd.weights.huggingface_config import parse_decoder, read_json
 from jsfdd.weights.layout import Source, insert_leaf, stored_shapes
@@ -85,8 +85,8 @@ def draft_tensors(config: DraftConfig, params: dict, layout: Layout) -> dict[str
     return tensors
 
 
-def read_draft(directory: str | Path) -> tuple[DraftConfig, dict]:
-    """A draft from either layout, written here or by a peer, as (config, params); arrays keep their dtype.
+def read_draft(directory: str | Path) -> Draft:
+    """A draft from either layout, written here or by a peer; arrays keep their dtype.
 
     Raises:
       FileNotFoundError: config.json or the weights are missing, or only pickled weights are there.
@@ -113,7 +113,7 @@ def read_draft(directory: str | Path) -> tuple[DraftConfig, dict]:
     for leaf, name in names.items():
         value = found[name].whole()
         insert_leaf(params, leaf, jnp.asarray(value.T if leaf.endswith("/kernel") else value))
-    return config, params
+    return Draft(config, params)
 
 
 def is_exported(directory: str | Path) -> bool:

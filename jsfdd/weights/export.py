@@ -50,7 +50,7 @@ def write_draft(
 
     Args:
       directory: must not exist yet.
-      config, params: from `init_draft` or `read_draft`.
+      config, params: from `init_draft` or `load_draft`.
       dtype: of every tensor; "keep" writes them as they are, which must then be one dtype.
       serving, provenance: for the model card; speculators' config.json also holds the first.
 
