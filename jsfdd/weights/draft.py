@@ -1,0 +1,23 @@
+"""A draft from wherever it is: exported for an engine, or in the directory of a training run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jsfdd.models.draft import Draft
+from jsfdd.weights.checkpoint import read_trained_draft
+from jsfdd.weights.eagle import is_exported, read_draft
+
+
+def load_draft(path: str | Path) -> Draft:
+    """The draft in a directory.
+
+    Args:
+      path: what `jsfdd export` or a peer wrote; or the `--out` of `jsfdd train`, of which the draft that decoded best is read
+        where the run looked, and the last one elsewhere; or the checkpoints/ in it, for the last one.
+
+    Raises:
+      FileNotFoundError: nothing is there, or only pickled weights, which are never read.
+      ValueError: the files are damaged, or hold what this version does not compute; the message names it.
+    """
+    return read_draft(path) if is_exported(path) else read_trained_draft(path)
