@@ -10,7 +10,7 @@ from toy import toy_target
 from two_tokens import TRIALS, deviation, joint_of_trials
 
 from jsfdd.decoding.tree import Tree, TreeShape, grow, keep_path, rerank, root_only, tree_view, walk
-from jsfdd.models.layers import cached_view, empty_cache
+from jsfdd.models.attention import cached_view, empty_cache
 from jsfdd.models.target import decode, hidden_states
 
 V = 6

@@ -9,9 +9,10 @@ import pytest
 from toy import toy_config, toy_draft, toy_target
 
 from jsfdd.models.architecture import Rope
+from jsfdd.models.attention import attention, cached_view, empty_cache
 from jsfdd.models.counted import fold_counted
 from jsfdd.models.draft import EagleLayer, draft_config
-from jsfdd.models.layers import cached_view, empty_cache, rope_frequencies, rope_table, rotate
+from jsfdd.models.layers import rope_frequencies, rope_table, rotate
 from jsfdd.models.target import decode, embed_tokens, head_logits, hidden_states, unstack_layers
 
 VARIANTS = {
@@ -110,6 +111,19 @@ def test_tied_head_is_the_embedding():
     hidden = jax.random.normal(jax.random.key(0), (3, 32))
     assert np.allclose(head_logits(config, params, hidden), hidden @ params["embed"]["embedding"].T, atol=1e-5)
     assert head_logits(config, params, hidden.astype(jnp.bfloat16)).dtype == jnp.float32
+
+
+def test_attention_is_its_definition():
+    """Each query's softmax over the keys it sees, written out head by head; query head n reads key head n // G."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    q = jax.random.normal(keys[0], (2, 3, 2, 2, 8))  # B T K G H
+    k, v = jax.random.normal(keys[1], (2, 2, 8, 5)), jax.random.normal(keys[2], (2, 2, 5, 8))
+    mask = jax.random.bernoulli(keys[3], 0.5, (2, 3, 5)).at[:, :, 0].set(True)
+    got = attention(q, k, v, mask, scale=0.3)
+    for b, t, kv, g in np.ndindex(2, 3, 2, 2):
+        seen = np.flatnonzero(mask[b, t])
+        weights = jax.nn.softmax(0.3 * np.asarray(q[b, t, kv, g] @ k[b, kv][:, seen]))
+        assert np.allclose(got[b, t, kv, g], weights @ v[b, kv][seen], atol=1e-5)
 
 
 def test_rotation_is_relative_and_keeps_lengths():

@@ -12,8 +12,8 @@ from toy import toy_config
 from jsfdd.base.mesh import make_mesh
 from jsfdd.base.records import DraftBatch, Sample
 from jsfdd.commands.configs import TrainConfig
+from jsfdd.models.attention import cached_view, empty_cache
 from jsfdd.models.draft import EagleLayer, draft_config, draft_steps, init_draft
-from jsfdd.models.layers import cached_view, empty_cache
 from jsfdd.models.target import embed_tokens, head_logits, hidden_states, init_params
 from jsfdd.training.loss import borrow, hidden_noise, loss_sums
 from jsfdd.training.soft_means import make_means_step

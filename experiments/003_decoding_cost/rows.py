@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jsfdd.base.hardware import describe_hardware
-from jsfdd.models.layers import cached_view, empty_cache
+from jsfdd.models.attention import cached_view, empty_cache
 from jsfdd.models.target import decode, head_logits, unstack_layers
 from jsfdd.weights.target import load_target
 

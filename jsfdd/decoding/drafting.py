@@ -21,8 +21,8 @@ from jsfdd.decoding.ensemble import Choices, certainty, confidence, route, still
 from jsfdd.decoding.merge import merge
 from jsfdd.decoding.state import DecodeSetup, DecodeState
 from jsfdd.decoding.tree import Proposals, Tree, grow, path_probs, rerank, root_only
+from jsfdd.models.attention import View, cached_view
 from jsfdd.models.draft import EagleLayer
-from jsfdd.models.layers import View, cached_view
 from jsfdd.models.target import embed_tokens, head_logits
 
 

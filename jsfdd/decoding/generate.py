@@ -34,7 +34,7 @@ from jsfdd.decoding.ensemble import Choices, no_choices
 from jsfdd.decoding.state import DecodeSetup, DecodeState, Emitted, PromptBatch
 from jsfdd.decoding.tree import Path, keep_path, tree_view, walk
 from jsfdd.decoding.verify import draw, verify
-from jsfdd.models.layers import cached_view, empty_cache
+from jsfdd.models.attention import cached_view, empty_cache
 from jsfdd.models.target import decode, head_logits, unstack_layers
 
 

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jsfdd.base.records import KVCache
-from jsfdd.models.layers import View
+from jsfdd.models.attention import View
 
 
 @dataclasses.dataclass(frozen=True)

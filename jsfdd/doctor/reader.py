@@ -21,8 +21,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jsfdd.data.batches import bucket_lengths, pad_rows
 from jsfdd.decoding.generate import DecodeSetup, PromptBatch, make_stream, prepare_params
+from jsfdd.models.attention import causal_view
 from jsfdd.models.draft import DraftConfig, EagleLayer, allowed_tokens
-from jsfdd.models.layers import causal_view
 from jsfdd.models.target import embed_tokens, final_norm, head_logits, residual_stream
 from jsfdd.weights.target import Target
 

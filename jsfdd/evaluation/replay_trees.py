@@ -26,7 +26,7 @@ from jsfdd.decoding.tree import walk
 from jsfdd.evaluation.acceptance import AcceptanceCounts
 from jsfdd.evaluation.replay import Recorded
 from jsfdd.evaluation.shares import no_shares
-from jsfdd.models.layers import empty_cache
+from jsfdd.models.attention import empty_cache
 from jsfdd.training.batch import PerToken
 from jsfdd.weights.target import Target
 

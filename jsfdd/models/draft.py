@@ -20,7 +20,8 @@ from jaxtyping import Array, Float
 
 from jsfdd.base.records import KVCache
 from jsfdd.models.architecture import DecoderConfig
-from jsfdd.models.layers import DecoderLayer, View, causal_view, rope_table
+from jsfdd.models.attention import View, causal_view
+from jsfdd.models.layers import Context, DecoderLayer, rope_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +100,7 @@ class EagleLayer(nn.Module):
     def setup(self):
         """Name the submodules."""
         self.fc = nn.Dense(self.config.decoder.hidden_size, use_bias=self.config.fc_bias)
-        self.layer = DecoderLayer(self.config.decoder, input_norm=False)
+        self.layer = DecoderLayer(self.config.decoder, has_input_norm=False)
 
     def __call__(self, embedding: Float[Array, "B T D"], hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Predicted h_{t+1} of whole sequences: `embedding[:, t]` is of x_{t+1}, `hidden[:, t]` is h_t."""
@@ -108,22 +109,19 @@ class EagleLayer(nn.Module):
 
     def decode(self, embedding, hidden, view: View, cache: KVCache | None):
         """Predicted hidden states [B,T,D] of new pairs, and `cache` with their keys and values, its length as it was."""
-        keys, values, start = (None, None, None) if cache is None else (cache.k, cache.v, cache.length)
-        x, keys, values = self._layer(embedding, hidden, view, keys, values, start, None)
-        return x, None if cache is None else KVCache(keys, values, cache.length)
+        return self.layer(*self._fused(embedding, hidden, view), cache)
 
     def again(self, embedding, hidden, earlier: tuple):
         """(predicted hidden states [B,T,D], its keys and values) of the draft step after `earlier`; see `draft_steps`."""
         view = causal_view(*embedding.shape[:2])
         first = view.mask & jnp.tri(hidden.shape[1], k=-len(earlier), dtype=bool)[None]
-        x, keys, values = self._layer(embedding, hidden, view._replace(mask=first), None, None, None, earlier)
-        return x, (keys, values)
+        return self.layer.harmonised(*self._fused(embedding, hidden, view._replace(mask=first)), earlier)
 
-    def _layer(self, embedding, hidden, view: View, keys, values, start, earlier):
+    def _fused(self, embedding, hidden, view: View) -> tuple[Array, Context]:
+        """What the layer reads: the pairs fused to width D, and their places."""
         cfg = self.config.decoder
         x = self.fc(jnp.concatenate([embedding.astype(hidden.dtype), hidden], axis=-1))
-        table = rope_table(view.positions, cfg.rope, cfg.head_dim)
-        return self.layer(x, table, view.mask, keys, values, 0, start, earlier)
+        return x, Context(rope_table(view.positions, cfg.rope, cfg.head_dim), view.mask)
 
 
 def draft_steps(

@@ -7,7 +7,6 @@ Modules are stateless: parameters, masks and the KV cache are arguments, and a c
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -18,39 +17,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jsfdd.base.records import KVCache
 from jsfdd.models.architecture import DecoderConfig, Rope
+from jsfdd.models.attention import attention, harmonised_attention, write_cache
 
 
-class View(NamedTuple):
-    """Who sees whom: the positions of queries and keys, and which key each query may attend to.
+class Context(NamedTuple):
+    """What a layer is told about the places of its tokens."""
 
-    Without a cache the keys are the T new tokens themselves; with one they are its S slots, new tokens written in.
-    """
-
-    positions: Int[Array, "B T"]
-    key_positions: Int[Array, "B S"]
+    rotation: tuple[Float[Array, "B T 1 h"], Float[Array, "B T 1 h"]]  # from `rope_table`
     mask: Bool[Array, "B T S"]
-
-
-def causal_view(batch: int, length: int) -> View:
-    """The view of `length` tokens from position 0 without a cache. Right padding needs no mask of its own: it comes last."""
-    positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
-    mask = jnp.broadcast_to(jnp.tri(length, dtype=bool), (batch, length, length))
-    return View(positions, positions, mask)
-
-
-def cached_view(cache: KVCache, num_new: int) -> View:
-    """The view of `num_new` tokens that continue each row of `cache`, in slots length … length + num_new − 1."""
-    batch, slots = cache.v.shape[1], cache.v.shape[3]
-    positions = cache.length[:, None] + jnp.arange(num_new)[None, :]
-    key_positions = jnp.broadcast_to(jnp.arange(slots), (batch, slots))
-    return View(positions, key_positions, key_positions[:, None, :] <= positions[:, :, None])
-
-
-def empty_cache(config: DecoderConfig, batch: int, slots: int, dtype=jnp.float32) -> KVCache:
-    """A cache of `slots` places for each of `batch` rows, length 0."""
-    heads = (config.num_layers, batch, config.num_kv_heads)
-    keys, values = jnp.zeros((*heads, config.head_dim, slots), dtype), jnp.zeros((*heads, slots, config.head_dim), dtype)
-    return KVCache(keys, values, jnp.zeros(batch, jnp.int32))
 
 
 def rope_frequencies(rope: Rope, head_dim: int) -> tuple[np.ndarray, float]:
@@ -102,26 +76,6 @@ def rotate(x: Float[Array, "B T heads H"], table) -> Float[Array, "B T heads H"]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def write_cache(
-    keys: Float[Array, "L B K H S"],
-    values: Float[Array, "L B K S H"],
-    layer,
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    start: Int[Array, " B"],
-):
-    """`k` and `v` written into `layer` at each row's own slots, start[b] … start[b] + T − 1; slots past the end are dropped.
-
-    One scatter with the rows' and slots' numbers as indices updates the cache in place. A vmap of
-    dynamic_update_slice over rows says the same, but XLA lays that scatter out row-first and copies the whole cache
-    there and back in every layer: on a CPU 25 times slower at 16 rows.
-    """
-    rows = jnp.arange(k.shape[0])[:, None]
-    slots = start[:, None] + jnp.arange(k.shape[1])[None, :]
-    keys = keys.at[layer, rows, :, :, slots].set(k.astype(keys.dtype), mode="drop")
-    return keys, values.at[layer, rows, :, slots].set(v.astype(values.dtype), mode="drop")
-
-
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last axis, computed in float32."""
 
@@ -137,91 +91,60 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions, over the new tokens or over a cache they are written into."""
+    """Grouped-query attention with rotary positions: projections around the equations of `models/attention.py`."""
 
     config: DecoderConfig
 
-    @nn.compact
-    def __call__(self, x, table, mask, keys, values, layer, start, earlier=None):
-        """x [B,T,D], mask bool[B,T,S]; keys, values: a `KVCache`'s arrays or None. Returns (y, keys, values).
-
-        In draft training, `earlier` has the keys [B,K,H,T] and values [B,K,T,H] of each earlier draft step over the same
-        tokens (`harmonised_attention`), there is no cache, `mask` is for the first, and returned are this step's own.
-        """
+    def setup(self):
+        """Name the submodules."""
         cfg = self.config
-        batch, length = x.shape[:2]
-        heads, kv_heads, dim = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-
-        def project(name, count):
-            y = nn.Dense(count * dim, use_bias=cfg.qkv_bias, name=name)(x)
-            return y.reshape(batch, length, count, dim)
-
-        q, k, v = project("q_proj", heads), project("k_proj", kv_heads), project("v_proj", kv_heads)
+        self.q_proj = nn.Dense(cfg.num_heads * cfg.head_dim, use_bias=cfg.qkv_bias)
+        self.k_proj = nn.Dense(cfg.num_kv_heads * cfg.head_dim, use_bias=cfg.qkv_bias)
+        self.v_proj = nn.Dense(cfg.num_kv_heads * cfg.head_dim, use_bias=cfg.qkv_bias)
+        self.o_proj = nn.Dense(cfg.hidden_size, use_bias=False)
         if cfg.qk_norm:
-            q, k = RMSNorm(cfg.rms_norm_eps, name="q_norm")(q), RMSNorm(cfg.rms_norm_eps, name="k_norm")(k)
-        q, k = rotate(q, table), rotate(k, table)
-        if keys is None:
-            k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)  # [B,K,H,S] and [B,K,S,H], as the cache has them
-            keys, values = (None, None) if earlier is None else (k, v)
+            self.q_norm, self.k_norm = RMSNorm(cfg.rms_norm_eps), RMSNorm(cfg.rms_norm_eps)
+
+    def __call__(self, x: Float[Array, "B T D"], context: Context, cache: KVCache | None, layer):
+        """(y [B,T,D], cache): over the new tokens alone, or over `cache` with their keys and values written into `layer`."""
+        q, k, v = self._project(x, context)
+        if cache is None:
+            k, v = _as_cached(k, v)
         else:
-            keys, values = write_cache(keys, values, layer, k, v, start)
-            k = jax.lax.dynamic_index_in_dim(keys, layer, keepdims=False)
-            v = jax.lax.dynamic_index_in_dim(values, layer, keepdims=False)
+            cache = write_cache(cache, layer, k, v)
+            k = jax.lax.dynamic_index_in_dim(cache.k, layer, keepdims=False)
+            v = jax.lax.dynamic_index_in_dim(cache.v, layer, keepdims=False)
+        return self._output(attention(q, k, v, context.mask, self._scale)), cache
 
-        scale = dim**-0.5 if cfg.query_scale is None else cfg.query_scale
-        shared = heads // kv_heads
-        # The queries that share a key/value head are rows of one matrix: two plain batched products, nothing transposed
-        # but the queries and the result.
-        q = q.reshape(batch, length, kv_heads, shared, dim).transpose(0, 2, 3, 1, 4)
-        if earlier:
-            y = harmonised_attention(q * scale, [*earlier, (k, v)], mask)
-            y = y.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads * dim)
-            return nn.Dense(cfg.hidden_size, use_bias=False, name="o_proj")(y), keys, values
-        logits = jnp.matmul(q.reshape(batch, kv_heads, shared * length, dim), k, preferred_element_type=jnp.float32) * scale
-        logits = logits.reshape(batch, kv_heads, shared, length, k.shape[-1])
-        logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
-        weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-        y = jnp.matmul(weights.reshape(batch, kv_heads, shared * length, k.shape[-1]), v)
-        y = y.reshape(batch, kv_heads, shared, length, dim).transpose(0, 3, 1, 2, 4).reshape(batch, length, heads * dim)
-        return nn.Dense(cfg.hidden_size, use_bias=False, name="o_proj")(y), keys, values
+    def harmonised(self, x: Float[Array, "B T D"], context: Context, earlier: tuple):
+        """(y [B,T,D], (keys, values)) of the draft step after `earlier`, the keys and values of the steps before it."""
+        q, k, v = self._project(x, context)
+        pair = _as_cached(k, v)
+        return self._output(harmonised_attention(q, [*earlier, pair], context.mask, self._scale)), pair
+
+    @property
+    def _scale(self) -> float:
+        cfg = self.config
+        return cfg.head_dim**-0.5 if cfg.query_scale is None else cfg.query_scale
+
+    def _project(self, x, context: Context):
+        """Queries [B,T,K,G,H], keys and values [B,T,K,H] of `x`."""
+        cfg, shape = self.config, x.shape[:2]
+        q = self.q_proj(x).reshape(*shape, cfg.num_heads, cfg.head_dim)
+        k = self.k_proj(x).reshape(*shape, cfg.num_kv_heads, cfg.head_dim)
+        v = self.v_proj(x).reshape(*shape, cfg.num_kv_heads, cfg.head_dim)
+        if cfg.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, context.rotation), rotate(k, context.rotation)
+        return q.reshape(*shape, cfg.num_kv_heads, -1, cfg.head_dim), k, v
+
+    def _output(self, y: Float[Array, "B T K G H"]) -> Float[Array, "B T D"]:
+        return self.o_proj(y.reshape(*y.shape[:2], -1))
 
 
-def harmonised_attention(
-    q: Float[Array, "B K G T H"],
-    steps: Sequence[tuple[Float[Array, "B K H T"], Float[Array, "B K T H"]]],
-    mask: Bool[Array, "B T T"],
-) -> Float[Array, "B K G T H"]:
-    """What the queries of a draft's step n attend to, as while decoding (HASS, arXiv 2408.15766 §3.2).
-
-    A draft that is n tokens ahead at position t has read the target's own hidden states up to position t − n + 1, and
-    those of its steps 2 … n − 1 at the positions in between. So of step 1 it sees all keys up to there (`mask`), and of
-    step m > 1 the single one at t − (n − m): a diagonal. All of them share one softmax, so what is not seen weighs
-    nothing.
-
-    Args:
-      q: scaled queries of step n, G of them to a key/value head.
-      steps: keys and values of steps 1 … n.
-      mask: which keys of step 1 each query sees.
-    """
-    (first_k, first_v), *others = steps
-    batch, kv_heads, group, length, dim = q.shape
-    flat = q.reshape(batch, kv_heads, group * length, dim)
-    logits = jnp.matmul(flat, first_k, preferred_element_type=jnp.float32).reshape(batch, kv_heads, group, length, length)
-    logits = [jnp.where(mask[:, None, None], logits, -jnp.inf)]
-    behind = []  # values of the later steps, each moved to the query that sees it
-    for distance, (k, v) in zip(reversed(range(len(others))), others):
-        pad = ((0, 0), (0, 0), (distance, 0), (0, 0))
-        k, v = (jnp.pad(x[:, :, : length - distance], pad)[:, :, None] for x in (k.swapaxes(2, 3), v))
-        seen = jnp.sum(q.astype(jnp.float32) * k.astype(jnp.float32), axis=-1, keepdims=True)
-        exists = (jnp.arange(length) >= distance)[None, None, None, :, None]
-        logits.append(jnp.where(exists, seen, -jnp.inf))
-        behind.append(v)
-    weights = jax.nn.softmax(jnp.concatenate(logits, axis=-1), axis=-1).astype(first_v.dtype)
-    y = jnp.matmul(weights[..., :length].reshape(batch, kv_heads, group * length, length), first_v)
-    y = y.reshape(q.shape)
-    for number, v in enumerate(behind):
-        y = y + weights[..., length + number, None] * v
-    return y
+def _as_cached(k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]):
+    """Keys [B,K,H,T] and values [B,K,T,H], as a cache has them."""
+    return k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
 
 
 class MLP(nn.Module):
@@ -242,19 +165,33 @@ class DecoderLayer(nn.Module):
     """Attention and MLP with residuals. `input_norm=False` is EAGLE's draft layer, whose input comes straight from fc."""
 
     config: DecoderConfig
-    input_norm: bool = True
+    has_input_norm: bool = True
 
-    @nn.compact
-    def __call__(self, x, table, mask, keys, values, layer, start, earlier=None):
-        """Arguments as in `Attention`. Returns (x, keys, values)."""
+    def setup(self):
+        """Name the submodules."""
         cfg = self.config
+        if self.has_input_norm:
+            self.input_norm = RMSNorm(cfg.rms_norm_eps)
+        self.attention, self.mlp_norm, self.mlp = Attention(cfg), RMSNorm(cfg.rms_norm_eps), MLP(cfg)
+        if cfg.sandwich_norms:
+            self.post_attention_norm, self.post_mlp_norm = RMSNorm(cfg.rms_norm_eps), RMSNorm(cfg.rms_norm_eps)
 
-        def norm(name, y):
-            return RMSNorm(cfg.rms_norm_eps, name=name)(y)
+    def __call__(self, x: Float[Array, "B T D"], context: Context, cache: KVCache | None = None, layer=0):
+        """(x, cache) after the layer; arguments as in `Attention`."""
+        y, cache = self.attention(self._attention_input(x), context, cache, layer)
+        return self._residuals(x, y), cache
 
-        y = norm("input_norm", x) if self.input_norm else x
-        y, keys, values = Attention(cfg, name="attention")(y, table, mask, keys, values, layer, start, earlier)
-        x = x + (norm("post_attention_norm", y) if cfg.sandwich_norms else y)
-        y = MLP(cfg, name="mlp")(norm("mlp_norm", x))
-        x = x + (norm("post_mlp_norm", y) if cfg.sandwich_norms else y)
-        return x, keys, values
+    def harmonised(self, x: Float[Array, "B T D"], context: Context, earlier: tuple):
+        """(x, (keys, values)) after the draft step that follows `earlier`; see `Attention.harmonised`."""
+        y, pair = self.attention.harmonised(self._attention_input(x), context, earlier)
+        return self._residuals(x, y), pair
+
+    def _attention_input(self, x):
+        return self.input_norm(x) if self.has_input_norm else x
+
+    def _residuals(self, x, attended):
+        """What attention gave added to the stream, and then what the MLP makes of that."""
+        sandwich = self.config.sandwich_norms
+        x = x + (self.post_attention_norm(attended) if sandwich else attended)
+        y = self.mlp(self.mlp_norm(x))
+        return x + (self.post_mlp_norm(y) if sandwich else y)

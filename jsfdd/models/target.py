@@ -20,7 +20,8 @@ from jaxtyping import Array, Float, Int
 
 from jsfdd.base.records import KVCache
 from jsfdd.models.architecture import DecoderConfig
-from jsfdd.models.layers import DecoderLayer, RMSNorm, View, causal_view, rope_table
+from jsfdd.models.attention import View, causal_view
+from jsfdd.models.layers import Context, DecoderLayer, RMSNorm, rope_table
 
 
 def hidden_states(config: DecoderConfig, params: dict, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -45,16 +46,15 @@ def residual_stream(
     config: DecoderConfig, params: dict, tokens: Int[Array, "B T"], view: View, cache: KVCache | None
 ) -> tuple[Float[Array, "B T D"], KVCache | None]:
     """What `decode` gives, but *before* the final norm: the last layer's output, which no head and no draft reads."""
-    keys, values, start = (None, None, None) if cache is None else (cache.k, cache.v, cache.length)
     full, local = _contexts(config, view)
 
     def layer(carry, layer_params, number, slides):
-        x, keys, values = carry
+        x, cache = carry
         # A scan has one body for all layers, so layers that differ in window or rotation choose by a flag.
-        table, mask = full if local is None else jax.tree.map(lambda a, b: jnp.where(slides, b, a), full, local)
-        return DecoderLayer(config).apply({"params": layer_params}, x, table, mask, keys, values, number, start)
+        context = full if local is None else jax.tree.map(lambda a, b: jnp.where(slides, b, a), full, local)
+        return DecoderLayer(config).apply({"params": layer_params}, x, context, cache, number)
 
-    carry = embed_tokens(config, params, tokens), keys, values
+    carry = embed_tokens(config, params, tokens), cache
     slides = config.sliding_layers or (False,) * config.num_layers
     if isinstance(params["layers"], tuple):
         for number, layer_params in enumerate(params["layers"]):
@@ -62,8 +62,7 @@ def residual_stream(
     else:
         per_layer = (params["layers"], jnp.arange(config.num_layers), jnp.array(slides))
         carry, _ = jax.lax.scan(lambda carry, xs: (layer(carry, *xs), None), carry, per_layer)
-    x, keys, values = carry
-    return x, None if cache is None else KVCache(keys, values, cache.length)
+    return carry
 
 
 def final_norm(config: DecoderConfig, params: dict, stream: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -112,11 +111,10 @@ def init_params(config: DecoderConfig, key: Array) -> dict:
     """Random parameters in the layout that the loaders of `weights/` fill. For tests and shape work."""
     embed_key, head_key, *layer_keys = jax.random.split(key, config.num_layers + 2)
     x = jnp.zeros((1, 2, config.hidden_size))
-    view = causal_view(1, 2)
-    table = rope_table(view.positions, config.rope, config.head_dim)
+    context, _ = _contexts(config, causal_view(1, 2))
 
     def init_layer(layer_key):
-        return DecoderLayer(config).init(layer_key, x, table, view.mask, None, None, 0, None)["params"]
+        return DecoderLayer(config).init(layer_key, x, context)["params"]
 
     params = {
         "embed": {"embedding": nn.initializers.normal(1.0)(embed_key, (config.vocab_size, config.hidden_size))},
@@ -129,11 +127,11 @@ def init_params(config: DecoderConfig, key: Array) -> dict:
     return params
 
 
-def _contexts(config: DecoderConfig, view: View):
-    """(rotation table, mask) of full layers and, where some layers slide, of sliding ones."""
-    full = rope_table(view.positions, config.rope, config.head_dim), view.mask
+def _contexts(config: DecoderConfig, view: View) -> tuple[Context, Context | None]:
+    """The context of full layers and, where some layers slide, of sliding ones."""
+    full = Context(rope_table(view.positions, config.rope, config.head_dim), view.mask)
     if not any(config.sliding_layers):
         return full, None
     distance = view.positions[:, :, None] - view.key_positions[:, None, :]
-    local_rope = config.local_rope or config.rope
-    return full, (rope_table(view.positions, local_rope, config.head_dim), view.mask & (distance < config.sliding_window))
+    rotation = rope_table(view.positions, config.local_rope or config.rope, config.head_dim)
+    return full, Context(rotation, view.mask & (distance < config.sliding_window))
