@@ -111,7 +111,7 @@ class EagleLayer(nn.Module):
         """Predicted hidden states [B,T,D] of new pairs, and `cache` with their keys and values, its length as it was."""
         return self.layer(*self._fused(embedding, hidden, view), cache)
 
-    def again(self, embedding, hidden, earlier: tuple):
+    def harmonised(self, embedding, hidden, earlier: tuple):
         """(predicted hidden states [B,T,D], its keys and values) of the draft step after `earlier`; see `draft_steps`."""
         view = causal_view(*embedding.shape[:2])
         first = view.mask & jnp.tri(hidden.shape[1], k=-len(earlier), dtype=bool)[None]
@@ -139,7 +139,7 @@ def draft_steps(
     """
     layer, earlier = EagleLayer(config), ()
     for _ in range(num_steps):
-        hidden, pair = layer.apply({"params": params}, embedding, hidden, earlier, method="again")
+        hidden, pair = layer.apply({"params": params}, embedding, hidden, earlier, method="harmonised")
         yield hidden
         earlier = (*earlier, pair)
         hidden = jnp.pad(hidden[:, :-1], ((0, 0), (1, 0), (0, 0)))
