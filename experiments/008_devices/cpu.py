@@ -39,7 +39,8 @@ def stage_memory(*command: str) -> dict:
     """Growth of a command's memory over what the interpreter with all imports takes."""
     import jax
 
-    from jsfdd import dry_run, pipeline, results  # noqa: F401  what every command imports
+    import jsfdd.training.train
+    import jsfdd.weights.target  # noqa: F401  what every command imports
     from jsfdd.commands.cli import main
 
     jax.block_until_ready(jax.numpy.ones(8) + 1)
@@ -53,7 +54,8 @@ def loaded_memory(data: str) -> dict:
     """Growth by loading the target, its tokenizer and the chats; `plan` counts the parameters alone."""
     import jax
 
-    from jsfdd import dry_run, pipeline, results  # noqa: F401  as above
+    import jsfdd.training.train
+    import jsfdd.weights.target  # noqa: F401  as above
     from jsfdd.commands.configs import ScoreConfig
     from jsfdd.commands.inputs import load
 

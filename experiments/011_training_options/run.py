@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import statistics
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.results import write_results
 from jsfdd.base.hardware import describe_hardware
 from jsfdd.commands import hidden_stage as hidden
 from jsfdd.commands import pipeline
@@ -136,8 +136,7 @@ def main() -> None:
         "arms": rows,
         "differences": evaluation.compare(reports, 0),
     }
-    path = options.work / "results.json" if smoke else HERE / "results.json"
-    path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    write_results((options.work if smoke else HERE) / "results.jsonl", results)
 
 
 if __name__ == "__main__":

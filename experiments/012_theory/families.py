@@ -19,12 +19,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
-from record import record
 from scipy.optimize import brentq, minimize
 from scipy.special import log_softmax, softmax
-from step import budgeted_step, gain, kl, small_step_gain
 
 from jsfdd.report.panel import MUTED, STYLE
+
+from .record import record
+from .step import budgeted_step, gain, kl, small_step_gain
 
 HERE = Path(__file__).parent
 THETA = 2.0  # the paper's

@@ -15,9 +15,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 from jaxtyping import Array, Float
-from record import record, recorded
 from scipy.stats import rankdata
-from step import budgeted_step, gain
 
 from jsfdd.base.records import Sample
 from jsfdd.data.batches import bucket_lengths, pad_rows
@@ -30,6 +28,9 @@ from jsfdd.report.panel import INK, MUTED, STYLE
 from jsfdd.scoring.flatness import effective_choices, token_scores
 from jsfdd.weights.draft import load_draft
 from jsfdd.weights.target import Target, load_target
+
+from .record import record, recorded
+from .step import budgeted_step, gain
 
 HERE = Path(__file__).parent
 SMOKE = os.environ.get("SMOKE") == "1"
@@ -47,7 +48,7 @@ OF_DRAFT = {"draft entropy": 1, "‖p−q‖₁": 1, "KL(p‖q)": 1, "1/√Σp²
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--name", required=True, help="of the draft, in results.json and the picture")
+    parser.add_argument("--name", required=True, help="of the draft, in results.jsonl and the picture")
     parser.add_argument("--draft", type=Path, required=True)
     parser.add_argument("--on-policy", type=Path, nargs="+", required=True, help="chats that the target wrote itself")
     parser.add_argument("--off-policy", type=Path, nargs="+", required=True)
@@ -201,9 +202,7 @@ def summarise(columns: dict[str, np.ndarray]) -> dict:
         "choices": [float(effective_choices(np.median(columns["flatness"][tenth == k]), 49152)) for k in range(GROUPS)],
         "distance": [float(columns["‖p−q‖₁"][tenth == k].mean()) for k in range(GROUPS)],
         "kl": [float(columns["KL(p‖q)"][tenth == k].mean()) for k in range(GROUPS)],
-    } | {
-        name: [[float(curves[0, k, j]), *interval(curves[1:, k, j])] for k in range(GROUPS)] for j, name in enumerate(gains)
-    }
+    } | {name: [[float(curves[0, k, j]), *interval(curves[1:, k, j])] for k in range(GROUPS)] for j, name in enumerate(gains)}
     return found
 
 

@@ -18,6 +18,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from scipy.stats import rankdata
 
+from experiments.results import write_results
 from jsfdd.base.records import TokenScores
 from jsfdd.data.chat import read_chats
 from jsfdd.data.template import tokenize_chats
@@ -74,8 +75,7 @@ def main() -> None:
     if options.excerpts:
         show_ends(both["on-policy"], tokenizer)
     if not SMOKE:
-        lines = [f"{json.dumps(name)}: {json.dumps(found, ensure_ascii=False)}" for name, found in rounded(results).items()]
-        (HERE / "results.json").write_text("{" + ",\n".join(lines) + "}\n", encoding="utf-8")
+        write_results(HERE / "results.jsonl", rounded(results))
         draw(both)
 
 
@@ -95,9 +95,7 @@ def from_rounds(directory: Path) -> Scored:
     means = np.stack([np.bincount(joined["sample"], column) / counted for column in scores.T], 1)
     means[:, -1] = np.exp(means[:, -1])
     tokens = [row for part in parts for row in part["tokens"]]
-    return Scored(
-        joined["sources"], counted, joined["truncated"], means, tokens, joined["sample"], joined["position"], scores
-    )
+    return Scored(joined["sources"], counted, joined["truncated"], means, tokens, joined["sample"], joined["position"], scores)
 
 
 def from_scores(directory: Path, data: Path, tokenizer) -> Scored:
@@ -121,7 +119,7 @@ def from_scores(directory: Path, data: Path, tokenizer) -> Scored:
 
 
 def describe_tokens(scored: Scored, tokenizer) -> dict:
-    """What results.json says of one set's tokens."""
+    """What results.jsonl says of one set's tokens."""
     flatness = scored.scores[:, 0]
     choices = effective_choices(flatness, VOCAB)
     place = scored.position - first_positions(scored)[scored.sample]
@@ -147,7 +145,7 @@ def describe_tokens(scored: Scored, tokenizer) -> dict:
 
 
 def describe_samples(scored: Scored) -> dict:
-    """What results.json says of one set's chats as wholes."""
+    """What results.jsonl says of one set's chats as wholes."""
     means, sources = scored.means, scored.sources
     names = (*METRICS[:5], "ppl", "counted tokens")
     columns = np.column_stack([means, scored.counted])

@@ -25,7 +25,7 @@ from jsfdd.training.step import init_state, make_optimizer, make_train_step, sta
 from jsfdd.weights import checkpoint
 
 if TYPE_CHECKING:
-    from pool import Pool
+    from experiments.pool.pool import Pool
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from arms import arms
-from pool import open_pool, pool_parser, run_arm
+from experiments.pool.pool import open_pool, pool_parser, run_arm
+
+from .plans import arms
 
 
 def main() -> None:

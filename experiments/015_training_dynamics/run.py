@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "014_selection"))
-from pool import SMOKE, Pool, open_pool, pool_parser  # noqa: E402
-
-from jsfdd.base.hardware import describe_hardware  # noqa: E402
-from jsfdd.data.batches import epoch_batches, make_batches  # noqa: E402
-from jsfdd.evaluation.intervals import interval, resample_ratios  # noqa: E402
-from jsfdd.models.draft import EagleLayer, allowed_tokens  # noqa: E402
-from jsfdd.models.target import embed_tokens, head_logits  # noqa: E402
-from jsfdd.scoring.table import read_token_scores  # noqa: E402
-from jsfdd.training import train as training  # noqa: E402
-from jsfdd.training.batch import TrainingData, device_batch  # noqa: E402
-from jsfdd.training.step import init_state, make_optimizer  # noqa: E402
+from experiments.pool.pool import SMOKE, Pool, open_pool, pool_parser
+from experiments.results import write_results
+from jsfdd.base.hardware import describe_hardware
+from jsfdd.data.batches import epoch_batches, make_batches
+from jsfdd.evaluation.intervals import interval, resample_ratios
+from jsfdd.models.draft import EagleLayer, allowed_tokens
+from jsfdd.models.target import embed_tokens, head_logits
+from jsfdd.scoring.table import read_token_scores
+from jsfdd.training import train as training
+from jsfdd.training.batch import TrainingData, device_batch
+from jsfdd.training.step import init_state, make_optimizer
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+HERE = Path(__file__).parent
 
 BINS = 10
 FIGURES = ("cross_entropy", "l1", "gradient", "acceptance")
@@ -62,7 +59,7 @@ def main() -> None:
     }  # fmt: skip
     results["change_of_l1"] = _changes(seen, bins, owner)
     out = options.work if SMOKE else HERE
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_results(out / "results.jsonl", results)
     _plot(seen, bins, out / "dynamics.png")
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
+from experiments.pool.choices import by_metric
+from experiments.pool.pool import Arm, Pool, open_pool, pool_parser, run_arm, token_weights_of
+
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "014_selection"))
-from arms import by_metric  # noqa: E402
-from pool import Arm, Pool, open_pool, pool_parser, run_arm, token_weights_of  # noqa: E402
 
 TOP_K = dict(target_top_k=128)  # distances other than cross entropy, over the target's 128 likeliest tokens
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from pathlib import Path
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "014_selection"))
-from tables import difference, read_runs, sources_of, summary  # noqa: E402
+from experiments.pool.counts import difference, read_runs, sources_of, summary
+from experiments.results import write_results
+from jsfdd.base.hardware import describe_hardware
 
-from jsfdd.base.hardware import describe_hardware  # noqa: E402
+HERE = Path(__file__).parent
 
 BASE = "flatness 50%"  # the same chats, steps and seed, with cross entropy on stored means: what the recipes change
 ALSO = ("full", "full, flatness 50% of the tokens", "full, random 50% of the tokens", "full, half the epochs")
@@ -30,7 +28,7 @@ def main() -> None:
         "minus_half": {name: difference(runs[name], runs[BASE], "T=0") for name in names[1:]},
     }
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    write_results(options.out / "results.jsonl", results)
     print("| arm | steps | tokens in the loss | CPU seconds | of a store of its own | τ, T=0 | − half |")
     print("|---|---|---|---|---|---|---|")
     for name in sorted(names, key=lambda name: -results["arms"][name]["T=0"]["tau"]):

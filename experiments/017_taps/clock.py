@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "014_selection"))
-from pool import MAX_NEW_TOKENS, SMOKE, Pool, open_pool, pool_parser  # noqa: E402
-from systems import NODES, PROMPTS, System, systems  # noqa: E402
+from experiments.pool.pool import MAX_NEW_TOKENS, SMOKE, Pool, open_pool, pool_parser
+from experiments.results import read_results, write_results
+from jsfdd.base.hardware import describe_hardware
+from jsfdd.decoding.ensemble import Ensemble
+from jsfdd.decoding.tree import TreeShape
+from jsfdd.evaluation.evaluate import evaluate
+from jsfdd.models.draft import Draft
 
-from jsfdd.base.hardware import describe_hardware  # noqa: E402
-from jsfdd.decoding.ensemble import Ensemble  # noqa: E402
-from jsfdd.decoding.tree import TreeShape  # noqa: E402
-from jsfdd.evaluation.evaluate import evaluate  # noqa: E402
-from jsfdd.models.draft import Draft  # noqa: E402
+from .systems import NODES, PROMPTS, System, systems
+
+HERE = Path(__file__).parent
 
 FIGURES = (
     "n_prompts", "tau", "tau_low", "tau_high", "tokens_per_second", "baseline_tokens_per_second", "speedup", "speedup_low",
@@ -60,7 +59,7 @@ def main() -> None:
     parser.add_argument("--systems", nargs="+", help="of those in the tables; all unless given")
     options = parser.parse_args()
     pool = open_pool(options, [0.0], asked=PROMPTS, answers="answers_taps")
-    path = (options.work if SMOKE else HERE) / "clock.json"
+    path = (options.work if SMOKE else HERE) / "clock.jsonl"
     tree = TreeShape(*options.tree)
     budget = "" if tree == TreeShape(5, 10, NODES) else f", trees of depth {tree.depth}, top-k {tree.top_k}, {tree.nodes} nodes"
     for training in options.trainings:
@@ -68,10 +67,10 @@ def main() -> None:
         chosen = {name: system for name, system in chosen.items() if not options.systems or name in options.systems}
         for temperature in options.temperatures:
             found = decoded(pool, chosen, temperature, options.each, tree)
-            results = json.loads(path.read_text()) if path.exists() else {}
+            results = read_results(path)
             results[f"{training}, T={temperature:g}{budget}"] = found
             results["hardware"] = describe_hardware()
-            path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+            write_results(path, results)
 
 
 if __name__ == "__main__":

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 
 import numpy as np
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "014_selection"))
-from pool import SMOKE, Arm, Pool, open_pool, pool_parser, run_arm  # noqa: E402
-from tables import runs_of, tau  # noqa: E402
+from experiments.pool.counts import runs_of, tau
+from experiments.pool.pool import SMOKE, Arm, Pool, open_pool, pool_parser, run_arm
+from jsfdd.selection.mixture import mixture
+from jsfdd.selection.sfdd import how_many
 
-from jsfdd.selection.mixture import mixture  # noqa: E402
-from jsfdd.selection.sfdd import how_many  # noqa: E402
+HERE = Path(__file__).parent
 
 MATHS, CHAT = ("math_gsm8k", "math_aqua"), ("chat_sharegpt", "instruct_roleplay")
 TRAININGS = {"EAGLE-2": {}, "HASS": dict(hass_steps=3)}

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from pool import SMOKE, Pool, trained_draft
-
+from experiments.pool.pool import SMOKE, Pool, trained_draft
 from jsfdd.decoding.ensemble import Combine, average_drafts
 
 NODES = 60

@@ -1,80 +1,113 @@
-"""Acceptance of 017's drafts, alone and together, by replay of trees. See README.md."""
+"""The tables of 017 from the counts in results.jsonl: τ of every system, intervals, and the differences that matter."""
 
 from __future__ import annotations
 
-import json
-import sys
+import argparse
 from pathlib import Path
 
 import numpy as np
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "014_selection"))
-from pool import AHEAD, MAX_NEW_TOKENS, SMOKE, Pool, open_pool, pool_parser  # noqa: E402
-from summary import summaries, table  # noqa: E402
-from systems import PROMPTS, System, systems  # noqa: E402
+from experiments.pool.counts import Runs, difference, draws, resampled, tau
+from experiments.results import read_results
 
-from jsfdd.base.hardware import describe_hardware  # noqa: E402
-from jsfdd.decoding.state import DecodeSetup  # noqa: E402
-from jsfdd.decoding.tree import TreeShape  # noqa: E402
-from jsfdd.evaluation.replay_trees import make_tree_replay  # noqa: E402
+COMPARED = (
+    ("merged at 60", "mixed large"),
+    ("merged at 60", "mixed small"),
+    ("merged at 60", "routed"),
+    ("merged at 120", "merged at 60"),
+    ("merged at 120", "mixed large at 120"),
+    ("mixed large at 120", "mixed large"),
+    ("routed", "mixed small"),
+    ("routed by entropy", "routed"),
+    ("routed per prompt", "routed"),
+    ("averaged", "mixed small"),
+    ("averaged, of two starts", "averaged"),
+    ("maths, flattest", "maths"),
+    ("chat, flattest", "chat"),
+    ("mixed small, flattest", "mixed small"),
+    ("mixed large, flattest", "mixed large"),
+    ("merged at 60, flattest", "merged at 60"),
+)
 
 
-def replayed(pool: Pool, system: System, temperature: float, programs: dict) -> dict:
-    """JSON-ready counts of one system: by prompt emitted tokens and steps, by depth, by benchmark who was verified."""
-    recorded, (states, _) = pool.recorded[temperature], pool.judges[temperature]
-    target = pool.loaded.target
-    tree = TreeShape(AHEAD, 10, system.nodes)
-    setup = DecodeSetup(
-        target.config, system.shapes, AHEAD, MAX_NEW_TOKENS, target.stop_tokens, tree, combine=system.combine
-    )  # fmt: skip
-    if (setup, temperature) not in programs:
-        programs[setup, temperature] = make_tree_replay(target, states, recorded, setup, pool.loaded.mesh)
-    counts, shares = programs[setup, temperature](system.params)
-    row = {
-        "nodes": system.nodes, "emitted": counts.emitted.tolist(), "steps": counts.steps.tolist(),
-        "reached": counts.reached.sum(axis=0).tolist(), "accepted": counts.accepted.sum(axis=0).tolist(),
-    }  # fmt: skip
-    if system.combine is not None:
-        sources = np.array([prompt.source for prompt in pool.prompts])
-        total = {s: [x[sources == s].sum(axis=0) for x in shares] for s in PROMPTS}
-        row["shares"] = {
-            s: {kind: (x / x.sum()).tolist() for kind, x in zip(("verified", "accepted"), each)} for s, each in total.items()
+def summaries(results: dict) -> dict:
+    """{"EAGLE-2, T=0": {"systems": {name: figures}, "differences": {"a − b": figures}}}."""
+    sources = np.array(results["prompts"])
+    found = {}
+    for key, by_name in results["replayed"].items():
+        runs = {name: _runs(by_seed) for name, by_seed in by_name.items() if by_seed}
+        found[key] = {
+            "systems": {name: _figures(runs[name], by_name[name], sources) for name in runs},
+            "differences": {f"{a} − {b}": difference(runs[a], runs[b], "") for a, b in COMPARED if a in runs and b in runs},
         }
-    return row
+    for temperature in ("T=0", "T=1"):
+        hass, eagle = (results["replayed"].get(f"{training}, {temperature}", {}) for training in ("HASS", "EAGLE-2"))
+        common = [name for name in hass if hass[name] and eagle.get(name)]
+        if common:
+            between = {f"{name}, HASS − EAGLE-2": difference(_runs(hass[name]), _runs(eagle[name]), "") for name in common}
+            found[f"HASS, {temperature}"]["differences"] |= between
+    return found
+
+
+def _runs(by_seed: dict) -> Runs:
+    emitted, steps = (np.array([row[name] for row in by_seed.values()], float) for name in ("emitted", "steps"))
+    return Runs([int(seed) for seed in by_seed], list(by_seed.values()), {"": emitted}, {"": steps})
+
+
+def _figures(runs: Runs, by_seed: dict, sources: np.ndarray) -> dict:
+    def of(picked: np.ndarray) -> dict:
+        own = runs._replace(emitted={"": runs.emitted[""][:, picked]}, steps={"": runs.steps[""][:, picked]})
+        low, high = np.percentile(resampled(own, "", *draws(len(picked), len(runs.seeds))), [2.5, 97.5])
+        return {"tau": tau(own, ""), "low": float(low), "high": float(high)}
+
+    rows = list(by_seed.values())
+    reached, accepted = (np.sum([row[name] for row in rows], axis=0) for name in ("reached", "accepted"))
+    found = {
+        "nodes": rows[0]["nodes"], "seeds": runs.seeds, **of(np.arange(len(sources))),
+        "by_benchmark": {name: of(np.flatnonzero(sources == name)) for name in dict.fromkeys(sources.tolist())},
+        "alpha": [float(a / r) if r else None for a, r in zip(accepted, reached)],
+    }  # fmt: skip
+    if "shares" in rows[0]:
+        found["first_verified"] = {
+            source: float(np.mean([row["shares"][source]["verified"][0] for row in rows])) for source in rows[0]["shares"]
+        }
+    return found
+
+
+def table(summary: dict, clock: dict) -> str:
+    """Markdown, a table for each training and temperature, with the speeds that `clock.py` found."""
+    lines = []
+    for key, each in summary.items():
+        benchmarks = list(next(iter(each["systems"].values()))["by_benchmark"])
+        head = ["system (seeds)", "nodes", "τ, all", *benchmarks, "α by depth", "nodes of maths", "tokens/s", "speedup"]
+        lines += [f"\n{key}\n", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+        for name, row in each["systems"].items():
+            shares = ", ".join(f"{share:.0%}" for share in row.get("first_verified", {}).values())
+            alphas = " ".join("–" if alpha is None else f"{alpha:.2f}" for alpha in row["alpha"])
+            taus = [_interval(row), *map(_interval, row["by_benchmark"].values())]
+            cells = [f"{name} ({len(row['seeds'])})", str(row["nodes"]), *taus, alphas, shares, *_speed(clock, key, name)]
+            lines.append("| " + " | ".join(cells) + " |")
+        for name, row in each["differences"].items():
+            lines.append(f"- {name}: {row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}] ({row['seeds']})")
+    return "\n".join(lines)
+
+
+def _speed(clock: dict, key: str, name: str) -> list[str]:
+    row = clock.get(key, {}).get(name)
+    if row is None:
+        return ["", ""]
+    return [f"{row['tokens_per_second']:.1f}", f"{row['speedup']:.2f} [{row['speedup_low']:.2f}, {row['speedup_high']:.2f}]"]
+
+
+def _interval(row: dict) -> str:
+    return f"{row['tau']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
 
 
 def main() -> None:
-    parser = pool_parser(__doc__, epochs=5)
-    parser.set_defaults(chats=16 if SMOKE else 860)
-    parser.add_argument("--trainings", nargs="*", default=["EAGLE-2", "HASS"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 1.0])
-    parser.add_argument("--flattest", action="store_true", help="of drafts that were trained on the flattest half")
-    parser.add_argument("--systems", nargs="+", help="of the replayed; all unless given")
-    options = parser.parse_args()
-    pool = open_pool(options, options.temperatures, asked=PROMPTS, answers="answers_taps")
-    path = (options.work if SMOKE else HERE) / "results.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
-    results |= {"hardware": describe_hardware(), "prompts": [prompt.source for prompt in pool.prompts]}
-    chosen, programs = ", flattest" if options.flattest else "", {}
-    for training in options.trainings:
-        for temperature in options.temperatures:
-            for seed, next_seed in zip(options.seeds, [*options.seeds[1:], options.seeds[0]]):
-                key = f"{training}, T={temperature:g}"
-                done = results.setdefault("replayed", {}).setdefault(key, {})
-                other = next_seed if next_seed != seed else None
-                for name, system in systems(pool, training, seed, chosen, other).items():
-                    rows = done.setdefault(name, {})
-                    if str(seed) in rows or (options.systems and name not in options.systems):
-                        continue
-                    rows[str(seed)] = row = replayed(pool, system, temperature, programs)
-                    print(f"{key}, seed {seed}, {name}: τ {sum(row['emitted']) / sum(row['steps']):.3f}", flush=True)
-                    path.write_text(json.dumps(results, ensure_ascii=False) + "\n")
-    results["summaries"] = summaries(results)
-    path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    clock = path.with_name("clock.json")
-    print(table(results["summaries"], json.loads(clock.read_text()) if clock.exists() else {}))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent, help="folder of results.jsonl and clock.jsonl")
+    folder = parser.parse_args().results
+    print(table(summaries(read_results(folder / "results.jsonl")), read_results(folder / "clock.jsonl")))
 
 
 if __name__ == "__main__":

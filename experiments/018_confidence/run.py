@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "014_selection"))
-from pool import GAMMA, SMOKE, open_pool, pool_parser, trained_draft  # noqa: E402
+from experiments.pool.pool import GAMMA, SMOKE, open_pool, pool_parser, trained_draft
+from experiments.results import write_results
+from jsfdd.base.hardware import describe_hardware
+from jsfdd.evaluation import confidence, replay
+from jsfdd.evaluation.acceptance import acceptance_figures
 
-from jsfdd.base.hardware import describe_hardware  # noqa: E402
-from jsfdd.evaluation import confidence, replay  # noqa: E402
-from jsfdd.evaluation.acceptance import acceptance_figures  # noqa: E402
+HERE = Path(__file__).parent
 
 matplotlib.use("Agg")
 
@@ -63,7 +61,7 @@ def main() -> None:
                 errors["tau_of_the_other"].append(abs(results["tau"][other]["measured"]["tau"] - truth))
     results["mean_absolute_error"] = {name: float(np.mean(each)) for name, each in errors.items()}
     out = options.work if SMOKE else HERE
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_results(out / "results.jsonl", results)
     _plot(results, out / "reliability.png")
 
 

@@ -6,27 +6,25 @@ import argparse
 import dataclasses
 import json
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "014_selection"))
-from arms import by_metric  # noqa: E402
-from pool import SMOKE, Pool, judge_draft, known_of, open_pool, pool_parser, token_weights_of  # noqa: E402
+from experiments.pool.choices import by_metric
+from experiments.pool.pool import SMOKE, Pool, judge_draft, known_of, open_pool, pool_parser, token_weights_of
+from jsfdd.base.records import samples_digest
+from jsfdd.commands import pipeline
+from jsfdd.commands.configs import ScoreConfig
+from jsfdd.data.batches import choose_shapes
+from jsfdd.hidden.capture import store_hidden
+from jsfdd.selection.sfdd import select
+from jsfdd.training import train as training
+from jsfdd.training.batch import TrainingData
+from jsfdd.weights.draft import load_draft
 
-from jsfdd import pipeline  # noqa: E402
-from jsfdd.base.records import samples_digest  # noqa: E402
-from jsfdd.commands.configs import ScoreConfig  # noqa: E402
-from jsfdd.data.batches import choose_shapes  # noqa: E402
-from jsfdd.hidden.capture import store_hidden  # noqa: E402
-from jsfdd.selection.sfdd import select  # noqa: E402
-from jsfdd.training import train as training  # noqa: E402
-from jsfdd.training.batch import TrainingData  # noqa: E402
-from jsfdd.weights.draft import load_draft  # noqa: E402
+HERE = Path(__file__).parent
 
 HEADS = {"8k": {}, "full": {"draft_vocab": 0}}
 

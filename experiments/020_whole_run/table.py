@@ -5,16 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "014_selection"))
-from tables import Runs, difference, draws, resampled, tau  # noqa: E402
+from experiments.pool.counts import Runs, difference, draws, resampled, tau
+from jsfdd.base.hardware import describe_hardware
 
-from jsfdd.base.hardware import describe_hardware  # noqa: E402
+HERE = Path(__file__).parent
 
 EPOCHS = (4, 30)  # what was trained, and the paper's
 SAME = {"all": "full", "half": "flatness_50%", "random half, not scored": "random_50%"}  # 014's, of the same chats

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jax
 import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 
 from jsfdd.base.hardware import describe_hardware
@@ -28,8 +29,6 @@ from jsfdd.training.token_loss import Distance
 from jsfdd.training.train import draft_of
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-
 HERE = Path(__file__).parent
 SHARES = (1.0, 0.75, 0.5, 0.25, 0.1)
 HEADS = {"full head": 0, "8,192 tokens": 8192}

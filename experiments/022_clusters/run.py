@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "014_selection"))
-from arms import by_metric, prompt_clusters, within  # noqa: E402
-from pool import PROMPTS, SMOKE, Arm, Pool, judge_draft, open_pool, pool_parser, taus, trained_draft  # noqa: E402
-from tables import Runs, by_benchmark, runs_of, summary  # noqa: E402
+from experiments.pool.choices import by_metric, prompt_clusters, within
+from experiments.pool.counts import Runs, by_benchmark, runs_of, summary
+from experiments.pool.pool import PROMPTS, SMOKE, Arm, Pool, judge_draft, open_pool, pool_parser, taus, trained_draft
+from experiments.results import write_results
+from jsfdd.base.hardware import describe_hardware
+from jsfdd.selection.sfdd import random_score
 
-from jsfdd.base.hardware import describe_hardware  # noqa: E402
-from jsfdd.selection.sfdd import random_score  # noqa: E402
+from .tables import show
+
+HERE = Path(__file__).parent
 
 OTHERS = PROMPTS if SMOKE else {"mt_bench": 40, "gsm8k": 40, "alpaca": 40, "sum": 16, "qa": 40}
 CLUSTERS = 4 if SMOKE else 20
@@ -74,17 +75,6 @@ def tables(runs: dict[str, Runs], sources: np.ndarray) -> dict:
     }
 
 
-def show(found: dict) -> None:
-    for chats, each in found.items():
-        print(f"\n{chats}\n")
-        for name, row in each["arms"].items():
-            shown = [f"{row[t]['tau']:.3f} [{row[t]['low']:.3f}, {row[t]['high']:.3f}]" for t in ("T=0", "T=1")]
-            print(f"| {name} | {row['samples']} | {row['steps']} | {' | '.join(shown)} |")
-        for name, by in each["differences"].items():
-            cells = [f"{d['difference']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]" for d in by.values()]
-            print(f"| {name} ({by['all']['seeds']}) | {' | '.join(cells)} |")
-
-
 def main() -> None:
     parser = pool_parser(__doc__, epochs=4)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -103,8 +93,8 @@ def main() -> None:
                 rows.setdefault(name, {})[seed] = row_of(pool, f"{prefix}{name} seed {seed}", ids, seed)
         sources = np.array([prompt.source for prompt in pool.prompts])
         found[chats] = tables({name: runs_of(by_seed) for name, by_seed in rows.items()}, sources)
-    path = (options.work if SMOKE else HERE) / "results.json"
-    path.write_text(json.dumps(found | {"hardware": describe_hardware()}, indent=1, ensure_ascii=False) + "\n")
+    path = (options.work if SMOKE else HERE) / "results.jsonl"
+    write_results(path, found | {"hardware": describe_hardware()})
     show(found)
 
 

@@ -1,7 +1,7 @@
 """One pool of chats, read by the target once, on which any number of drafts are trained and judged. See README.md.
 
-    pool = open_pool(options)                     # scores, hidden states, target means, recorded answers: computed once, kept
-    row = run_arm(pool, name, arm)                # trains one draft, judges it on all recorded answers; done arms are read
+pool = open_pool(options)                     # scores, hidden states, target means, recorded answers: computed once, kept
+row = run_arm(pool, name, arm)                # trains one draft, judges it on all recorded answers; done arms are read
 """
 
 from __future__ import annotations
@@ -150,9 +150,7 @@ def _recorded(loaded: Loaded, prompts, path: Path, temperature: float, batch_siz
     for row in kept["samples"]:
         tokens = np.array(row["tokens"], np.int32)
         samples.append(Sample(row["id"], row["source"], tokens, np.arange(len(tokens)) >= len(tokens) - row["answer"]))
-    return replay.Recorded(
-        samples, np.array(kept["prompts"]), temperature, MAX_NEW_TOKENS, AHEAD, loaded.target.stop_tokens
-    )
+    return replay.Recorded(samples, np.array(kept["prompts"]), temperature, MAX_NEW_TOKENS, AHEAD, loaded.target.stop_tokens)
 
 
 @dataclasses.dataclass(frozen=True)
