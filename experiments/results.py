@@ -31,7 +31,7 @@ def read_results(path: Path) -> dict:
 
 
 def _rows(at: list[str], value: object, width: int) -> Iterator[tuple[list[str], object]]:
-    if isinstance(value, dict) and value and (not at or len(json.dumps(value, ensure_ascii=False)) > width):
+    if not at or isinstance(value, dict) and value and len(json.dumps(value, ensure_ascii=False)) > width:
         for key, part in value.items():
             yield from _rows([*at, str(key)], part, width)
     else:
