@@ -15,7 +15,7 @@ from toy import toy_draft, toy_target
 
 from jsfdd.base.mesh import make_mesh, put, replicate, shard_rows, to_host
 from jsfdd.base.records import DraftBatch, Sample
-from jsfdd.commands.configs import TrainConfig
+from jsfdd.commands.train import TrainConfig
 from jsfdd.data.batches import Shape, choose_shapes, make_batches, pad_batch, pad_rows
 from jsfdd.decoding.generate import DecodeSetup, PromptBatch, make_generate, prepare_params
 from jsfdd.models.sharding import place_params, split_vocabulary

@@ -14,7 +14,7 @@ from toy import toy_draft, write_target
 
 from jsfdd.base.files import read_json
 from jsfdd.commands import cli
-from jsfdd.commands.cli import _COMMANDS, _STAGES, main
+from jsfdd.commands.cli import COMMANDS, STAGES, configs, main
 from jsfdd.commands.parser import field_docstrings
 from jsfdd.models.architecture import Rope
 from jsfdd.scoring.table import METRICS, ScoreTable, write_scores
@@ -261,7 +261,7 @@ def test_prompts_and_drafts_that_do_not_fit(tmp_path, target, capsys, turns, cha
 def test_one_name_one_meaning():
     """Design §5: an option has the same type and default in every command (`out` differs in what it is a directory of)."""
     seen = {}
-    for kind in _COMMANDS.values():
+    for kind in configs().values():
         for name, field in kind.__dataclass_fields__.items():
             if name in ("out", "draft", "seed"):
                 continue
@@ -269,17 +269,17 @@ def test_one_name_one_meaning():
     assert {"target", "retain_ratio", "num_draft_tokens"} <= set(seen)
 
 
-@pytest.mark.parametrize("command", _COMMANDS)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_explains_every_option_and_ends_with_examples(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     assert _exit_code([command, "--help"]) == 0
-    text, kind = capsys.readouterr().out, _COMMANDS[command]
+    text, kind = capsys.readouterr().out, configs()[command]
     assert text.split("example:")[1].strip().startswith(f"jsfdd {command}")
     assert max(map(len, text.splitlines())) <= 100
     helps = field_docstrings(kind)
     for name in kind.__dataclass_fields__:
         assert helps[name] and (command == "completion" or "--" + name.replace("_", "-") in text)
-    assert ("--dry-run" in text) == ("--json" in text) == (command in _STAGES)
+    assert ("--dry-run" in text) == ("--json" in text) == (command in STAGES)
     assert "Options(" not in text and "None" not in text  # what dataclasses and tyro say by themselves
 
 
@@ -298,7 +298,7 @@ def test_help_shows_groups_defaults_and_choices(capsys, monkeypatch):
 def test_help_of_the_command_documents_exit_codes(capsys):
     assert _exit_code(["--help"]) == 0
     text = capsys.readouterr().out
-    for words in ("exit codes:", "  0 ", "  2 ", "  130 ", "NO_COLOR", *_COMMANDS):
+    for words in ("exit codes:", "  0 ", "  2 ", "  130 ", "NO_COLOR", *COMMANDS):
         assert words in text
 
 

@@ -6,15 +6,16 @@ import json
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 from test_commands_run import _chats
 from toy import toy_config, write_target
 
 from jsfdd.base.mesh import make_mesh
 from jsfdd.base.records import Batch, DraftBatch
 from jsfdd.commands.cli import main
-from jsfdd.commands.configs import PlanConfig, TrainConfig
 from jsfdd.commands.costs import Lengths, evaluate_stage, forward_flops, known_stage, param_bytes, score_stage, train_stage
-from jsfdd.commands.plan import GB, Devices, make_plan, print_plan, suggest_model_shards
+from jsfdd.commands.plan import GB, Devices, PlanConfig, prepare, print_plan, suggest_model_shards
+from jsfdd.commands.train import TrainConfig
 from jsfdd.data.batches import Shape
 from jsfdd.models.draft import draft_config
 from jsfdd.models.target import hidden_states, init_params
@@ -37,17 +38,17 @@ def test_a_70b_config_without_weights_or_tokenizer(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(SEVENTY_B))
     _chats(tmp_path / "chats.jsonl")
     shared = dict(target=str(tmp_path), dtype="bfloat16", devices=16)
-    plan = make_plan(options(tmp_path, **shared, device_kind="TPU v5"))
+    plan = prepare(options(tmp_path, **shared, device_kind="TPU v5"))
     score = plan.stages[0]
     assert score.memory["target"] == pytest.approx(70.55e9 * 2, rel=0.001)  # the 70B that its makers count
     assert score.peak > 95 * GB and plan.suggested == 4 and "estimated" in plan.lengths.source
     # Two FLOPs a parameter and token, attention and the padding of the tokens aside.
     assert score.flops > 2 * 68e9 * plan.lengths.tokens.sum()
-    print_plan(plan)
+    print_plan(plan, Console(highlight=False))
     out = capsys.readouterr().out
     assert "--model-shards 4" in out and "16 × TPU v5, 95 GB and 459 TFLOP/s" in out
     # The draft of such a target, its gradient and its moments are 16 GB on every device.
-    assert make_plan(options(tmp_path, **shared, device_kind="TPU v5 lite")).suggested is None
+    assert prepare(options(tmp_path, **shared, device_kind="TPU v5 lite")).suggested is None
 
 
 def test_unknown_devices_need_their_figures(tmp_path, capsys):

@@ -16,11 +16,12 @@ import pytest
 from test_base_processes import begin_command, finish
 from toy import toy_draft, toy_target, toy_tokenizer, write_target
 
-from jsfdd.commands import pipeline, respond
+from jsfdd.commands import respond, score
 from jsfdd.commands.cli import main
-from jsfdd.commands.configs import RespondConfig
+from jsfdd.commands.respond import RespondConfig
 from jsfdd.data.chat import read_chats
 from jsfdd.data.template import render_prompt, tokenize_chats
+from jsfdd.decoding import conversation_log
 from jsfdd.decoding import conversations as answers
 from jsfdd.decoding.conversation_log import Answer, AnsweredBatch, append_batch, open_log, read_log
 from jsfdd.models.target import head_logits, hidden_states
@@ -175,7 +176,7 @@ def respond_until_killed(inputs, out, batches):
         append_batch(path, batch)
         written += 1
 
-    respond.append_batch = append
+    conversation_log.append_batch = append
     respond.respond(config_of(Path(inputs), out))
 
 
@@ -364,6 +365,6 @@ def test_on_its_own_text_the_target_is_surer(inputs, finished, tmp_path):
     shared = dict(target=config.target, max_length=512, batch_tokens=512)
     ppl = []
     for name, data in (("given", config.data[0]), ("own", config.out)):
-        table = pipeline.score(pipeline.ScoreConfig(data=(data,), out=tmp_path / name, **shared))
+        table = score.score(score.ScoreConfig(data=(data,), out=tmp_path / name, **shared))
         ppl.append(np.average(np.log(table.ppl), weights=table.num_tokens))
     assert ppl[1] < ppl[0] - 1

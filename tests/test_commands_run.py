@@ -9,10 +9,14 @@ import pytest
 from toy import toy_tokenizer, write_target
 
 from jsfdd.base.files import read_json, write_json
-from jsfdd.commands import outcome as results
-from jsfdd.commands import pipeline
-from jsfdd.commands.configs import EvaluateConfig, ExportConfig, RunConfig, ScoreConfig, SelectConfig, TrainConfig
-from jsfdd.commands.dry_run import dry_run
+from jsfdd.commands import evaluate, export, run, score, select, train
+from jsfdd.commands import inputs as inputs_module
+from jsfdd.commands.evaluate import EvaluateConfig
+from jsfdd.commands.export import ExportConfig
+from jsfdd.commands.run import RunConfig
+from jsfdd.commands.score import ScoreConfig
+from jsfdd.commands.select import SelectConfig
+from jsfdd.commands.train import TrainConfig
 from jsfdd.data.chat import read_chats
 from jsfdd.data.template import tokenize_chats
 from jsfdd.hidden import capture as features
@@ -56,10 +60,15 @@ def _run_config(inputs, out, **changes):
     return RunConfig(**(values | changes))
 
 
+def _described(command, config):
+    """The outcome of a dry run."""
+    return command.describe(config, command.prepare(config))
+
+
 @pytest.fixture(scope="module")
 def finished(inputs, tmp_path_factory):
     config = _run_config(inputs, tmp_path_factory.mktemp("run") / "out")
-    return config, pipeline.run(config)
+    return config, run.run_stages(config)
 
 
 def test_the_summary_tells_what_the_artifacts_hold(finished):
@@ -93,7 +102,7 @@ def test_the_summary_tells_what_the_artifacts_hold(finished):
 
 def test_the_dry_run_foretells_the_run(finished, tmp_path):
     config, summary = finished
-    plan = dry_run(RunConfig.taken_from(config, out=tmp_path / "out")).values
+    plan = _described(run, RunConfig.taken_from(config, out=tmp_path / "out")).values
     full = plan["arms"]["full"]
     ran = summary["arms"][0]
     assert (full["samples"], full["steps"], full["tokens"]) == (ran["samples"], ran["steps"], ran["tokens"])
@@ -104,15 +113,16 @@ def test_the_dry_run_foretells_the_run(finished, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_results_are_words_and_json(finished):
+def test_results_are_words_and_json(finished, monkeypatch):
     config, summary = finished
-    result = results.of_run(config, summary)
+    result = run.run(config, run.prepare(config))  # finished: nothing is computed
     values = json.loads(json.dumps(result.values, default=str))
     assert values["arms"] == summary["arms"] and values["report"] == str(config.out / "report.html")
     assert all(arm in result.words for arm in config.arms) and "τ of flatness minus full" in result.words
     arm = config.out / "arms" / "full"
     evaluated = EvaluateConfig.taken_from(config, draft=(arm,), out=arm)
-    result = results.of_evaluate(evaluated, {"full": read_json(arm / "report.json")})
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_: {"full": read_json(arm / "report.json")})
+    result = evaluate.run(evaluated, None)
     figures = json.loads(json.dumps(result.values, default=str))["drafts"]["full"]
     assert figures["tau"] == summary["arms"][0]["tau"] and len(figures["alpha"]) == 2
     assert "prompts" not in figures and "examples" not in figures
@@ -122,7 +132,7 @@ def test_results_are_words_and_json(finished):
 def test_a_flavour_that_cannot_hold_the_drafts_is_refused_before_training(inputs, tmp_path):
     config = _run_config(inputs, tmp_path / "out", fc_bias=True)
     with pytest.raises(ValueError, match="--flavour vllm cannot represent this draft: fc_bias"):
-        pipeline.run(config)
+        run.run_stages(config)
     assert not (config.out / "scores.parquet").exists() and not (config.out / "arms").exists()
 
 
@@ -130,18 +140,18 @@ def test_export_finds_or_takes_what_its_card_tells(finished, tmp_path):
     config, _ = finished
     arm, other = config.out / "arms" / "flatness", config.out / "arms" / "full"
     shared = dict(flavour="speculators", export_dtype="bfloat16", num_draft_tokens=7)
-    pipeline.export(ExportConfig(draft=arm / "checkpoints", out=tmp_path / "a", **shared))
+    export.export(ExportConfig(draft=arm / "checkpoints", out=tmp_path / "a", **shared))
     settings = read_json(tmp_path / "a" / "config.json")
     assert settings["torch_dtype"] == "bfloat16"
     assert settings["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == 7
     # The report says for which target; an option is stronger.
     assert settings["speculators_config"]["verifier"] == {"name_or_path": config.target, "architectures": ["LlamaForCausalLM"]}
     named = ExportConfig(draft=arm, out=tmp_path / "b", report=other / "report.json", served_target="org/toy", **shared)
-    pipeline.export(named)
+    export.export(named)
     card = (tmp_path / "b" / "README.md").read_text()
     assert f"τ = {read_json(other / 'report.json')['tau']:.3f}" in card and "org/toy" in card and "12 conversations" in card
     # From an exported directory: nothing is known but what is named.
-    pipeline.export(ExportConfig(draft=tmp_path / "b", out=tmp_path / "c", selection=arm / "selection.json"))
+    export.export(ExportConfig(draft=tmp_path / "b", out=tmp_path / "c", selection=arm / "selection.json"))
     card = (tmp_path / "c" / "README.md").read_text()
     assert "Not measured yet" in card and "Not known" in card and "12 conversations" in card
 
@@ -156,12 +166,12 @@ def test_cards_are_not_made_from_other_runs(finished, tmp_path, name, edit, mess
     arm = config.out / "arms" / "flatness"
     values = read_json(arm / f"{name}.json") | edit
     (tmp_path / "file.json").write_text(json.dumps({key: value for key, value in values.items() if value is not ...}))
-    export = ExportConfig(draft=arm, out=tmp_path / "draft", **{name: tmp_path / "file.json"})
+    config = ExportConfig(draft=arm, out=tmp_path / "draft", **{name: tmp_path / "file.json"})
     if message is None:
-        pipeline.export(export)
+        export.export(config)
         return
     with pytest.raises(ValueError, match=message):
-        pipeline.export(export)
+        export.export(config)
     assert not (tmp_path / "draft").exists()
 
 
@@ -175,9 +185,9 @@ def test_flatness_arm_keeps_the_flattest(finished):
 
 def test_a_second_run_computes_nothing(finished, monkeypatch, capsys):
     config, summary = finished
-    monkeypatch.setattr(pipeline, "load", lambda *_: pytest.fail("loaded the target again"))
+    monkeypatch.setattr(inputs_module, "load", lambda *_: pytest.fail("loaded the target again"))
     before = {path: path.stat().st_mtime_ns for path in config.out.rglob("*") if path.is_file()}
-    assert pipeline.run(config) == summary
+    assert run.run_stages(config) == summary
     assert {path: path.stat().st_mtime_ns for path in config.out.rglob("*") if path.is_file()} == before
     assert "finished before" in capsys.readouterr().err
 
@@ -190,16 +200,16 @@ def test_a_mixture_is_of_what_was_selected_and_is_recorded(finished, tmp_path):
         of_run, selection=selected, features=str(of_run.out / "hidden"), epochs=1, out=tmp_path, mix=("a=2", "b=1"), mix_total=3
     )
     samples, _ = tokenize_chats(read_chats(config.data), toy_tokenizer(), 128)
-    kept, held_out = pipeline.training_sides(samples, read_selection(selected), config)
+    kept, held_out = train.training_sides(samples, read_selection(selected), config)
     assert {sample.id for sample in kept} <= set(read_selection(selected).ids) - {sample.id for sample in held_out}
     assert sorted(sample.source for sample in kept) == ["a", "a", "b"] and held_out
 
-    result = pipeline.train(config)
+    result = train.train(config)
     assert result.samples == 3 and not (tmp_path / "hidden").exists()
     recorded = load_draft(tmp_path).record["mix"]
     assert recorded["shares"] == {"a": 2 / 3, "b": 1 / 3} and recorded["total"] == 3
     assert {source: found["samples"] for source, found in recorded["contents"].items()} == {"a": 2, "b": 1}
-    assert pipeline.train(dataclasses.replace(config, mix=("b=0.5", "a=1"))).seconds == result.seconds, "the same mixture"
+    assert train.train(dataclasses.replace(config, mix=("b=0.5", "a=1"))).seconds == result.seconds, "the same mixture"
     for changes, named in (
         ({"mix": ("a=1", "b=1")}, "mix.shares.a: found 0.666"),
         ({"mix_total": 2}, "mix.total: found 3, expected 2"),
@@ -207,19 +217,19 @@ def test_a_mixture_is_of_what_was_selected_and_is_recorded(finished, tmp_path):
         ({"mix": (), "mix_total": None}, "mix: found {"),
     ):
         with pytest.raises(ValueError, match="other inputs or options") as error:
-            pipeline.train(dataclasses.replace(config, **changes))
+            train.train(dataclasses.replace(config, **changes))
         assert named in str(error.value)
 
 
 def test_an_interrupted_run_continues_to_the_same_result(inputs, finished, tmp_path, monkeypatch):
     """Stopped after scoring, after the first arm and before the summary, it ends with the same drafts."""
     config = _run_config(inputs, tmp_path / "out")
-    for stop in ("select", "_evaluate_arms", "export", "_summary"):
+    for module, stop in ((select, "select"), (run, "_evaluate_arms"), (export, "export"), (run, "summarise")):
         with monkeypatch.context() as patch:
-            patch.setattr(pipeline, stop, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(module, stop, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
-                pipeline.run(config)
-    again = pipeline.run(config)
+                run.run_stages(config)
+    again = run.run_stages(config)
     whole = finished[1]
     for row, other in zip(again["arms"], whole["arms"]):
         for name in ("arm", "samples", "steps", "tau", "held_out"):
@@ -233,11 +243,11 @@ def test_an_interrupted_run_continues_to_the_same_result(inputs, finished, tmp_p
 def test_changed_options_or_inputs_are_refused_by_name(inputs, finished):
     config, _ = finished
     with pytest.raises(ValueError, match="config.epochs: found 2, expected 3.*choose another --out"):
-        pipeline.run(_run_config(inputs, config.out, epochs=3))
+        run.run_stages(_run_config(inputs, config.out, epochs=3))
     with inputs[1].open("a") as file:
         file.write("\n")
     with pytest.raises(ValueError, match="chats.jsonl: found"):
-        pipeline.run(config)
+        run.run_stages(config)
 
 
 def test_a_new_file_in_a_directory_of_data_is_noticed(inputs, tmp_path):
@@ -245,33 +255,33 @@ def test_a_new_file_in_a_directory_of_data_is_noticed(inputs, tmp_path):
     folder.mkdir()
     _chats(folder / "a.jsonl", 4)
     config = _run_config((inputs[0], folder, inputs[2]), tmp_path / "out")
-    claim = pipeline.check_claim(config)
+    claim = run.check_claim(config)
     assert not config.out.exists() and str(folder / "a.jsonl") in claim["inputs"]
     config.out.mkdir()
     write_json(config.out / "run.json", claim)
-    assert pipeline.check_claim(config) == claim
+    assert run.check_claim(config) == claim
     _chats(folder / "b.jsonl", 2)
     with pytest.raises(ValueError, match=r"inputs\..*b\.jsonl: found None, expected .*choose another --out"):
-        pipeline.check_claim(config)
+        run.check_claim(config)
 
 
 def test_stage_by_stage(inputs, tmp_path):
     """The README's ten lines; hidden states are stored for the kept and the held-out samples alone."""
     target, data, prompts = inputs
     shared = dict(target=target, data=(data,), max_length=128, batch_tokens=512)
-    pipeline.score(ScoreConfig(**shared, out=tmp_path))
-    chosen = pipeline.select(SelectConfig(scores=tmp_path / "scores.parquet", retain_ratio=0.25, out=tmp_path))
-    result = pipeline.train(
+    score.score(ScoreConfig(**shared, out=tmp_path))
+    chosen = select.select(SelectConfig(scores=tmp_path / "scores.parquet", retain_ratio=0.25, out=tmp_path))
+    result = train.train(
         TrainConfig(**shared, selection=tmp_path / "selection.json", epochs=1, held_out_share=0.1, out=tmp_path / "draft")
     )
     assert len(chosen.ids) == 6 and result.samples <= 6
     stored = {name for shard in read_json(tmp_path / "draft" / "hidden" / "manifest.json")["shards"] for name, _ in shard["samples"]}
     assert set(chosen.ids) <= stored and len(stored) < 14
-    pipeline.export(ExportConfig(draft=tmp_path / "draft", out=tmp_path / "exported"))
+    export.export(ExportConfig(draft=tmp_path / "draft", out=tmp_path / "exported"))
     config = EvaluateConfig(
         target=target, draft=(tmp_path / "exported",), prompts=(prompts,), out=tmp_path / "eval", max_new_tokens=8, num_draft_tokens=2
     )
-    report = pipeline.evaluate(config)["exported"]
+    report = evaluate.evaluate(config)["exported"]
     assert report == {k: v for k, v in read_json(tmp_path / "eval" / "report.json").items() if k != "config"}
 
 
@@ -282,7 +292,7 @@ def test_a_probe_decodes_while_training_and_its_best_draft_is_the_runs(inputs, t
     config = TrainConfig(
         **shared, epochs=4, out=tmp_path / "draft", probe_prompts=(prompts,), probe_every=3, probe_new_tokens=16
     )
-    steps = pipeline.train(config).steps
+    steps = train.train(config).steps
     probes = {line["step"]: line["probe"] for line in read_lines(config.out / METRICS) if "probe" in line}
     assert set(probes) == {*range(3, steps, 3), steps} and all(figures["tau"] >= 1 for figures in probes.values())
     best = max(figures["tau"] for figures in probes.values())
@@ -291,11 +301,11 @@ def test_a_probe_decodes_while_training_and_its_best_draft_is_the_runs(inputs, t
     measured = EvaluateConfig(
         target=target, draft=(config.out,), prompts=(prompts,), out=tmp_path / "eval", max_new_tokens=16, num_draft_tokens=4
     )
-    report = pipeline.evaluate(measured)["draft"]
+    report = evaluate.evaluate(measured)["draft"]
     assert (report["tau"], report["n_steps"]) == (best, probes[first_best]["n_steps"])
     assert report["alpha"] == probes[first_best]["alpha"]
     with pytest.raises(ValueError, match="identity.*probe|probe.*new_tokens"):
-        pipeline.train(dataclasses.replace(config, probe_new_tokens=12))
+        train.train(dataclasses.replace(config, probe_new_tokens=12))
 
 
 def _stored_in(directory):
@@ -307,7 +317,7 @@ def test_one_pass_scores_and_keeps_features_and_training_reads_them(inputs, tmp_
     target, data, _ = inputs
     shared = dict(target=target, data=(data,), max_length=128, batch_tokens=512, held_out_share=0.1)
     kept = ScoreConfig(**shared, out=tmp_path, keep_features=("flatness", "random"), retain_ratio=0.25)
-    pipeline.score(kept)
+    score.score(kept)
     features = tmp_path / "hidden"
     manifest = read_json(features / "manifest.json")
     rule = {"keep_features": ["flatness", "random"], "retain_ratio": 0.25, "within": "all", "seed": 0, "held_out_share": 0.1}
@@ -315,7 +325,7 @@ def test_one_pass_scores_and_keeps_features_and_training_reads_them(inputs, tmp_
 
     def chosen(metric, **changes):
         options = dict(scores=tmp_path / "scores.parquet", metric=metric, retain_ratio=0.25, out=tmp_path / metric) | changes
-        return set(pipeline.select(SelectConfig(**options)).ids)
+        return set(select.select(SelectConfig(**options)).ids)
 
     samples, _ = tokenize_chats(read_chats((data,)), toy_tokenizer(), 128)
     held_out = {sample.id for sample in split_held_out(samples, 0.1)[1]}
@@ -326,9 +336,9 @@ def test_one_pass_scores_and_keeps_features_and_training_reads_them(inputs, tmp_
         options = dict(selection=tmp_path / "flatness" / "selection.json", epochs=1, out=tmp_path / name, features=str(features))
         return TrainConfig(**(shared | options | changes))
 
-    read = pipeline.train(trained("read"))
+    read = train.train(trained("read"))
     assert not (tmp_path / "read" / "hidden").exists()
-    computed = pipeline.train(trained("computed", features="store"))
+    computed = train.train(trained("computed", features="store"))
     for a, b in zip(jax.tree.leaves(read.state.params), jax.tree.leaves(computed.state.params), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)  # other batches, so hidden states that round otherwise
 
@@ -339,23 +349,23 @@ def test_one_pass_scores_and_keeps_features_and_training_reads_them(inputs, tmp_
         r"random --retain-ratio 0.25.*--features store"
     )
     with pytest.raises(ValueError, match=message):
-        pipeline.train(trained("wrong", selection=wrong))
+        train.train(trained("wrong", selection=wrong))
     with pytest.raises(ValueError, match="lacks .* --held-out-share 0.3; kept for: .* --held-out-share 0.1"):
-        pipeline.train(trained("wrong", held_out_share=0.3))
+        train.train(trained("wrong", held_out_share=0.3))
     with pytest.raises(ValueError, match="holds bfloat16; give --feature-dtype bfloat16"):
-        pipeline.train(trained("wrong", feature_dtype="int8"))
+        train.train(trained("wrong", feature_dtype="int8"))
     with pytest.raises(FileNotFoundError, match="--features none: no such directory; give one that .* or store or recompute"):
-        pipeline.train(trained("wrong", features="none"))
+        train.train(trained("wrong", features="none"))
     with pytest.raises(ValueError, match="hidden states of another run .*identity.max_length"):
-        pipeline.train(trained("wrong", max_length=64))
+        train.train(trained("wrong", max_length=64))
     with pytest.raises(ValueError, match="kept_for.retain_ratio: found 0.25, expected 0.5"):
-        pipeline.score(dataclasses.replace(kept, retain_ratio=0.5))
+        score.score(dataclasses.replace(kept, retain_ratio=0.5))
     assert not (tmp_path / "wrong" / "checkpoints").exists()
-    plan = dry_run(trained("read"))
+    plan = _described(train, trained("read"))
     assert plan.values["hidden_bytes"] == 0 and f"read hidden states from {features}" in plan.words
     with pytest.raises(ValueError, match="lacks"):
-        dry_run(trained("wrong", selection=wrong))
-    plan = dry_run(dataclasses.replace(kept, out=tmp_path / "other"))
+        train.prepare(trained("wrong", selection=wrong))
+    plan = _described(score, dataclasses.replace(kept, out=tmp_path / "other"))
     assert "keep about" in plan.words and f"{tmp_path / 'other' / 'hidden'}/" in plan.values["would_write"]
     assert plan.values["hidden_bytes"] > 0
 
@@ -372,8 +382,8 @@ def test_a_run_stores_what_its_arms_train_on_and_no_more(inputs, tmp_path, monke
     config = _run_config(inputs, tmp_path / "out", epochs=1, **changes)
     second_passes, original = [], features.store_hidden
     monkeypatch.setattr(features, "store_hidden", lambda *a, **b: second_passes.append(1) or original(*a, **b))
-    planned = dry_run(config).values["hidden_bytes"]
-    summary = pipeline.run(config)
+    planned = _described(run, config).values["hidden_bytes"]
+    summary = run.run_stages(config)
     assert [row["arm"] for row in summary["arms"]] == list(config.arms) and all(row["tau"] >= 1 for row in summary["arms"])
     assert len(second_passes) == (stored == "after the selection")
     assert (config.out / "top_k").exists() == (config.target_top_k > 0)
@@ -389,8 +399,8 @@ def test_a_run_stores_what_its_arms_train_on_and_no_more(inputs, tmp_path, monke
 def test_a_selection_of_other_data_is_refused(inputs, tmp_path):
     target, data, _ = inputs
     shared = dict(target=target, data=(data,), max_length=128, batch_tokens=512)
-    pipeline.score(ScoreConfig(**shared, out=tmp_path))
-    pipeline.select(SelectConfig(scores=tmp_path / "scores.parquet", out=tmp_path))
+    score.score(ScoreConfig(**shared, out=tmp_path))
+    select.select(SelectConfig(scores=tmp_path / "scores.parquet", out=tmp_path))
     other = _chats(tmp_path / "other.jsonl", count=4)
     with pytest.raises(ValueError, match="the data lacks .* of the samples"):
-        pipeline.train(TrainConfig(**(shared | {"data": (other,)}), selection=tmp_path / "selection.json", out=tmp_path / "draft"))
+        train.train(TrainConfig(**(shared | {"data": (other,)}), selection=tmp_path / "selection.json", out=tmp_path / "draft"))

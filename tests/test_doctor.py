@@ -15,11 +15,12 @@ from toy import write_target
 from transformers import PreTrainedTokenizerFast
 
 from jsfdd.base.files import read_json
-from jsfdd.commands import pipeline
+from jsfdd.commands import export, train
 from jsfdd.commands.cli import main
-from jsfdd.commands.configs import DoctorConfig, ExportConfig, TrainConfig
-from jsfdd.commands.doctor import doctor
+from jsfdd.commands.doctor import DoctorConfig, doctor
+from jsfdd.commands.export import ExportConfig
 from jsfdd.commands.inputs import identity_of
+from jsfdd.commands.train import TrainConfig
 from jsfdd.data import template
 from jsfdd.data.chat import Chat, Message, read_chats
 from jsfdd.data.template import tokenize_chats
@@ -55,7 +56,7 @@ def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alphabet")
     target = write_target(folder / "target", target=alphabet_target(rope=ROPE))
     data = alphabet_chats(folder / "chats.jsonl")
-    pipeline.train(
+    train.train(
         TrainConfig(
             target=str(target), data=(data,), out=folder / "run", max_length=LENGTH, batch_tokens=1024, epochs=16,
             learning_rate=3e-3, hidden_noise=0.0, held_out_share=0.1,
@@ -113,7 +114,7 @@ def test_wrong_input_is_exit_code_2(inputs, tmp_path, capsys):
 def test_an_exported_draft_with_faults_in_its_config(inputs, tmp_path, capsys):
     """Rope scaling dropped, a short context, another eps and other heads of the same shapes: all named, exit code 1."""
     directory, data, run = inputs
-    pipeline.export(ExportConfig(draft=run, out=tmp_path / "draft"))
+    export.export(ExportConfig(draft=run, out=tmp_path / "draft"))
     settings = json.loads((tmp_path / "draft" / "config.json").read_text())
     settings |= {"rope_scaling": None, "max_position_embeddings": 128, "rms_norm_eps": 1e-6}
     (tmp_path / "draft" / "config.json").write_text(json.dumps(settings))
@@ -129,7 +130,7 @@ def test_an_exported_draft_with_faults_in_its_config(inputs, tmp_path, capsys):
 
 def test_a_draft_of_another_target_is_not_run(inputs, tmp_path):
     directory, data, run = inputs
-    pipeline.export(ExportConfig(draft=run, out=tmp_path / "draft"))
+    export.export(ExportConfig(draft=run, out=tmp_path / "draft"))
     other = alphabet_target()
     params = {
         **other.params,

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jsfdd.commands.configs import RunConfig
+from jsfdd.commands.run import RunConfig
 from jsfdd.report import panel, plots
 from jsfdd.report.report import costs, spearman, verdict, write_report
 from jsfdd.report.run_files import read_run

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jsfdd.base.records import Sample
-from jsfdd.commands.configs import RunConfig
+from jsfdd.commands.run import RunConfig
 from jsfdd.scoring.metrics import Metric
 from jsfdd.scoring.table import METRICS, ScoreTable, join
 from jsfdd.selection.sfdd import Selection, read_selection, select, selected_samples, write_selection

@@ -11,7 +11,7 @@ from toy import toy_config
 
 from jsfdd.base.mesh import make_mesh
 from jsfdd.base.records import DraftBatch, Sample
-from jsfdd.commands.configs import TrainConfig
+from jsfdd.commands.train import TrainConfig
 from jsfdd.models.attention import cached_view, empty_cache
 from jsfdd.models.draft import EagleLayer, draft_config, draft_steps, init_draft
 from jsfdd.models.target import embed_tokens, head_logits, hidden_states, init_params

@@ -10,7 +10,7 @@ from toy import toy_config
 
 from jsfdd.base.mesh import make_mesh, replicate, shard_rows
 from jsfdd.base.records import DraftBatch
-from jsfdd.commands.configs import TrainConfig
+from jsfdd.commands.train import TrainConfig
 from jsfdd.models.draft import draft_config
 from jsfdd.models.target import hidden_states, init_params
 from jsfdd.training.loss import borrow

@@ -17,7 +17,7 @@ from toy import toy_config
 
 from jsfdd.base.mesh import make_mesh, replicate, shard_rows
 from jsfdd.base.records import Sample
-from jsfdd.commands.configs import TrainConfig
+from jsfdd.commands.train import TrainConfig
 from jsfdd.data.batches import Shape, pad_batch
 from jsfdd.hidden.capture import make_recompute
 from jsfdd.models.target import hidden_states, init_params

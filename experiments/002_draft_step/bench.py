@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jsfdd.base.hardware import describe_hardware
 from jsfdd.base.mesh import make_mesh, replicate, shard_rows
 from jsfdd.base.records import DraftBatch
-from jsfdd.commands.configs import TrainConfig
+from jsfdd.commands.train import TrainConfig
 from jsfdd.models.architecture import DecoderConfig, Rope
 from jsfdd.models.counted import fold_counted
 from jsfdd.models.draft import draft_config

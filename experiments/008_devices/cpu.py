@@ -56,8 +56,8 @@ def loaded_memory(data: str) -> dict:
 
     import jsfdd.training.train
     import jsfdd.weights.target  # noqa: F401  as above
-    from jsfdd.commands.configs import ScoreConfig
     from jsfdd.commands.inputs import load
+    from jsfdd.commands.score import ScoreConfig
 
     jax.block_until_ready(jax.numpy.ones(8) + 1)
     before = resident("VmRSS")
@@ -67,11 +67,10 @@ def loaded_memory(data: str) -> dict:
 
 
 def planned(data: str) -> dict:
-    from jsfdd.commands.configs import PlanConfig
-    from jsfdd.commands.plan import make_plan
+    from jsfdd.commands.plan import PlanConfig, prepare
 
     options = PlanConfig(target="smollm2", data=(Path(data),), retain_ratio=1.0, batch_tokens=BATCH_TOKENS, devices=1)
-    stages = {stage.name: stage for stage in make_plan(options).stages}
+    stages = {stage.name: stage for stage in prepare(options).stages}
     return {name: {"peak": stage.peak, "of_which": stage.memory} for name, stage in stages.items()}
 
 
@@ -104,7 +103,7 @@ def exchanges() -> dict:
 
     from jsfdd.base.mesh import make_mesh
     from jsfdd.base.records import Batch, DraftBatch
-    from jsfdd.commands.configs import TrainConfig
+    from jsfdd.commands.train import TrainConfig
     from jsfdd.models.draft import draft_config
     from jsfdd.models.target import init_params
     from jsfdd.scoring.score import block_size, make_score_step

@@ -22,8 +22,9 @@ import numpy as np
 from jsfdd.base.hardware import describe_hardware
 from jsfdd.base.mesh import make_mesh
 from jsfdd.base.records import Batch, DraftBatch
-from jsfdd.commands.configs import PlanConfig, TrainConfig
 from jsfdd.commands.costs import Lengths, score_stage, train_stage
+from jsfdd.commands.plan import PlanConfig
+from jsfdd.commands.train import TrainConfig
 from jsfdd.models.architecture import DecoderConfig, Rope
 from jsfdd.models.counted import fold_counted
 from jsfdd.models.draft import draft_config

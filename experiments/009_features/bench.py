@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 from jsfdd.base.hardware import describe_hardware
 from jsfdd.base.mesh import make_mesh
-from jsfdd.commands.configs import ScoreConfig, TrainConfig
-from jsfdd.commands.hidden_stage import still_possible
+from jsfdd.commands.score import ScoreConfig, still_possible
+from jsfdd.commands.train import TrainConfig
 from jsfdd.data.chat import read_chats
 from jsfdd.data.template import tokenize_chats
 from jsfdd.hidden.capture import keep_features

@@ -11,7 +11,7 @@ import numpy as np
 
 from jsfdd.base.mesh import make_mesh
 from jsfdd.base.records import DraftBatch
-from jsfdd.commands.configs import TrainConfig
+from jsfdd.commands.train import TrainConfig
 from jsfdd.models.architecture import DecoderConfig, Rope
 from jsfdd.models.draft import draft_config
 from jsfdd.training.loss import Borrowed

@@ -13,10 +13,11 @@ import numpy as np
 
 from experiments.results import write_results
 from jsfdd.base.hardware import describe_hardware
-from jsfdd.commands import hidden_stage as hidden
-from jsfdd.commands import pipeline
-from jsfdd.commands.configs import ScoreConfig, SelectConfig, TrainConfig, stores_means
+from jsfdd.commands import score, select, train
 from jsfdd.commands.inputs import load
+from jsfdd.commands.score import ScoreConfig
+from jsfdd.commands.select import SelectConfig
+from jsfdd.commands.train import TrainConfig, stores_means
 from jsfdd.data.batches import epoch_batches, padding_share
 from jsfdd.data.chat import read_prompts
 from jsfdd.evaluation import evaluate as evaluation
@@ -64,19 +65,19 @@ def main() -> None:
     config = ScoreConfig(**shared, out=options.work, per_token=True, keep_features=("full",))
     loaded = load(config)
     seconds["load"], begin = clock() - begin, clock()
-    pipeline.score(config, loaded)
+    score.score(config, loaded)
     seconds["score, features kept"] = clock() - begin
-    pipeline.select(SelectConfig(scores=options.work / "scores.parquet", retain_ratio=0.5, out=options.work))
+    select.select(SelectConfig(scores=options.work / "scores.parquet", retain_ratio=0.5, out=options.work))
     base = TrainConfig(
         **shared, out=options.work, epochs=options.epochs, learning_rate=1e-3, log_every=10, save_every=10_000,
         held_out_share=0.1,
     )  # fmt: skip
-    kept, held_out = pipeline.training_sides(loaded.samples, None, base)
-    store = hidden.for_training(
+    kept, held_out = train.training_sides(loaded.samples, None, base)
+    store = train.hidden_for_training(
         dataclasses.replace(base, features=str(options.work / "hidden")), loaded, [*kept, *held_out], None
     )
     begin = clock()
-    means = hidden.known_for_training(base, loaded, TrainingData(kept, store))
+    means = train.known_for_training(base, loaded, TrainingData(kept, store))
     seconds["means of all, whole head"] = clock() - begin
 
     rows = {}
@@ -94,7 +95,7 @@ def main() -> None:
         own_store = "feature_dtype" in changes
         shares_means = stores_means(arm) and not arm.draft_vocab and not own_store
         begin = clock()
-        result = pipeline.train(arm, loaded, None if own_store else store, means if shares_means else None)
+        result = train.train(arm, loaded, None if own_store else store, means if shares_means else None)
         lines = read_lines(directory / TIMINGS)
         steps = np.diff([0, *(line["step"] for line in lines)])
         per_step = [line["seconds"] / count for line, count in zip(lines, steps, strict=True)]

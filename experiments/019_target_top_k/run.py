@@ -14,8 +14,8 @@ import jax
 import numpy as np
 
 from jsfdd.base.hardware import describe_hardware
-from jsfdd.commands.configs import TrainConfig
 from jsfdd.commands.inputs import load
+from jsfdd.commands.train import TrainConfig
 from jsfdd.data.batches import Shape
 from jsfdd.hidden.capture import make_recompute
 from jsfdd.hidden.rows import row_bytes

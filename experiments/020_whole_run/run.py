@@ -15,8 +15,8 @@ import jax
 from experiments.pool.choices import by_metric
 from experiments.pool.pool import SMOKE, Pool, judge_draft, known_of, open_pool, pool_parser, token_weights_of
 from jsfdd.base.records import samples_digest
-from jsfdd.commands import pipeline
-from jsfdd.commands.configs import ScoreConfig
+from jsfdd.commands import score
+from jsfdd.commands.score import ScoreConfig
 from jsfdd.data.batches import choose_shapes
 from jsfdd.hidden.capture import store_hidden
 from jsfdd.selection.sfdd import select
@@ -64,7 +64,7 @@ def target_passes(pool: Pool, work: Path, number: int) -> None:
     config = ScoreConfig(
         **options, out=work / "half", per_token=True, keep_features=("flatness",), retain_ratio=0.5, held_out_share=0.0
     )
-    stages.run("scores, features of half", pipeline.score, config, loaded)
+    stages.run("scores, features of half", score.score, config, loaded)
     stages.run("selection", select, pool.table, "flatness", 0.5, 0)
     facts = {"samples": len(samples), "tokens": sum(len(sample.tokens) for sample in samples)}
     for name in ("all", "half/hidden"):

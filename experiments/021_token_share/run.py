@@ -16,8 +16,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from jsfdd.base.hardware import describe_hardware
-from jsfdd.commands.configs import TrainConfig
 from jsfdd.commands.inputs import load
+from jsfdd.commands.train import TrainConfig
 from jsfdd.data.batches import Shape
 from jsfdd.hidden.capture import make_recompute
 from jsfdd.models.flops import step_flops

@@ -20,10 +20,10 @@ import jax
 import numpy as np
 
 from jsfdd.base.records import Prompt, Sample
-from jsfdd.commands import hidden_stage as hidden
-from jsfdd.commands import pipeline
-from jsfdd.commands.configs import ScoreConfig, TrainConfig, stores_means, stores_target
+from jsfdd.commands import score, train
 from jsfdd.commands.inputs import Loaded, load
+from jsfdd.commands.score import ScoreConfig
+from jsfdd.commands.train import TrainConfig, stores_means, stores_target
 from jsfdd.data.batches import Shape, choose_shapes
 from jsfdd.data.chat import read_prompts
 from jsfdd.evaluation import replay
@@ -98,8 +98,8 @@ def open_pool(
     config = ScoreConfig(**shared, out=work, per_token=True, keep_features=("full",), held_out_share=0.0)
     loaded = load(config)
     with timed(work, "score"):
-        table = pipeline.score(config, loaded)
-    store = hidden.for_training(dataclasses.replace(base, features=str(work / "hidden")), loaded, loaded.samples, None)
+        table = score.score(config, loaded)
+    store = train.hidden_for_training(dataclasses.replace(base, features=str(work / "hidden")), loaded, loaded.samples, None)
     draft = training.draft_of(loaded.target.config, base, loaded.samples)
     with timed(work, "means"):
         means = known_of(base, loaded, TrainingData(loaded.samples, store), draft, work / "means")

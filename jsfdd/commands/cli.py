@@ -7,48 +7,27 @@ the output has closed it (`jsfdd … | head`); anything else is a fault of jsfdd
 
 from __future__ import annotations
 
-import dataclasses
+import importlib
 import os
 import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from jsfdd.commands import configs as options
-from jsfdd.commands.parser import Command, CompletionConfig, Help, parse, print_completion
+from jsfdd.commands.options import ProcessOptions
+from jsfdd.commands.outcome import show
+from jsfdd.commands.parser import Command, Help, parse
 
 # Wrong input reaches the command line as one of these; library code raises them with the remedy in the message.
 _INPUT_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DemoConfig:
-    """The whole loop on SmolLM2-135M with the packaged conversations, on a CPU, in minutes."""
-
-    out: Path = Path("demo-run")
-    """Directory of the run; a second call continues it and repeats nothing."""
-    seed: int = 0
-    """Seeds every random choice."""
-
-
-_COMMANDS = {
-    "respond": options.RespondConfig,
-    "score": options.ScoreConfig,
-    "select": options.SelectConfig,
-    "train": options.TrainConfig,
-    "evaluate": options.EvaluateConfig,
-    "export": options.ExportConfig,
-    "generate": options.GenerateConfig,
-    "doctor": options.DoctorConfig,
-    "report": options.ReportConfig,
-    "plan": options.PlanConfig,
-    "run": options.RunConfig,
-    "demo": DemoConfig,
-    "completion": CompletionConfig,
-}
 _BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell reports of other tools
-# Those that take --dry-run and --json.
-_STAGES = ("respond", "score", "select", "train", "evaluate", "export", "run", "demo")
+
+# `jsfdd X` is commands/x.py, with XConfig, prepare, run and, for those that take --dry-run and --json, describe.
+COMMANDS = (
+    "respond", "score", "select", "train", "evaluate", "export", "generate", "doctor", "report", "plan", "run", "demo",
+    "completion",
+)  # fmt: skip
+STAGES = ("respond", "score", "select", "train", "evaluate", "export", "run", "demo")
 
 _EXAMPLES = {
     "respond": """
@@ -160,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _answer(arguments: Sequence[str] | None) -> int:
     examples = {name: f"example:\n{_indented(text)}\n" for name, text in _EXAMPLES.items()}
     try:
-        return _run(parse(_COMMANDS, _STAGES, Help(_DESCRIPTION, _EPILOGUE, examples), arguments))
+        return _run(parse(configs(), STAGES, Help(_DESCRIPTION, _EPILOGUE, examples), arguments))
     except _INPUT_ERRORS as error:
         if os.environ.get("JSFDD_TRACEBACK"):
             raise
@@ -201,92 +180,37 @@ def _indented(text: str) -> str:
     return textwrap.indent(textwrap.dedent(text).strip(), "  ")
 
 
+def configs() -> dict[str, type]:
+    """The config class of every command, by its name."""
+    return {name: getattr(_module(name), f"{name.capitalize()}Config") for name in COMMANDS}
+
+
+def _module(name: str):
+    return importlib.import_module(f"jsfdd.commands.{name}")
+
+
 def _run(command: Command) -> int:
     """Carry a command out; returns the exit code.
 
     JAX and the rooms are only imported here, so that --help answers at once.
     """
-    config, output = command
-    if isinstance(config, CompletionConfig):
-        print_completion(_COMMANDS, _STAGES, config.shell)
+    name, config, output = command
+    module = _module(name)
+    if name == "completion":
+        show(module.run(config, None), as_json=False)
         return 0
     # Without torch transformers still gives what is used of it, but says so on every import.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     _prepare_jax()
     from jsfdd.base import processes
 
-    if isinstance(config, options.ProcessOptions) and not output.dry_run:
+    if isinstance(config, ProcessOptions) and not output.dry_run:
         processes.start(config.coordinator, config.num_processes, config.process_id)
-    from jsfdd.commands import dry_run, pipeline
-    from jsfdd.commands import outcome as results
-    from jsfdd.commands.inputs import load
-
-    if isinstance(config, DemoConfig):
-        config = demo_run(config)
-    if output.dry_run:
-        results.show(dry_run.dry_run(config), output.json)
-        return 0
-    match config:
-        case options.RunConfig():
-            result = results.of_run(config, pipeline.run(config))
-        case options.RespondConfig():
-            from jsfdd.commands.respond import respond
-
-            result = results.of_respond(config, respond(config))
-        case options.ScoreConfig():
-            loaded = load(config)
-            result = results.of_score(config, pipeline.score(config, loaded), loaded.files)
-        case options.SelectConfig():
-            result = results.of_select(config, pipeline.select(config))
-        case options.TrainConfig():
-            loaded = load(config)
-            result = results.of_train(config, pipeline.train(config, loaded), loaded.files)
-        case options.EvaluateConfig():
-            result = results.of_evaluate(config, pipeline.evaluate(config))
-        case options.PlanConfig():
-            from jsfdd.commands.plan import make_plan, print_plan
-
-            print_plan(make_plan(config))
-            return 0
-        case options.ExportConfig():
-            pipeline.export(config)
-            result = results.of_export(config)
-        case options.GenerateConfig():
-            from jsfdd.commands.generate import answer
-
-            answer(config)
-            return 0
-        case options.DoctorConfig():
-            from jsfdd.commands.doctor import doctor
-
-            return 1 if doctor(config).worst == "error" else 0
-        case options.ReportConfig():
-            print(pipeline.report(config))
-            return 0
+    prepared = module.prepare(config)
+    outcome = (module.describe if output.dry_run else module.run)(config, prepared)
     if processes.is_primary():
-        results.show(result, output.json)
-    return 0
-
-
-def demo_run(config: DemoConfig) -> options.RunConfig:
-    """The demo's preset: small enough for two CPU cores, real in every part."""
-    from importlib.resources import files
-
-    folder = Path(str(files("jsfdd.data.demo")))
-    return options.RunConfig(
-        target="smollm2",
-        data=(folder / "chats.jsonl",),
-        prompts=(folder / "eval_prompts.jsonl",),
-        out=config.out,
-        seed=config.seed,
-        max_length=384,
-        batch_tokens=1024,
-        epochs=3,
-        learning_rate=1e-3,
-        held_out_share=0.08,
-        num_draft_tokens=3,
-        max_new_tokens=32,
-    )
+        show(outcome, output.json)
+    return outcome.exit_code
 
 
 def _prepare_jax() -> None:

@@ -9,13 +9,12 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jsfdd.commands.configs import PlanConfig
 from jsfdd.data.batches import Shape, choose_shapes, make_batches
 from jsfdd.models.architecture import DecoderConfig
 from jsfdd.models.draft import DraftConfig, draft_config, init_draft
@@ -24,6 +23,9 @@ from jsfdd.models.sharding import shard_shape
 from jsfdd.models.target import init_params
 from jsfdd.scoring.score import block_size
 from jsfdd.training.soft_rows import row_words
+
+if TYPE_CHECKING:
+    from jsfdd.commands.plan import PlanConfig
 
 
 class Lengths(NamedTuple):

@@ -6,41 +6,94 @@ the text alone.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
-import jax.numpy as jnp
+from jsfdd.commands.combine import answering_draft, check_combine
+from jsfdd.commands.inputs import tree_shape
+from jsfdd.commands.options import CombineOptions, DecodingOptions, Seeded, TargetOptions
+from jsfdd.commands.outcome import Outcome
 
-from jsfdd.base.mesh import make_mesh, replicate
-from jsfdd.base.records import Prompt
-from jsfdd.commands.configs import GenerateConfig
-from jsfdd.commands.drafts import answering_draft
-from jsfdd.commands.pipeline import tree_shape
-from jsfdd.decoding.ensemble import as_decoded, members_of
-from jsfdd.decoding.generate import DecodeSetup, prepare_params
-from jsfdd.decoding.prompts import check_length, render_turns
-from jsfdd.decoding.stream import stream_answer
-from jsfdd.decoding.verify import Cutoff
-from jsfdd.evaluation.evaluate import check_draft
-from jsfdd.weights.target import load_target
+if TYPE_CHECKING:
+    from jsfdd.decoding.ensemble import Ensemble
+    from jsfdd.models.draft import Draft
 
 _COLOURS = (32, 33, 36, 35, 34)  # of text on a terminal: green, yellow, cyan, magenta, blue
 
 
-def answer(config: GenerateConfig) -> None:
-    """Decode the answer to `config.prompt`, printing as it comes."""
-    tree = tree_shape(config)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateConfig(TargetOptions, DecodingOptions, CombineOptions, Seeded):
+    """Answer one prompt and print the text as it is decoded."""
+
+    prompt: str
+    """The user's message."""
+    draft: tuple[Path, ...] = ()
+    """A training run's directory, its checkpoints/, or an exported draft; several with --combine."""
+    no_draft: bool = False
+    """Decode without a draft, one token a step."""
+    show_accepted: bool = False
+    """Mark the tokens that the draft proposed: green on a terminal, in [brackets] elsewhere. Of several drafts each has a
+    colour of its own, or its number: [1:…] [2:…]."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if bool(self.draft) == self.no_draft:
+            raise ValueError("give either --draft DIR or --no-draft")
+        check_combine(self)
+        if len(self.draft) > 1 and self.combine is None:
+            raise ValueError(f"--draft: got {len(self.draft)}, but without --combine one draft decodes")
+        if self.no_draft and self.show_accepted:
+            raise ValueError("--show-accepted marks a draft's tokens, and there are none with --no-draft")
+        if not self.prompt.strip():
+            raise ValueError("--prompt is empty; give the user's message")
+
+
+class Prepared(NamedTuple):
+    """The draft (or what several are together) and the drafts by name; the prompt's tokens."""
+
+    draft: Draft | Ensemble | None
+    members: dict[str, Draft]
+    tokens: list[int]
+
+
+def prepare(config: GenerateConfig) -> Prepared:
+    from jsfdd.base.records import Prompt
+    from jsfdd.decoding.ensemble import members_of
+    from jsfdd.decoding.prompts import check_length, render_turns
+    from jsfdd.evaluation.evaluate import check_draft
+    from jsfdd.weights.target import describe_target
+
+    tree_shape(config)
     draft = None if config.no_draft else answering_draft(config)
     members = {} if draft is None else members_of(str(config.draft[0]), draft)
-    mesh = make_mesh(data=1, model=config.model_shards)
-    target = load_target(config.target, jnp.dtype(config.dtype), mesh)
+    target = describe_target(config.target)
     for name, member in members.items():
         check_draft(target, member.config, name)
     prompt = Prompt("--prompt", "", (config.prompt,))
     tokens = render_turns(target, prompt, [])
     check_length(target, prompt, len(tokens), config.max_new_tokens)
+    return Prepared(draft, members, tokens)
+
+
+def run(config: GenerateConfig, prepared: Prepared) -> Outcome:
+    """Decode the answer to `config.prompt`, printing as it comes: no words are left for the end."""
+    import jax.numpy as jnp
+
+    from jsfdd.base.mesh import make_mesh, replicate
+    from jsfdd.decoding.ensemble import as_decoded
+    from jsfdd.decoding.generate import DecodeSetup, prepare_params
+    from jsfdd.decoding.stream import stream_answer
+    from jsfdd.decoding.verify import Cutoff
+    from jsfdd.weights.target import load_target
+
+    draft, members, tokens = prepared
+    mesh = make_mesh(data=1, model=config.model_shards)
+    target = load_target(config.target, jnp.dtype(config.dtype), mesh)
     draft_config, draft_params, combine = (None, None, None) if draft is None else as_decoded(draft)
     setup = DecodeSetup(
         target.config,
@@ -48,7 +101,7 @@ def answer(config: GenerateConfig) -> None:
         config.num_draft_tokens if draft else 0,
         config.max_new_tokens,
         target.stop_tokens,
-        tree if draft else None,
+        tree_shape(config) if draft else None,
         Cutoff(config.top_k, config.top_p),
         combine,
     )
@@ -63,6 +116,8 @@ def answer(config: GenerateConfig) -> None:
     if len(members) > 1:
         each = [f"{before}{name}{after} {result.accepted[i]}" for i, (name, (before, after)) in enumerate(zip(members, marks))]
         print(f"draft tokens accepted: {', '.join(each)}", file=sys.stderr)
+    values = {"command": "generate", "tau": result.tau, "tokens": len(result.tokens), "seconds": result.seconds}
+    return Outcome(values, "")
 
 
 class _Writer:

@@ -8,8 +8,10 @@ the command line and from Python.
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import inspect
+import io
 import os
 import re
 import sys
@@ -20,8 +22,6 @@ from typing import Annotated, NamedTuple
 
 import tyro
 
-_SHELLS = ("bash", "zsh", "fish")
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OutputOptions:
@@ -31,17 +31,10 @@ class OutputOptions:
     """Print the result as one line of JSON on stdout, for scripts; progress and errors stay on stderr."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CompletionConfig:
-    """Print a completion script for a shell."""
-
-    shell: tyro.conf.Positional[typing.Literal[_SHELLS]]
-    """Whose script."""
-
-
 class Command(NamedTuple):
-    """What was asked for: a config, and how to answer."""
+    """What was asked for: a command, its config, and how to answer."""
 
+    name: str
     config: object
     output: OutputOptions
 
@@ -82,17 +75,20 @@ def parse(
         values |= vars(value) if dataclasses.is_dataclass(value) else {name: value}
     named = {field.name for field in dataclasses.fields(OutputOptions)}
     output = OutputOptions(**{name: values.pop(name) for name in named if name in values})
-    return Command(commands[type(parsed).__name__](**values), output)
+    name = type(parsed).__name__
+    return Command(name, commands[name](**values), output)
 
 
-def print_completion(commands: Mapping[str, type], stages: Collection[str], shell: str) -> None:
-    """Print the completion script of `parse`'s command line for bash, zsh or fish."""
+def completion_script(commands: Mapping[str, type], stages: Collection[str], shell: str) -> str:
+    """The completion script of `parse`'s command line for bash, zsh or fish."""
     forms = tuple(_form(name, kind, name in stages) for name, kind in commands.items())
-    try:
-        _parse(forms, "", ["--tyro-write-completion", shell, "-"])
-    except SystemExit as stop:  # tyro ends the process when it has printed the script
-        if stop.code:
-            raise
+    with contextlib.redirect_stdout(io.StringIO()) as script:
+        try:
+            _parse(forms, "", ["--tyro-write-completion", shell, "-"])
+        except SystemExit as stop:  # tyro ends the process when it has printed the script
+            if stop.code:
+                raise
+    return script.getvalue().rstrip("\n")
 
 
 def _with_repeated_joined(commands: Mapping[str, type], words: Sequence[str]) -> list[str]:

@@ -6,31 +6,47 @@ measured matmul rate: a lower bound, never a promise.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from jsfdd.commands.options import DataOptions, TargetOptions, TrainingOptions
+from jsfdd.commands.outcome import Outcome, rendered
 
-from jsfdd.base.hardware import KNOWN_DEVICES
-from jsfdd.commands.configs import PlanConfig
-from jsfdd.commands.costs import Lengths, Stage, plan_stages
-from jsfdd.data.chat import Chat, read_chats
-from jsfdd.data.template import tokenize_chats
-from jsfdd.models.architecture import DecoderConfig
-from jsfdd.weights.target import load_tokenizer, locate_target, read_architecture
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from jsfdd.commands.costs import Lengths, Stage
+    from jsfdd.data.chat import Chat
+    from jsfdd.models.architecture import DecoderConfig
 
 GB = 1e9
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _CHARACTERS_PER_TOKEN = 4  # where there is no tokenizer to ask
 _TEMPLATE_TOKENS = 5  # per message, where there is none
 _USABLE = 0.9  # of a device's memory: the runtime and fragmentation take the rest
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanConfig(TargetOptions, DataOptions):
+    """Estimate memory, arithmetic and disk of every stage from shapes alone; no weights are read."""
+
+    retain_ratio: float = 0.5
+    """Share of the samples that are trained on."""
+    epochs: int = 10
+    """Passes over the kept samples."""
+    target_top_k: int = TrainingOptions.target_top_k
+    """As of `train`: so many tokens of every distribution are stored in place of its mean; 0 for the mean."""
+    devices: int | None = None
+    """How many devices; those that are here unless given."""
+    device_kind: str | None = None
+    """Which, as JAX names them: "TPU v5 lite", "NVIDIA H200", …; those that are here unless given."""
+    device_memory: float | None = None
+    """Memory of one in GB, where the kind is not known or not all of it is free."""
+    device_rate: float | None = None
+    """TFLOP/s of one in matrix products; unless given, the maker's bfloat16 peak or, for an unknown one here, measured."""
 
 
 class Devices(NamedTuple):
@@ -51,7 +67,7 @@ class Devices(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What `make_plan` found; `suggested` is the fewest model shards that fit, None if no number does."""
+    """What `prepare` found; `suggested` is the fewest model shards that fit, None if no number does."""
 
     stages: list[Stage]
     devices: Devices
@@ -60,13 +76,19 @@ class Plan(NamedTuple):
     lengths: Lengths
 
 
-def make_plan(config: PlanConfig) -> Plan:
+def prepare(config: PlanConfig) -> Plan:
     """The plan of all stages for what `config` names.
-
     Raises:
       ValueError: --model-shards does not divide the devices or a parameter, or a device is not known; and what reading
         the config and the chats raises.
     """
+    import numpy as np
+
+    from jsfdd.commands.costs import Lengths, plan_stages
+    from jsfdd.data.chat import read_chats
+    from jsfdd.data.template import tokenize_chats
+    from jsfdd.weights.target import load_tokenizer, locate_target, read_architecture
+
     chats = read_chats(config.data)
     target = read_architecture(config.target)
     devices = find_devices(config)
@@ -83,9 +105,18 @@ def make_plan(config: PlanConfig) -> Plan:
     return Plan(stages, devices, config.model_shards, suggest_model_shards(target, lengths, config, devices), lengths)
 
 
-def print_plan(plan: Plan) -> None:
-    """The plan as a table on stdout."""
-    out = Console(highlight=False)
+def run(config: PlanConfig, plan: Plan) -> Outcome:
+    stages = [stage._asdict() | {"flops": None if math.isnan(stage.flops) else stage.flops} for stage in plan.stages]
+    values = {"command": "plan", "stages": stages, "devices": plan.devices._asdict()}
+    values |= {"model_shards": plan.model_shards, "suggested_model_shards": plan.suggested}
+    return Outcome(values, rendered(lambda out: print_plan(plan, out)).rstrip("\n"))
+
+
+def print_plan(plan: Plan, out: Console) -> None:
+    """The plan as a table."""
+    from rich import box
+    from rich.table import Table
+
     devices, lengths = plan.devices, plan.lengths
     out.print(
         f"{devices.count} × {devices.kind}, {devices.memory / GB:.0f} GB and {devices.rate / 1e12:.3g} TFLOP/s each "
@@ -118,6 +149,8 @@ def print_plan(plan: Plan) -> None:
 
 def suggest_model_shards(config: DecoderConfig, lengths: Lengths, options: PlanConfig, devices: Devices) -> int | None:
     """The fewest model shards with which every stage fits in 90% of a device's memory; None if no number does."""
+    from jsfdd.commands.costs import plan_stages
+
     for shards in range(1, devices.count + 1):
         if devices.count % shards or not _divides(config, shards):
             continue
@@ -133,6 +166,10 @@ def find_devices(options: PlanConfig) -> Devices:
     Raises:
       ValueError: a kind that is neither here nor known, without its memory and rate.
     """
+    import jax
+
+    from jsfdd.base.hardware import KNOWN_DEVICES
+
     here = jax.devices()[0]
     kind = options.device_kind or here.device_kind
     count = options.devices or jax.device_count()
@@ -153,6 +190,10 @@ def find_devices(options: PlanConfig) -> Devices:
 
 def estimate_lengths(chats: Sequence[Chat], max_length: int) -> Lengths:
     """Where there is no tokenizer: four characters a token, and five tokens of template a message."""
+    import numpy as np
+
+    from jsfdd.commands.costs import Lengths
+
     tokens, counted = [], []
     for chat in chats:
         sizes = [(m["role"], len(m["content"]) // _CHARACTERS_PER_TOKEN) for m in chat.messages]
@@ -172,6 +213,8 @@ def _memory_here() -> float:
     """Bytes of one device: the host's, shared by all, where the device is its CPU."""
     import os
 
+    import jax
+
     stats = jax.devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"]
@@ -180,6 +223,9 @@ def _memory_here() -> float:
 
 def _matmul_rate(size: int = 1024) -> float:
     """FLOP/s of the best of five float32 products of two [size, size] matrices on the first device."""
+    import jax
+    import jax.numpy as jnp
+
     x = jnp.ones((size, size))
     product = jax.jit(jnp.matmul)
     product(x, x).block_until_ready()

@@ -1,7 +1,7 @@
 """`jsfdd respond`: the target answers the users' turns of chats, and its own text becomes a file of chats.
 
     answers.jsonl         {"id", "source", "messages", "answered_by": {…}} a conversation, in the order of the input
-    answers.jsonl.parts   the answers as they come (`evaluation.answer_log`): what a later call continues from
+    answers.jsonl.parts   the answers as they come (`decoding.conversation_log`): what a later call continues from
 
 Drafts learn best from the target's own text. An answer that was cut at --max-new-tokens has `"truncated": true` in its
 message: every command reads its text and does not count the end-of-turn token that the template puts after it.
@@ -9,39 +9,55 @@ message: every command reads its text and does not count the end-of-turn token t
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
+from jsfdd.commands.inputs import identity_of, show_counts, tree_shape
+from jsfdd.commands.options import (
+    Batched,
+    ChatNames,
+    ConversationLength,
+    DecodingOptions,
+    ProcessOptions,
+    Seeded,
+    TargetOptions,
+)
+from jsfdd.commands.outcome import Outcome, counts_to_json, many, planned
 
-from jsfdd.base.files import written_whole
-from jsfdd.base.mesh import make_mesh
-from jsfdd.base.processes import agree, agree_on_directory, is_primary, wait_for_all
-from jsfdd.base.progress import progress
-from jsfdd.commands.configs import RespondConfig
-from jsfdd.commands.inputs import identity_of, show_counts
-from jsfdd.commands.pipeline import tree_shape
-from jsfdd.data.chat import read_chat_files
-from jsfdd.data.counts import FileCounts, count_questions_by_file
-from jsfdd.data.questions import Questions, questions_of
-from jsfdd.decoding.conversation_log import append_batch, open_log, read_log
-from jsfdd.decoding.conversations import Conversation, answer_all, rows_together
-from jsfdd.decoding.generate import DecodeSetup
-from jsfdd.decoding.verify import Cutoff
-from jsfdd.evaluation.evaluate import check_draft
-from jsfdd.models.draft import Draft
-from jsfdd.weights.checkpoint import draft_to_json
-from jsfdd.weights.draft import load_draft
-from jsfdd.weights.target import Target, describe_target, load_target
+if TYPE_CHECKING:
+    from jsfdd.data.counts import FileCounts
+    from jsfdd.data.questions import Questions
+    from jsfdd.decoding.conversations import Conversation
+    from jsfdd.decoding.generate import DecodeSetup
+    from jsfdd.models.draft import Draft
+    from jsfdd.weights.target import Target
 
 
-class Asked(NamedTuple):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RespondConfig(TargetOptions, ChatNames, ConversationLength, DecodingOptions, Batched, Seeded, ProcessOptions):
+    """Let the target answer the users' turns of chats: its own text is what a draft learns best from."""
+
+    out: Path
+    """File of chats to write, ending in .jsonl; an interrupted run continues it, with what is in FILE.parts."""
+    turns: Literal["all", "first"] = "all"
+    """Answer every turn of the user's, each after the target's own earlier answers, or only the first one."""
+    draft: Path | None = None
+    """A training run's directory, its checkpoints/, or an exported draft, to decode with; without one, a token a step."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.out.suffix != ".jsonl":
+            raise ValueError(f"--out: got {str(self.out)!r}, but it must be a file that ends in .jsonl")
+        if self.tree_nodes and self.draft is None:
+            raise ValueError("--tree-nodes is about a draft's tokens; give --draft DIR or leave it out")
+
+
+class Prepared(NamedTuple):
     """What is to be answered, and how; known before any weights of the target are read.
 
     Attributes:
@@ -87,9 +103,98 @@ class Responses(NamedTuple):
         }
 
 
-def respond(config: RespondConfig) -> Responses:
-    """`jsfdd respond`: writes a file of chats, returns what it holds. A second call continues, never decodes again."""
-    asked = ask(config)
+def prepare(config: RespondConfig) -> Prepared:
+    """Read and check all that `respond` needs but the target's weights; shows what became of the input's rows."""
+    from jsfdd.base.processes import is_primary
+    from jsfdd.data.chat import read_chat_files
+    from jsfdd.data.counts import count_questions_by_file
+    from jsfdd.data.questions import questions_of
+    from jsfdd.decoding.generate import DecodeSetup
+    from jsfdd.decoding.verify import Cutoff
+    from jsfdd.evaluation.evaluate import check_draft
+    from jsfdd.weights.draft import load_draft
+    from jsfdd.weights.target import describe_target
+
+    tree = tree_shape(config)
+    if config.out.is_dir():
+        raise IsADirectoryError(f"{config.out}: a directory; give --out the name of a file")
+    if config.out.exists() and not parts_of(config.out).exists():
+        raise FileExistsError(f"{config.out}: already there, without {parts_of(config.out).name}; choose another --out")
+    found = read_chat_files(config.data, answered=False)
+    draft = None if config.draft is None else load_draft(config.draft)
+    target = describe_target(config.target)
+    if draft is not None:
+        check_draft(target, draft.config, str(config.draft))
+    setup = DecodeSetup(
+        target.config,
+        draft and draft.config,
+        config.num_draft_tokens if draft else 0,
+        config.max_new_tokens,
+        target.stop_tokens,
+        tree if draft else None,
+        Cutoff(config.top_k, config.top_p),
+    )
+    longest_prompt = min(config.max_length, target.config.max_position) - config.max_new_tokens
+    questions, summary = questions_of(
+        found.chats, target.tokenizer, longest_prompt=longest_prompt, first_turn_only=config.turns == "first"
+    )
+    files = count_questions_by_file(found, summary)
+    if is_primary():
+        show_counts(files)
+    return Prepared(questions, files, draft, setup, longest_prompt)
+
+
+def run(config: RespondConfig, prepared: Prepared) -> Outcome:
+    responses = respond(config, prepared)
+    counts = responses.counts()
+    words = f"{counts['conversations']:,} conversations, {counts['answers']:,} answers of {counts['tokens']:,} tokens"
+    if counts["truncated_answers"]:
+        words += f", {counts['truncated_answers']:,} of them cut at --max-new-tokens {config.max_new_tokens}"
+    early = {
+        "after such an answer": counts["ended_after_truncated"],
+        "for their length": counts["ended_too_long"],
+        "at what the chat template refuses": counts["ended_refused"],
+    }
+    ended = ", ".join(f"{count:,} {reason}" for reason, count in early.items() if count)
+    words += f"; ended early: {ended}" if ended else ""
+    words += "" if responses.tau is None else f"; τ {responses.tau:.2f}"
+    values = {"command": "respond"} | counts | {"tau": responses.tau, "chats": config.out}
+    return Outcome(values | {"files": counts_to_json(responses.files)}, f"{words}: {config.out}")
+
+
+def describe(config: RespondConfig, prepared: Prepared) -> Outcome:
+    from jsfdd.data.counts import total
+
+    answers = sum(len(questions.turns) for questions in prepared.questions)
+    values = {
+        "files": counts_to_json(prepared.files),
+        "conversations": len(prepared.questions),
+        "skipped": total(prepared.files).read - len(prepared.questions),
+        "answers": answers,
+        "max_new_tokens": config.max_new_tokens,
+    }
+    words = [
+        f"answer {many(values['conversations'], 'conversation')} ({many(values['skipped'], 'row')} skipped): "
+        f"{many(answers, 'answer')} of up to {many(config.max_new_tokens, 'token')}",
+        f"{config.batch_size} at a time, {'with a draft' if config.draft else 'a token a step'}",
+    ]
+    parts = parts_of(config.out)
+    return planned("respond", values, words, config.out.parent, [config.out.name, parts.name], continues=parts)
+
+
+def respond(config: RespondConfig, asked: Prepared | None = None) -> Responses:
+    """Write a file of chats; returns what it holds. A second call continues, never decodes again."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from jsfdd.base.mesh import make_mesh
+    from jsfdd.base.processes import agree, agree_on_directory, is_primary, wait_for_all
+    from jsfdd.base.progress import progress
+    from jsfdd.decoding.conversation_log import append_batch, open_log, read_log
+    from jsfdd.decoding.conversations import answer_all, rows_together
+    from jsfdd.weights.target import load_target
+
+    asked = asked or prepare(config)
     mesh = make_mesh(model=config.model_shards)
     target = load_target(config.target, jnp.dtype(config.dtype), mesh)
     batch_size = rows_together(config.batch_size, mesh)
@@ -125,43 +230,12 @@ def respond(config: RespondConfig) -> Responses:
     return Responses(conversations, asked.files, float(emitted / steps) if asked.draft and steps else None)
 
 
-def ask(config: RespondConfig) -> Asked:
-    """Read and check all that `respond` needs but the target's weights; shows what became of the input's rows."""
-    tree = tree_shape(config)
-    if config.out.is_dir():
-        raise IsADirectoryError(f"{config.out}: a directory; give --out the name of a file")
-    if config.out.exists() and not parts_of(config.out).exists():
-        raise FileExistsError(f"{config.out}: already there, without {parts_of(config.out).name}; choose another --out")
-    found = read_chat_files(config.data, answered=False)
-    draft = None if config.draft is None else load_draft(config.draft)
-    target = describe_target(config.target)
-    if draft is not None:
-        check_draft(target, draft.config, str(config.draft))
-    setup = DecodeSetup(
-        target.config,
-        draft and draft.config,
-        config.num_draft_tokens if draft else 0,
-        config.max_new_tokens,
-        target.stop_tokens,
-        tree if draft else None,
-        Cutoff(config.top_k, config.top_p),
-    )
-    longest_prompt = min(config.max_length, target.config.max_position) - config.max_new_tokens
-    questions, summary = questions_of(
-        found.chats, target.tokenizer, longest_prompt=longest_prompt, first_turn_only=config.turns == "first"
-    )
-    files = count_questions_by_file(found, summary)
-    if is_primary():
-        show_counts(files)
-    return Asked(questions, files, draft, setup, longest_prompt)
-
-
 def parts_of(out: Path) -> Path:
     """Where the answers are kept as they come; no name of a chat file, so that --data never reads it."""
     return out.with_name(out.name + ".parts")
 
 
-def _identity(config: RespondConfig, target: Target, asked: Asked, batch_size: int) -> dict:
+def _identity(config: RespondConfig, target: Target, asked: Prepared, batch_size: int) -> dict:
     """What the answers depend on; JSON-ready."""
     names = ("model_shards", "turns", "max_new_tokens", "temperature", "top_k", "top_p", "seed")
     reach = ("num_draft_tokens", "tree_nodes", "tree_top_k")
@@ -176,6 +250,11 @@ def _identity(config: RespondConfig, target: Target, asked: Asked, batch_size: i
 
 
 def _digest(draft: Draft) -> str:
+    import jax
+    import numpy as np
+
+    from jsfdd.weights.checkpoint import draft_to_json
+
     sha = hashlib.sha256(json.dumps(draft_to_json(draft.config), sort_keys=True).encode())
     for path, leaf in jax.tree.leaves_with_path(draft.params):
         sha.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
@@ -185,6 +264,8 @@ def _digest(draft: Draft) -> str:
 
 def _write(config: RespondConfig, target: Target, conversations: Sequence[Conversation]) -> None:
     """The rows, whole or not at all. Each says how it was made, since rows outlive the files they were written to."""
+    from jsfdd.base.files import written_whole
+
     made = {"target": Path(config.target).name, "fingerprint": target.fingerprint}
     made |= {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "seed")}
     with written_whole(config.out) as aside, aside.open("w", encoding="utf-8") as file:

@@ -98,7 +98,7 @@ def _result(files: RunFiles) -> dict:
         "result_panels": _safe(panels),
         "verdicts": [verdict(difference) for difference in differences],
         "costs": costs(files.arms, files.summary["seconds"]),
-        "n_batches": math.ceil(files.arms[0].report["n_prompts"] / files.config.batch_size),
+        "n_batches": math.ceil(files.arms[0].report["n_prompts"] / files.config["batch_size"]),
     }
 
 
@@ -186,9 +186,9 @@ def _training(files: RunFiles) -> dict:
     if not held_out("loss"):
         return {
             "training_panels": _safe([plots.curves("Loss", training("loss"))]),
-            "training_caption": caption.format(files.config.log_every, "; no samples were held out"),
+            "training_caption": caption.format(files.config["log_every"], "; no samples were held out"),
         }
-    share = percent(files.config.held_out_share)
+    share = percent(files.config["held_out_share"])
     dashed = f"; dashed: after each epoch, on the held-out {share} of samples"
     return {
         "training_panels": _safe(
@@ -198,7 +198,7 @@ def _training(files: RunFiles) -> dict:
                 plots.curves("Expected acceptance, %", held_out("acceptance"), percent=True),
             ]
         ),
-        "training_caption": caption.format(files.config.log_every, dashed)
+        "training_caption": caption.format(files.config["log_every"], dashed)
         + " Agreement: share of held-out counted tokens where the draft’s likeliest token is the target’s. Expected"
         " acceptance: Σ min(p, q) on the same tokens, at temperature 1. Arms with fewer samples take fewer steps.",
     }
@@ -226,7 +226,7 @@ def _timings(files: RunFiles) -> dict:
 
 
 def _options(files: RunFiles) -> list[tuple[str, str]]:
-    options = [(f"--{name.replace('_', '-')}", value) for name, value in files.config.to_json().items()]
+    options = [(f"--{name.replace('_', '-')}", value) for name, value in files.config.items()]
     options += [(f"hardware: {name}", value) for name, value in files.summary["hardware"].items()]
     options += [(f"version: {name}", value) for name, value in files.summary["versions"].items()]
     return [(name, ", ".join(map(str, v)) if isinstance(v, list) else str(v)) for name, v in options]
@@ -265,14 +265,15 @@ def costs(arms: Sequence[Arm], seconds: dict[str, float]) -> list[str]:
 
 
 def _selection_sentences(files: RunFiles) -> list[str]:
-    data, share = files.summary["data"], files.config.held_out_share
+    data, config = files.summary["data"], files.config
+    share = config["held_out_share"]
     parts = [f"{whole(len(arm.kept))} in {arm.name}" for arm in files.arms]
     sentences = [f"Of {whole(data['kept'])} scored samples the arms kept {_listed(parts)}."]
-    if files.config.within == "source":
-        sentences.append(f"They were ranked within each source, of which {percent(files.config.retain_ratio)} was kept.")
-    if files.config.mix:
+    if config["within"] == "source":
+        sentences.append(f"They were ranked within each source, of which {percent(config['retain_ratio'])} was kept.")
+    if config["mix"]:
         parts = [f"{whole(arm.row['samples'])} in {arm.name}" for arm in files.arms]
-        sentences.append(f"Of these a mixture was trained on ({' '.join(files.config.mix)}): {_listed(parts)}.")
+        sentences.append(f"Of these a mixture was trained on ({' '.join(config['mix'])}): {_listed(parts)}.")
     if share:
         sentences.append(f"About {percent(share)} of them are held out: no arm trains on these.")
     for field, reason in _SKIPPED.items():
@@ -280,7 +281,7 @@ def _selection_sentences(files: RunFiles) -> list[str]:
             shown = ", ".join(ids[:_SHOWN_IDS]) + (", …" if len(ids) > _SHOWN_IDS else "")
             sentences.append(f"Skipped before scoring: {whole(len(ids))} {reason} ({shown}).")
     sentences.append(
-        f"Cut at {whole(files.config.max_length)} tokens: {whole(len(data['truncated']))}. "
+        f"Cut at {whole(config['max_length'])} tokens: {whole(len(data['truncated']))}. "
         f"Of all that the target read, {percent(data['padding_share'])} was padding."
     )
     return sentences

@@ -13,13 +13,16 @@ from pathlib import Path
 import numpy as np
 
 from jsfdd.base.files import read_json
-from jsfdd.commands.configs import RunConfig
 from jsfdd.scoring.table import ScoreTable, read_scores, read_token_scores
 from jsfdd.selection.sfdd import Selection, read_selection
 from jsfdd.training.journal import read_lines
 
 _REMEDY = "finish the run with `jsfdd run` (it continues where it stopped), or give another --run"
 _SUMMARY_KEYS = ("versions", "hardware", "target", "data", "seconds", "arms", "differences")
+_CONFIG_KEYS = (
+    "arms", "batch_size", "held_out_share", "log_every", "max_length", "max_new_tokens", "mix", "num_draft_tokens",
+    "retain_ratio", "seed", "temperature", "within",
+)  # fmt: skip
 _ROW_KEYS = (
     "arm", "samples", "tokens", "counted_tokens", "train_seconds", "steps", "tau", "tau_low", "tau_high", "tau_macro",
     "speedup", "speedup_low", "speedup_high", "held_out",
@@ -58,7 +61,7 @@ class RunFiles:
     """All that a report shows.
 
     Attributes:
-      config: the run's options.
+      config: the run's options, as config.json has them.
       summary: summary.json.
       scores: of all samples; NaN where a sample has no counted token.
       token_flatness, token_entropy: float32 over the counted tokens of all samples.
@@ -67,7 +70,7 @@ class RunFiles:
       arms: in the order of the config.
     """
 
-    config: RunConfig
+    config: dict
     summary: dict
     scores: ScoreTable
     token_flatness: np.ndarray
@@ -84,7 +87,7 @@ def read_run(run: Path) -> RunFiles:
       ValueError: a file is damaged or lacks a field; the message names both.
     """
     run = Path(run)
-    config = RunConfig.from_json(_read(run / "config.json"))
+    config = _read(run / "config.json", _CONFIG_KEYS)
     summary = _read(run / "summary.json", _SUMMARY_KEYS)
     rows = {_with_keys(row, _ROW_KEYS, run / "summary.json")["arm"]: row for row in summary["arms"]}
     tokens = read_token_scores(_existing(run / "token_scores.parquet")).values()
@@ -95,7 +98,7 @@ def read_run(run: Path) -> RunFiles:
         token_flatness=np.concatenate([row.flatness[row.counted] for row in tokens]),
         token_entropy=np.concatenate([row.entropy[row.counted] for row in tokens]),
         texts=_texts(run / "texts.json"),
-        arms=[_arm(run, name, rows) for name in config.arms],
+        arms=[_arm(run, name, rows) for name in config["arms"]],
     )
 
 

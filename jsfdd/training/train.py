@@ -26,8 +26,8 @@ from jsfdd.base.mesh import put, to_host
 from jsfdd.base.processes import is_primary, wait_for_all
 from jsfdd.base.progress import progress as show_progress
 from jsfdd.base.records import Sample, TrainState, samples_digest
-from jsfdd.commands.configs import TrainConfig
 from jsfdd.commands.options import Seeded
+from jsfdd.commands.train import TrainConfig
 from jsfdd.data.batches import BatchPlan, Shape, choose_shapes, epoch_batches, make_batches
 from jsfdd.data.held_out import split_held_out as split_held_out
 from jsfdd.models.architecture import DecoderConfig

@@ -1,14 +1,16 @@
-"""Drafts from wherever they are: alone, or together as --combine says."""
+"""Several drafts by name, and what --combine makes of them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from jsfdd.commands.configs import EvaluateConfig, GenerateConfig
-from jsfdd.decoding.ensemble import Combine, Ensemble, average_drafts, check_one_target
-from jsfdd.models.draft import Draft
-from jsfdd.weights.draft import load_draft
+if TYPE_CHECKING:
+    from jsfdd.commands.evaluate import EvaluateConfig
+    from jsfdd.commands.generate import GenerateConfig
+    from jsfdd.decoding.ensemble import Ensemble
+    from jsfdd.models.draft import Draft
 
 
 def names_of(drafts: Sequence[Path]) -> dict[str, Path]:
@@ -24,6 +26,8 @@ def names_of(drafts: Sequence[Path]) -> dict[str, Path]:
 
 def measured_drafts(config: EvaluateConfig) -> dict[str, Draft | Ensemble]:
     """All that an evaluation measures, by name: each draft, or what they are together, or both."""
+    from jsfdd.weights.draft import load_draft
+
     if config.combine is None:
         return {name: load_draft(path) for name, path in names_of(config.draft).items()}
     together, alone = _together(config)
@@ -36,11 +40,32 @@ def measured_drafts(config: EvaluateConfig) -> dict[str, Draft | Ensemble]:
 
 def answering_draft(config: GenerateConfig) -> Draft | Ensemble:
     """The one draft that an answer is decoded with, or what several are together."""
+    from jsfdd.weights.draft import load_draft
+
     return load_draft(config.draft[0]) if config.combine is None else _together(config)[0]
+
+
+def check_combine(config: EvaluateConfig | GenerateConfig) -> None:
+    """ValueError where the options of --combine and --draft do not go together."""
+    if config.combine is None:
+        return
+    count = len(config.draft)
+    if count < 2:
+        raise ValueError(f"--combine {config.combine}: needs two drafts or more, but --draft gives {count}")
+    if config.combine_weights and len(config.combine_weights) != count:
+        raise ValueError(f"--combine-weights: got {len(config.combine_weights)} of them for {count} drafts; give one for each")
+    if config.combine != "average" and not config.tree_nodes:
+        raise ValueError(
+            f"--combine {config.combine} works on trees, since a choice between sampled chains would change what is sampled; "
+            "give --tree-nodes, with --tree-top-k 1 for a tree that is a chain"
+        )
 
 
 def _together(config: EvaluateConfig | GenerateConfig) -> tuple[Draft | Ensemble, dict[str, Draft]]:
     """What --combine makes of the drafts, and the drafts by name. ValueError says which of them are not alike, and how."""
+    from jsfdd.decoding.ensemble import Combine, Ensemble, average_drafts, check_one_target
+    from jsfdd.weights.draft import load_draft
+
     drafts = {name: load_draft(path) for name, path in names_of(config.draft).items()}
     check_one_target({name: draft.config for name, draft in drafts.items()})
     # An exported draft does not say which weights its target had.

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from toy import toy_config, toy_draft
 
-from jsfdd.commands import drafts
-from jsfdd.commands.configs import EvaluateConfig
+from jsfdd.commands import combine
+from jsfdd.commands.evaluate import EvaluateConfig
 from jsfdd.decoding.ensemble import Combine, Ensemble
 from jsfdd.models.draft import Draft
+from jsfdd.weights import draft as draft_files
 
 
 @pytest.fixture
@@ -22,12 +23,12 @@ def trained(monkeypatch):
         _, _, target = path.name.partition("-of-")
         return Draft(*toy_draft(config, seed=len(path.name)), {"target": target * 8} if target else None)
 
-    monkeypatch.setattr(drafts, "load_draft", load)
+    monkeypatch.setattr(draft_files, "load_draft", load)
 
 
 def _measured(*paths, **options):
     names = tuple(map(Path, paths))
-    return drafts.measured_drafts(EvaluateConfig(target="t", prompts=(Path("p"),), out=Path("o"), draft=names, **options))
+    return combine.measured_drafts(EvaluateConfig(target="t", prompts=(Path("p"),), out=Path("o"), draft=names, **options))
 
 
 def test_drafts_trained_for_other_targets_are_refused(trained):

@@ -1,0 +1,91 @@
+"""`jsfdd export`: a draft as a directory that a serving engine loads."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from jsfdd.commands.options import ExportOptions, ProposalOptions
+from jsfdd.commands.outcome import Outcome, planned
+
+if TYPE_CHECKING:
+    from jsfdd.models.draft import Draft
+    from jsfdd.weights.card import Provenance, Serving
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportConfig(ExportOptions, ProposalOptions):
+    """Write a draft in the layout that a serving engine loads, with a model card."""
+
+    draft: Path
+    """A training run's directory, its checkpoints/, or an exported draft."""
+    out: Path
+    """Directory to write; must not exist yet."""
+    report: Path | None = None
+    """report.json of `jsfdd evaluate`, for the model card; the one in the training run's directory unless given."""
+    selection: Path | None = None
+    """selection.json, as `jsfdd select` wrote it; the one in the training run's directory unless given."""
+
+
+class Prepared(NamedTuple):
+    """All that is written."""
+
+    draft: Draft
+    serving: Serving
+    provenance: Provenance
+
+
+def prepare(config: ExportConfig) -> Prepared:
+    """ValueError names what the flavour cannot represent."""
+    from jsfdd.weights.card import Serving
+    from jsfdd.weights.draft import load_draft
+    from jsfdd.weights.export import check_flavour
+
+    draft = load_draft(config.draft)
+    provenance = _provenance(config, draft.record)
+    named = None if provenance.report is None else provenance.report["config"]["target"]
+    serving = Serving(config.served_target or named, config.num_draft_tokens)
+    check_flavour(draft.config, config.flavour, serving)
+    return Prepared(draft, serving, provenance)
+
+
+def run(config: ExportConfig, prepared: Prepared) -> Outcome:
+    export(config, prepared)
+    values = {"command": "export", "flavour": config.flavour, "draft": config.out}
+    values["files"] = sorted(file.name for file in config.out.iterdir())
+    return Outcome(values, f"{config.flavour} draft: {config.out}")
+
+
+def describe(config: ExportConfig, prepared: Prepared) -> Outcome:
+    if config.out.exists():
+        raise FileExistsError(f"{config.out}: already there; choose another --out or remove it")
+    decoder = prepared.draft.config.decoder
+    values = {"flavour": config.flavour, "hidden_size": decoder.hidden_size, "vocab_size": decoder.vocab_size}
+    words = [f"write a draft of width {decoder.hidden_size:,} in the layout of {config.flavour}"]
+    return planned("export", values, words, config.out, ["config.json", "model.safetensors", "README.md"])
+
+
+def export(config: ExportConfig, prepared: Prepared | None = None) -> None:
+    """Write the directory."""
+    from jsfdd.weights.export import write_draft
+
+    draft, serving, provenance = prepared or prepare(config)
+    write_draft(
+        config.out, *draft[:2], config.flavour, dtype=config.export_dtype, serving=serving, provenance=provenance
+    )
+
+
+def _provenance(config: ExportConfig, identity: dict | None) -> Provenance:
+    """What the model card says: from the files that the config names, else from those in the training run's directory."""
+    from jsfdd.selection.sfdd import selection_facts
+    from jsfdd.weights.card import Provenance, read_report
+
+    run = config.draft.parent if config.draft.name == "checkpoints" else config.draft
+    report = config.report or run / "report.json"
+    selection = config.selection or run / "selection.json"
+    return Provenance(
+        training=identity,
+        selection=selection_facts(selection, identity) if config.selection or selection.exists() else None,
+        report=read_report(report) if config.report or report.exists() else None,
+    )

@@ -1,0 +1,195 @@
+"""`jsfdd score`: the target reads the chats once, and its distributions become scores.parquet.
+
+    scores.parquet         a row a sample
+    token_scores.parquet   with --per-token, the counted tokens' flatness and entropy
+    hidden/                with --keep-features, the hidden states of what can be selected
+    scores.parts/          what is finished of an interrupted run
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from jsfdd.commands.inputs import Inputs, Loaded, load, read_inputs
+from jsfdd.commands.options import (
+    DataOptions,
+    FeatureFormat,
+    ProcessOptions,
+    Seeded,
+    SelectionOptions,
+    TargetOptions,
+    TrainingOptions,
+)
+from jsfdd.commands.outcome import Outcome, counts_to_json, many, planned
+from jsfdd.scoring.metrics import Metric
+
+if TYPE_CHECKING:
+    from jsfdd.base.records import Sample
+    from jsfdd.hidden.best_k import StillPossible
+    from jsfdd.hidden.capture import FeatureKeeper
+    from jsfdd.scoring.table import ScoreTable
+
+HIDDEN = "hidden"  # folder of hidden states in a stage's --out
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoreConfig(TargetOptions, DataOptions, FeatureFormat, Seeded, ProcessOptions):
+    """Score chats by how flat the target's next-token distributions are."""
+
+    out: Path
+    """Directory for scores.parquet; an interrupted run continues here."""
+    per_token: bool = False
+    """Also write token_scores.parquet, one row a sample with the list of its counted tokens' flatness and entropy."""
+    keep_features: tuple[str, ...] = ()
+    """In the same pass keep the hidden states of what these can select, in OUT/hidden for `jsfdd train --features`: metrics,
+    at --retain-ratio and, for random, --seed; or `full`, every sample. Others are dropped as soon as that is known."""
+    retain_ratio: float = SelectionOptions.retain_ratio
+    """With --keep-features: the share of the samples that the selection will keep."""
+    within: Literal["all", "source"] = SelectionOptions.within
+    """With --keep-features: among which samples the selection will keep that share."""
+    held_out_share: float = TrainingOptions.held_out_share
+    """With --keep-features: the share that training will hold out, of which hidden states are kept too."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_arms("--keep-features", self.keep_features)
+
+
+def prepare(config: ScoreConfig) -> Inputs:
+    return read_inputs(config)
+
+
+def run(config: ScoreConfig, inputs: Inputs) -> Outcome:
+    table = score(config, load(config, inputs))
+    path = config.out / "scores.parquet"
+    values = {"command": "score", "samples": len(table.ids), "scores": path, "files": counts_to_json(inputs.files)}
+    words = f"{len(table.ids)} samples scored: {path}"
+    if config.keep_features:
+        values["features"] = config.out / HIDDEN
+        words += f"; hidden states kept for {' '.join(config.keep_features)}: {values['features']}"
+    return Outcome(values, words)
+
+
+def describe(config: ScoreConfig, inputs: Inputs) -> Outcome:
+    values, words = describe_scoring(inputs)
+    files = ["scores.parquet", *(["token_scores.parquet"] if config.per_token else []), "scores.parts/"]
+    if config.keep_features:
+        values["hidden_bytes"], said = describe_kept(config, inputs)
+        words.append(said)
+        files.append(f"{HIDDEN}/")
+    return planned("score", values, words, config.out, files, continues=config.out / "scores.parts")
+
+
+def score(config: ScoreConfig, loaded: Loaded | None = None) -> ScoreTable:
+    """Write scores.parquet (token_scores.parquet, hidden/); returns the table."""
+    from jsfdd.base.processes import agree_on_directory, is_primary, wait_for_all
+    from jsfdd.scoring.score import score_samples
+    from jsfdd.scoring.table import write_scores, write_token_scores
+
+    loaded = loaded or load(config)
+    agree_on_directory(config.out)
+    with keeper(config, loaded) if config.keep_features else nullcontext() as kept:
+        table = score_samples(
+            loaded.target.config,
+            loaded.target.params,
+            loaded.samples,
+            loaded.mesh,
+            batch_tokens=config.batch_tokens,
+            identity=loaded.identity,
+            parts_dir=config.out / "scores.parts",
+            per_token=config.per_token,
+            keeper=kept,
+        )
+    if is_primary():
+        write_scores(config.out / "scores.parquet", table)
+        if config.per_token:
+            write_token_scores(config.out / "token_scores.parquet", table)
+    wait_for_all("scores written")
+    return table
+
+
+def keeper(config: ScoreConfig, loaded: Loaded) -> AbstractContextManager[FeatureKeeper]:
+    """Writes the hidden states that --keep-features asks for, into `out`/hidden."""
+    from jsfdd.hidden.capture import keep_features
+
+    names = ("keep_features", "retain_ratio", "within", "seed", "held_out_share")
+    return keep_features(
+        loaded.target.config,
+        still_possible(config, loaded.samples),
+        directory=config.out / HIDDEN,
+        identity=loaded.identity,
+        kept_for={name: getattr(config, name) for name in names},
+        dtype=config.feature_dtype,
+    )
+
+
+def still_possible(config: ScoreConfig, samples: Sequence[Sample]) -> StillPossible:
+    """What the arms of --keep-features may select, before anything is scored."""
+    from jsfdd.data.held_out import split_held_out
+    from jsfdd.hidden.best_k import StillPossible
+
+    _, held_out = split_held_out(samples, config.held_out_share)
+    always = {sample.id for sample in held_out}
+    if "full" in config.keep_features:
+        always |= {sample.id for sample in samples if sample.counted.any()}
+    metrics = [arm for arm in config.keep_features if arm != "full"]
+    return StillPossible(samples, metrics, config.retain_ratio, config.seed, always, config.within)
+
+
+def check_arms(option: str, arms: Sequence[str]) -> None:
+    """ValueError unless every arm is `full` or a metric."""
+    known = ("full", *typing.get_args(Metric))
+    for arm in arms:
+        if arm not in known:
+            raise ValueError(f"{option}: {arm!r} is unknown; choose from {', '.join(known)}")
+
+
+# --- Parts of a description: (values, words) -------------------------------------------------------------------------
+
+
+def describe_scoring(inputs: Inputs) -> tuple[dict, list[str]]:
+    from jsfdd.base.mesh import num_data_shards
+    from jsfdd.data.batches import make_batches, padding_share
+    from jsfdd.data.counts import total
+
+    lengths = [len(sample.tokens) for sample in inputs.samples]
+    plans = make_batches(lengths, inputs.shapes)
+    values = {
+        "files": counts_to_json(inputs.files),
+        "samples": len(lengths),
+        "skipped": total(inputs.files).read - len(lengths),
+        "tokens": sum(lengths),
+        "counted_tokens": counted_tokens(inputs.samples),
+        "batches": len(plans),
+        "padding_share": padding_share(plans, lengths),
+        "devices": num_data_shards(inputs.mesh),
+    }
+    return values, [
+        f"score {many(len(lengths), 'sample')} ({many(values['skipped'], 'row')} skipped): {values['tokens']:,} tokens, "
+        f"{values['counted_tokens']:,} of them counted",
+        f"in {many(len(plans), 'batch', 'es')}, {values['padding_share']:.0%} padding, on "
+        f"{many(values['devices'], 'device')}",
+    ]
+
+
+def describe_kept(config: ScoreConfig, inputs: Inputs) -> tuple[int, str]:
+    """For all arms of --keep-features; exact for `full`, else as if every sample were as likely to stay."""
+    size, said = describe_hidden(config, inputs, still_possible(config, inputs.samples).expected_tokens)
+    return size, f"keep {'' if 'full' in config.keep_features else 'about '}{said}, in the same pass"
+
+
+def describe_hidden(config: FeatureFormat, inputs: Inputs, tokens: float) -> tuple[int, str]:
+    """Bytes that the hidden states of so many tokens take on disk."""
+    from jsfdd.hidden.rows import row_bytes
+
+    size = round(tokens * row_bytes(config.feature_dtype, inputs.target.config.hidden_size))
+    return size, f"{size / 1e6:,.1f} MB of hidden states"
+
+
+def counted_tokens(samples: Sequence[Sample]) -> int:
+    return sum(int(sample.counted.sum()) for sample in samples)

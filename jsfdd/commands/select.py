@@ -1,0 +1,70 @@
+"""`jsfdd select`: keep the most valuable share of the scored samples, as selection.json."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jsfdd.commands.options import ProcessOptions, Seeded, SelectionOptions
+from jsfdd.commands.outcome import Outcome, many, planned
+from jsfdd.scoring.metrics import Metric
+
+if TYPE_CHECKING:
+    from jsfdd.selection.sfdd import Selection
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SelectConfig(SelectionOptions, Seeded, ProcessOptions):
+    """Keep the most valuable share of the scored samples."""
+
+    scores: Path
+    """scores.parquet, as `jsfdd score` wrote it."""
+    metric: Metric = "flatness"
+    """Which score decides. Each metric keeps the end that stands for an uncertain target."""
+    out: Path
+    """Directory for selection.json."""
+
+
+def prepare(config: SelectConfig) -> Selection:
+    from jsfdd.scoring.table import read_scores
+    from jsfdd.selection import sfdd
+
+    table = read_scores(config.scores)
+    return sfdd.select(table, config.metric, config.retain_ratio, config.seed, config.unit, config.within)
+
+
+def run(config: SelectConfig, selection: Selection) -> Outcome:
+    select(config, selection)
+    path, kept, dropped = config.out / "selection.json", len(selection.ids), len(selection.dropped)
+    values = {
+        "command": "select",
+        "metric": selection.metric,
+        "retain_ratio": selection.retain_ratio,
+        "within": selection.within,
+        "thresholds": selection.thresholds,
+        "kept": kept,
+        "without_counted_token": dropped,
+        "selection": path,
+    }
+    return Outcome(values, f"{kept} samples kept ({dropped} without a counted token): {path}")
+
+
+def describe(config: SelectConfig, selection: Selection) -> Outcome:
+    kept, dropped = len(selection.ids), len(selection.dropped)
+    values = {"kept": kept, "without_counted_token": dropped, "thresholds": selection.thresholds}
+    words = [f"keep {many(kept, 'sample')}; {dropped:,} without a counted token"]
+    return planned("select", values, words, config.out, ["selection.json"])
+
+
+def select(config: SelectConfig, selection: Selection | None = None) -> Selection:
+    """Write selection.json; returns the selection."""
+    from jsfdd.base.processes import is_primary, wait_for_all
+    from jsfdd.selection import sfdd
+
+    selection = selection or prepare(config)
+    config.out.mkdir(parents=True, exist_ok=True)
+    if is_primary():
+        sfdd.write_selection(config.out / "selection.json", selection)
+    wait_for_all("selection written")
+    return selection

@@ -1,0 +1,119 @@
+"""What a run of several arms found: summary.json, the example texts of its report, and the table on the terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jsfdd.commands.outcome import counts_to_json, rendered
+
+if TYPE_CHECKING:
+    from jsfdd.base.records import Sample
+    from jsfdd.commands.inputs import Loaded
+    from jsfdd.scoring.table import ScoreTable
+    from jsfdd.selection.sfdd import Selection
+    from jsfdd.training.train import TrainResult
+
+_FIGURES = ("tau", "tau_low", "tau_high", "tau_macro", "speedup", "speedup_low", "speedup_high")
+
+
+def summarise(
+    loaded: Loaded,
+    kept: Mapping[str, Sequence[Sample]],
+    trained: Mapping[str, TrainResult],
+    reports: Mapping[str, dict],
+    seconds: Mapping[str, float],
+    differences: list[dict],
+) -> dict:
+    """Everything that the run's table says; tokens are those of the samples trained on, as often as they are in the data."""
+    from jsfdd.base.hardware import describe_hardware
+    from jsfdd.data.batches import make_batches, padding_share
+    from jsfdd.data.counts import total
+
+    lengths = [len(sample.tokens) for sample in loaded.samples]
+    rows = [
+        {
+            "arm": arm,
+            "samples": len(kept[arm]),
+            "tokens": sum(len(sample.tokens) for sample in kept[arm]),
+            "counted_tokens": sum(int(sample.counted.sum()) for sample in kept[arm]),
+            "train_seconds": result.seconds,
+            "steps": result.steps,
+            "held_out": result.held_out,
+        }
+        | {name: reports[arm][name] for name in _FIGURES}
+        for arm, result in trained.items()
+    ]
+    versions = {name: importlib.metadata.version(name) for name in ("jsfdd", "jax", "flax", "optax", "transformers")}
+    plans = make_batches(lengths, loaded.shapes)
+    return {
+        "versions": versions,
+        "hardware": describe_hardware(),
+        "target": {
+            "name": loaded.target.name,
+            "fingerprint": loaded.target.fingerprint,
+            "vocab_size": loaded.target.config.vocab_size,
+        },
+        "data": dataclasses.asdict(loaded.summary)
+        | {
+            "duplicates": total(loaded.files).duplicates,
+            "files": counts_to_json(loaded.files),
+            "tokens": sum(lengths),
+            "counted_tokens": sum(int(sample.counted.sum()) for sample in loaded.samples),
+            "padding_share": padding_share(plans, lengths),
+        },
+        "seconds": dict(seconds),
+        "arms": rows,
+        "differences": differences,
+    }
+
+
+def example_texts(loaded: Loaded, table: ScoreTable, selections: Mapping[str, Selection]) -> list[dict]:
+    """The two flattest samples, two at the threshold and the two least flat, token by token.
+
+    A token is shown with the flatness of the distribution that it was drawn from, which the index rule stores one
+    position earlier.
+    """
+    order = [i for i in sorted(range(len(table.ids)), key=lambda i: -table.flatness[i]) if table.num_tokens[i] > 0]
+    middle = len(selections["flatness"].ids) if "flatness" in selections else len(order) // 2
+    chosen = dict.fromkeys([*order[:2], *order[max(middle - 1, 0) : middle + 1], *order[-2:]])
+    by_id = {sample.id: sample for sample in loaded.samples}
+    texts = []
+    for i in chosen:
+        sample = by_id[table.ids[i]]
+        per_token = table.tokens[i].flatness
+        shown = [None, *(float(f) if c else None for f, c in zip(per_token[:-1], sample.counted[:-1]))]
+        pieces = [loaded.target.tokenizer.decode([token]) for token in sample.tokens]
+        texts.append({"id": sample.id, "source": sample.source, "pieces": pieces, "flatness": shown})
+    return texts
+
+
+def summary_words(summary: dict, report: Path) -> str:
+    """The table of the arms, and how they differ."""
+    from rich import box
+    from rich.table import Table
+
+    from jsfdd.report.table import describe_difference
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in ("arm", "samples", "tokens", "train s", "τ [95%]", "speedup [95%]"):
+        table.add_column(name, justify="left" if name == "arm" else "right", no_wrap=True)
+    for row in summary["arms"]:
+        table.add_row(
+            row["arm"],
+            str(row["samples"]),
+            str(row["counted_tokens"]),
+            f"{row['train_seconds']:.0f}",
+            f"{row['tau']:.3f} [{row['tau_low']:.3f}, {row['tau_high']:.3f}]",
+            f"{row['speedup']:.2f} [{row['speedup_low']:.2f}, {row['speedup_high']:.2f}]",
+        )
+
+    def draw(out):
+        out.print(table)
+        for difference in summary["differences"]:
+            out.print(describe_difference(difference))
+
+    return f"{rendered(draw, soft_wrap=True)}report: {report}"
