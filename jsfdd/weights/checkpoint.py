@@ -12,9 +12,7 @@ whole; what a killed run left behind is removed at the next start.
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
-import typing
 from pathlib import Path
 
 import jax
@@ -22,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jsfdd.base.files import decode, plain
 from jsfdd.base.processes import is_primary, wait_for_all
 from jsfdd.base.records import TrainState
-from jsfdd.models.architecture import DecoderConfig, Rope
 from jsfdd.models.draft import Draft, DraftConfig, init_draft
 
 DIRECTORY = "checkpoints"
@@ -119,7 +117,7 @@ def read_trained_draft(path: str | Path) -> Draft:
         if step is None:
             raise FileNotFoundError(f"{directory}: no checkpoint in it; train first: `jsfdd train --out {path}`")
         info = _read(checkpoints, step, info=ocp.args.JsonRestore())["info"]
-        config = draft_from_json(info["draft"], where=directory / str(step) / "info")
+        config = decode(DraftConfig, info["draft"], directory / str(step) / "info")
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
@@ -132,28 +130,8 @@ def read_trained_draft(path: str | Path) -> Draft:
 
 
 def draft_to_json(config: DraftConfig) -> dict:
-    """A JSON-ready dict of the draft's shape."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def draft_from_json(values: dict, where: Path) -> DraftConfig:
-    """What `draft_to_json` was given. A missing or unknown field is a ValueError that names `where`."""
-    return _dataclass_from_json(DraftConfig, values, where)
-
-
-def _dataclass_from_json(cls, values: dict, where: Path):
-    kinds = typing.get_type_hints(cls)
-    if not isinstance(values, dict) or set(values) != set(kinds):
-        found = sorted(values) if isinstance(values, dict) else values
-        raise ValueError(f"{where}: {cls.__name__} needs exactly {sorted(kinds)}, found {found}: another version's")
-
-    def convert(kind, value):
-        for nested in (DecoderConfig, Rope):
-            if kind is nested or (nested in typing.get_args(kind) and value is not None):
-                return _dataclass_from_json(nested, value, where)
-        return tuple(value) if isinstance(value, list) else value
-
-    return cls(**{name: convert(kind, values[name]) for name, kind in kinds.items()})
+    """A JSON-ready dict of the draft's shape, of which `decode(DraftConfig, …)` makes the shape again."""
+    return plain(dataclasses.asdict(config))
 
 
 def _read(checkpoints: ocp.CheckpointManager, step: int, **items):

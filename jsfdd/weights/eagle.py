@@ -26,7 +26,7 @@ import numpy as np
 from jsfdd.models.architecture import DecoderConfig
 from jsfdd.models.draft import Draft, DraftConfig
 from jsfdd.weights.huggingface import weight_sources
-from jsfdd.weights.huggingface_config import parse_decoder, read_json
+from jsfdd.weights.huggingface_config import parse_decoder, read_object
 from jsfdd.weights.layout import Source, insert_leaf, stored_shapes
 
 
@@ -95,7 +95,7 @@ def read_draft(directory: str | Path) -> Draft:
     directory = Path(directory)
     _refuse_pickled(directory)
     path = directory / "config.json"
-    raw = read_json(path)
+    raw = read_object(path)
     layout = NESTED if "speculators_model_type" in raw else FLAT
     decoder = _decoder(path, raw, layout)
     found = weight_sources(directory)

@@ -27,7 +27,7 @@ from jsfdd.models.architecture import Rope
 from jsfdd.models.draft import DraftConfig
 from jsfdd.weights.card import Flavour, Provenance, Serving, model_card
 from jsfdd.weights.eagle import FLAT, NESTED, draft_tensors
-from jsfdd.weights.huggingface_config import read_json
+from jsfdd.weights.huggingface_config import read_object
 
 ExportDtype = Literal["keep", "float32", "bfloat16", "float16"]
 
@@ -211,7 +211,7 @@ def _is_default_attention(rope: Rope) -> bool:
 def _architectures(target: str) -> list[str]:
     """The target's class names, if its directory is at hand; speculators takes none for not known."""
     path = Path(target) / "config.json"
-    return list(read_json(path).get("architectures") or []) if path.is_file() else []
+    return list(read_object(path).get("architectures") or []) if path.is_file() else []
 
 
 def _cast(tensors: dict[str, np.ndarray], dtype: ExportDtype) -> dict[str, np.ndarray]:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 
 from jsfdd.models.architecture import DecoderConfig
-from jsfdd.weights.huggingface_config import is_wrapped, read_config, read_json
+from jsfdd.weights.huggingface_config import is_wrapped, read_config, read_object
 from jsfdd.weights.layout import Index, Source, fill_params
 
 __all__ = ["read_config", "read_params"]
@@ -150,7 +150,7 @@ def _decoder_sources(found: dict[str, Source], config: DecoderConfig, wrapped: b
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: no weight_map from tensor names to files")
     for name, shard in weight_map.items():

@@ -1,16 +1,17 @@
-"""config.json to `DecoderConfig`, for every family that jsfdd computes, as transformers 4 and 5 write it.
+"""config.json to `DecoderConfig`, for every family that jsfdd computes.
 
-What a file leaves out takes the family's default in transformers. A setting that would change the model and that no
-field of `DecoderConfig` can hold is an error that names it.
+transformers fills in what a file leaves out and knows every spelling that its versions have had (rope_scaling and
+rope_parameters, window patterns and layer_types). Here is what jsfdd reads of the result, and what it refuses: a setting
+that would change the model and that no field of `DecoderConfig` can hold is an error that names it.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jsfdd.base.files import read_json
 from jsfdd.models.architecture import DecoderConfig, Rope
 
 _FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "mistral": "mistral", "gemma3_text": "gemma3"}
@@ -18,21 +19,24 @@ _WRAPPER = "gemma3"  # Gemma-3 with an image tower; its text_config is a gemma3_
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _MAX_LAYERS = 10_000  # a corrupt count must not become a list of a billion layers
 
+# Sizes for which transformers would take those of one early model of the family. Only Gemma's own files leave them out.
+_STATED = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings".split()
+# All that transformers is shown of a file, so that it checks no setting that has nothing to do with the decoder.
+_SHOWN = [
+    *_STATED,
+    *"num_key_value_heads head_dim hidden_act hidden_activation rms_norm_eps tie_word_embeddings".split(),
+    *"query_pre_attn_scalar rope_theta rope_local_base_freq rope_scaling rope_parameters layer_types".split(),
+    *"sliding_window use_sliding_window max_window_layers sliding_window_pattern _sliding_window_pattern".split(),
+]
 _ROPE_KEYS = {
     "default": set(),
     "linear": {"factor"},
-    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
-    "yarn": {
-        "factor",
-        "original_max_position_embeddings",
-        "attention_factor",
-        "beta_fast",
-        "beta_slow",
-        "mscale",
-        "mscale_all_dim",
-        "truncate",
-        "finetuned",  # informative only
-    },
+    "llama3": set("factor low_freq_factor high_freq_factor original_max_position_embeddings".split()),
+    # "finetuned" is informative only.
+    "yarn": set(
+        "factor original_max_position_embeddings attention_factor beta_fast beta_slow mscale mscale_all_dim truncate "
+        "finetuned".split()
+    ),
 }
 
 
@@ -52,7 +56,7 @@ class _Fields(NamedTuple):
         if value is None:
             raise self.error(key, "is missing")
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e300:
-            raise self.error(key, f"is {value!r}, not a positive number")
+            raise self.error(key, f"is {value!r:.80}, not a positive number")
         return value
 
     def number(self, key: str, default: int | float | None = None) -> float:
@@ -64,41 +68,28 @@ class _Fields(NamedTuple):
             raise self.error(key, f"is {value!r}, not a whole number up to {limit}")
         return int(value)
 
-    def flag(self, key: str, default: bool = False) -> bool:
-        value = self.raw.get(key)
-        value = default if value is None else value
-        if not isinstance(value, bool):
-            raise self.error(key, f"is {value!r}, not true or false")
-        return value
-
     def child(self, key: str) -> _Fields:
         value = self.raw.get(key)
         if not isinstance(value, dict):
-            raise self.error(key, f"is {value!r}, not an object")
+            raise self.error(key, f"is {value!r:.80}, not an object")
         return _Fields(self.path, value, f"{self.prefix}{key}.")
 
     def refuse(self, key: str, harmless: tuple = (None, False)) -> None:
         value = self.raw.get(key)
         if value not in harmless:
-            raise self.error(key, f"is {value!r}, which jsfdd does not compute")
+            raise self.error(key, f"is {value!r:.80}, which jsfdd does not compute")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises FileNotFoundError, or ValueError with the place where it is malformed."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path}: no such file; is {path.parent} a Hugging Face model directory?") from error
-    except (ValueError, RecursionError) as error:  # also bad UTF-8 and numbers of thousands of digits
-        raise ValueError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: a JSON object was expected, not {type(value).__name__}")
-    return value
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a model directory. Errors as in `read_json`."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; is {path.parent} a Hugging Face model directory?")
+    return read_json(path, dict, remedy="download or write it again")
 
 
 def is_wrapped(directory: str | Path) -> bool:
     """Whether the decoder lies inside an image-and-text model (Gemma-3), its tensors under a prefix."""
-    return read_json(Path(directory) / "config.json").get("model_type") == _WRAPPER
+    return read_object(Path(directory) / "config.json").get("model_type") == _WRAPPER
 
 
 def read_config(directory: str | Path) -> DecoderConfig:
@@ -109,7 +100,7 @@ def read_config(directory: str | Path) -> DecoderConfig:
       ValueError: malformed, or a model type, rope rule, activation, quantisation or switch that is not supported.
     """
     path = Path(directory) / "config.json"
-    fields = _Fields(path, read_json(path))
+    fields = _Fields(path, read_object(path))
     fields.refuse("quantization_config", harmless=(None,))
     if fields.raw.get("model_type") == _WRAPPER:
         text = fields.child("text_config")
@@ -126,155 +117,145 @@ def parse_decoder(path: Path, raw: dict[str, Any], prefix: str = "") -> DecoderC
       ValueError: as in `read_config`.
     """
     fields = _Fields(path, raw, prefix)
-    model_type = fields.raw.get("model_type")
+    model_type = raw.get("model_type")
     if model_type not in _FAMILIES:
         supported = ", ".join([*_FAMILIES, _WRAPPER])
         raise fields.error("model_type", f"is {model_type!r}; supported are {supported}")
+    _refuse_what_is_not_computed(fields)
+    for key in _STATED:
+        if model_type != "gemma3_text" or key in raw:
+            fields.integer(key, limit=_MAX_LAYERS if key == "num_hidden_layers" else 2**31 - 1)
+    try:
+        return _decoder(_completed(fields))
+    except ValueError as error:
+        # DecoderConfig checks what must hold between fields, but does not know the file.
+        raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from error
+
+
+def _refuse_what_is_not_computed(fields: _Fields) -> None:
+    model_type = fields.raw["model_type"]
     fields.refuse("quantization_config", harmless=(None,))
     if model_type in ("llama", "qwen3", "gemma3_text"):
         # It would also go on o_proj. Qwen2's biases (q, k and v only) belong to its type and have no switch.
         fields.refuse("attention_bias")
     if model_type == "llama":
         fields.refuse("mlp_bias")
+    if model_type == "gemma3_text":
+        for key in ("final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention"):
+            fields.refuse(key)
     fields.refuse("partial_rotary_factor", harmless=(None, 1, 1.0))
+    for key in ("rope_scaling", "rope_parameters"):
+        if fields.raw.get(key):
+            rope = fields.child(key)
+            two = model_type == "gemma3_text" and key == "rope_parameters"  # of full and of sliding layers
+            for part in [rope.child(kind) for kind in rope.raw if rope.raw[kind]] if two else [rope]:
+                _refuse_rope(part)
+
+
+def _refuse_rope(rope: _Fields) -> None:
+    kind = rope.raw.get("rope_type", rope.raw.get("type", "default"))
+    if kind not in _ROPE_KEYS:
+        raise rope.error("rope_type", f"is {kind!r}; supported are {', '.join(_ROPE_KEYS)}")
+    rope.refuse("partial_rotary_factor", harmless=(None, 1, 1.0))
+    rope.refuse("truncate", harmless=(None, True))
+    unknown = set(rope.raw) - _ROPE_KEYS[kind] - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    if unknown:
+        raise rope.error(sorted(unknown)[0], f"is not a setting of {kind} rope that jsfdd knows")
+
+
+def _completed(fields: _Fields) -> _Fields:
+    """`fields` as transformers reads them: one spelling, and the family's default for what a file leaves out."""
+    from transformers import AutoConfig  # a second of CPU time, which GGUF files do not need
+
+    # Null says nothing but of a window, where it says that there is none.
+    stated = [key for key in _SHOWN if fields.raw.get(key) is not None or (key == "sliding_window" and key in fields.raw)]
+    shown = {key: _spelled_anew(fields.raw[key]) for key in stated}
     try:
-        return _config(fields, model_type)
-    except ValueError as error:
-        # DecoderConfig checks what must hold between fields, but does not know the file.
-        raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from error
+        config = AutoConfig.for_model(fields.raw["model_type"], **shown).to_dict()
+    except Exception as error:  # whatever a malformed value makes it stumble over
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ValueError(f"{fields.path}: transformers does not read it ({reason:.300}); correct the field") from error
+    return fields._replace(raw=config)
 
 
-def _config(fields: _Fields, model_type: str) -> DecoderConfig:
+def _spelled_anew(value: Any) -> Any:
+    """A copy in which a rope has a rope_type, as older files call type: transformers overlooks that in Gemma's two ropes."""
+    if not isinstance(value, dict):
+        return value
+    return {"rope_type" if key == "type" else key: _spelled_anew(item) for key, item in value.items()}
+
+
+def _decoder(fields: _Fields) -> DecoderConfig:
+    model_type = fields.raw["model_type"]
     gemma = model_type == "gemma3_text"
-    layers = fields.integer("num_hidden_layers", 26 if gemma else None, limit=_MAX_LAYERS)
-    heads = fields.integer("num_attention_heads", 8 if gemma else None)
-    width = fields.integer("hidden_size", 2304 if gemma else None)
-    kv_default = {"llama": heads, "gemma3_text": 4}.get(model_type)
-    head_default = {"qwen3": 128, "gemma3_text": 256}.get(model_type, width // heads)
-    head_dim = fields.integer("head_dim", head_default)
+    width, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    head_dim = fields.integer("head_dim", width // heads)
     if head_dim % 2:
         raise fields.error("head_dim", f"is {head_dim}; rotary positions need an even one")
-    rope, local_rope = _gemma_ropes(fields) if gemma else (_rope(fields), None)
-    window, slides = _sliding(fields, model_type, layers)
+    window, slides = _sliding(fields)
+    ropes = fields.child("rope_parameters")
     common = dict(
         family=_FAMILIES[model_type],
-        vocab_size=fields.integer("vocab_size", 262_208 if gemma else None),
+        vocab_size=fields.integer("vocab_size"),
         hidden_size=width,
-        intermediate_size=fields.integer("intermediate_size", 9216 if gemma else None),
-        num_layers=layers,
+        intermediate_size=fields.integer("intermediate_size"),
+        num_layers=fields.integer("num_hidden_layers"),
         num_heads=heads,
-        num_kv_heads=fields.integer("num_key_value_heads", kv_default),
+        num_kv_heads=fields.integer("num_key_value_heads"),
         head_dim=head_dim,
-        max_position=_max_position(fields),
-        rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
-        rope=rope,
-        tie_embeddings=fields.flag("tie_word_embeddings", gemma),
+        max_position=fields.integer("max_position_embeddings"),
+        rms_norm_eps=fields.number("rms_norm_eps"),
+        rope=_rope(ropes.child("full_attention") if gemma else ropes, fields.integer("max_position_embeddings")),
+        tie_embeddings=fields.raw["tie_word_embeddings"],
         qkv_bias=model_type == "qwen2",
         qk_norm=model_type in ("qwen3", "gemma3_text"),
         activation=_activation(fields, "hidden_activation" if gemma else "hidden_act"),
         sliding_window=window,
         sliding_layers=slides,
     )
-    if not gemma:
-        return DecoderConfig(**common)
-    for key in ("final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention"):
-        fields.refuse(key)
-    return DecoderConfig(
-        **common,
-        sandwich_norms=True,
-        embedding_scale=width**0.5,
-        query_scale=fields.number("query_pre_attn_scalar", 256) ** -0.5,
-        local_rope=local_rope,
-    )
-
-
-def _max_position(fields: _Fields) -> int:
-    default = 131_072 if fields.raw["model_type"] == "gemma3_text" else None
-    return fields.integer("max_position_embeddings", default)
+    if gemma:
+        common |= dict(
+            sandwich_norms=True,
+            embedding_scale=width**0.5,
+            query_scale=fields.number("query_pre_attn_scalar") ** -0.5,
+            local_rope=_rope(ropes.child("sliding_attention"), fields.integer("max_position_embeddings")),
+        )
+    return DecoderConfig(**common)
 
 
 def _activation(fields: _Fields, key: str) -> str:
-    default = "gelu_pytorch_tanh" if key == "hidden_activation" else "silu"
-    name = fields.raw.get(key) or default
+    name = fields.raw[key]
     if name not in _ACTIVATIONS:
         raise fields.error(key, f"is {name!r}; supported are {', '.join(_ACTIVATIONS)}")
     return _ACTIVATIONS[name]
 
 
-def _sliding(fields: _Fields, model_type: str, layers: int) -> tuple[int | None, tuple[bool, ...]]:
+def _sliding(fields: _Fields) -> tuple[int | None, tuple[bool, ...]]:
     """The window and which layers slide, (None, ()) where none does."""
-    if model_type == "llama":
-        return None, ()  # transformers' Llama has no window, whatever its config.json says
-    if model_type in ("qwen2", "qwen3") and not fields.flag("use_sliding_window"):
+    model_type, layers = fields.raw["model_type"], fields.integer("num_hidden_layers")
+    # transformers' Llama has no window, whatever its config.json says; its Mistral slides in every layer.
+    if model_type == "llama" or fields.raw["sliding_window"] is None:
         return None, ()
-    if "sliding_window" in fields.raw and fields.raw["sliding_window"] is None:
-        return None, ()
-    window = fields.integer("sliding_window", 4096)
-    types = fields.raw.get("layer_types")
-    if types is not None and model_type != "mistral":  # transformers' Mistral slides everywhere
-        known = ("sliding_attention", "full_attention")
-        if not isinstance(types, list) or len(types) != layers or any(kind not in known for kind in types):
-            raise fields.error("layer_types", f"is {types!r}, not {layers} times {' or '.join(known)}")
-        slides = tuple(kind == "sliding_attention" for kind in types)
-    elif model_type == "gemma3_text":
-        key = "_sliding_window_pattern" if "_sliding_window_pattern" in fields.raw else "sliding_window_pattern"
-        pattern = fields.integer(key, 6)
-        slides = tuple((layer + 1) % pattern != 0 for layer in range(layers))
-    elif model_type == "mistral":
-        slides = (True,) * layers
-    else:
-        full = fields.raw.get("max_window_layers", 28)  # 0 is a legal count
-        if not isinstance(full, int):
-            raise fields.error("max_window_layers", f"is {full!r}, not a whole number")
-        slides = tuple(layer >= full for layer in range(layers))
-    return (window, slides) if any(slides) else (None, ())
-
-
-def _rope(fields: _Fields) -> Rope:
-    """One rotation for all layers: transformers 5's rope_parameters, or rope_theta and rope_scaling before it."""
-    theta = fields.number("rope_theta", 10_000.0)
-    key = next((key for key in ("rope_scaling", "rope_parameters") if fields.raw.get(key)), None)
-    return Rope(theta) if key is None else _scaled_rope(fields.child(key), theta, _max_position(fields))
-
-
-def _gemma_ropes(fields: _Fields) -> tuple[Rope, Rope]:
-    """Gemma-3's two rotations, of full and of sliding layers; scaling applies to the full ones only."""
-    theta = fields.number("rope_theta", 1_000_000.0)
-    local_theta = fields.number("rope_local_base_freq", 10_000.0)
-    rope, local = Rope(theta), Rope(local_theta)
-    if fields.raw.get("rope_scaling"):
-        rope = _scaled_rope(fields.child("rope_scaling"), theta, _max_position(fields))
-    elif fields.raw.get("rope_parameters"):
-        both = fields.child("rope_parameters")
-        if set(both.raw) - {"full_attention", "sliding_attention"}:
-            raise fields.error("rope_parameters", "must hold full_attention and sliding_attention and nothing else")
-        if both.raw.get("full_attention"):
-            rope = _scaled_rope(both.child("full_attention"), theta, _max_position(fields))
-        if both.raw.get("sliding_attention"):
-            local = _scaled_rope(both.child("sliding_attention"), local_theta, _max_position(fields))
-    return rope, local
-
-
-def _scaled_rope(fields: _Fields, theta: float, max_position: int) -> Rope:
-    kind = fields.raw.get("rope_type", fields.raw.get("type", "default"))
-    if kind not in _ROPE_KEYS:
-        raise fields.error("rope_type", f"is {kind!r}; supported are {', '.join(_ROPE_KEYS)}")
-    fields.refuse("partial_rotary_factor", harmless=(None, 1, 1.0))
-    unknown = set(fields.raw) - _ROPE_KEYS[kind] - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    types = ["sliding_attention"] * layers if model_type == "mistral" else fields.raw["layer_types"]
+    unknown = sorted(set(types) - {"sliding_attention", "full_attention"})
     if unknown:
-        raise fields.error(sorted(unknown)[0], f"is not a setting of {kind} rope that jsfdd knows")
-    theta = fields.number("rope_theta", theta)
+        raise fields.error("layer_types", f"has {unknown[0]!r}; supported are sliding_attention and full_attention")
+    slides = tuple(kind == "sliding_attention" for kind in types)
+    return (fields.integer("sliding_window"), slides) if any(slides) else (None, ())
+
+
+def _rope(fields: _Fields, max_position: int) -> Rope:
+    """One rotation, of whose kind and settings `_refuse_rope` had nothing to say."""
+    kind, theta = fields.raw["rope_type"], fields.number("rope_theta")
     if kind == "default":
         return Rope(theta)
     factor = fields.number("factor")
-    original = fields.integer("original_max_position_embeddings", max_position)
     if kind == "linear":
         return Rope(theta, "linear", factor)
+    original = fields.integer("original_max_position_embeddings", max_position)
     if kind == "llama3":
         low, high = fields.number("low_freq_factor"), fields.number("high_freq_factor")
         return Rope(theta, "llama3", factor, low, high, original_max_position=original)
-    fields.refuse("truncate", harmless=(None, True))
-    attention = fields.number("attention_factor", _yarn_attention_factor(fields, factor))
     return Rope(
         theta,
         "yarn",
@@ -282,7 +263,7 @@ def _scaled_rope(fields: _Fields, theta: float, max_position: int) -> Rope:
         original_max_position=original,
         beta_fast=fields.number("beta_fast", 32.0),
         beta_slow=fields.number("beta_slow", 1.0),
-        attention_factor=attention,
+        attention_factor=fields.number("attention_factor", _yarn_attention_factor(fields, factor)),
     )
 
 

