@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+STAGES = ("respond", "score", "select", "train", "evaluate")  # those that work as several processes
 SETTINGS = {"TPU_PROJECT": "my-project", "TPU_ZONE": "us-west4-a", "TPU_NAME": "t1", "TPU_TYPE": "v5litepod-16"}
 
 
@@ -37,14 +38,17 @@ def test_a_spot_tpu_is_asked_for_through_a_queued_resource():
     assert looked[4] == "describe"
 
 
-def test_stages_run_on_all_hosts_and_find_each_other():
-    ((*gcloud, command),) = commands("run.sh", "--dry-run", "score", "--target", "my model", "--out", "run")
+@pytest.mark.parametrize("stage", STAGES)
+def test_stages_run_on_all_hosts_and_find_each_other(stage):
+    ((*gcloud, command),) = commands("run.sh", "--dry-run", stage, "--target", "my model", "--out", "run")
     assert gcloud[4] == "ssh" and "--worker=all" in gcloud
     inner = shlex.split(command.removeprefix("--command="))
     assert inner == [
-        "cd", "/mnt/jsfdd", "&&", "$HOME/venv/bin/jsfdd", "score", "--target", "my model", "--out", "run",
-        "--coordinator", "auto",
+        "cd", "/mnt/jsfdd", "&&", "$HOME/venv/bin/jsfdd", stage, "--target", "my model", "--out", "run", "--coordinator", "auto",
     ]  # fmt: skip
+
+
+def test_other_commands_run_on_one_host():
     ((*gcloud, command),) = commands("run.sh", "--dry-run", "export", "--draft", "d", "--out", "e")
     assert "--worker=0" in gcloud and "--coordinator" not in command
 
@@ -54,9 +58,10 @@ def test_fetch():
     assert command[4:8] == ["scp", "--recurse", "t1:/mnt/jsfdd/run", "here"] and command[-1] == "--worker=0"
 
 
-def test_slurm():
-    (command,) = commands("slurm.sh", "--dry-run", "train", "--out", "a b")
-    assert command[0] == "srun" and command[2:] == ["jsfdd", "train", "--out", "a b", "--coordinator", "auto"]
+@pytest.mark.parametrize("stage", STAGES)
+def test_slurm(stage):
+    (command,) = commands("slurm.sh", "--dry-run", stage, "--out", "a b")
+    assert command[0] == "srun" and command[2:] == ["jsfdd", stage, "--out", "a b", "--coordinator", "auto"]
 
 
 @pytest.mark.parametrize("script, arguments", [("create.sh", ["--wet"]), ("run.sh", []), ("slurm.sh", ["export"])])

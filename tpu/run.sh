@@ -29,7 +29,7 @@ fi
 
 # The stages that work as several processes start on all hosts and find each other; the others need one host.
 case "$1" in
-  score | select | train | evaluate) workers=all; more=(--coordinator auto) ;;
+  respond | score | select | train | evaluate) workers=all; more=(--coordinator auto) ;;
   *) workers=0; more=() ;;
 esac
 command="cd $(printf '%q' "$TPU_WORK") && \$HOME/venv/bin/jsfdd $(printf '%q ' "$@" ${more[@]+"${more[@]}"})"

@@ -11,8 +11,8 @@ set -euo pipefail
 dry_run=0
 if [ "${1:-}" = --dry-run ]; then dry_run=1; shift; fi
 case "${1:-}" in
-  score | select | train | evaluate) ;;
-  *) echo "usage: sbatch tpu/slurm.sh score|select|train|evaluate OPTIONS…" >&2; exit 2 ;;
+  respond | score | select | train | evaluate) ;;
+  *) echo "usage: sbatch tpu/slurm.sh respond|score|select|train|evaluate OPTIONS…" >&2; exit 2 ;;
 esac
 set -- srun --kill-on-bad-exit=1 "${JSFDD:-jsfdd}" "$@" --coordinator auto
 printf '%q ' "$@"
