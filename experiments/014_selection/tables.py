@@ -41,6 +41,16 @@ COMPARED = (  # in pairs, by benchmark
     ("flatness 20%", "random 20%"),
     ("flatness 5%", "random 5%"),
 )
+HALVES = {  # the README's picture
+    "full": "all conversations",
+    "flatness 50% equal steps": "flattest half, as many steps as all",
+    "flatness 50% within clusters": "flattest half of each cluster of prompts",
+    "random 50% within clusters": "random half of each cluster",
+    "flatness 50% within sources": "flattest half of each source",
+    "random 50%": "random half",
+    "flatness 50%": "flattest half",
+    "least flat 50%": "least flat half",
+}
 OTHERS = ("half", "EAGLE-2", "HASS")  # arms of other experiments in the same directory
 
 
@@ -51,7 +61,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE)
     options = parser.parse_args()
     if options.work is None:
-        _print(read_results(options.out / "results.jsonl"))
+        results = read_results(options.out / "results.jsonl")
+        _print(results)
+        _plot_halves(results, options.out / "halves.png")
         return
     options.out.mkdir(parents=True, exist_ok=True)
     runs = {name: each for name, each in read_runs(options.work).items() if not name.startswith(OTHERS)}
@@ -86,6 +98,7 @@ def main() -> None:
             results["compared"][f"{a} − {b}"] = {t: by_benchmark(runs[a], runs[b], t, sources) for t in shared}
     write_results(options.out / "results.jsonl", results)
     _print(results)
+    _plot_halves(results, options.out / "halves.png")
     _plot_arms(results, options.out / "tau.png")
     _plot_ratios(results, options.out / "ratios.png")
 
@@ -170,6 +183,20 @@ def _plot_arms(results: dict, path: Path) -> None:
         axis.set(title=f"acceptance length τ at {t}", yticks=range(len(names)), yticklabels=names)
         axis.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def _plot_halves(results: dict, path: Path) -> None:
+    """τ at T = 0 of the arms that the README speaks of, with intervals."""
+    figure, axis = plt.subplots(figsize=(7, 2.9), layout="constrained")
+    arms = {words: results["arms"][name]["T=0"] for name, words in HALVES.items() if name in results["arms"]}
+    for row, (words, arm) in enumerate(reversed(arms.items())):
+        colour = "C3" if "flattest" in words else "k" if "all" in words else "C7"
+        axis.plot([arm["low"], arm["high"]], [row, row], color=colour, lw=1.5)
+        axis.plot(arm["tau"], row, "o", color=colour, ms=5)
+    axis.set(yticks=range(len(arms)), yticklabels=list(reversed(arms)), xlabel="acceptance length τ, greedy, 95% intervals")
+    axis.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
