@@ -1,0 +1,81 @@
+"""`flatness.token_scores` in fewer passes over the logits. Only `score_hidden` uses it; a test holds the two equal.
+
+With m = max z, s = Σ e^{z−m}, r = Σ e^{2(z−m)}, w = Σ (z−m)·e^{z−m} and the second largest logit, all scores follow:
+
+    flatness = s/√(r·V)        top1   = 1/s                         energy = −(m + log s)
+    entropy  = log s − w/s     margin = (1 − e^{second − m})/s      nll    = m + log s − z_x
+
+The forms of the sums were measured on a CPU (experiments/001_scoring_overhead); an accelerator's compiler takes them in
+one pass however they are written.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jsfdd.base.records import TokenScores
+
+_LANES = 128  # divides nearly every vocabulary, and fills the vector registers of any CPU
+
+
+def fast_token_scores(logits: Float[Array, "rows V"], next_tokens: Int[Array, " rows"]) -> TokenScores:
+    """What `flatness.token_scores` gives, but for rounding."""
+    vocab = logits.shape[-1]
+    z = logits.astype(jnp.float32)
+    largest, second = _two_largest(z)
+    below = z - largest[:, None]  # ≤ 0, so nothing overflows
+    e = _computed_once(jnp.exp(below))
+    s = jnp.sum(e, axis=-1)
+    r = jnp.sum(e * e, axis=-1)
+    w = _sum_of_products(jnp.maximum(below, -1e4), e)  # the product must be 0 where e is, even for z = −inf
+    z_next = jnp.take_along_axis(z, next_tokens[:, None], axis=-1)[:, 0]
+    log_s = jnp.log(s)
+    return TokenScores(
+        flatness=jnp.clip(s * jax.lax.rsqrt(r * vocab), vocab**-0.5, 1.0),  # rounding may overstep the bounds
+        entropy=jnp.maximum(log_s - w / s, 0.0),
+        top1=1.0 / s,
+        margin=jnp.abs(jnp.expm1(second - largest)) / s,
+        energy=-(largest + log_s),
+        nll=largest + log_s - z_next,
+    )
+
+
+def _two_largest(z: Float[Array, "rows V"]) -> tuple[Float[Array, " rows"], Float[Array, " rows"]]:
+    """The largest and the second largest of each row, equal if the largest occurs twice.
+
+    The vocabulary is dealt out to lanes, and only finding the lanes' maxima takes a pass over it. The second largest is
+    either another lane's maximum, or in the column of the largest.
+    """
+    z = jnp.pad(z, ((0, 0), (0, -z.shape[1] % _LANES)), constant_values=-jnp.inf)
+    columns = z.reshape(z.shape[0], -1, _LANES)
+    lane_max = jnp.max(columns, axis=1)
+    lane = jnp.argmax(lane_max, axis=-1)
+    column = jnp.take_along_axis(columns, lane[:, None, None], axis=2)[:, :, 0]
+    place = jnp.argmax(column, axis=-1)
+    largest = jnp.take_along_axis(column, place[:, None], axis=1)[:, 0]
+    second = jnp.maximum(_max_without(lane_max, lane), _max_without(column, place))
+    return largest, second
+
+
+def _max_without(x: Float[Array, "rows n"], place: Int[Array, " rows"]) -> Float[Array, " rows"]:
+    """The maximum of each row without the entry at `place`."""
+    return jnp.max(jnp.where(jnp.arange(x.shape[1])[None, :] == place[:, None], -jnp.inf, x), axis=-1)
+
+
+def _sum_of_products(x: Float[Array, "rows V"], y: Float[Array, "rows V"]) -> Float[Array, " rows"]:
+    """jnp.sum(x * y, axis=-1), in the form for which XLA's CPU backend takes a quarter of the time.
+
+    There the plain sum leaves the fast path, and a sum of quarters keeps three quarters of the products in registers.
+    """
+    parts = math.gcd(x.shape[-1], 4)
+    folded = sum(jnp.split(x * y, parts, axis=-1))
+    return jnp.matmul(folded, jnp.ones(folded.shape[-1]), precision="highest")
+
+
+def _computed_once(x: Array) -> Array:
+    """`x`, kept in memory on a CPU, where XLA would compute it again for every sum over it."""
+    return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
