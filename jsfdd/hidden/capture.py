@@ -1,9 +1,9 @@
-"""Where a draft's hidden states come from: the scoring pass, which keeps what can be selected, a pass of its own, or no store.
+"""Where hidden states come from: the scoring pass, a pass of their own, or the target at every training step.
 
-    with keep_features(config, stays, directory=…, identity={…}, kept_for={…}) as keeper:
-        score_samples(…, keeper=keeper)                       # one pass of the target: scores, and features of what stays
-    store = store_hidden(config, params, samples, mesh, batch_tokens=4096, directory=…, identity={…})
-    hidden_of = make_recompute(config, params, mesh, "bfloat16")                      # batch -> hidden states on the device
+    with keep_hidden(target, possible, directory=…, identity={…}, kept_for={…}) as keeper:
+        score_samples(target, samples, mesh, keeper=keeper)              # one pass: scores, and hidden states of what stays
+    store = store_hidden(target, samples, mesh, directory=…)             # a pass of its own, for samples known beforehand
+    hidden_of = make_recompute(target, mesh, "bfloat16")                 # batch -> hidden states, on the devices
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import jax
 import numpy as np
@@ -22,82 +22,84 @@ from jaxtyping import Float
 from jsfdd.base.mesh import map_over_devices
 from jsfdd.base.processes import several
 from jsfdd.base.records import Batch, Sample
-from jsfdd.data.batches import choose_shapes, make_batches
 from jsfdd.hidden.best_k import StillPossible
-from jsfdd.hidden.rows import FeatureDtype, row_bytes
+from jsfdd.hidden.rows import HiddenDtype, row_bytes
 from jsfdd.hidden.store import HiddenStore
-from jsfdd.hidden.writer import SHARD_BYTES, HiddenWriter, moderate_shard_bytes
+from jsfdd.hidden.writer import SHARD_BYTES, HiddenWriter, moderate_shard_bytes, write_missing
 from jsfdd.models.architecture import DecoderConfig
+from jsfdd.models.foreign import ForeignTarget, foreign_hidden
 from jsfdd.models.sharding import place_params
 from jsfdd.models.target import hidden_states
-from jsfdd.scoring.passes import run_batches
 from jsfdd.scoring.table import ScoreTable
+
+if TYPE_CHECKING:
+    from jsfdd.weights.target import Target  # brings transformers
 
 _DeviceDtype = Literal["bfloat16", "float32"]
 
 
-class FeatureKeeper:
-    """Of the batches of a scoring pass, keeps the hidden states that can still be selected. Made by `keep_features`.
+class HiddenKeeper:
+    """Keeps the hidden states of a scoring pass for the samples that can still be selected. Made by `keep_hidden`.
 
     Attributes:
-      device_dtype: in which it wants them from the device.
+      device_dtype: the dtype in which it wants them from the device.
     """
 
-    def __init__(self, writer: HiddenWriter, stays: StillPossible, device_dtype: _DeviceDtype):
-        self._writer, self._stays, self.device_dtype = writer, stays, device_dtype
+    def __init__(self, writer: HiddenWriter, possible: StillPossible, device_dtype: _DeviceDtype):
+        self._writer, self._possible, self.device_dtype = writer, possible, device_dtype
 
     def resume(self, tables: Sequence[ScoreTable]) -> None:
-        """Go on behind the scores of an earlier call, which had come at least so far.
+        """Go on after the scores of an earlier call.
 
-        What it stored of samples whose scores were lost is dropped: they are computed again in any case, and the store
-        never holds more than the scores that are known allow.
+        Stored samples whose scores were lost are dropped: they are computed again in any case, and so the store never holds
+        more than the known scores allow.
         """
         for table in tables:
-            self._stays.score(table)
-        self._writer.drop([name for name in self._writer.ids if name not in self._stays])
+            self._possible.score(table)
+        self._writer.drop([name for name in self._writer.ids if name not in self._possible])
 
     def lacks(self, samples: Sequence[Sample]) -> bool:
-        """Whether samples that may be selected, by the scores so far, are not stored."""
-        return any(sample.id in self._stays and sample.id not in self._writer.ids for sample in samples)
+        """Whether a sample that may be selected, by the scores so far, is not stored."""
+        return any(sample.id in self._possible and sample.id not in self._writer.ids for sample in samples)
 
     def keep(self, samples: Sequence[Sample], scores: ScoreTable | None, hidden: Float[np.ndarray, "B T D"]) -> None:
-        """Take a batch: row b is samples[b]'s, right-padded; `scores` are None where they were known before."""
+        """Take a batch, row b for samples[b], right-padded; `scores` are None if an earlier call computed them."""
         if scores is not None:
-            gone = self._stays.score(scores)
-            self._writer.drop([name for name in gone if name in self._writer.ids])
-        for sample, states in zip(samples, hidden):
-            if sample.id in self._stays and sample.id not in self._writer.ids:
-                self._writer.add(sample.id, states[: len(sample.tokens)])
+            fallen = self._possible.score(scores)
+            self._writer.drop([name for name in fallen if name in self._writer.ids])
+        wanted = [b for b, sample in enumerate(samples) if sample.id in self._possible]
+        self._writer.add_missing([samples[b] for b in wanted], [hidden[b] for b in wanted])
 
 
 @contextmanager
-def keep_features(
-    config: DecoderConfig,
-    stays: StillPossible,
+def keep_hidden(
+    target: Target | ForeignTarget,
+    possible: StillPossible,
     *,
     directory: Path,
     identity: dict,
     kept_for: dict,
-    dtype: FeatureDtype = "bfloat16",
-) -> Iterator[FeatureKeeper]:
-    """A keeper of features for one scoring pass; what it keeps is in the store in `directory` when the block ends.
+    dtype: HiddenDtype = "bfloat16",
+) -> Iterator[HiddenKeeper]:
+    """A keeper of hidden states for one scoring pass; the store in `directory` is complete when the block ends.
 
     Args:
-      config: the target's.
-      stays: what may be selected; fresh.
+      target: of the pass.
+      possible: what may be selected; a fresh one.
       directory, identity, kept_for, dtype: as in `HiddenWriter`.
 
     Raises:
-      ValueError: as in `HiddenWriter`, or there are several processes, none of which would know the others' scores.
+      ValueError: as in `HiddenWriter`, or there are several processes, of which none would know the others' scores.
     """
     if several():
         raise ValueError(
-            "what can still be selected is only known where all scores are: keep features with one process, or leave "
-            "--keep-features out, and `jsfdd train` computes them for what was selected"
+            "what can still be selected is only known where all scores are: keep hidden states with one process, or leave "
+            "--keep-hidden out, and `jsfdd train` computes them for what was selected"
         )
-    size = stays.expected_tokens * row_bytes(dtype, config.hidden_size)
-    with HiddenWriter(directory, config.hidden_size, dtype, identity, moderate_shard_bytes(size), kept_for) as writer:
-        yield FeatureKeeper(writer, stays, _device_dtype(dtype))
+    width = target.config.hidden_size
+    shard_bytes = moderate_shard_bytes(possible.expected_tokens * row_bytes(dtype, width))
+    with HiddenWriter(directory, width, dtype, identity, shard_bytes, kept_for) as writer:
+        yield HiddenKeeper(writer, possible, _device_dtype(dtype))
 
 
 def make_hidden_step(config: DecoderConfig, mesh: Mesh, dtype: _DeviceDtype) -> Callable:
@@ -110,47 +112,45 @@ def make_hidden_step(config: DecoderConfig, mesh: Mesh, dtype: _DeviceDtype) -> 
 
 
 def make_recompute(
-    config: DecoderConfig, params: dict, mesh: Mesh, dtype: _DeviceDtype
+    target: Target | ForeignTarget, mesh: Mesh, dtype: _DeviceDtype
 ) -> Callable[[Batch], Float[jax.Array, "B T D"]]:
-    """`batch -> hidden` in `dtype`: the target computes a batch's hidden states anew, and they never leave the devices.
+    """`batch -> hidden` in `dtype`: the target computes the hidden states of a batch anew, and they never leave the devices.
 
     The call returns before they are computed, so a caller that goes on to its own step keeps the devices busy. The batch's
-    rows are split over the data axis. To the bit what a store in `dtype` holds, where that was computed in batches of the
-    same shape a device; else but for rounding.
+    rows are split over the data axis. The result is to the bit what a store in `dtype` holds if that was computed in
+    batches of the same shape per device; otherwise it differs by rounding.
     """
-    return functools.partial(make_hidden_step(config, mesh, dtype), place_params(params, mesh))
+    if isinstance(target, ForeignTarget):
+        return lambda batch: foreign_hidden(target, batch, mesh).astype(dtype)
+    return functools.partial(make_hidden_step(target.config, mesh, dtype), place_params(target.params, mesh))
 
 
 def store_hidden(
-    config: DecoderConfig,
-    params: dict,
+    target: Target | ForeignTarget,
     samples: Sequence[Sample],
     mesh: Mesh,
     *,
-    batch_tokens: int,
+    batch_tokens: int = 4096,
     directory: Path,
-    identity: dict,
-    dtype: FeatureDtype = "bfloat16",
+    identity: dict | None = None,
+    dtype: HiddenDtype = "bfloat16",
     shard_bytes: int = SHARD_BYTES,
     progress: bool = True,
 ) -> HiddenStore:
-    """The store in `directory` with the hidden states of all samples, after computing those it lacks.
+    """The store in `directory` with the hidden states of all samples, after computing the missing ones.
 
     Args: as in `HiddenWriter` and `score.score_samples`. Errors as in `HiddenWriter`.
     """
-    lengths = [len(sample.tokens) for sample in samples]
-    plans = make_batches(lengths, choose_shapes(lengths, batch_tokens))
-    with HiddenWriter(directory, config.hidden_size, dtype, identity, shard_bytes) as writer:
-        missing = [plan for plan in plans if any(samples[i].id not in writer.ids for i in plan.indices)]
-        batches = run_batches(
-            make_hidden_step(config, mesh, _device_dtype(dtype)), place_params(params, mesh), samples, missing, mesh,
-            label="hidden states", finished=len(plans) - len(missing), progress=progress,
+    identity = {"target": target.fingerprint} if identity is None else identity
+    hidden_of = make_recompute(target, mesh, _device_dtype(dtype))
+    with HiddenWriter(directory, target.config.hidden_size, dtype, identity, shard_bytes) as writer:
+        write_missing(
+            writer, lambda _, batch: hidden_of(batch), None, samples, mesh,
+            batch_tokens=batch_tokens, label="hidden states", progress=progress,
         )  # fmt: skip
-        for batch, hidden in batches:
-            writer.add_missing(batch, hidden)
     return HiddenStore.open(directory, identity)
 
 
-def _device_dtype(dtype: FeatureDtype) -> _DeviceDtype:
-    """What the device rounds to: int8 is made on the host, of what was not rounded before."""
+def _device_dtype(dtype: HiddenDtype) -> _DeviceDtype:
+    """What the device rounds to. int8 is made on the host, from float32."""
     return "float32" if dtype == "int8" else dtype

@@ -1,10 +1,10 @@
-"""A store of the target's hidden states, sharded, checksummed and memory-mapped: its format, and how it is read.
+"""A store of the target's hidden states, sharded, checksummed and memory-mapped: the format, and the reader.
 
-    DIR/shard-00000.bin   hidden states of many samples, [tokens, row], one after the other (row_format.py: a token's row)
-    DIR/manifest.json     what they belong to and were kept for; of each shard its samples, their tokens, and its sha256
-    DIR/manifest-1.json   the shards of process 1, where several write, until process 0 has taken them over
+    DIR/shard-00000.bin   hidden states of many samples, [tokens, row], one after the other (rows.py: a token's row)
+    DIR/manifest.json     what they belong to and were kept for; for each shard the samples, their tokens and its sha256
+    DIR/manifest-1.json   the shards of process 1 while several write, until process 0 has taken them over
 
-A sample that was dropped leaves its tokens in the shard, under no name, until the shard is rewritten. store_writer.py writes.
+A sample that was dropped leaves its tokens in the shard, without a name, until the shard is rewritten. writer.py writes.
 
     store = HiddenStore.open(directory, identity)
     store["sample id"]                                                        # [T, D], read when it is touched

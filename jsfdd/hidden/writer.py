@@ -1,12 +1,11 @@
 """Writes a store of hidden states: appends samples, drops them again, and survives a kill at any byte.
 
-A shard is written aside and renamed when it is full, then the manifest is replaced: killed at any byte, the store keeps
-all of its closed shards, and a new writer goes on behind them. A damaged shard may be deleted: the next writer takes
-its samples for missing.
+A shard is written aside and renamed when it is full, then the manifest is replaced. Killed at any byte, the store keeps all
+closed shards, and a new writer goes on after them. A damaged shard may be deleted: the next writer computes its samples anew.
 
-A dropped sample's bytes stay in its shard. When they are too large a share of all, the shard with most of them is rewritten:
-what lives in it moves behind the open shard, which is closed, the manifest names the new one in place of the old, and only then
-the old one is deleted.
+The bytes of a dropped sample stay in the shard. When dropped bytes are too large a share of all, the shard with most of them is
+rewritten: its living samples are appended to the open shard, which is closed; the manifest names the new shard in place of the
+old; only then is the old one deleted.
 """
 
 from __future__ import annotations
@@ -14,16 +13,19 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float
 
 from jsfdd.base.files import plain
 from jsfdd.base.processes import agree, is_primary, several, wait_for_all
 from jsfdd.base.records import Sample
+from jsfdd.data.batches import choose_shapes, make_batches, pad_batch
 from jsfdd.hidden.rows import RowDtype, encode
 from jsfdd.hidden.store import (
     MANIFEST,
@@ -35,15 +37,16 @@ from jsfdd.hidden.store import (
     shard_rows,
     write_manifest,
 )
+from jsfdd.scoring.passes import run_batches
 
 SHARD_BYTES = 256 << 20
 _SMALLEST_SHARD = 4 << 10  # about a block of a disk
-_SHARDS = 32  # of a bounded store, at least: rewriting one needs its size once more
-_DEAD_SHARE = 0.1  # of what lives; a smaller share would have more rewritten for each byte given back
+_SHARDS = 32  # in a store from which samples are dropped, at least: rewriting one takes the size of it once more
+_DEAD_SHARE = 0.1  # dropped bytes per living byte; a smaller share would rewrite more for each byte it frees
 
 
 def moderate_shard_bytes(store_bytes: float) -> int:
-    """The size at which the shards of a store that samples are dropped from are closed."""
+    """The size at which shards are closed in a store from which samples are dropped."""
     return int(min(SHARD_BYTES, max(_SMALLEST_SHARD, store_bytes / _SHARDS)))
 
 
@@ -65,17 +68,17 @@ class _Shard:
 class HiddenWriter:
     """Appends samples to a store, or starts one; use it in a `with`.
 
-    Several processes may each append their own samples at the same time: each writes shards and a manifest of its own,
-    and process 0 puts them together when all have closed, or at the next start where a run was killed. Only one process
-    by itself may drop samples.
+    Several processes may append samples at the same time: each writes shards and a manifest of its own, and process 0 puts
+    them together when all have closed, or at the next start if a run was killed. Samples may be dropped only when there is
+    one process.
 
     Args:
       directory: of the store; made if missing.
       hidden_size: D.
       dtype: in which hidden states are kept; bfloat16 takes half the disk of float32, int8 about a quarter.
       identity: JSON-ready; what the hidden states depend on. A store of another identity is refused.
-      shard_bytes: a shard is closed once it is so large; what a kill loses is less than that.
-      kept_for: JSON-ready; by which rule samples are kept, if not all that are given. A store of another rule is refused.
+      shard_bytes: a shard is closed once it is this large; a kill loses less than that.
+      kept_for: JSON-ready; the rule by which samples are kept, if not all of them. A store of another rule is refused.
 
     Raises:
       ValueError: the directory holds another store or a damaged one; the message names the difference and the remedy.
@@ -102,17 +105,17 @@ class HiddenWriter:
         self._next = max((int(shard["file"][6:-4]) for shard in merged["shards"]), default=-1) + 1
         self._next += (jax.process_index() - self._next) % jax.process_count()
         self._closed: list[_Shard] = []
-        # Where each sample is, and its number there. Shards of earlier calls are process 0's.
+        # sample -> (shard, number in it). Shards of earlier calls belong to process 0.
         self._place: dict[str, tuple[_Shard, int]] = dict.fromkeys(stored)
         if is_primary():
             for found in merged["shards"]:
-                shard = _Shard(found["file"], found["sha256"], [tuple(each) for each in found["samples"]])
+                shard = _Shard(found["file"], found["sha256"], [tuple(sample) for sample in found["samples"]])
                 shard.dead = sum(length for name, length in shard.samples if name is None)
                 self._closed.append(shard)
                 self._place |= {name: (shard, i) for i, (name, _) in enumerate(shard.samples) if name is not None}
-        self._open = _Shard("", "", [])  # named when it is closed
-        self._stream = None  # of the open shard, from its first sample on
-        self._unsaved = False  # a drop that no manifest knows of
+        self._open = _Shard("", "", [])  # gets a name when it is closed
+        self._stream = None  # the open shard's file, from the first sample on
+        self._unsaved = False  # whether a drop is in no manifest yet
         self._sha = hashlib.sha256()
 
     @property
@@ -133,27 +136,27 @@ class HiddenWriter:
         if self._stream.tell() >= self._shard_bytes:
             self._close_shard()
 
-    def add_missing(self, samples: Sequence[Sample], hidden: Float[np.ndarray, "B T D"]) -> None:
-        """Append those of a batch's samples that are not there yet; row b is samples[b]'s, right-padded."""
+    def add_missing(self, samples: Sequence[Sample], hidden: Sequence[Float[np.ndarray, "T D"]]) -> None:
+        """Append the samples of a batch that are not there yet; hidden[b] belongs to samples[b], right-padded."""
         for sample, states in zip(samples, hidden):
             if sample.id not in self._place:
                 self.add(sample.id, states[: len(sample.tokens)])
 
     def drop(self, sample_ids: Iterable[str]) -> None:
-        """Take samples out of the store again, and give their disk back once it is more than a tenth of what stays."""
+        """Take samples out of the store, and free their disk once it is more than a tenth of what stays."""
         for sample_id in sample_ids:
             shard, index = self._place.pop(sample_id)
             shard.drop(index)
             self._unsaved = True
         while self._dead > _DEAD_SHARE * (self._tokens - self._dead):
-            dirtiest = max(self._closed, key=lambda shard: shard.dead, default=self._open)
-            if dirtiest is self._open or not dirtiest.dead:
-                self._close_shard()
+            emptiest = max(self._closed, key=lambda shard: shard.dead, default=None)
+            if emptiest is None or not emptiest.dead:
+                self._close_shard()  # all dropped bytes are in the open shard
             else:
-                self._rewrite(dirtiest)
+                self._rewrite(emptiest)
 
     def close(self) -> None:
-        """Close the open shard; all that was added, by any process, is then in the store. Waits for all processes."""
+        """Close the open shard: everything added, by any process, is then in the store. Waits for all processes."""
         if self._stream is not None:
             self._close_shard()
         elif self._unsaved:
@@ -170,7 +173,7 @@ class HiddenWriter:
     def __exit__(self, kind, *_) -> None:
         if kind is None:
             self.close()
-        elif self._stream is not None:  # it may be cut short, and the disk may be full: give its place back
+        elif self._stream is not None:  # the shard may be cut short, and the disk may be full: free its place
             self._stream.close()
             self._aside.unlink(missing_ok=True)
 
@@ -196,13 +199,13 @@ class HiddenWriter:
         self._open.samples.append((sample_id, len(rows)))
 
     def _rewrite(self, shard: _Shard) -> None:
-        """Move what lives in a closed shard behind the open one, close that, and delete the shard."""
+        """Append a closed shard's living samples to the open one, close that, and delete the shard."""
         if shard.dead < sum(length for _, length in shard.samples):
-            found = dataclasses.asdict(shard)
-            rows = shard_rows(self._directory, self._head, found)
-            check_sum(self._directory, found, rows)  # else a damaged byte would get a checksum of its own
-            for sample_id, own_rows in samples_of(found, rows).items():
-                self._append(sample_id, own_rows)
+            facts = dataclasses.asdict(shard)
+            rows = shard_rows(self._directory, self._head, facts)
+            check_sum(self._directory, facts, rows)  # otherwise a damaged byte would get a valid checksum
+            for sample_id, sample_rows in samples_of(facts, rows).items():
+                self._append(sample_id, sample_rows)
         self._closed.remove(shard)
         if self._stream is not None:
             self._close_shard()
@@ -211,7 +214,7 @@ class HiddenWriter:
         (self._directory / shard.file).unlink()
 
     def _take_over(self) -> None:
-        """Read all manifests, without shards that are gone, into one, and delete what a kill left outside of them."""
+        """Merge all manifests into one, without shards that are gone, and delete what a kill left outside of them."""
         parts = sorted(self._directory.glob("manifest-*.json"))
         whole = [self._directory / MANIFEST] if (self._directory / MANIFEST).exists() else []
         shards = {}
@@ -244,3 +247,31 @@ class HiddenWriter:
         own = MANIFEST if is_primary() else f"manifest-{jax.process_index()}.json"
         write_manifest(self._directory / own, {**self._head, "shards": shards})
         self._unsaved = False
+
+
+def write_missing(
+    writer: HiddenWriter,
+    step: Callable,
+    params: Any,
+    samples: Sequence[Sample],
+    mesh: Mesh,
+    *,
+    batch_tokens: int,
+    label: str,
+    progress: bool = True,
+    build: Callable = pad_batch,
+) -> None:
+    """Compute and append a row for each token of the samples that the store lacks: `step(params, batch) -> [B, T, row]`.
+
+    Args:
+      batch_tokens: tokens of a batch, padding included.
+      step, params, label, progress, build: as in `passes.run_batches`.
+    """
+    lengths = [len(sample.tokens) for sample in samples]
+    plans = make_batches(lengths, choose_shapes(lengths, batch_tokens))
+    missing = [plan for plan in plans if any(samples[i].id not in writer.ids for i in plan.indices)]
+    finished = len(plans) - len(missing)
+    for batch, rows in run_batches(
+        step, params, samples, missing, mesh, label=label, finished=finished, progress=progress, build=build
+    ):
+        writer.add_missing(batch, rows)

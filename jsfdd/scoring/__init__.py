@@ -1,4 +1,1 @@
-"""How flat the next-token distributions of the target are.
-
-Flatness.py has the equations, score.py runs them over the data.
-"""
+"""How flat the target's next-token distributions are: flatness.py has the equations, score.py runs them over the data."""

@@ -1,4 +1,10 @@
-"""Run a compiled step over batches of samples: host and devices at the same time, with a progress bar."""
+"""The driver of batches: a compiled step over samples, host and devices at work at the same time, with a progress bar.
+
+    for batch, rows in run_batches(step, params, samples, plans, mesh, label="score"):
+        ...                                                                 # row b of `rows` is batch[b]'s
+
+Scoring, the store of hidden states and the store of soft targets all go over their samples with it.
+"""
 
 from __future__ import annotations
 
@@ -6,45 +12,50 @@ import collections
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from jsfdd.base.mesh import num_data_shards, own_rows, shard_built_rows
 from jsfdd.base.processes import is_primary
 from jsfdd.base.progress import progress as show_progress
-from jsfdd.base.records import Batch, Sample
-from jsfdd.data.batches import BatchPlan, pad_batch
+from jsfdd.base.records import Sample
+from jsfdd.data.batches import BatchPlan, Shape, pad_batch
 
 
 def run_batches(
     step: Callable,
-    params: dict,
+    params: Any,
     samples: Sequence[Sample],
     plans: Sequence[BatchPlan],
     mesh: Mesh,
     *,
     label: str,
-    finished: int,
-    progress: bool,
-) -> Iterator[tuple[list[Sample], object]]:
-    """`step(params, batch)` of each plan in order: its samples, and the results on the host, row b samples[b]'s.
+    finished: int = 0,
+    progress: bool = True,
+    build: Callable[[Sequence[Sample], Shape], Any] = pad_batch,
+) -> Iterator[tuple[list[Sample], Any]]:
+    """`step(params, batch)` for each plan in order: its samples, and the results on the host, row b for samples[b].
 
     Every device gets a whole batch of its own, so its program, and every bit of its results, is the same for any number
-    of devices. Of several processes each reads the batches of its own devices, and is given their results alone.
+    of devices. With several processes, each reads the batches of its own devices and is given their results alone.
 
     Args:
-      step: from `mesh.map_over_devices`.
-      params: where they belong on `mesh`.
+      step: takes a batch whose rows are split over `mesh`, one plan to a data shard (`mesh.map_over_devices` makes such).
+      params: its first argument, placed on `mesh`.
       samples: those that the plans number.
       label: of the bar.
       finished: batches that an earlier call did.
       progress: show the bar, with the samples' tokens per second (no padding).
+      build: makes the host's arrays of one plan, leading axis shape.rows.
     """
+    groups = list(group_plans(plans, num_data_shards(mesh)))
     shown = progress and is_primary()
     with show_progress(label, "batches", finished + len(plans), finished=finished, shown=shown) as bar:
         started, tokens, done = time.monotonic(), 0, finished
-        for group, results in _one_ahead(step, params, samples, list(group_plans(plans, num_data_shards(mesh))), mesh):
+        for group, results in _one_ahead(groups, lambda group: step(params, _device_batches(build, samples, group, mesh))):
             for shard, rows in own_rows(results, mesh).items():
                 if shard < len(group):
                     yield [samples[i] for i in group[shard].indices], rows
@@ -54,42 +65,44 @@ def run_batches(
 
 
 def spread_out(plans: Sequence[BatchPlan], size: int) -> list[BatchPlan]:
-    """The same plans in an order that begins with the first and of which every part is like the whole.
+    """Interleave long and short batches, the first plan still first.
 
-    Of plans from the longest to the shortest: memory still runs out at once or never, but what is done at any time has
-    about its share of all lengths. Plans that run at once, `size` a group, stay together.
+    `make_batches` goes from the longest to the shortest. In this order the batches done at any time have about their share
+    of all tokens, so what a pass keeps on disk grows evenly. Groups of `size` plans, which run at once, stay together.
     """
     groups = list(group_plans(plans, size))
-    # Multiples of the golden ratio, modulo 1, lie evenly wherever one stops counting.
+    # Multiples of the golden ratio, modulo 1, lie evenly however many are taken.
     turns = np.arange(len(groups)) * ((5**0.5 - 1) / 2) % 1
     return [plan for number in np.argsort(turns) for plan in groups[number]]
 
 
 def group_plans(plans: Sequence[BatchPlan], size: int) -> Iterator[tuple[BatchPlan, ...]]:
-    """What is computed at once: up to `size` consecutive plans of one shape, one a device."""
+    """What runs at once: up to `size` consecutive plans of one shape, one a device."""
     for _, alike in itertools.groupby(plans, key=lambda plan: plan.shape):
         while group := tuple(itertools.islice(alike, size)):
             yield group
 
 
-def _one_ahead(step: Callable, params: dict, samples: Sequence[Sample], groups: Sequence, mesh: Mesh):
-    """The devices already work on the next batches while the caller handles these; no more, for memory's sake."""
+def _one_ahead(groups: Sequence, start: Callable) -> Iterator[tuple]:
+    """(group, start(group)) one after the other, the next one started before the caller handles this one.
+
+    So the devices are never idle, and never hold more than two groups' results.
+    """
     waiting: collections.deque = collections.deque()
     for group in groups:
-        waiting.append((group, step(params, _device_batches(samples, group, mesh))))
+        waiting.append((group, start(group)))
         if len(waiting) > 1:
             yield waiting.popleft()
     yield from waiting
 
 
-def _device_batches(samples: Sequence[Sample], group: Sequence[BatchPlan], mesh: Mesh) -> Batch:
-    """One batch a device; devices beyond the group get an empty one."""
+def _device_batches(build: Callable, samples: Sequence[Sample], group: Sequence[BatchPlan], mesh: Mesh) -> Any:
+    """One batch a device; devices beyond the group get zeros, in which nothing counts."""
     shape = group[0].shape
 
-    def build(start: int, stop: int) -> Batch:
+    def build_shard(start: int, stop: int) -> Any:
         shard = start // shape.rows
-        if shard < len(group):
-            return pad_batch([samples[i] for i in group[shard].indices], shape)
-        return Batch(np.zeros(shape, np.int32), np.zeros(shape, bool), np.zeros(shape.rows, np.int32))
+        batch = build([samples[i] for i in group[min(shard, len(group) - 1)].indices], shape)
+        return batch if shard < len(group) else jax.tree.map(np.zeros_like, batch)
 
-    return shard_built_rows(build, shape.rows * num_data_shards(mesh), mesh)
+    return shard_built_rows(build_shard, shape.rows * num_data_shards(mesh), mesh)

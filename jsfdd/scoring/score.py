@@ -1,6 +1,6 @@
 """Score all samples with the target: data-parallel, resumable, without an array of all tokens by the vocabulary.
 
-    table = score_samples(target.config, target.params, samples, mesh, batch_tokens=4096, identity={…}, parts_dir=…)
+    table = score_samples(target, samples, mesh, parts_dir=out / "scores.parts")
     write_scores(out / "scores.parquet", table)
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,26 +22,31 @@ from jsfdd.base.processes import agree, several, wait_for_all
 from jsfdd.base.records import Batch, Sample, TokenScores, samples_digest
 from jsfdd.data.batches import BatchPlan, choose_shapes, make_batches
 from jsfdd.models.architecture import DecoderConfig
+from jsfdd.models.foreign import ForeignTarget, foreign_hidden
 from jsfdd.models.sharding import place_params
 from jsfdd.models.target import hidden_states
 from jsfdd.scoring.flatness import score_hidden
+from jsfdd.scoring.metrics import METRICS, column_names
 from jsfdd.scoring.passes import run_batches, spread_out
-from jsfdd.scoring.table import METRICS, ScoreTable, TokenRow, join, read_scores, write_part
+from jsfdd.scoring.table import ScoreTable, TokenRow, join, read_scores, write_part
+
+if TYPE_CHECKING:
+    from jsfdd.weights.target import Target  # brings transformers
 
 
 class Keeper(Protocol):
-    """What also takes the hidden states of a scoring pass (`hidden.capture`)."""
+    """Takes the hidden states that a scoring pass computes (`hidden.capture.HiddenKeeper`)."""
 
     device_dtype: Literal["bfloat16", "float32"]
 
     def resume(self, tables: Sequence[ScoreTable]) -> None:
-        """Go on behind the scores of an earlier call."""
+        """Go on after the scores of an earlier call."""
 
     def lacks(self, samples: Sequence[Sample]) -> bool:
-        """Whether hidden states that it wants of these samples are missing."""
+        """Whether it wants hidden states of these samples that it does not have."""
 
     def keep(self, samples: Sequence[Sample], scores: ScoreTable | None, hidden: np.ndarray) -> None:
-        """Take a batch: row b is samples[b]'s, right-padded; `scores` are None where they were known before."""
+        """Take a batch, row b for samples[b], right-padded; `scores` are None if an earlier call computed them."""
 
 
 def block_size() -> int:
@@ -70,21 +75,40 @@ def make_score_step(
 
     def step(params: dict, batch: Batch) -> tuple[TokenScores, jax.Array | None]:
         hidden = hidden_states(config, params, batch.tokens)
-        next_tokens = jnp.pad(batch.tokens[:, 1:], ((0, 0), (0, 1)))
-        scores = score_hidden(config, params, hidden, next_tokens, batch.counted, block)
+        scores = score_hidden(config, params, hidden, _next_tokens(batch), batch.counted, block)
         return scores, None if hidden_dtype is None else hidden.astype(hidden_dtype)
 
     return map_over_devices(step, mesh)
 
 
+def make_foreign_score_step(
+    target: ForeignTarget, mesh: Mesh, block: int, hidden_dtype: Literal["bfloat16", "float32"] | None = None
+) -> Callable:
+    """As `make_score_step`, for a foreign target: its own program computes hidden states, one of ours the scores."""
+
+    def score(params: dict, batch: Batch, hidden: jax.Array) -> TokenScores:
+        return score_hidden(target.config, params, hidden, _next_tokens(batch), batch.counted, block)
+
+    compiled = map_over_devices(score, mesh, num_sharded=2)
+
+    def step(params: dict, batch: Batch) -> tuple[TokenScores, jax.Array | None]:
+        hidden = foreign_hidden(target, batch, mesh)
+        return compiled(params, batch, hidden), None if hidden_dtype is None else hidden.astype(hidden_dtype)
+
+    return step
+
+
+def _next_tokens(batch: Batch) -> jax.Array:
+    return jnp.pad(batch.tokens[:, 1:], ((0, 0), (0, 1)))
+
+
 def score_samples(
-    config: DecoderConfig,
-    params: dict,
+    target: Target | ForeignTarget,
     samples: Sequence[Sample],
     mesh: Mesh,
     *,
-    batch_tokens: int,
-    identity: dict,
+    batch_tokens: int = 4096,
+    identity: dict | None = None,
     parts_dir: Path | None = None,
     per_token: bool = False,
     keeper: Keeper | None = None,
@@ -95,20 +119,20 @@ def score_samples(
 
     A sample's scores do not depend on what it is batched with, and the result is to the bit what one uninterrupted call
     gives on any number of data shards and processes (a model axis adds up in another order). The parts hold the whole
-    table in the end, so a further call computes nothing. Of several processes each writes its own parts, and all return
+    table in the end, so a further call computes nothing. With several processes, each writes its own parts, and all return
     the whole table.
 
     Args:
-      config, params: the target.
+      target: the target, whole; ours or a foreign one.
       samples: with different ids, at least one.
       mesh: devices to share the batches.
       batch_tokens: tokens of a batch, padding included; every device takes one at a time.
-      identity: JSON-ready; what the scores depend on beside the other arguments (the target's fingerprint, versions of
-        packages). The table keeps it, with a hash of the samples added; parts of another identity are refused.
+      identity: JSON-ready; what the scores depend on beside the other arguments, by default the target's fingerprint. The
+        table keeps it, with a hash of the samples added; parts of another identity are refused.
       parts_dir: where finished batches are kept; without it nothing is, and a new call starts anew. Several processes
-        need one, which all of them see.
+        need one that all of them see.
       per_token: keep per-token scores in the table.
-      keeper: also keeps hidden states, of what can still be selected; fresh.
+      keeper: keeps hidden states of what can still be selected; a fresh one.
       progress: show a bar with tokens per second.
       seconds_per_part: about how much work an interruption may lose.
 
@@ -121,16 +145,16 @@ def score_samples(
     if several() and parts_dir is None:
         raise ValueError("several processes can only put their scores together in a parts_dir")
     lengths = [len(sample.tokens) for sample in samples]
-    # In any order scores are the same; in this one what a keeper holds grows with the scores, and no faster.
+    # The order does not change the scores; in this one a keeper's store grows evenly.
     plans = spread_out(make_batches(lengths, choose_shapes(lengths, batch_tokens)), num_data_shards(mesh))
     # Batches of other shapes, and sums over other shards of the model, round differently: only the same ones continue.
-    identity = plain(identity) | {
+    identity = plain({"target": target.fingerprint} if identity is None else identity) | {
         "samples": samples_digest(samples), "batch_tokens": batch_tokens, "model_shards": mesh.shape["model"],
         "per_token": per_token,
     }  # fmt: skip
     parts = {} if parts_dir is None else _read_parts(parts_dir, identity)
     scored = {name for part in parts.values() for name in part.ids}
-    agree({"the scores that an earlier call left": sorted(scored)})  # and so that no one writes before all have read
+    agree({"the scores that an earlier call left": sorted(scored)})  # nobody writes before all have read
 
     if keeper is not None:
         keeper.resume(list(parts.values()))
@@ -140,15 +164,19 @@ def score_samples(
         return scored.issuperset(sample.id for sample in own) and (keeper is None or not keeper.lacks(own))
 
     remaining = [plan for plan in plans if not is_finished(plan)]
-    step = make_score_step(config, mesh, block_size(), None if keeper is None else keeper.device_dtype)
+    hidden_dtype = None if keeper is None else keeper.device_dtype
+    if isinstance(target, ForeignTarget):
+        step = make_foreign_score_step(target, mesh, block_size(), hidden_dtype)
+    else:
+        step = make_score_step(target.config, mesh, block_size(), hidden_dtype)
     batches = run_batches(
-        step, place_params(params, mesh), samples, remaining, mesh,
+        step, place_params(target.params, mesh), samples, remaining, mesh,
         label="score", finished=len(plans) - len(remaining), progress=progress,
     )  # fmt: skip
     fresh: list[ScoreTable] = []  # scored, but in no part yet
     last_part = time.monotonic()
     for batch, (scores, hidden) in batches:
-        table = None  # of a batch that was scored before, and lost its hidden states
+        table = None  # the scores are there already; only the batch's hidden states were lost
         if not scored.issuperset(sample.id for sample in batch):
             table = _summarise(batch, scores, per_token, identity)
             fresh.append(table)
@@ -167,37 +195,37 @@ def score_samples(
 
 
 def _summarise(samples: Sequence[Sample], scores: TokenScores, per_token: bool, identity: dict) -> ScoreTable:
-    """The table of one batch, whose row b is samples[b]: means in float64."""
-    columns = {name: np.full(len(samples), np.nan) for name in METRICS}
+    """The table of one batch, whose row b is samples[b]."""
+    columns = {name: np.full(len(samples), np.nan) for name in column_names()}
     rows = []
     for b, sample in enumerate(samples):
         counted = sample.counted
         tokens = TokenScores(*[values[b, : len(counted)] for values in scores])
         rows.append(TokenRow(counted, tokens.flatness.copy(), tokens.entropy.copy()))
-        if not counted.any():
-            continue
-        means = {}
-        for name, values in tokens._asdict().items():
-            values = values[counted].astype(np.float64)
-            if not np.isfinite(values).all():
-                place = np.flatnonzero(counted)[~np.isfinite(values)][0]
-                raise ValueError(
-                    f"sample {sample.id}: {name} at token {place} is not a finite number, so the target's logits are "
-                    "broken there; check its weights, and try --dtype float32"
-                )
-            means[name] = values.mean()
-        means["ppl"] = np.exp(means.pop("nll"))
-        means["flatness_median"] = np.median(tokens.flatness[counted])
-        for name, mean in means.items():
-            columns[name][b] = mean
+        if counted.any():
+            visited = {name: values[counted].astype(np.float64) for name, values in tokens._asdict().items()}
+            _check_finite(sample, visited)
+            for name, column in columns.items():
+                column[b] = METRICS[name].of_tokens(visited[METRICS[name].token_score])
     return ScoreTable(
         ids=tuple(sample.id for sample in samples),
         sources=tuple(sample.source for sample in samples),
         num_tokens=np.array([row.counted.sum() for row in rows], np.int32),
+        metrics=columns,
         identity=identity,
         tokens=tuple(rows) if per_token else None,
-        **columns,
     )
+
+
+def _check_finite(sample: Sample, visited: dict[str, np.ndarray]) -> None:
+    """ValueError names the first of a sample's counted tokens whose score is not finite."""
+    for name, values in visited.items():
+        broken = ~np.isfinite(values)
+        if broken.any():
+            raise ValueError(
+                f"sample {sample.id}: {name} at token {np.flatnonzero(sample.counted)[broken][0]} is not a finite number, so "
+                "the target's logits are broken there; check its weights, and try --dtype float32"
+            )
 
 
 def _read_parts(directory: Path, identity: dict) -> dict[int, ScoreTable]:
@@ -214,7 +242,7 @@ def _read_parts(directory: Path, identity: dict) -> dict[int, ScoreTable]:
 
 
 def _write_part(directory: Path, parts: dict[int, ScoreTable], tables: Sequence[ScoreTable]) -> None:
-    # No two processes take the same number: each has the first free one that is its own index modulo their count.
+    # Process i of n takes numbers that are i modulo n, so no two take the same.
     number = max(parts, default=-1) + 1
     number += (jax.process_index() - number) % jax.process_count()
     parts[number] = join(tables, [name for table in tables for name in table.ids])

@@ -14,10 +14,9 @@ import pyarrow.parquet
 from jaxtyping import Bool, Float, Int
 
 from jsfdd.base.files import written_whole
+from jsfdd.scoring.metrics import column_names
 
-METRICS = ("flatness", "flatness_median", "entropy", "top1", "margin", "energy", "ppl")
-COLUMNS = ("id", "source", "num_tokens", *METRICS)
-_TOKEN_METRICS = ("counted", "flatness", "entropy")
+_TOKEN_COLUMNS = ("counted", "flatness", "entropy")
 _IN_PART = "token_"  # a part holds samples and tokens in one file, where "flatness" would be both
 _IDENTITY = b"jsfdd_identity"
 _REMEDY = "delete it and score again"
@@ -36,29 +35,31 @@ class TokenRow:
 class ScoreTable:
     """Scores of N samples, in the order of the data.
 
-    A sample's metric is the mean over its counted tokens, but for flatness_median and for ppl = exp(mean nll). Samples
-    without a counted token have NaN.
-
     Attributes:
       ids, sources: of each sample.
       num_tokens: int32[N], counted tokens.
-      flatness, …, ppl: float64[N]; entropy in nats.
+      metrics: name -> float64[N], as `metrics.py` defines them; NaN for samples without a counted token.
       identity: JSON-ready; all that the scores depend on.
       tokens: per-token scores of each sample, where they were asked for.
+
+    Example:
+      >>> table = ScoreTable(("a", "b"), ("chat", "chat"), np.array([3, 0]), {"flatness": np.array([0.02, np.nan])}, {})
+      >>> table["flatness"]
+      array([0.02,  nan])
     """
 
     ids: tuple[str, ...]
     sources: tuple[str, ...]
     num_tokens: Int[np.ndarray, " N"]
-    flatness: Float[np.ndarray, " N"]
-    flatness_median: Float[np.ndarray, " N"]
-    entropy: Float[np.ndarray, " N"]
-    top1: Float[np.ndarray, " N"]
-    margin: Float[np.ndarray, " N"]
-    energy: Float[np.ndarray, " N"]
-    ppl: Float[np.ndarray, " N"]
+    metrics: dict[str, Float[np.ndarray, " N"]]
     identity: dict
     tokens: tuple[TokenRow, ...] | None = None
+
+    def __getitem__(self, metric: str) -> Float[np.ndarray, " N"]:
+        return self.metrics[metric]
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
 
 def join(tables: Sequence[ScoreTable], ids: Sequence[str]) -> ScoreTable:
@@ -73,9 +74,10 @@ def join(tables: Sequence[ScoreTable], ids: Sequence[str]) -> ScoreTable:
     return ScoreTable(
         ids=tuple(ids),
         sources=gathered([table.sources for table in tables]),
+        num_tokens=np.concatenate([table.num_tokens for table in tables])[rows],
+        metrics={name: np.concatenate([table[name] for table in tables])[rows] for name in tables[0].metrics},
         identity=tables[0].identity,
         tokens=None if tables[0].tokens is None else gathered([table.tokens for table in tables]),
-        **{name: np.concatenate([getattr(table, name) for table in tables])[rows] for name in ("num_tokens", *METRICS)},
     )
 
 
@@ -103,27 +105,30 @@ def read_scores(path: Path) -> ScoreTable:
       ValueError: the file is damaged, lacks a column or is not jsfdd's, or an id occurs twice; names file and remedy.
     """
     path = Path(path)
-    table = _read(path, COLUMNS)
+    table = _read(path, ("id", "source", "num_tokens", *column_names()))
     ids = tuple(table["id"].to_pylist())
     if len(set(ids)) != len(ids):
         raise ValueError(f"{path}: an id occurs more than once; {_REMEDY}")
-    numbers = {name: table[name].to_numpy() for name in ("num_tokens", *METRICS)}
-    for name, values in numbers.items():
-        expected = np.dtype(np.int32 if name == "num_tokens" else np.float64)
-        if values.dtype != expected:
-            raise ValueError(f"{path}: column {name} is {values.dtype}, not {expected}; {_REMEDY}")
+
+    def numbers(name: str, dtype: type) -> np.ndarray:
+        values = table[name].to_numpy()
+        if values.dtype != dtype:
+            raise ValueError(f"{path}: column {name} is {values.dtype}, not {np.dtype(dtype)}; {_REMEDY}")
+        return values
+
     return ScoreTable(
         ids=ids,
         sources=tuple(table["source"].to_pylist()),
+        num_tokens=numbers("num_tokens", np.int32),
+        metrics={name: numbers(name, np.float64) for name in column_names()},
         identity=json.loads(table.schema.metadata[_IDENTITY]),
-        tokens=_token_rows(table, _IN_PART) if _IN_PART + _TOKEN_METRICS[0] in table.column_names else None,
-        **numbers,
+        tokens=_token_rows(table, _IN_PART) if _IN_PART + _TOKEN_COLUMNS[0] in table.column_names else None,
     )
 
 
 def read_token_scores(path: Path) -> dict[str, TokenRow]:
     """Read token_scores.parquet: sample id -> its scores. Errors as in `read_scores`."""
-    table = _read(Path(path), ("id", *_TOKEN_METRICS))
+    table = _read(Path(path), ("id", *_TOKEN_COLUMNS))
     return dict(zip(table["id"].to_pylist(), _token_rows(table, ""), strict=True))
 
 
@@ -131,7 +136,8 @@ def _sample_columns(table: ScoreTable) -> dict[str, pyarrow.Array]:
     return {
         "id": pyarrow.array(table.ids, pyarrow.string()),
         "source": pyarrow.array(table.sources, pyarrow.string()),
-        **{name: pyarrow.array(getattr(table, name)) for name in ("num_tokens", *METRICS)},
+        "num_tokens": pyarrow.array(table.num_tokens),
+        **{name: pyarrow.array(values) for name, values in table.metrics.items()},
     }
 
 
@@ -141,13 +147,13 @@ def _token_columns(table: ScoreTable, prefix: str) -> dict[str, pyarrow.Array]:
         prefix + name: pyarrow.LargeListArray.from_arrays(
             ends, pyarrow.array(np.concatenate([getattr(row, name) for row in table.tokens]))
         )
-        for name in _TOKEN_METRICS
+        for name in _TOKEN_COLUMNS
     }
 
 
 def _token_rows(table: pyarrow.Table, prefix: str) -> tuple[TokenRow, ...]:
     columns = []
-    for name in _TOKEN_METRICS:
+    for name in _TOKEN_COLUMNS:
         lists = table[prefix + name].combine_chunks()
         ends = np.cumsum(lists.value_lengths().to_numpy())
         columns.append(np.split(lists.flatten().to_numpy(zero_copy_only=False), ends[:-1]))

@@ -1,16 +1,15 @@
 """Sample-level flatness-based dataset distillation (arXiv 2601.18902): keep the samples with the flattest targets.
 
-    selection = select(read_scores(path), metric="flatness", retain_ratio=0.5)
+    selection = select(read_scores(path), 0.5)
     kept = selected_samples(selection, samples)
 
-The paper's baselines are other metrics of the same selection; `random` is the control.
+The paper's baselines are other metrics of the same selection (`scoring/metrics.py`); `random` is the control.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import math
 import typing
 from collections.abc import Sequence
@@ -20,26 +19,13 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float
 
-from jsfdd.base.files import differences, sha256, write_json
+from jsfdd.base.files import decode, differences, read_json, sha256, write_json
 from jsfdd.base.records import Sample
-from jsfdd.scoring.metrics import Metric
+from jsfdd.scoring.metrics import METRICS, MetricName
 from jsfdd.scoring.table import ScoreTable
 
-Unit = Literal["sample", "batch"]
 Within = Literal["all", "source"]
 
-# Every metric keeps the end at which the target is uncertain: there the draft has the most to learn.
-_KEPT_END = {
-    "flatness": "large",
-    "flatness_median": "large",
-    "entropy": "large",
-    "top1": "small",
-    "margin": "small",
-    "energy": "large",  # energy is −logsumexp: large means that no token has much evidence
-    "ppl": "large",
-    "random": "large",  # of numbers that mean nothing
-}
-_SAMPLES_PER_BATCH = 4  # of the paper's code, which scores and keeps its scoring batches as wholes
 _REMEDY = "select again with `jsfdd select`"
 
 
@@ -50,66 +36,73 @@ class Selection:
     Attributes:
       ids: samples that stay, in the order of the data.
       dropped: samples without a counted token, in the order of the data: they could teach nothing and were not ranked.
-      metric, retain_ratio, seed, unit, within: as asked for; seed only matters to the metric random.
-      thresholds: source (or "all") -> score of the last that was kept of it; lower ones went (higher ones for top1 and margin).
+      metric, retain_ratio, seed, within: as asked for; seed only matters to the metric random.
+      thresholds: source (or "all") -> the score of the last sample kept of it. Lower ones went (higher ones for top1 and
+        margin).
       inputs: identity of the scores, and their hash.
     """
 
     ids: tuple[str, ...]
     dropped: tuple[str, ...]
-    metric: Metric
+    metric: str
     retain_ratio: float
     seed: int
-    unit: Unit
     within: Within
     thresholds: dict[str, float]
     inputs: dict
 
+    def __post_init__(self):
+        _check_options(self.metric, self.retain_ratio, self.within)
+        if not self.ids:
+            raise ValueError("no id is kept")
+        if len({*self.ids, *self.dropped}) < len(self.ids) + len(self.dropped):
+            raise ValueError("an id occurs twice")
+
 
 def select(
     table: ScoreTable,
-    metric: Metric,
     retain_ratio: float = 0.5,
-    seed: int = 0,
-    unit: Unit = "sample",
+    *,
+    metric: MetricName = "flatness",
     within: Within = "all",
+    seed: int = 0,
 ) -> Selection:
     """Keep the k = max(1, round(retain_ratio·N)) most uncertain of the N samples that have a counted token.
 
-    Half a sample rounds up, always (Python's round would go to the even neighbour). Of equal scores the smaller id is
-    kept first. The choice does not depend on the order of the data, that of `random` only on the seed and the ids.
+    Half a sample always rounds up (Python's round would go to the even neighbour). Of equal scores the smaller id is kept
+    first. The choice does not depend on the order of the data; that of `random` depends only on the seed and the ids.
 
     Args:
       table: of all samples.
-      metric: what ranks them.
       retain_ratio: in (0, 1].
+      metric: what ranks them.
+      within: "source" ranks the samples of each source among themselves and keeps the share of each, at least one: not in
+        the paper, whose metrics all choose sources before they choose samples (experiments/013 and 014).
       seed: of the metric random.
-      unit: "batch" keeps or drops four samples at a time, neighbours in the order of their ids, ranked by the mean over
-        all their counted tokens: the granularity of the paper's code, for parity only.
-      within: "source" ranks each source's samples among themselves and keeps the share of each, at least one: not in the
-        paper, whose metrics all choose sources before they choose samples (experiments/013 and 014).
 
     Raises:
-      ValueError: an unknown metric, unit or `within`, a ratio out of range, no sample to rank, or a metric that a batch
-        has not.
+      ValueError: an unknown metric or `within`, a ratio out of range, or no sample to rank.
+
+    Example:
+      >>> from jsfdd.scoring.table import ScoreTable
+      >>> scores = {"flatness": np.array([0.01, 0.03, 0.02])}
+      >>> select(ScoreTable(("a", "b", "c"), ("chat",) * 3, np.array([9, 9, 9]), scores, {}), 0.34).ids
+      ('b',)
     """
-    _check_options(metric, retain_ratio, unit, within)
+    _check_options(metric, retain_ratio, within)
     ranked = np.flatnonzero(table.num_tokens > 0)
     if not len(ranked):
         raise ValueError("no sample has a token that counts: every answer is empty or one token long; check the data")
     ranked = np.array(sorted(ranked, key=lambda row: table.ids[row]))
-    size = _SAMPLES_PER_BATCH if unit == "batch" else 1
     kept, thresholds = [], {}
     for name, rows in _strata(table, ranked, within).items():
-        groups = [rows[start : start + size] for start in range(0, len(rows), size)]
-        scores = _group_scores(table, metric, groups, seed)
+        scores = _scores(table, metric, rows, seed)
         if np.isnan(scores).any():
-            broken = [table.ids[group[0]] for group, score in zip(groups, scores) if np.isnan(score)]
+            broken = [table.ids[row] for row in rows[np.isnan(scores)]]
             raise ValueError(f"the {metric} of these samples is not a number: {_few(broken)}; score again")
-        # The groups are in the order of their ids, and a stable sort leaves equal ones so.
-        order = np.argsort(-scores if _KEPT_END[metric] == "large" else scores, kind="stable")
-        order = order[: how_many(retain_ratio, len(groups))]
-        kept += [groups[g] for g in order]
+        # The rows are in the order of their ids, and a stable sort leaves equal ones so.
+        order = np.argsort(_ascending(metric, scores), kind="stable")[: how_many(retain_ratio, len(rows))]
+        kept.append(rows[order])
         thresholds[name] = float(scores[order[-1]])
     kept = np.sort(np.concatenate(kept))
     return Selection(
@@ -118,7 +111,6 @@ def select(
         metric=metric,
         retain_ratio=retain_ratio,
         seed=seed,
-        unit=unit,
         within=within,
         thresholds=thresholds,
         inputs={"scores": table.identity, "scores_sha256": _digest(table)},
@@ -126,13 +118,13 @@ def select(
 
 
 def how_many(retain_ratio: float, number: int) -> int:
-    """k of `number` samples or batches: one at least, and half a sample rounds up."""
+    """k of `number` samples: at least one, and half a sample rounds up."""
     return max(1, math.floor(retain_ratio * number + 0.5))
 
 
-def place_in_order(metric: Metric, score: float, sample_id: str) -> tuple[float, str]:
+def place_in_order(metric: str, score: float, sample_id: str) -> tuple[float, str]:
     """A sample's place in the order in which `select` keeps samples: the smallest is kept first. No two are equal."""
-    return (-score if _KEPT_END[metric] == "large" else score), sample_id
+    return _ascending(metric, score), sample_id
 
 
 def random_score(seed: int, sample_id: str) -> float:
@@ -165,34 +157,11 @@ def read_selection(path: Path) -> Selection:
       FileNotFoundError: there is none.
       ValueError: it is not what `write_selection` writes; names file, value and remedy.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; {_REMEDY}, or check the path")
+    values = read_json(path, remedy=_REMEDY)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        return decode(Selection, values, path)
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); {_REMEDY}") from None
-    kinds = {
-        "ids": list, "dropped": list, "metric": str, "retain_ratio": (int, float), "seed": int, "unit": str,
-        "within": str, "thresholds": dict, "inputs": dict,
-    }  # fmt: skip
-    if not isinstance(values, dict) or set(values) != set(kinds):
-        found = ", ".join(sorted(values)) if isinstance(values, dict) else type(values).__name__
-        raise ValueError(f"{path}: needs exactly {', '.join(sorted(kinds))}; found {found}; {_REMEDY}")
-    for name, kind in kinds.items():
-        if not isinstance(values[name], kind) or isinstance(values[name], bool):
-            raise ValueError(f"{path}: {name} is {values[name]!r:.60}, of the wrong type; {_REMEDY}")
-    names = values["ids"] + values["dropped"]
-    wrong = [name for name in names if not isinstance(name, str)]
-    if wrong:
-        raise ValueError(f"{path}: ids that are not strings: {_few(wrong)}; {_REMEDY}")
-    if len(set(names)) != len(names) or not values["ids"]:
-        raise ValueError(f"{path}: {'an id occurs twice' if values['ids'] else 'no id is kept'}; {_REMEDY}")
-    try:
-        _check_options(values["metric"], values["retain_ratio"], values["unit"], values["within"])
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}; {_REMEDY}") from None
-    return Selection(**{**values, "ids": tuple(values["ids"]), "dropped": tuple(values["dropped"])})
+        raise ValueError(f"{error}; {_REMEDY}") from None
 
 
 def selection_facts(path: Path, identity: dict | None) -> dict:
@@ -207,28 +176,24 @@ def selection_facts(path: Path, identity: dict | None) -> dict:
     selection = read_selection(path)
     if identity is not None:
         keys = ("target", "template")
-        scored, trained = ({key: of.get(key) for key in keys} for of in (selection.inputs["scores"], identity))
+        scored, trained = ({key: made.get(key) for key in keys} for made in (selection.inputs["scores"], identity))
         if changed := differences(scored, trained):
             raise ValueError(f"{path}: not the selection that the draft was trained on ({changed}); give its own --selection")
     facts = dataclasses.asdict(selection)
-    return {key: facts[key] for key in ("metric", "retain_ratio", "thresholds", "within", "unit", "seed")} | {
+    return {key: facts[key] for key in ("metric", "retain_ratio", "thresholds", "within", "seed")} | {
         "kept": len(selection.ids),
         "dropped": len(selection.dropped),
         "sha256": sha256(path),
     }
 
 
-def _check_options(metric: str, retain_ratio: float, unit: str, within: str) -> None:
-    if metric not in _KEPT_END:
-        raise ValueError(f"metric {metric!r} is unknown; choose from {', '.join(_KEPT_END)}")
+def _check_options(metric: str, retain_ratio: float, within: str) -> None:
+    if metric not in METRICS:
+        raise ValueError(f"metric {metric!r} is unknown; choose from {', '.join(METRICS)}")
     if not 0 < retain_ratio <= 1:
         raise ValueError(f"retain_ratio is {retain_ratio}, but it must be a share of the samples in (0, 1]")
-    if unit not in typing.get_args(Unit):
-        raise ValueError(f"unit {unit!r} is unknown; choose from {', '.join(typing.get_args(Unit))}")
     if within not in typing.get_args(Within):
         raise ValueError(f"within {within!r} is unknown; choose from {', '.join(typing.get_args(Within))}")
-    if unit == "batch" and metric == "flatness_median":
-        raise ValueError("a batch has a mean over its tokens but no flatness_median; use flatness, or the unit sample")
 
 
 def _strata(table: ScoreTable, ranked: np.ndarray, within: Within) -> dict[str, np.ndarray]:
@@ -239,27 +204,24 @@ def _strata(table: ScoreTable, ranked: np.ndarray, within: Within) -> dict[str, 
     return {name: ranked[sources == name] for name in sorted(set(sources))}
 
 
-def _group_scores(
-    table: ScoreTable, metric: str, groups: Sequence[np.ndarray], seed: int
-) -> Float[np.ndarray, " groups"]:
-    """The metric of each group of row numbers: its mean over all counted tokens, or for random a number of its own."""
+def _scores(table: ScoreTable, metric: str, rows: np.ndarray, seed: int) -> Float[np.ndarray, " rows"]:
     if metric == "random":
-        return np.array([random_score(seed, table.ids[group[0]]) for group in groups])
-    values = getattr(table, metric)
-    if all(len(group) == 1 for group in groups):
-        return values[np.concatenate(groups)]
-    values = np.log(values) if metric == "ppl" else values  # its logarithm is the mean nll, and means average
-    means = np.array([np.average(values[group], weights=table.num_tokens[group]) for group in groups])
-    return np.exp(means) if metric == "ppl" else means
+        return np.array([random_score(seed, table.ids[row]) for row in rows])
+    return table[metric][rows]
+
+
+def _ascending(metric: str, scores):
+    """Scores turned so that what is kept first is smallest."""
+    return -scores if METRICS[metric].keep == "large" else scores
 
 
 def _digest(table: ScoreTable) -> str:
     """sha256 of the ids, counts and scores."""
     sha = hashlib.sha256("\0".join(table.ids).encode())
-    for values in (table.num_tokens, *(getattr(table, metric) for metric in _KEPT_END if metric != "random")):
+    for values in (table.num_tokens, *table.metrics.values()):
         sha.update(np.ascontiguousarray(values).tobytes())
     return sha.hexdigest()
 
 
-def _few(names: Sequence) -> str:
+def _few(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names[:3])) + (", …" if len(names) > 3 else "")

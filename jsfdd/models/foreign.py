@@ -1,0 +1,103 @@
+"""A target of another library: jsfdd calls a function for its hidden states, and borrows its embedding and its head.
+
+    target = foreign_target(hidden_states, embedding, head, config, name="my model")
+
+`hidden_states` is any function from tokens to the states that the head reads; it keeps its own parameters, its own jit and
+its own mesh. Scoring, keeping hidden states and training take such a target wherever they take a `weights.target.Target`;
+decoding does not, since it needs a cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from jsfdd.base.mesh import to_host
+from jsfdd.base.processes import several
+from jsfdd.base.records import Batch
+from jsfdd.models.architecture import DecoderConfig
+
+
+class ForeignTarget(NamedTuple):
+    """A target whose decoder is not jsfdd's. Made by `foreign_target`.
+
+    Attributes:
+      config: widths, heads, rotation and vocabulary, from which its draft takes its shape; layers are not looked at.
+      params: its embedding and head, laid out as in `models/target.py`.
+      hidden_states: int32[B, T] tokens, right-padded, to the states [B, T, D] after its final norm.
+      name: for messages and cards.
+      fingerprint: what results that depend on this target are stored with.
+    """
+
+    config: DecoderConfig
+    params: dict
+    hidden_states: Callable[[Int[np.ndarray, "B T"]], Float[Array, "B T D"]]
+    name: str
+    fingerprint: str
+
+
+def foreign_target(
+    hidden_states: Callable[[Int[np.ndarray, "B T"]], Float[Array, "B T D"]],
+    embedding: Float[Array, "V D"],
+    head: Float[Array, "V D"] | None,
+    config: DecoderConfig,
+    *,
+    name: str = "foreign",
+    fingerprint: str | None = None,
+) -> ForeignTarget:
+    """A target of a MaxText, Levanter, Flax NNX or any other model, for `score`, `train` and the store of hidden states.
+
+    Args:
+      hidden_states: from tokens (numpy, int32[B, T], right-padded with token 0) to the states [B, T, D], float32 or
+        bfloat16, that the head multiplies: after the final norm. It must be causal, so that padding does not matter. Jit it.
+        It is called with a few different shapes.
+      embedding: of the tokens, scaled as the model scales them but for `config.embedding_scale`.
+      head: logits are `hidden @ head.T`; None where the embedding is the head.
+      config: of the model; of it `vocab_size`, `hidden_size`, the heads, the rotation and the norm's eps shape a draft.
+      name: for messages and cards.
+      fingerprint: changes when the weights do; by default a sha256 of embedding and head.
+
+    Raises:
+      ValueError: embedding or head is not [vocab_size, hidden_size], or the head is missing though `config.tie_embeddings`
+        is False.
+    """
+    shape = (config.vocab_size, config.hidden_size)
+    if config.tie_embeddings != (head is None):
+        raise ValueError(f"tie_embeddings is {config.tie_embeddings}, so the head must be {'None' if head is not None else 'given'}")
+    for matrix, what in ((embedding, "embedding"), (head, "head")):
+        if matrix is not None and matrix.shape != shape:
+            raise ValueError(f"the {what} is {matrix.shape}, but the config says [vocab_size, hidden_size] = {shape}")
+    params = {"embed": {"embedding": jnp.asarray(embedding)}}
+    if head is not None:
+        params["head"] = {"kernel": jnp.asarray(head).T}
+    if fingerprint is None:
+        sha = hashlib.sha256(repr(config).encode())
+        for leaf in jax.tree.leaves(params):
+            sha.update(np.ascontiguousarray(leaf).tobytes())
+        fingerprint = sha.hexdigest()
+    return ForeignTarget(config, params, hidden_states, name, fingerprint)
+
+
+def foreign_hidden(target: ForeignTarget, batch: Batch, mesh: Mesh) -> Float[Array, "B T D"]:
+    """The hidden states of a batch, its rows split over `mesh`.
+
+    Raises:
+      ValueError: the target's function gave another shape, or there are several processes: a batch's tokens are then on
+        other machines too, where this one cannot call the function for them.
+    """
+    if several():
+        raise ValueError(f"{target.name}: hidden states of a foreign target are computed in one process; start a single one")
+    tokens = to_host(batch.tokens)
+    hidden = target.hidden_states(tokens)
+    expected = (*tokens.shape, target.config.hidden_size)
+    if hidden.shape != expected:
+        raise ValueError(f"{target.name}: hidden_states gave {hidden.shape} for tokens {tokens.shape}; it must give {expected}")
+    return jax.device_put(hidden, NamedSharding(mesh, P("data")))
