@@ -19,7 +19,7 @@ from jsfdd.commands.train import TrainConfig
 from jsfdd.data.batches import Shape
 from jsfdd.models.draft import draft_config
 from jsfdd.models.target import hidden_states, init_params
-from jsfdd.scoring.score import block_size, make_score_step
+from jsfdd.scoring.score import make_score_step
 from jsfdd.training.loss import borrow
 from jsfdd.training.step import init_state, make_optimizer, make_train_step
 
@@ -107,7 +107,7 @@ def test_a_scoring_step_is_near_what_is_allocated():
     mesh = make_mesh(1)
     params = jax.eval_shape(lambda: init_params(CHECKED, jax.random.key(0)))
     batch = Batch(np.zeros(SHAPE, np.int32), np.zeros(SHAPE, bool), np.zeros(SHAPE.rows, np.int32))
-    compiled = make_score_step(CHECKED, mesh, block_size()).lower(params, shapes_of(batch)).compile()
+    compiled = make_score_step(CHECKED, mesh).lower(params, shapes_of(batch)).compile()
     lengths = Lengths(np.full(8, 256), np.full(8, 100), "")
     expected = score_stage(CHECKED, lengths, 8 * 256, 4, 1).peak
     assert 0.6 < expected / allocated(compiled) < 1.6, (expected, allocated(compiled), compiled.memory_analysis())

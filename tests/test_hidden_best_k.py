@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from jsfdd.base.records import Sample
 from jsfdd.hidden.best_k import StillPossible
-from jsfdd.scoring.table import METRICS, ScoreTable, join
-from jsfdd.selection.sfdd import _KEPT_END, select
+from jsfdd.scoring.metrics import METRICS, column_names
+from jsfdd.scoring.table import ScoreTable, join
+from jsfdd.selection.sfdd import select
 
 
 def sample(name, length=4, counted=True, source="x"):
@@ -26,7 +27,7 @@ def table_of(samples, scores):
     counts = np.array([s.counted.sum() for s in samples], np.int32)
     values = np.where(counts > 0, np.asarray(scores, float), np.nan)
     ids = tuple(s.id for s in samples)
-    return ScoreTable(ids=ids, sources=tuple(s.source for s in samples), num_tokens=counts, identity={}, **dict.fromkeys(METRICS, values))
+    return ScoreTable(ids, tuple(s.source for s in samples), counts, dict.fromkeys(column_names(), values), identity={})
 
 
 @settings(deadline=None)
@@ -34,7 +35,7 @@ def table_of(samples, scores):
     scores=st.lists(st.integers(-2, 2), min_size=1, max_size=25),  # many ties
     uncounted=st.sets(st.integers(1, 24)),
     retain_ratio=st.sampled_from([0.01, 0.3, 0.5, 1.0]),
-    metric=st.sampled_from(list(_KEPT_END)),
+    metric=st.sampled_from(list(METRICS)),
     seed=st.integers(0, 3),
     within=st.sampled_from(["all", "source"]),
     order=st.randoms(use_true_random=False),
@@ -42,7 +43,7 @@ def table_of(samples, scores):
 def test_it_ends_with_what_select_chooses_and_never_drops_it(scores, uncounted, retain_ratio, metric, seed, within, order):
     samples = [sample(f"s{i}", counted=i not in uncounted, source="xyz"[i * i % 3]) for i in range(len(scores))]
     whole = table_of(samples, scores)
-    chosen = set(select(whole, metric, retain_ratio, seed, within=within).ids)
+    chosen = set(select(whole, retain_ratio, metric=metric, seed=seed, within=within).ids)
     sources = Counter(samples[i].source if within == "source" else "" for i in range(len(scores)) if i not in uncounted)
     most = sum(max(1, int(retain_ratio * ranked + 0.5)) for ranked in sources.values())
     assert len(chosen) == most
@@ -64,7 +65,7 @@ def test_several_selections_keep_what_one_of_them_may_need():
     samples = [sample(f"s{i}") for i in range(8)]
     table = table_of(samples, range(8))  # flatness keeps the last, top1 the first
     stays = StillPossible(samples, ["flatness", "top1", "random"], 0.25, seed=1, always={"s3"})
-    random = set(select(table, "random", 0.25, seed=1).ids)
+    random = set(select(table, 0.25, metric="random", seed=1).ids)
     assert {name for name in table.ids if name in stays} == random | {"s3"}  # known before anything is scored
     gone = [name for row in table.ids for name in stays.score(join([table], [row]))]
     assert {name for name in table.ids if name in stays} == random | {"s3", "s0", "s1", "s6", "s7"}

@@ -9,23 +9,25 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from toy import toy_config
+from toy import as_target, toy_config
 
 from jsfdd.base.mesh import make_mesh, shard_rows
 from jsfdd.base.records import Sample
 from jsfdd.data.batches import choose_shapes, make_batches, pad_batch
-from jsfdd.hidden import capture as features
+from jsfdd.hidden import writer as writer_module
 from jsfdd.hidden.best_k import StillPossible
-from jsfdd.hidden.capture import keep_features, make_recompute, store_hidden
+from jsfdd.hidden.capture import keep_hidden, make_recompute, store_hidden
 from jsfdd.hidden.rows import row_bytes
 from jsfdd.hidden.store import HiddenStore
 from jsfdd.models.target import hidden_states, init_params
+from jsfdd.scoring.metrics import column_names
 from jsfdd.scoring.passes import group_plans, spread_out
-from jsfdd.scoring.table import METRICS, ScoreTable, join
+from jsfdd.scoring.table import ScoreTable, join
 from jsfdd.selection.sfdd import select
 
 CONFIG = toy_config(vocab_size=97, hidden_size=16, num_layers=1)
 PARAMS = init_params(CONFIG, jax.random.key(0))
+TARGET = as_target(CONFIG, PARAMS)
 IDENTITY = {"target": {"fingerprint": "aa"}, "lengths": (1, 2)}
 
 
@@ -51,7 +53,7 @@ def hidden_alone(tokens):
 def test_store_hidden_stores_the_targets_hidden_states_and_computes_only_what_is_missing(tmp_path, monkeypatch, devices):
     samples, mesh = make_samples(), make_mesh(data=devices)
     options = dict(batch_tokens=256, directory=tmp_path, identity=IDENTITY, shard_bytes=4000, progress=False)
-    first = store_hidden(CONFIG, PARAMS, samples, mesh, dtype="float32", **options)
+    first = store_hidden(TARGET, samples, mesh, dtype="float32", **options)
     assert set(first) == {sample.id for sample in samples}
     for sample in samples:
         np.testing.assert_allclose(first[sample.id], hidden_alone(sample.tokens), rtol=1e-4, atol=1e-5)
@@ -59,25 +61,25 @@ def test_store_hidden_stores_the_targets_hidden_states_and_computes_only_what_is
     lost = json.loads((tmp_path / "manifest.json").read_text())["shards"][1]
     (tmp_path / lost["file"]).unlink()
     batches = []
-    original = features.run_batches
+    original = writer_module.run_batches
 
     def counting(step, params, samples, plans, mesh, **rest):
         batches.append(len(plans))
         return original(step, params, samples, plans, mesh, **rest)
 
-    monkeypatch.setattr(features, "run_batches", counting)
-    again = store_hidden(CONFIG, PARAMS, samples, mesh, dtype="float32", **options)
+    monkeypatch.setattr(writer_module, "run_batches", counting)
+    again = store_hidden(TARGET, samples, mesh, dtype="float32", **options)
     for name in before:
         np.testing.assert_array_equal(again[name], before[name])
-    store_hidden(CONFIG, PARAMS, samples, mesh, dtype="float32", **options)
+    store_hidden(TARGET, samples, mesh, dtype="float32", **options)
     assert batches[0] > 0 and batches[1] == 0
 
 
 def test_store_hidden_in_bfloat16_rounds_once(tmp_path):
     samples, mesh = make_samples()[:3], make_mesh(data=1)
     options = dict(batch_tokens=256, identity=IDENTITY, progress=False)
-    exact = store_hidden(CONFIG, PARAMS, samples, mesh, directory=tmp_path / "a", dtype="float32", **options)
-    rounded = store_hidden(CONFIG, PARAMS, samples, mesh, directory=tmp_path / "b", dtype="bfloat16", **options)
+    exact = store_hidden(TARGET, samples, mesh, directory=tmp_path / "a", dtype="float32", **options)
+    rounded = store_hidden(TARGET, samples, mesh, directory=tmp_path / "b", dtype="bfloat16", **options)
     for name in exact:
         np.testing.assert_array_equal(rounded[name], np.asarray(exact[name]).astype(ml_dtypes.bfloat16))
 
@@ -87,9 +89,9 @@ def test_recomputed_hidden_states_are_the_stored_ones(tmp_path, devices):
     """On one device to the bit, in batches of the store's own shapes; over several but for rounding."""
     samples, mesh = make_samples(), make_mesh(data=devices)
     store = store_hidden(
-        CONFIG, PARAMS, samples, make_mesh(data=1), batch_tokens=512, directory=tmp_path, identity=IDENTITY, progress=False
+        TARGET, samples, make_mesh(data=1), batch_tokens=512, directory=tmp_path, identity=IDENTITY, progress=False
     )
-    hidden_of = make_recompute(CONFIG, PARAMS, mesh, "bfloat16")
+    hidden_of = make_recompute(TARGET, mesh, "bfloat16")
     lengths = [len(sample.tokens) for sample in samples]
     for plan in make_batches(lengths, choose_shapes(lengths, 512)):
         own = [samples[i] for i in plan.indices]
@@ -140,7 +142,7 @@ def keep_all(directory, samples, scores, metrics, retain_ratio, held_out, monkey
     counts = np.array([sample.counted.sum() for sample in samples], np.int32)
     values = np.where(counts > 0, scores, np.nan)
     ids = tuple(sample.id for sample in samples)
-    table = ScoreTable(ids=ids, sources=ids, num_tokens=counts, identity={}, **dict.fromkeys(METRICS, values))
+    table = ScoreTable(ids, ids, counts, dict.fromkeys(column_names(), values), identity={})
     most, unlink = 0, type(directory).unlink
 
     def look():
@@ -154,7 +156,7 @@ def keep_all(directory, samples, scores, metrics, retain_ratio, held_out, monkey
     stays = StillPossible(samples, metrics, retain_ratio, 0, held_out)
     with monkeypatch.context() as patch:
         patch.setattr(type(directory), "unlink", look_and_unlink)
-        with keep_features(CONFIG, stays, directory=directory, identity=IDENTITY, kept_for={}) as keeper:
+        with keep_hidden(TARGET, stays, directory=directory, identity=IDENTITY, kept_for={}) as keeper:
             for batch in in_order(samples, order):
                 hidden = np.zeros((len(batch), max(len(sample.tokens) for sample in batch), CONFIG.hidden_size), np.float32)
                 for row, sample in zip(hidden, batch):
@@ -180,7 +182,7 @@ def test_disk_never_exceeds_a_fifth_more_than_the_share_that_is_kept(tmp_path, m
     ranked = [sample for sample in samples if sample.counted.any()]
     assert most <= 1.2 * retain_ratio * size_of(ranked) + size_of(samples, held_out)
     store = HiddenStore.open(tmp_path, IDENTITY, verify=True)
-    assert set(store) == {*select(table, "flatness", retain_ratio).ids, *held_out}
+    assert set(store) == {*select(table, retain_ratio).ids, *held_out}
     for sample in samples:
         if sample.id in store:
             np.testing.assert_array_equal(store[sample.id], hidden_of(sample).astype(ml_dtypes.bfloat16))
@@ -198,13 +200,13 @@ def test_where_long_samples_are_selected_disk_is_what_they_need(tmp_path, monkey
     samples = many_samples()
     scores = np.array([len(sample.tokens) for sample in samples]) + np.random.default_rng(1).random(MANY)
     table, most = keep_all(tmp_path, samples, scores, ["flatness"], 0.3, (), monkeypatch)
-    assert most <= 1.2 * size_of(samples, select(table, "flatness", 0.3).ids)
+    assert most <= 1.2 * size_of(samples, select(table, 0.3).ids)
 
 
 def test_what_is_known_beforehand_is_never_dropped(tmp_path, monkeypatch):
     samples = many_samples()
     table, most = keep_all(tmp_path, samples, np.zeros(MANY), ["random"], 0.3, (), monkeypatch)
-    chosen = select(table, "random", 0.3).ids
+    chosen = select(table, 0.3, metric="random").ids
     assert set(HiddenStore.open(tmp_path, IDENTITY)) == set(chosen) and most == size_of(samples, chosen)
 
 

@@ -1,4 +1,4 @@
-"""The seven metrics against their definitions in float64, and the head that runs on counted tokens only."""
+"""The scores of a token, plain and fast, against their definitions in float64; the head that runs on counted tokens only."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from toy import toy_config
 
 from jsfdd.base.records import Sample, TokenScores
 from jsfdd.models.target import head_logits, hidden_states, init_params
-from jsfdd.scoring.flatness import effective_choices, score_hidden, token_scores
+from jsfdd.scoring.fast_scores import fast_token_scores
+from jsfdd.scoring.flatness import effective_choices, score_hidden, token_flatness, token_scores
 
 CONFIG = toy_config(vocab_size=300, tie_embeddings=True)
 PARAMS = init_params(CONFIG, jax.random.key(0))
-jitted_scores = jax.jit(token_scores)
+plain_scores, fast_scores = jax.jit(token_scores), jax.jit(fast_token_scores)
+both = pytest.mark.parametrize("jitted_scores", [plain_scores, fast_scores], ids=["plain", "fast"])
 
 
 @jax.jit
@@ -65,22 +67,26 @@ logit_rows = st.sampled_from([2, 5, 128, 131, 300]).flatmap(
 
 @settings(max_examples=60, deadline=None)
 @given(logit_rows)
-def test_metrics_follow_their_definitions_and_bounds(logits):
+def test_scores_follow_their_definitions_and_bounds_plain_and_fast(logits):
     next_token = np.argmax(logits, -1)  # whose nll is finite
-    found = jitted_scores(logits, next_token)
-    vocab = logits.shape[-1]
-    # Energy and nll are differences of logits up to 1e4, of which float32 holds 1e-3.
-    assert_scores(found, by_definition(logits, next_token), rtol=2e-5, atol=2e-3)
-    assert_scores(found._replace(energy=0, nll=0), by_definition(logits, next_token)._replace(energy=0, nll=0))
-    assert np.all(np.asarray(found.flatness) <= 1) and np.all(np.asarray(found.flatness) >= np.float32(vocab**-0.5))
-    assert np.all(np.asarray(found.entropy) >= 0) and np.all(np.asarray(found.entropy) <= np.log(vocab) + 1e-5)
-    assert np.all(np.asarray(found.margin) <= np.asarray(found.top1))
+    expected, vocab = by_definition(logits, next_token), logits.shape[-1]
+    plain, fast = plain_scores(logits, next_token), fast_scores(logits, next_token)
+    for found in (plain, fast):
+        # Energy and nll are differences of logits up to 1e4, of which float32 holds 1e-3.
+        assert_scores(found, expected, rtol=2e-5, atol=2e-3)
+        assert_scores(found._replace(energy=0, nll=0), expected._replace(energy=0, nll=0))
+        assert np.all(np.asarray(found.flatness) <= 1) and np.all(np.asarray(found.flatness) >= np.float32(vocab**-0.5))
+        assert np.all(np.asarray(found.entropy) >= 0) and np.all(np.asarray(found.entropy) <= np.log(vocab) + 1e-5)
+        assert np.all(np.asarray(found.margin) <= np.asarray(found.top1))
+    assert_scores(fast, plain, rtol=2e-5, atol=2e-3)
+    np.testing.assert_array_equal(token_flatness(jnp.asarray(logits)), token_scores(jnp.asarray(logits), next_token).flatness)
 
 
+@both
 @pytest.mark.parametrize("vocab", [2, 7, 128, 1000, 49152, 128256])
-def test_uniform_is_flattest_and_one_hot_least_flat(vocab):
+def test_uniform_is_flattest_and_one_hot_least_flat(vocab, jitted_scores):
     logits = jnp.stack([jnp.full(vocab, 3.0), jnp.where(jnp.arange(vocab) == vocab // 2, 1e4, -1e4)])
-    found = token_scores(logits, jnp.array([0, vocab // 2]))
+    found = jitted_scores(logits, jnp.array([0, vocab // 2]))
     np.testing.assert_allclose(found.flatness, [1, vocab**-0.5], rtol=1e-6)
     np.testing.assert_allclose(found.entropy, [np.log(vocab), 0], rtol=1e-6)
     np.testing.assert_allclose(found.top1, [1 / vocab, 1], rtol=1e-6)
@@ -89,8 +95,9 @@ def test_uniform_is_flattest_and_one_hot_least_flat(vocab):
     np.testing.assert_allclose(effective_choices(found.flatness, vocab), [vocab, 1], rtol=1e-5)
 
 
+@both
 @pytest.mark.parametrize("scale", [0.1, 1.0, 4.0, 30.0])
-def test_a_real_vocabulary_loses_no_precision(scale):
+def test_a_real_vocabulary_loses_no_precision(scale, jitted_scores):
     logits = np.random.default_rng(0).normal(size=(4, 49152)).astype(np.float32) * np.float32(scale)
     next_token = np.array([0, 7, 128, 49151])
     assert_scores(jitted_scores(logits, next_token), by_definition(logits, next_token), rtol=1e-5)
@@ -99,7 +106,7 @@ def test_a_real_vocabulary_loses_no_precision(scale):
 def test_flatness_is_the_cosine_to_uniform_and_an_exponential_of_renyi_entropy():
     logits = jax.random.normal(jax.random.key(0), (5, 11))
     p = np.asarray(jax.nn.softmax(logits), np.float64)
-    found = token_scores(logits, jnp.zeros(5, jnp.int32)).flatness
+    found = token_flatness(logits)
     uniform = np.ones(11) / 11
     cosine = [row @ uniform / np.sqrt(row @ row) / np.sqrt(uniform @ uniform) for row in p]
     renyi = -np.log((p**2).sum(-1))
@@ -108,43 +115,48 @@ def test_flatness_is_the_cosine_to_uniform_and_an_exponential_of_renyi_entropy()
     np.testing.assert_allclose(effective_choices(found, 11), np.exp(renyi), rtol=1e-6)
 
 
-def test_metrics_ignore_the_order_of_the_vocabulary_and_all_but_energy_a_common_shift():
+@both
+def test_scores_ignore_the_order_of_the_vocabulary_and_all_but_energy_a_common_shift(jitted_scores):
     logits = 3 * jax.random.normal(jax.random.key(1), (6, 257))
     order = jax.random.permutation(jax.random.key(2), 257)
     next_token = jnp.arange(6)
-    found = token_scores(logits, next_token)
-    permuted = token_scores(logits[:, order], jnp.argsort(order)[next_token])
-    shifted = token_scores(logits + 50.0, next_token)
+    found = jitted_scores(logits, next_token)
+    permuted = jitted_scores(logits[:, order], jnp.argsort(order)[next_token])
+    shifted = jitted_scores(logits + 50.0, next_token)
     assert_scores(permuted, found)
     assert_scores(shifted._replace(energy=shifted.energy + 50), found, rtol=1e-4, atol=1e-5)
 
 
-def test_ties_at_the_top_leave_no_margin_wherever_they_lie():
+@both
+def test_ties_at_the_top_leave_no_margin_wherever_they_lie(jitted_scores):
     for first, second in [(0, 1), (0, 128), (5, 299), (130, 258), (128, 256)]:
         logits = jnp.linspace(-2, 0, 300).at[jnp.array([first, second])].set(4.0)[None, :]
-        assert token_scores(logits, jnp.array([0])).margin[0] == 0, (first, second)
+        assert jitted_scores(logits, jnp.array([0])).margin[0] == 0, (first, second)
         lower = logits.at[0, second].set(3.0)
         expected = by_definition(lower, np.array([0])).margin
-        np.testing.assert_allclose(token_scores(lower, jnp.array([0])).margin, expected, rtol=1e-5)
+        np.testing.assert_allclose(jitted_scores(lower, jnp.array([0])).margin, expected, rtol=1e-5)
 
 
-def test_a_token_that_cannot_occur_adds_nothing_but_counts_in_the_vocabulary():
+@both
+def test_a_token_that_cannot_occur_adds_nothing_but_counts_in_the_vocabulary(jitted_scores):
     logits = jnp.array([[1.0, -jnp.inf, 2.0, -jnp.inf]])
-    found, without = token_scores(logits, jnp.array([2])), token_scores(logits[:, ::2], jnp.array([1]))
+    found, without = jitted_scores(logits, jnp.array([2])), jitted_scores(logits[:, ::2], jnp.array([1]))
     np.testing.assert_allclose(found.flatness, without.flatness / jnp.sqrt(2), rtol=1e-6)
     for name in ("entropy", "top1", "margin", "energy", "nll"):
         np.testing.assert_allclose(getattr(found, name), getattr(without, name), rtol=1e-6, err_msg=name)
 
 
+@both
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
-def test_broken_logits_are_not_hidden(bad):
-    found = token_scores(jnp.array([[0.0, bad, 1.0]]), jnp.array([0]))
+def test_broken_logits_are_not_hidden(bad, jitted_scores):
+    found = jitted_scores(jnp.array([[0.0, bad, 1.0]]), jnp.array([0]))
     assert not np.isfinite(found.flatness[0]) and not np.isfinite(found.entropy[0])
 
 
-def test_bfloat16_logits_are_scored_in_float32():
+@both
+def test_bfloat16_logits_are_scored_in_float32(jitted_scores):
     logits = (4 * jax.random.normal(jax.random.key(3), (3, 500))).astype(jnp.bfloat16)
-    found = token_scores(logits, jnp.arange(3))
+    found = jitted_scores(logits, jnp.arange(3))
     assert all(values.dtype == jnp.float32 for values in found)
     assert_scores(found, by_definition(logits.astype(jnp.float32), np.arange(3)))
 

@@ -10,23 +10,25 @@ import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from toy import toy_config
+from toy import as_target, toy_config
 
 from jsfdd.base.mesh import make_mesh, replicate, shard_rows, to_host
 from jsfdd.base.records import Sample, TokenScores
 from jsfdd.data.batches import Shape, pad_batch
 from jsfdd.hidden.best_k import StillPossible
-from jsfdd.hidden.capture import keep_features
+from jsfdd.hidden.capture import keep_hidden
 from jsfdd.hidden.store import HiddenStore
 from jsfdd.models.target import head_logits, hidden_states, init_params
 from jsfdd.scoring import score as score_module
 from jsfdd.scoring.flatness import score_hidden, token_scores
+from jsfdd.scoring.metrics import METRICS, Metric, column_names
 from jsfdd.scoring.score import make_score_step, score_samples
-from jsfdd.scoring.table import METRICS, read_scores, read_token_scores, write_scores, write_token_scores
+from jsfdd.scoring.table import read_scores, read_token_scores, write_scores, write_token_scores
 from jsfdd.selection.sfdd import select
 
 CONFIG = toy_config(vocab_size=97)
 PARAMS = init_params(CONFIG, jax.random.key(0))
+TARGET = as_target(CONFIG, PARAMS)
 
 
 def make_samples(number=23, seed=0, longest=150):
@@ -71,15 +73,16 @@ def scores_alone(sample):
 def score(samples=SAMPLES, params=PARAMS, devices=1, batch_tokens=512, identity=None, **options):
     mesh = make_mesh(data=devices)
     return score_samples(
-        CONFIG, params, samples, mesh, batch_tokens=batch_tokens, identity=identity or {"target": "toy"}, progress=False,
+        as_target(CONFIG, params), samples, mesh, batch_tokens=batch_tokens, identity=identity or {"target": "toy"}, progress=False,
         **options,
     )  # fmt: skip
 
 
 def assert_equal_tables(a, b):
     assert (a.ids, a.sources) == (b.ids, b.sources)
-    for name in ("num_tokens", *METRICS):
-        np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
+    np.testing.assert_array_equal(a.num_tokens, b.num_tokens)
+    for name in column_names():
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
 @pytest.fixture(scope="module")
@@ -93,14 +96,14 @@ def test_a_sample_is_scored_as_if_it_were_alone(table):
     for i, sample in enumerate(SAMPLES):
         assert table.num_tokens[i] == sample.counted.sum()
         if not sample.counted.any():
-            assert all(np.isnan(getattr(table, name)[i]) for name in METRICS)
+            assert all(np.isnan(table[name][i]) for name in column_names())
             continue
         tokens = scores_alone(sample)
         counted = {name: np.asarray(values)[: len(sample.tokens)][sample.counted] for name, values in tokens._asdict().items()}
         for name in ("flatness", "entropy", "top1", "margin", "energy"):
-            np.testing.assert_allclose(getattr(table, name)[i], counted[name].mean(), rtol=1e-5, err_msg=name)
-        np.testing.assert_allclose(table.ppl[i], np.exp(counted["nll"].mean()), rtol=1e-5)
-        np.testing.assert_allclose(table.flatness_median[i], np.median(counted["flatness"]), rtol=1e-5)
+            np.testing.assert_allclose(table[name][i], counted[name].mean(), rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose(table["ppl"][i], np.exp(counted["nll"].mean()), rtol=1e-5)
+        np.testing.assert_allclose(table["flatness_median"][i], np.median(counted["flatness"]), rtol=1e-5)
         row = table.tokens[i]
         assert row.counted.tolist() == sample.counted.tolist()
         np.testing.assert_allclose(row.flatness[sample.counted], counted["flatness"], rtol=1e-5)
@@ -111,8 +114,8 @@ def test_a_sample_is_scored_as_if_it_were_alone(table):
 @pytest.mark.parametrize("devices, batch_tokens", [(1, 64), (1, 5000), (4, 512), (2, 2000)])
 def test_scores_do_not_depend_on_batches_or_devices(table, devices, batch_tokens):
     other = score(devices=devices, batch_tokens=batch_tokens)
-    for name in METRICS:
-        np.testing.assert_allclose(getattr(other, name), getattr(table, name), rtol=1e-5, err_msg=name)
+    for name in column_names():
+        np.testing.assert_allclose(other[name], table[name], rtol=1e-5, err_msg=name)
     np.testing.assert_array_equal(other.num_tokens, table.num_tokens)
 
 
@@ -120,8 +123,8 @@ def test_scores_do_not_depend_on_the_order_of_the_data(table):
     order = np.random.default_rng(1).permutation(len(SAMPLES))
     shuffled = score([SAMPLES[i] for i in order])
     assert shuffled.ids == tuple(SAMPLES[i].id for i in order)
-    for name in METRICS:
-        np.testing.assert_allclose(getattr(shuffled, name), getattr(table, name)[order], rtol=1e-5, err_msg=name)
+    for name in column_names():
+        np.testing.assert_allclose(shuffled[name], table[name][order], rtol=1e-5, err_msg=name)
 
 
 def test_padding_does_not_matter():
@@ -249,7 +252,7 @@ def test_a_broken_target_names_the_sample():
 def score_and_keep(directory, stays, dtype="float32", **options):
     """The table; the store is in directory / "hidden", the parts in directory / "parts"."""
     place = dict(directory=directory / "hidden", identity={"t": 1}, kept_for={"x": 1})
-    with keep_features(CONFIG, stays, **place, dtype=dtype) as keeper:
+    with keep_hidden(TARGET, stays, **place, dtype=dtype) as keeper:
         return score(keeper=keeper, parts_dir=directory / "parts", **{"seconds_per_part": 0.0, "batch_tokens": 256} | options)
 
 
@@ -286,7 +289,7 @@ def test_one_pass_keeps_what_will_be_selected_and_what_is_held_out(everything, t
     table, whole = everything
     found = score_and_keep(tmp_path, flattest(always={"s0", "s3"}))
     assert_equal_tables(found, table)
-    assert (kept := stored(tmp_path)).keys() == {*select(table, "flatness", 0.4).ids, "s0", "s3"} and len(kept) < len(SAMPLES)
+    assert (kept := stored(tmp_path)).keys() == {*select(table, 0.4).ids, "s0", "s3"} and len(kept) < len(SAMPLES)
     for name in kept:
         np.testing.assert_array_equal(kept[name], whole[name])
 
@@ -309,7 +312,7 @@ def test_a_killed_pass_continues_to_the_same_store(everything, monkeypatch, tmp_
     calls.clear()
     assert_equal_tables(score_and_keep(tmp_path, flattest()), table)
     assert not calls
-    assert (kept := stored(tmp_path)).keys() == set(select(table, "flatness", 0.4).ids)
+    assert (kept := stored(tmp_path)).keys() == set(select(table, 0.4).ids)
     for name in kept:
         np.testing.assert_array_equal(kept[name], whole[name])
 
@@ -328,7 +331,7 @@ def test_finished_scores_and_a_lost_shard_compute_what_is_selected_alone(everyth
     for _ in range(2):
         score_and_keep(tmp_path, StillPossible(SAMPLES, ["flatness"], 0.1, 0))
     kept = stored(tmp_path)
-    assert kept.keys() == set(select(table, "flatness", 0.1).ids)
+    assert kept.keys() == set(select(table, 0.1).ids)
     assert 0 < computed[0] <= len(kept) and computed[1] == 0
     for name in kept:
         np.testing.assert_array_equal(kept[name], whole[name])

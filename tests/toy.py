@@ -42,6 +42,11 @@ def toy_target(seed=0, sharpness=3.0, **changes):
     return config, params
 
 
+def as_target(config, params) -> Target:
+    """A target without a tokenizer."""
+    return Target(config, params, None, "toy", "toy", ())
+
+
 def toy_draft(config, seed=1):
     draft = draft_config(config)
     return draft, init_draft(draft, jax.random.key(seed))

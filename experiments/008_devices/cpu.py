@@ -106,7 +106,7 @@ def exchanges() -> dict:
     from jsfdd.commands.train import TrainConfig
     from jsfdd.models.draft import draft_config
     from jsfdd.models.target import init_params
-    from jsfdd.scoring.score import block_size, make_score_step
+    from jsfdd.scoring.score import make_score_step
     from jsfdd.training.loss import borrow
     from jsfdd.training.step import init_state, make_optimizer, make_train_step, state_shardings
     from jsfdd.weights.target import read_architecture
@@ -114,7 +114,7 @@ def exchanges() -> dict:
     config, mesh, shape = read_architecture("smollm2"), make_mesh(8), (8, 64)
     params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     tokens, mask = jax.ShapeDtypeStruct(shape, np.int32), jax.ShapeDtypeStruct(shape, bool)
-    score = make_score_step(config, mesh, block_size())
+    score = make_score_step(config, mesh)
     programs = {"score": score.lower(params, Batch(tokens, mask, jax.ShapeDtypeStruct((8,), np.int32)))}
     draft, options = draft_config(config), TrainConfig(target="smollm2", data=(Path("none"),), out=Path("none"))
     optimizer = make_optimizer(options, 100)

@@ -22,6 +22,7 @@ import numpy as np
 from jsfdd.base.hardware import describe_hardware
 from jsfdd.base.mesh import make_mesh
 from jsfdd.base.records import Batch, DraftBatch
+from jsfdd.base.tuning import scoring_block
 from jsfdd.commands.costs import Lengths, score_stage, train_stage
 from jsfdd.commands.plan import PlanConfig
 from jsfdd.commands.train import TrainConfig
@@ -29,7 +30,7 @@ from jsfdd.models.architecture import DecoderConfig, Rope
 from jsfdd.models.counted import fold_counted
 from jsfdd.models.draft import draft_config
 from jsfdd.models.target import head_logits, hidden_states, init_params
-from jsfdd.scoring.score import block_size, make_score_step
+from jsfdd.scoring.score import make_score_step
 from jsfdd.training.loss import borrow
 from jsfdd.training.soft_means import make_means_step
 from jsfdd.training.step import block_size as train_block
@@ -136,11 +137,11 @@ def figures(stage, tokens: int, took: float, rate: float, compiled) -> dict:
 
 def measure_score(case: Case, dtype, rate: float, repeats: int) -> dict:
     params, (batch, lengths) = target_params(case, dtype), make_batch(case)
-    step = make_score_step(case.config, make_mesh(1), block_size()).lower(params, batch).compile()
+    step = make_score_step(case.config, make_mesh(1)).lower(params, batch).compile()
     took = seconds(step, (params, batch), repeats)
     stage = score_stage(case.config, lengths, batch.tokens.size, jnp.dtype(dtype).itemsize, 1)
     found = figures(stage, batch.tokens.size, took, rate, step)
-    plain = jax.jit(functools.partial(bare, case.config, block_size())).lower(params, batch).compile()
+    plain = jax.jit(functools.partial(bare, case.config, scoring_block(jax.default_backend()))).lower(params, batch).compile()
     return found | {"overhead_over_bare": took / seconds(plain, (params, batch), repeats) - 1}
 
 

@@ -28,7 +28,7 @@ from jsfdd.data.chat import Chat, read_chats
 from jsfdd.data.template import tokenize_chats
 from jsfdd.models.sharding import place_params
 from jsfdd.scoring.passes import run_batches
-from jsfdd.scoring.score import block_size, make_score_step
+from jsfdd.scoring.score import make_score_step
 from jsfdd.weights.target import load_target
 
 ROUND = 20
@@ -53,7 +53,7 @@ def main() -> None:
         chosen.append(samples)
         truncated.update(summary.truncated)
     shapes = choose_shapes([len(sample.tokens) for samples in chosen for sample in samples], BATCH_TOKENS)
-    step, params = make_score_step(target.config, mesh, block_size()), place_params(target.params, mesh)
+    step, params = make_score_step(target.config, mesh), place_params(target.params, mesh)
     for number, samples in enumerate(chosen):
         path = options.out / f"round-{number:03d}.npz"
         if path.exists():
@@ -61,7 +61,7 @@ def main() -> None:
         plans = make_batches([len(sample.tokens) for sample in samples], shapes)
         scores: dict[str, TokenScores] = {}
         label = f"round {number + 1}/{len(chosen)}"
-        for batch, (found, _) in run_batches(step, params, samples, plans, mesh, label=label, finished=0, progress=True):
+        for batch, (found, _) in run_batches(step, params, samples, plans, mesh, label=label):
             scores |= {sample.id: TokenScores(*[values[b] for values in found]) for b, sample in enumerate(batch)}
         write_round(path, samples, scores, truncated)
 

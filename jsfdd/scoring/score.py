@@ -20,6 +20,7 @@ from jsfdd.base.files import differences, plain
 from jsfdd.base.mesh import map_over_devices, num_data_shards
 from jsfdd.base.processes import agree, several, wait_for_all
 from jsfdd.base.records import Batch, Sample, TokenScores, samples_digest
+from jsfdd.base.tuning import scoring_block
 from jsfdd.data.batches import BatchPlan, choose_shapes, make_batches
 from jsfdd.models.architecture import DecoderConfig
 from jsfdd.models.foreign import ForeignTarget, foreign_hidden
@@ -49,17 +50,8 @@ class Keeper(Protocol):
         """Take a batch, row b for samples[b], right-padded; `scores` are None if an earlier call computed them."""
 
 
-def block_size() -> int:
-    """Tokens that the head takes at a time.
-
-    On a CPU the logits of a block should stay in its caches; an accelerator reads all of the head for each block, which
-    a thousand tokens pay for.
-    """
-    return 64 if jax.default_backend() == "cpu" else 1024
-
-
 def make_score_step(
-    config: DecoderConfig, mesh: Mesh, block: int, hidden_dtype: Literal["bfloat16", "float32"] | None = None
+    config: DecoderConfig, mesh: Mesh, hidden_dtype: Literal["bfloat16", "float32"] | None = None, block: int | None = None
 ) -> Callable:
     """Compile the scoring of one batch: `(params, Batch) -> (TokenScores [B, T], hidden [B, T, D] or None)`.
 
@@ -69,9 +61,10 @@ def make_score_step(
     Args:
       config: the target's.
       mesh: its data axis must divide the batch's rows.
-      block: see `score_hidden`.
       hidden_dtype: also return the hidden states after the final norm, in this dtype.
+      block: as in `score_hidden`; by default what suits the mesh's devices.
     """
+    block = block or _block(mesh)
 
     def step(params: dict, batch: Batch) -> tuple[TokenScores, jax.Array | None]:
         hidden = hidden_states(config, params, batch.tokens)
@@ -82,9 +75,10 @@ def make_score_step(
 
 
 def make_foreign_score_step(
-    target: ForeignTarget, mesh: Mesh, block: int, hidden_dtype: Literal["bfloat16", "float32"] | None = None
+    target: ForeignTarget, mesh: Mesh, hidden_dtype: Literal["bfloat16", "float32"] | None = None
 ) -> Callable:
     """As `make_score_step`, for a foreign target: its own program computes hidden states, one of ours the scores."""
+    block = _block(mesh)
 
     def score(params: dict, batch: Batch, hidden: jax.Array) -> TokenScores:
         return score_hidden(target.config, params, hidden, _next_tokens(batch), batch.counted, block)
@@ -96,6 +90,10 @@ def make_foreign_score_step(
         return compiled(params, batch, hidden), None if hidden_dtype is None else hidden.astype(hidden_dtype)
 
     return step
+
+
+def _block(mesh: Mesh) -> int:
+    return scoring_block(mesh.devices.flat[0].platform)
 
 
 def _next_tokens(batch: Batch) -> jax.Array:
@@ -166,9 +164,9 @@ def score_samples(
     remaining = [plan for plan in plans if not is_finished(plan)]
     hidden_dtype = None if keeper is None else keeper.device_dtype
     if isinstance(target, ForeignTarget):
-        step = make_foreign_score_step(target, mesh, block_size(), hidden_dtype)
+        step = make_foreign_score_step(target, mesh, hidden_dtype)
     else:
-        step = make_score_step(target.config, mesh, block_size(), hidden_dtype)
+        step = make_score_step(target.config, mesh, hidden_dtype)
     batches = run_batches(
         step, place_params(target.params, mesh), samples, remaining, mesh,
         label="score", finished=len(plans) - len(remaining), progress=progress,
