@@ -362,6 +362,25 @@ def test_tables_come_back_from_their_files(tmp_path, table):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["scores.parquet", "token_scores.parquet"]
 
 
+def test_a_metric_is_added_in_one_place(monkeypatch, tmp_path):
+    """The table of metrics is enough: it is then scored, joined, written, read, selected and known while scoring."""
+    low = Metric("flattest tenth", "flatness", "small", "for the test", lambda values: np.quantile(values, 0.9))
+    monkeypatch.setitem(METRICS, "flattest_tenth", low)
+    samples = [sample for sample in SAMPLES if sample.counted.any()]
+    possible = StillPossible(samples, ["flattest_tenth"], 0.3, 0)
+    table = score_and_keep(tmp_path, possible, samples=samples, per_token=True)
+    expected = [np.quantile(row.flatness[row.counted].astype(np.float64), 0.9) for row in table.tokens]
+    np.testing.assert_allclose(table["flattest_tenth"], expected)
+    write_scores(tmp_path / "scores.parquet", table)
+    found = read_scores(tmp_path / "scores.parquet")
+    np.testing.assert_array_equal(found["flattest_tenth"], table["flattest_tenth"])
+    kept = select(found, 0.3, metric="flattest_tenth")
+    worst = np.argsort(expected)[: len(kept.ids)]
+    assert set(kept.ids) == {samples[i].id for i in worst} == stored(tmp_path).keys()
+    monkeypatch.undo()
+    assert_equal_tables(read_scores(tmp_path / "scores.parquet"), dataclasses.replace(table, metrics={n: table[n] for n in column_names()}))
+
+
 def test_a_bad_scores_file_is_named(tmp_path, table):
     path = tmp_path / "scores.parquet"
     with pytest.raises(FileNotFoundError, match=r"scores\.parquet: no such file; run `jsfdd score`"):

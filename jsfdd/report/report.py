@@ -104,10 +104,10 @@ def _result(files: RunFiles) -> dict:
 
 def _flatness(files: RunFiles) -> dict:
     scored = files.scores.num_tokens > 0
-    flatness, entropy = files.scores.flatness[scored], files.scores.entropy[scored]
+    flatness, entropy = files.scores["flatness"][scored], files.scores["entropy"][scored]
     groups, colours = source_groups(np.array(files.scores.sources, object)[scored])
     size = files.summary["target"]["vocab_size"]
-    selections = [a.selection for a in files.arms if a.name == "flatness" and a.selection.unit == "sample"]
+    selections = [a.selection for a in files.arms if a.name == "flatness"]
     thresholds = [s.thresholds["all"] for s in selections if s.within == "all"]  # a line, where there is one for all sources
     return {
         "flatness_panels": _safe(

@@ -40,7 +40,7 @@ class Provenance(NamedTuple):
 
     Attributes:
       training: the identity that its training run's checkpoint holds.
-      selection: selection.json's metric, retain_ratio, threshold, unit, seed, the counts kept and dropped, and sha256.
+      selection: selection.json's metric, retain_ratio, thresholds, within, seed, the counts kept and dropped, and sha256.
       report: report.json of `jsfdd evaluate`.
     """
 
@@ -153,7 +153,7 @@ def _selection(selection: dict | None) -> str:
     thresholds = ", ".join(f"{name} {value:g}" for name, value in selection["thresholds"].items())
     return (
         f"Selected by {selection['metric']}: {selection['kept']} conversations kept (retain ratio "
-        f"{selection['retain_ratio']:g}, within {selection['within']}, unit {selection['unit']}, thresholds {thresholds}, seed "
+        f"{selection['retain_ratio']:g}, within {selection['within']}, thresholds {thresholds}, seed "
         f"{selection['seed']}; {selection['dropped']} had no token that counts). sha256 of selection.json: "
         f"`{selection['sha256']}`."
     )
