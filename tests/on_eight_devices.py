@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from toy import toy_draft, toy_target
+from toy import as_target, toy_draft, toy_target
 
 from jsfdd.base.mesh import make_mesh, put, replicate, shard_rows, to_host
 from jsfdd.base.records import DraftBatch, Sample
@@ -22,7 +22,6 @@ from jsfdd.models.sharding import place_params, split_vocabulary
 from jsfdd.models.target import hidden_states
 from jsfdd.scoring.passes import group_plans
 from jsfdd.scoring.score import make_score_step, score_samples
-from jsfdd.scoring.table import METRICS
 from jsfdd.training.batch import TrainingData, device_batch
 from jsfdd.training.loss import borrow
 from jsfdd.training.soft_means import make_means_step
@@ -53,12 +52,8 @@ HIDDEN = {s.id: np.asarray(_hidden(np.pad(s.tokens, (0, 64 - len(s.tokens)))[Non
 
 
 def score(mesh):
-    table = score_samples(
-        CONFIG, PARAMS, SAMPLES, mesh, batch_tokens=256, identity={}, per_token=True, progress=False
-    )
-    return {name: getattr(table, name) for name in METRICS} | {
-        "token_flatness": np.concatenate([row.flatness for row in table.tokens])
-    }
+    table = score_samples(as_target(CONFIG, PARAMS), SAMPLES, mesh, batch_tokens=256, per_token=True, progress=False)
+    return table.metrics | {"token_flatness": np.concatenate([row.flatness for row in table.tokens])}
 
 
 def options(out, **changes):
@@ -122,7 +117,7 @@ def train_step(mesh, shard_optimizer=False):
 
 
 def score_step(mesh):
-    return make_score_step(CONFIG, mesh, 64), (place_params(PARAMS, mesh), shard_rows(pad_batch(SAMPLES[:8], SHAPE), mesh))
+    return make_score_step(CONFIG, mesh, block=64), (place_params(PARAMS, mesh), shard_rows(pad_batch(SAMPLES[:8], SHAPE), mesh))
 
 
 def compiled_text(step, arguments):

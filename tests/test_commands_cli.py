@@ -17,7 +17,8 @@ from jsfdd.commands import cli
 from jsfdd.commands.cli import COMMANDS, STAGES, configs, main
 from jsfdd.commands.parser import field_docstrings
 from jsfdd.models.architecture import Rope
-from jsfdd.scoring.table import METRICS, ScoreTable, write_scores
+from jsfdd.scoring.metrics import column_names
+from jsfdd.scoring.table import ScoreTable, write_scores
 from jsfdd.weights.export import write_draft
 from jsfdd.weights.target import load_target
 
@@ -343,9 +344,9 @@ def test_an_interrupt_exits_with_130(monkeypatch, capsys):
 )
 def test_a_reader_that_leaves_early_is_no_fault(tmp_path, arguments):
     """As in `jsfdd … | head`: output that nobody reads any more ends the command without a word."""
-    columns = {name: np.arange(1.0, 5.0) for name in METRICS}
+    columns = {name: np.arange(1.0, 5.0) for name in column_names()}
     ids = tuple("abcd")
-    table = ScoreTable(ids=ids, sources=ids, num_tokens=np.ones(4, np.int32), identity={}, tokens=None, **columns)
+    table = ScoreTable(ids, ids, np.ones(4, np.int32), columns, identity={})
     write_scores(tmp_path / "scores.parquet", table)
     names = {"SCORES": str(tmp_path / "scores.parquet"), "OUT": str(tmp_path / "out")}
     command = [sys.executable, "-m", "jsfdd.commands.cli", *(names.get(word, word) for word in arguments)]

@@ -9,7 +9,8 @@ import pytest
 from toy import toy_config, toy_draft, write_target
 
 from jsfdd.commands.cli import main
-from jsfdd.scoring.table import METRICS, ScoreTable, write_scores
+from jsfdd.scoring.metrics import column_names
+from jsfdd.scoring.table import ScoreTable, write_scores
 from jsfdd.weights import huggingface
 from jsfdd.weights.export import write_draft
 
@@ -27,9 +28,9 @@ def inputs(tmp_path_factory):
         (folder / "chats" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     prompts = [{"turns": ["one", "two"]}, {"turns": ["one"]}, {"turns": ["one"]}]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
-    columns = {name: np.arange(1.0, 5.0) for name in METRICS}
+    columns = {name: np.arange(1.0, 5.0) for name in column_names()}
     ids = tuple(f"a-{number}" for number in range(1, 5))
-    table = ScoreTable(ids=ids, sources=ids, num_tokens=np.ones(4, np.int32), identity={}, tokens=None, **columns)
+    table = ScoreTable(ids, ids, np.ones(4, np.int32), columns, identity={})
     write_scores(folder / "scores.parquet", table)
     draft, params = toy_draft(toy_config(vocab_size=258, max_position=1024))
     write_draft(folder / "draft", draft, params, "eagle")

@@ -366,5 +366,5 @@ def test_on_its_own_text_the_target_is_surer(inputs, finished, tmp_path):
     ppl = []
     for name, data in (("given", config.data[0]), ("own", config.out)):
         table = score.score(score.ScoreConfig(data=(data,), out=tmp_path / name, **shared))
-        ppl.append(np.average(np.log(table.ppl), weights=table.num_tokens))
+        ppl.append(np.average(np.log(table["ppl"]), weights=table.num_tokens))
     assert ppl[1] < ppl[0] - 1

@@ -178,7 +178,7 @@ def test_cards_are_not_made_from_other_runs(finished, tmp_path, name, edit, mess
 def test_flatness_arm_keeps_the_flattest(finished):
     config, _ = finished
     table = read_scores(config.out / "scores.parquet")
-    flatness = dict(zip(table.ids, table.flatness))
+    flatness = dict(zip(table.ids, table["flatness"]))
     kept = set(read_selection(config.out / "arms" / "flatness" / "selection.json").ids)
     assert min(flatness[i] for i in kept) >= max(flatness[i] for i in flatness if i not in kept)
 

@@ -102,9 +102,8 @@ def _write_scores(run: Path, num_samples: int, rng) -> dict[str, dict]:
     others = dict.fromkeys(("flatness_median", "top1", "margin", "energy", "ppl"), flatness)  # no report reads them
     num_tokens = np.array([row.counted.sum() for row in rows], np.int32)
     sources = tuple(s["source"] for s in samples.values())
-    table = ScoreTable(
-        tuple(samples), sources, num_tokens, flatness=flatness, entropy=entropy, identity={}, tokens=rows, **others
-    )
+    metrics = {"flatness": flatness, "entropy": entropy} | others
+    table = ScoreTable(tuple(samples), sources, num_tokens, metrics, identity={}, tokens=rows)
     write_scores(run / "scores.parquet", table)
     write_token_scores(run / "token_scores.parquet", table)
     return samples

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toy import toy_config
+from toy import as_target, toy_config
 
 from jsfdd.base.mesh import make_mesh, replicate, shard_rows
 from jsfdd.base.records import Sample
@@ -94,7 +94,7 @@ def test_recomputed_hidden_states_train_the_same_draft_as_stored_ones(tmp_path):
     options = TrainConfig(
         target="toy", data=("chats.jsonl",), out=tmp_path, batch_tokens=640, held_out_share=0.2, epochs=1, feature_dtype=dtype
     )
-    hidden_of = make_recompute(config, params, mesh, dtype)
+    hidden_of = make_recompute(as_target(config, params), mesh, dtype)
     hidden = {}
     for start in range(0, len(samples), 16):
         own = samples[start : start + 16]

@@ -18,7 +18,7 @@ from jsfdd.commands.score import ScoreConfig, still_possible
 from jsfdd.commands.train import TrainConfig
 from jsfdd.data.chat import read_chats
 from jsfdd.data.template import tokenize_chats
-from jsfdd.hidden.capture import keep_features
+from jsfdd.hidden.capture import keep_hidden
 from jsfdd.hidden.rows import row_bytes
 from jsfdd.hidden.store import HiddenStore
 from jsfdd.scoring.score import score_samples
@@ -76,9 +76,7 @@ def main() -> None:
 
     def score(keeper=None):
         before, start, cpu = compiling, time.perf_counter(), time.process_time()
-        table = score_samples(
-            target.config, target.params, samples, mesh, batch_tokens=1024, identity={}, keeper=keeper, progress=False
-        )
+        table = score_samples(target, samples, mesh, batch_tokens=1024, identity={}, keeper=keeper, progress=False)
         compiled = compiling - before
         return table, time.perf_counter() - start - compiled, time.process_time() - cpu - compiled
 
@@ -87,7 +85,7 @@ def main() -> None:
     _, results["score_seconds"], results["score_cpu_seconds"] = score()
     look = watched(work / "hidden")
     where = dict(directory=work / "hidden", identity={}, kept_for={})
-    with keep_features(target.config, still_possible(options, samples), **where) as keeper:
+    with keep_hidden(target, still_possible(options, samples), **where) as keeper:
         keep, spent = keeper.keep, 0.0
 
         def timed_keep(*batch):
@@ -101,7 +99,7 @@ def main() -> None:
         table, results["keep_seconds"], results["keep_cpu_seconds"] = score(keeper)
     results["in_the_keeper_seconds"] = spent
     store = HiddenStore.open(work / "hidden", {}, verify=True)
-    chosen = select(table, "flatness", arguments.retain_ratio).ids
+    chosen = select(table, arguments.retain_ratio).ids
     assert set(store) == set(chosen)
     kept = sum(path.stat().st_size for path in (work / "hidden").glob("shard-*"))
     results["disk"] = {

@@ -110,7 +110,7 @@ def from_scores(directory: Path, data: Path, tokenizer) -> Scored:
         sources=np.array(table.sources),
         counted=table.num_tokens,
         truncated=np.isin(table.ids, summary.truncated),
-        means=np.stack([getattr(table, name) for name in (*METRICS[:5], "ppl")], 1),
+        means=np.stack([table[name] for name in (*METRICS[:5], "ppl")], 1),
         tokens=[tokens[name] for name in table.ids],
         sample=np.repeat(np.arange(len(table.ids)), table.num_tokens),
         position=np.concatenate(places),

@@ -29,7 +29,7 @@ def arms(pool: Pool, plan: str, seeds: Sequence[int]) -> dict[str, Arm | Progres
     """The arms of a plan by name; " seed N" ends every name, and what comes before it is what is compared."""
     everything = [sample.id for sample in pool.samples]
     sources = [sample.source for sample in pool.samples]
-    scores = dict(zip(pool.table.ids, pool.table.flatness))
+    scores = dict(zip(pool.table.ids, pool.table["flatness"]))
     flat = [scores[sample.id] for sample in pool.samples]
     epochs = pool.base.epochs
     found: dict[str, Arm | Progressive] = {}

@@ -25,7 +25,8 @@ from experiments.pool.counts import (
 )
 from experiments.results import read_results, write_results
 from jsfdd.base.hardware import describe_hardware
-from jsfdd.scoring.table import METRICS, join, read_scores
+from jsfdd.scoring.metrics import METRICS
+from jsfdd.scoring.table import join, read_scores
 from jsfdd.selection import sfdd
 
 matplotlib.use("Agg")
@@ -108,7 +109,7 @@ def composition(work: Path, chats: int) -> dict:
     table = read_scores(work / "scores.parquet")
     table = join([table], table.ids[:chats])
     sources, kept = dict(zip(table.ids, table.sources)), {"all": set(table.ids)}
-    kept |= {metric: set(sfdd.select(table, metric, 0.5, 0).ids) for metric in (*METRICS, "random")}
+    kept |= {metric: set(sfdd.select(table, 0.5, metric=metric).ids) for metric in METRICS}
     counts = {metric: Counter(sources[i] for i in ids) for metric, ids in kept.items()}
     return {
         metric: {

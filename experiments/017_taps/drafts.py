@@ -29,7 +29,7 @@ def arms(pool: Pool, training: str, size: int, seed: int, epochs: int, flattest:
         if sample.source in MATHS + CHAT
     ]
     if flattest:
-        scores = dict(zip(pool.table.ids, pool.table.flatness))
+        scores = dict(zip(pool.table.ids, pool.table["flatness"]))
         subjects = {name: [sample for sample in both if sample.source == name] for name in ("maths", "chat")}
         both = [
             sample

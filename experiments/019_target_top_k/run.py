@@ -46,7 +46,7 @@ def main() -> None:
     target, mesh = loaded.target, loaded.mesh
     frozen, draft = borrow(target.config, target.params), draft_of(target.config, options, loaded.samples)
     samples = [loaded.samples[i] for i in np.random.default_rng(0).permutation(len(loaded.samples))[: given.chats]]
-    data = TrainingData(samples, make_recompute(target.config, target.params, mesh, "bfloat16"))
+    data = TrainingData(samples, make_recompute(target, mesh, "bfloat16"))
 
     steps = {k: make_top_k_step(k, mesh, block_size(mesh)) for k in KS}
     masses, longest = {k: [] for k in KS}, Shape(4, options.max_length)

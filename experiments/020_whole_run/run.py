@@ -57,7 +57,7 @@ def target_passes(pool: Pool, work: Path, number: int) -> None:
     if stages.seconds:
         return
     stages.run(
-        "features of all", store_hidden, loaded.target.config, loaded.target.params, loaded.samples, loaded.mesh,
+        "features of all", store_hidden, loaded.target, loaded.samples, loaded.mesh,
         batch_tokens=pool.base.batch_tokens, directory=work / "all", identity=identity, dtype="bfloat16",
     )  # fmt: skip
     options = {name: getattr(pool.base, name) for name in ("target", "data", "max_length", "batch_tokens")}
@@ -65,7 +65,7 @@ def target_passes(pool: Pool, work: Path, number: int) -> None:
         **options, out=work / "half", per_token=True, keep_features=("flatness",), retain_ratio=0.5, held_out_share=0.0
     )
     stages.run("scores, features of half", score.score, config, loaded)
-    stages.run("selection", select, pool.table, "flatness", 0.5, 0)
+    stages.run("selection", select, pool.table, 0.5)
     facts = {"samples": len(samples), "tokens": sum(len(sample.tokens) for sample in samples)}
     for name in ("all", "half/hidden"):
         facts[name] = sum(path.stat().st_size for path in (work / name).rglob("*") if path.is_file())

@@ -45,7 +45,7 @@ def main() -> None:
     target, mesh, shape = loaded.target, loaded.mesh, Shape(4, 256)
     # The chats whose answers are longest: most of a batch's tokens count, as in long chats.
     samples = sorted(loaded.samples, key=lambda sample: -sample.counted.sum())[: shape.rows]
-    store = make_recompute(target.config, target.params, mesh, "bfloat16")
+    store = make_recompute(target, mesh, "bfloat16")
     batch = device_batch(TrainingData(samples, store), range(shape.rows), shape, mesh)
     counted = np.asarray(batch.counted)
     order = np.random.default_rng(0).random(counted.shape)

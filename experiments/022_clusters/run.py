@@ -33,7 +33,7 @@ COMPARED = (
 
 def chosen(pool: Pool, seed: int) -> dict[str, Sequence[str]]:
     """The samples of each arm, by 014's names."""
-    flat = pool.table.flatness
+    flat = pool.table["flatness"]
     chance = [random_score(seed, sample_id) for sample_id in pool.table.ids]
     clusters, sources = prompt_clusters(pool, CLUSTERS), [sample.source for sample in pool.samples]
     return {

@@ -18,7 +18,7 @@ from jsfdd.training.step import make_evaluate_step
 
 def by_metric(pool: Pool, metric: str, ratio: float, seed: int) -> tuple[str, ...]:
     """What `jsfdd select` keeps."""
-    return sfdd.select(pool.table, metric, ratio, seed).ids
+    return sfdd.select(pool.table, ratio, metric=metric, seed=seed).ids
 
 
 def within(pool: Pool, groups: Sequence, scores: Sequence[float], ratio: float) -> list[str]:

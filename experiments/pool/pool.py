@@ -112,7 +112,7 @@ def open_pool(
         digest = hashlib.sha256(b"".join(sample.tokens.tobytes() for sample in recorded[temperature].samples)).hexdigest()
         with timed(work, f"read {directory.name}"):
             states = store_hidden(
-                loaded.target.config, loaded.target.params, recorded[temperature].samples, loaded.mesh,
+                loaded.target, recorded[temperature].samples, loaded.mesh,
                 batch_tokens=4096, directory=directory, identity={"answers": digest}, dtype="float32",
             )  # fmt: skip
         judges[temperature] = (states, {})

@@ -71,7 +71,8 @@ def foreign_target(
     """
     shape = (config.vocab_size, config.hidden_size)
     if config.tie_embeddings != (head is None):
-        raise ValueError(f"tie_embeddings is {config.tie_embeddings}, so the head must be {'None' if head is not None else 'given'}")
+        wanted = "None" if config.tie_embeddings else "given"
+        raise ValueError(f"tie_embeddings is {config.tie_embeddings}, so the head must be {wanted}")
     for matrix, what in ((embedding, "embedding"), (head, "head")):
         if matrix is not None and matrix.shape != shape:
             raise ValueError(f"the {what} is {matrix.shape}, but the config says [vocab_size, hidden_size] = {shape}")

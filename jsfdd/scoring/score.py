@@ -51,7 +51,11 @@ class Keeper(Protocol):
 
 
 def make_score_step(
-    config: DecoderConfig, mesh: Mesh, hidden_dtype: Literal["bfloat16", "float32"] | None = None, block: int | None = None
+    config: DecoderConfig,
+    mesh: Mesh,
+    *,
+    hidden_dtype: Literal["bfloat16", "float32"] | None = None,
+    block: int | None = None,
 ) -> Callable:
     """Compile the scoring of one batch: `(params, Batch) -> (TokenScores [B, T], hidden [B, T, D] or None)`.
 
@@ -75,7 +79,7 @@ def make_score_step(
 
 
 def make_foreign_score_step(
-    target: ForeignTarget, mesh: Mesh, hidden_dtype: Literal["bfloat16", "float32"] | None = None
+    target: ForeignTarget, mesh: Mesh, *, hidden_dtype: Literal["bfloat16", "float32"] | None = None
 ) -> Callable:
     """As `make_score_step`, for a foreign target: its own program computes hidden states, one of ours the scores."""
     block = _block(mesh)
@@ -164,9 +168,9 @@ def score_samples(
     remaining = [plan for plan in plans if not is_finished(plan)]
     hidden_dtype = None if keeper is None else keeper.device_dtype
     if isinstance(target, ForeignTarget):
-        step = make_foreign_score_step(target, mesh, hidden_dtype)
+        step = make_foreign_score_step(target, mesh, hidden_dtype=hidden_dtype)
     else:
-        step = make_score_step(target.config, mesh, hidden_dtype)
+        step = make_score_step(target.config, mesh, hidden_dtype=hidden_dtype)
     batches = run_batches(
         step, place_params(target.params, mesh), samples, remaining, mesh,
         label="score", finished=len(plans) - len(remaining), progress=progress,
