@@ -9,6 +9,7 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from jsfdd.data.chat import Chat
 from jsfdd.decoding.generate import PromptBatch
 from jsfdd.models.architecture import DecoderConfig, Rope
 from jsfdd.models.draft import draft_config, init_draft
@@ -94,6 +95,14 @@ def loaded_target(seed=0) -> Target:
     """A toy target as `load_target` would give it."""
     config, params = toy_target(seed, vocab_size=258, max_position=1024)
     return Target(config, params, toy_tokenizer(), "toy", f"toy-{seed}", (257,))
+
+
+def toy_chats(answers=("Because it scatters.", "Forty-two, I think.")) -> list[Chat]:
+    """Chats of one turn, as if they had been read from a file."""
+    return [
+        Chat(f"c{i}", "toy", ({"role": "user", "content": "Why?"}, {"role": "assistant", "content": answer}), f"toy:{i + 1}")
+        for i, answer in enumerate(answers)
+    ]
 
 
 def write_target(directory, seed=0, target=None):

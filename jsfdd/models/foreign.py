@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,24 +32,28 @@ class ForeignTarget(NamedTuple):
     Attributes:
       config: widths, heads, rotation and vocabulary, from which its draft takes its shape; layers are not looked at.
       params: its embedding and head, laid out as in `models/target.py`.
-      hidden_states: int32[B, T] tokens, right-padded, to the states [B, T, D] after its final norm.
+      hidden_states: int32[B, T] tokens, right-padded, to the states [B, T, D] after its final norm; None where they are given
+        as arrays.
+      tokenizer: a fast transformers tokenizer with a chat template; None where samples are tokenized already.
       name: for messages and cards.
       fingerprint: what results that depend on this target are stored with.
     """
 
     config: DecoderConfig
     params: dict
-    hidden_states: Callable[[Int[np.ndarray, "B T"]], Float[Array, "B T D"]]
+    hidden_states: Callable[[Int[np.ndarray, "B T"]], Float[Array, "B T D"]] | None
+    tokenizer: Any
     name: str
     fingerprint: str
 
 
 def foreign_target(
-    hidden_states: Callable[[Int[np.ndarray, "B T"]], Float[Array, "B T D"]],
+    hidden_states: Callable[[Int[np.ndarray, "B T"]], Float[Array, "B T D"]] | None,
     embedding: Float[Array, "V D"],
     head: Float[Array, "V D"] | None,
     config: DecoderConfig,
     *,
+    tokenizer=None,
     name: str = "foreign",
     fingerprint: str | None = None,
 ) -> ForeignTarget:
@@ -58,16 +62,25 @@ def foreign_target(
     Args:
       hidden_states: from tokens (numpy, int32[B, T], right-padded with token 0) to the states [B, T, D], float32 or
         bfloat16, that the head multiplies: after the final norm. It must be causal, so that padding does not matter. Jit it.
-        It is called with a few different shapes.
+        It is called with a few different shapes. None if hidden states are always given as arrays.
       embedding: of the tokens, scaled as the model scales them but for `config.embedding_scale`.
       head: logits are `hidden @ head.T`; None where the embedding is the head.
       config: of the model; of it `vocab_size`, `hidden_size`, the heads, the rotation and the norm's eps shape a draft.
+      tokenizer: a fast transformers tokenizer with a chat template, if chats are to be tokenized here.
       name: for messages and cards.
       fingerprint: changes when the weights do; by default a sha256 of embedding and head.
 
     Raises:
       ValueError: embedding or head is not [vocab_size, hidden_size], or the head is missing though `config.tie_embeddings`
         is False.
+
+    Example:
+      >>> states = jax.jit(lambda tokens: jsfdd.hidden_states(target, tokens))             # stands for another library's
+      >>> embedding, head = target.params["embed"]["embedding"], target.params["head"]["kernel"].T
+      >>> foreign = foreign_target(states, embedding, head, target.config, name="mine")
+      >>> samples = [jsfdd.Sample("a", "x", np.arange(9, dtype=np.int32), np.ones(9, bool))]
+      >>> jsfdd.score(foreign, samples).num_tokens
+      array([8], dtype=int32)
     """
     shape = (config.vocab_size, config.hidden_size)
     if config.tie_embeddings != (head is None):
@@ -84,7 +97,7 @@ def foreign_target(
         for leaf in jax.tree.leaves(params):
             sha.update(np.ascontiguousarray(leaf).tobytes())
         fingerprint = sha.hexdigest()
-    return ForeignTarget(config, params, hidden_states, name, fingerprint)
+    return ForeignTarget(config, params, hidden_states, tokenizer, name, fingerprint)
 
 
 def foreign_hidden(target: ForeignTarget, batch: Batch, mesh: Mesh) -> Float[Array, "B T D"]:
@@ -96,6 +109,8 @@ def foreign_hidden(target: ForeignTarget, batch: Batch, mesh: Mesh) -> Float[Arr
     """
     if several():
         raise ValueError(f"{target.name}: hidden states of a foreign target are computed in one process; start a single one")
+    if target.hidden_states is None:
+        raise ValueError(f"{target.name}: has no function for hidden states; give them as arrays (hidden=…)")
     tokens = to_host(batch.tokens)
     hidden = target.hidden_states(tokens)
     expected = (*tokens.shape, target.config.hidden_size)

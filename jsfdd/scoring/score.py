@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -21,7 +21,7 @@ from jsfdd.base.mesh import map_over_devices, num_data_shards
 from jsfdd.base.processes import agree, several, wait_for_all
 from jsfdd.base.records import Batch, Sample, TokenScores, samples_digest
 from jsfdd.base.tuning import scoring_block
-from jsfdd.data.batches import BatchPlan, choose_shapes, make_batches
+from jsfdd.data.batches import BatchPlan, Shape, choose_shapes, make_batches, pad_batch, pad_rows
 from jsfdd.models.architecture import DecoderConfig
 from jsfdd.models.foreign import ForeignTarget, foreign_hidden
 from jsfdd.models.sharding import place_params
@@ -78,22 +78,43 @@ def make_score_step(
     return map_over_devices(step, mesh)
 
 
-def make_foreign_score_step(
-    target: ForeignTarget, mesh: Mesh, *, hidden_dtype: Literal["bfloat16", "float32"] | None = None
-) -> Callable:
-    """As `make_score_step`, for a foreign target: its own program computes hidden states, one of ours the scores."""
+def make_head_step(config: DecoderConfig, mesh: Mesh) -> Callable:
+    """Compile `(params, (Batch, hidden [B, T, D])) -> TokenScores [B, T]`: the scores of hidden states that are there."""
     block = _block(mesh)
 
-    def score(params: dict, batch: Batch, hidden: jax.Array) -> TokenScores:
-        return score_hidden(target.config, params, hidden, _next_tokens(batch), batch.counted, block)
+    def step(params: dict, batch: tuple[Batch, jax.Array]) -> TokenScores:
+        batch, hidden = batch
+        return score_hidden(config, params, hidden, _next_tokens(batch), batch.counted, block)
 
-    compiled = map_over_devices(score, mesh, num_sharded=2)
+    return map_over_devices(step, mesh)
+
+
+def _foreign_step(target: ForeignTarget, mesh: Mesh, hidden_dtype) -> Callable:
+    """As `make_score_step` makes, in two programs: the target's own for hidden states, and ours for the scores."""
+    head_step = make_head_step(target.config, mesh)
 
     def step(params: dict, batch: Batch) -> tuple[TokenScores, jax.Array | None]:
         hidden = foreign_hidden(target, batch, mesh)
-        return compiled(params, batch, hidden), None if hidden_dtype is None else hidden.astype(hidden_dtype)
+        return head_step(params, (batch, hidden)), None if hidden_dtype is None else hidden.astype(hidden_dtype)
 
     return step
+
+
+def _stored_step(target: Target | ForeignTarget, hidden: Mapping[str, np.ndarray], mesh: Mesh) -> tuple[Callable, Callable]:
+    """(step, build) for `run_batches` where hidden states are stored."""
+    head_step = make_head_step(target.config, mesh)
+
+    def build(samples: Sequence[Sample], shape: Shape) -> tuple[Batch, np.ndarray]:
+        for sample in samples:
+            if sample.id not in hidden or hidden[sample.id].shape != (len(sample.tokens), target.config.hidden_size):
+                found = hidden[sample.id].shape if sample.id in hidden else "nothing"
+                raise ValueError(
+                    f"sample {sample.id}: hidden states [{len(sample.tokens)}, {target.config.hidden_size}] are needed, "
+                    f"found {found}; compute them for the same tokens with the same target"
+                )
+        return pad_batch(samples, shape), pad_rows([hidden[sample.id] for sample in samples], shape)
+
+    return lambda params, batch: (head_step(params, batch), None), build
 
 
 def _block(mesh: Mesh) -> int:
@@ -114,6 +135,7 @@ def score_samples(
     parts_dir: Path | None = None,
     per_token: bool = False,
     keeper: Keeper | None = None,
+    hidden: Mapping[str, np.ndarray] | None = None,
     progress: bool = True,
     seconds_per_part: float = 20.0,
 ) -> ScoreTable:
@@ -135,6 +157,8 @@ def score_samples(
         need one that all of them see.
       per_token: keep per-token scores in the table.
       keeper: keeps hidden states of what can still be selected; a fresh one.
+      hidden: the hidden states of all samples by id, [T, D] each, after the final norm: a `HiddenStore`, or arrays from
+        elsewhere. Only the target's head runs then.
       progress: show a bar with tokens per second.
       seconds_per_part: about how much work an interruption may lose.
 
@@ -144,6 +168,8 @@ def score_samples(
     """
     if not samples:
         raise ValueError("there is no sample to score; check the data")
+    if keeper is not None and hidden is not None:
+        raise ValueError("hidden states that are stored need no keeper")
     if several() and parts_dir is None:
         raise ValueError("several processes can only put their scores together in a parts_dir")
     lengths = [len(sample.tokens) for sample in samples]
@@ -167,23 +193,26 @@ def score_samples(
 
     remaining = [plan for plan in plans if not is_finished(plan)]
     hidden_dtype = None if keeper is None else keeper.device_dtype
-    if isinstance(target, ForeignTarget):
-        step = make_foreign_score_step(target, mesh, hidden_dtype=hidden_dtype)
+    build = pad_batch
+    if hidden is not None:
+        step, build = _stored_step(target, hidden, mesh)
+    elif isinstance(target, ForeignTarget):
+        step = _foreign_step(target, mesh, hidden_dtype)
     else:
         step = make_score_step(target.config, mesh, hidden_dtype=hidden_dtype)
     batches = run_batches(
         step, place_params(target.params, mesh), samples, remaining, mesh,
-        label="score", finished=len(plans) - len(remaining), progress=progress,
+        label="score", finished=len(plans) - len(remaining), progress=progress, build=build,
     )  # fmt: skip
     fresh: list[ScoreTable] = []  # scored, but in no part yet
     last_part = time.monotonic()
-    for batch, (scores, hidden) in batches:
+    for batch, (scores, states) in batches:
         table = None  # the scores are there already; only the batch's hidden states were lost
         if not scored.issuperset(sample.id for sample in batch):
             table = _summarise(batch, scores, per_token, identity)
             fresh.append(table)
         if keeper is not None:
-            keeper.keep(batch, table, hidden)
+            keeper.keep(batch, table, states)
         if parts_dir is not None and fresh and time.monotonic() - last_part >= seconds_per_part:
             _write_part(parts_dir, parts, fresh)
             fresh, last_part = [], time.monotonic()
