@@ -5,7 +5,6 @@ import itertools
 import json
 import re
 import shutil
-import typing
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from jsfdd.commands.run import RunConfig
 from jsfdd.report import panel, plots
 from jsfdd.report.report import costs, spearman, verdict, write_report
 from jsfdd.report.run_files import read_run
-from jsfdd.scoring.metrics import Metric
+from jsfdd.scoring.metrics import METRICS
 from jsfdd.scoring.table import ScoreTable, TokenRow, write_scores, write_token_scores
 from jsfdd.selection.sfdd import Selection, write_selection
 
@@ -46,7 +45,7 @@ def write_run(run: Path, *, num_samples: int = 60, num_prompts: int = 20, seed: 
         directory.mkdir(parents=True)
         metric, ratio = ("random", 1.0) if arm == "full" else (arm, 0.5)
         threshold = samples[ranked[half - 1]]["mean"] if arm == "flatness" else 0.5
-        selection = Selection(tuple(kept[arm]), (ranked[-1],), metric, ratio, 0, "sample", "all", {"all": threshold}, inputs={})
+        selection = Selection(tuple(kept[arm]), (ranked[-1],), metric, ratio, 0, "all", {"all": threshold}, inputs={})
         write_selection(directory / "selection.json", selection)
         steps = round(400 * share)
         _write_metrics(directory / "metrics.jsonl", steps, tau, rng)
@@ -384,6 +383,6 @@ def test_many_sources_share_one_colour():
 
 
 def test_arms_and_sources_never_share_a_colour():
-    arms = [colour for colour, _, _ in panel.ARM_STYLES.values()]
+    arms = [colour for colour, _, _ in (*panel.ARM_STYLES.values(), panel.NEW_METRIC_STYLE)]
     assert len({*arms, *panel.SOURCE_COLOURS, panel.OTHER_COLOUR}) == len(arms) + len(panel.SOURCE_COLOURS) + 1
-    assert set(panel.ARM_STYLES) == {"full", *typing.get_args(Metric)}
+    assert set(panel.ARM_STYLES) == {"full", *METRICS}

@@ -382,7 +382,7 @@ REPORT = {
 }  # fmt: skip
 SELECTION = {
     "metric": "flatness", "retain_ratio": 0.5, "thresholds": {"code": 0.0059, "maths": 0.0123}, "within": "source",
-    "unit": "sample", "seed": 0, "kept": 107, "dropped": 2, "sha256": "ab12",
+    "seed": 0, "kept": 107, "dropped": 2, "sha256": "ab12",
 }  # fmt: skip
 COMMANDS = {
     "vllm": r"vllm serve org/target --speculative-config '(.*)'",
@@ -398,7 +398,7 @@ def test_the_card_tells_what_is_known(tmp_path, flavour):
     card = (tmp_path / "draft" / "README.md").read_text()
     assert card.startswith('---\nbase_model: "org/target"\n')
     assert "**τ = 1.294** [1.250, 1.340]" in card and "24 prompts (p.jsonl); greedy" in card and "0.250, 0.100, –" in card
-    assert "within source, unit sample, thresholds code 0.0059, maths 0.0123, seed 0" in card
+    assert "within source, thresholds code 0.0059, maths 0.0123, seed 0" in card
     assert "107 conversations" in card and "`ab12`" in card and '"target": "f00d"' in card
     assert "/home" not in card
     command = re.search(COMMANDS[flavour], card, re.DOTALL)

@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jsfdd.base.tuning import scoring_block, vocabulary_block
 from jsfdd.data.batches import Shape, choose_shapes, make_batches
 from jsfdd.models.architecture import DecoderConfig
 from jsfdd.models.draft import DraftConfig, draft_config, init_draft
 from jsfdd.models.flops import forward_flops, step_flops
 from jsfdd.models.sharding import shard_shape
 from jsfdd.models.target import init_params
-from jsfdd.scoring.score import block_size
 from jsfdd.training.soft_rows import row_words
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def score_stage(config: DecoderConfig, lengths: Lengths, batch_tokens: int, item
     stream = 3 * largest.rows * largest.length * config.hidden_size * itemsize  # before, after, and the other branch
     temporaries = max(
         layer_temporaries(config, largest, itemsize, model_shards),
-        head_temporaries(config, block_size(), model_shards, 3),
+        head_temporaries(config, scoring_block(jax.default_backend()), model_shards, 3),
     )
     head = 2 * config.hidden_size * config.vocab_size * float(lengths.counted.sum())
     return Stage(
@@ -200,8 +200,7 @@ def plan_stages(config: DecoderConfig, lengths: Lengths, options: PlanConfig, de
 
 
 def _train_block() -> int:
-    """As `training.step.block_size`, of the devices that are here."""
-    return 128 if jax.default_backend() == "cpu" else 1024
+    return vocabulary_block(jax.default_backend())
 
 
 def _batch_shapes(tokens: np.ndarray, batch_tokens: int) -> list[Shape]:

@@ -15,7 +15,7 @@ from typing import Literal
 
 from jsfdd.data.spans import MaskSpan
 from jsfdd.decoding.ensemble import CombineBy, RouteBy
-from jsfdd.hidden.rows import FeatureDtype
+from jsfdd.hidden.rows import HiddenDtype
 from jsfdd.selection.mixture import MixUnit
 from jsfdd.training.recipe import Recipe
 from jsfdd.weights.card import Flavour
@@ -174,8 +174,6 @@ class SelectionOptions(_Options):
     """Share of the samples to keep."""
     within: Literal["all", "source"] = "all"
     """Among which samples a share is kept: among all, or among those of each source, at least one of it."""
-    unit: Literal["sample", "batch"] = "sample"
-    """What is kept or dropped as a whole: a conversation, or four consecutive ones (the paper's code; for parity only)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -215,7 +213,7 @@ class MixOptions(_Options):
 class FeatureFormat(_Options):
     """Stored hidden states."""
 
-    feature_dtype: FeatureDtype = "bfloat16"
+    feature_dtype: HiddenDtype = "bfloat16"
     """Of hidden states for training. int8 has a scale for each token and takes half of bfloat16's disk."""
 
 

@@ -169,12 +169,8 @@ def run_stages(config: RunConfig, prepared: Prepared | None = None) -> dict:
 
 
 def scoring_of_run(config: RunConfig) -> ScoreConfig:
-    """The scoring stage of a run: it keeps features of all that an arm can select, where that is known while scoring.
-
-    Every arm's samples are among those of `full`. A batch of four samples has no score before all four have one, so what
-    --unit batch may keep is not known in time; those hidden states are computed after the selection.
-    """
-    keep = ("full",) if "full" in config.arms else config.arms if config.unit == "sample" else ()
+    """The scoring stage of a run: it keeps the hidden states of all that an arm can select; `full` has every arm's samples."""
+    keep = ("full",) if "full" in config.arms else config.arms
     if config.features == RECOMPUTE:
         keep = ()
     return ScoreConfig.taken_from(config, per_token=True, keep_features=keep)

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import dataclasses
-import typing
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -26,12 +25,12 @@ from jsfdd.commands.options import (
     TrainingOptions,
 )
 from jsfdd.commands.outcome import Outcome, counts_to_json, many, planned
-from jsfdd.scoring.metrics import Metric
+from jsfdd.scoring.metrics import METRICS
 
 if TYPE_CHECKING:
     from jsfdd.base.records import Sample
     from jsfdd.hidden.best_k import StillPossible
-    from jsfdd.hidden.capture import FeatureKeeper
+    from jsfdd.hidden.capture import HiddenKeeper
     from jsfdd.scoring.table import ScoreTable
 
 HIDDEN = "hidden"  # folder of hidden states in a stage's --out
@@ -95,8 +94,7 @@ def score(config: ScoreConfig, loaded: Loaded | None = None) -> ScoreTable:
     agree_on_directory(config.out)
     with keeper(config, loaded) if config.keep_features else nullcontext() as kept:
         table = score_samples(
-            loaded.target.config,
-            loaded.target.params,
+            loaded.target,
             loaded.samples,
             loaded.mesh,
             batch_tokens=config.batch_tokens,
@@ -113,13 +111,13 @@ def score(config: ScoreConfig, loaded: Loaded | None = None) -> ScoreTable:
     return table
 
 
-def keeper(config: ScoreConfig, loaded: Loaded) -> AbstractContextManager[FeatureKeeper]:
+def keeper(config: ScoreConfig, loaded: Loaded) -> AbstractContextManager[HiddenKeeper]:
     """Writes the hidden states that --keep-features asks for, into `out`/hidden."""
-    from jsfdd.hidden.capture import keep_features
+    from jsfdd.hidden.capture import keep_hidden
 
     names = ("keep_features", "retain_ratio", "within", "seed", "held_out_share")
-    return keep_features(
-        loaded.target.config,
+    return keep_hidden(
+        loaded.target,
         still_possible(config, loaded.samples),
         directory=config.out / HIDDEN,
         identity=loaded.identity,
@@ -143,7 +141,7 @@ def still_possible(config: ScoreConfig, samples: Sequence[Sample]) -> StillPossi
 
 def check_arms(option: str, arms: Sequence[str]) -> None:
     """ValueError unless every arm is `full` or a metric."""
-    known = ("full", *typing.get_args(Metric))
+    known = ("full", *METRICS)
     for arm in arms:
         if arm not in known:
             raise ValueError(f"{option}: {arm!r} is unknown; choose from {', '.join(known)}")

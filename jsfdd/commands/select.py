@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from jsfdd.commands.options import ProcessOptions, Seeded, SelectionOptions
 from jsfdd.commands.outcome import Outcome, many, planned
-from jsfdd.scoring.metrics import Metric
+from jsfdd.scoring.metrics import MetricName
 
 if TYPE_CHECKING:
     from jsfdd.selection.sfdd import Selection
@@ -20,7 +20,7 @@ class SelectConfig(SelectionOptions, Seeded, ProcessOptions):
 
     scores: Path
     """scores.parquet, as `jsfdd score` wrote it."""
-    metric: Metric = "flatness"
+    metric: MetricName = "flatness"
     """Which score decides. Each metric keeps the end that stands for an uncertain target."""
     out: Path
     """Directory for selection.json."""
@@ -31,7 +31,7 @@ def prepare(config: SelectConfig) -> Selection:
     from jsfdd.selection import sfdd
 
     table = read_scores(config.scores)
-    return sfdd.select(table, config.metric, config.retain_ratio, config.seed, config.unit, config.within)
+    return sfdd.select(table, config.retain_ratio, metric=config.metric, within=config.within, seed=config.seed)
 
 
 def run(config: SelectConfig, selection: Selection) -> Outcome:

@@ -77,7 +77,7 @@ def example_texts(loaded: Loaded, table: ScoreTable, selections: Mapping[str, Se
     A token is shown with the flatness of the distribution that it was drawn from, which the index rule stores one
     position earlier.
     """
-    order = [i for i in sorted(range(len(table.ids)), key=lambda i: -table.flatness[i]) if table.num_tokens[i] > 0]
+    order = [i for i in sorted(range(len(table.ids)), key=lambda i: -table["flatness"][i]) if table.num_tokens[i] > 0]
     middle = len(selections["flatness"].ids) if "flatness" in selections else len(order) // 2
     chosen = dict.fromkeys([*order[:2], *order[max(middle - 1, 0) : middle + 1], *order[-2:]])
     by_id = {sample.id: sample for sample in loaded.samples}

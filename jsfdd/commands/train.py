@@ -202,11 +202,10 @@ def hidden_for_training(
 
     target = loaded.target
     if config.features == RECOMPUTE:
-        return capture.make_recompute(target.config, target.params, loaded.mesh, config.feature_dtype)
+        return capture.make_recompute(target, loaded.mesh, config.feature_dtype)
     if config.features == STORE:
         return capture.store_hidden(
-            target.config,
-            target.params,
+            target,
             samples,
             loaded.mesh,
             batch_tokens=config.batch_tokens,
@@ -236,7 +235,7 @@ def open_features(
     if missing:
         wanted = {"held_out_share": config.held_out_share}
         if selection is not None:
-            names = ("metric", "retain_ratio", "within", "seed", "unit")
+            names = ("metric", "retain_ratio", "within", "seed")
             wanted = {name: getattr(selection, name) for name in names} | wanted
         raise ValueError(
             f"{directory}: lacks {len(missing)} of {len(samples)} samples, {missing[0]} the first. Wanted: {_options(wanted)}; "

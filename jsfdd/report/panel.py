@@ -33,6 +33,7 @@ ARM_STYLES = {
     "ppl": ("#8C5A1E", "p", "⬟"),
     "flatness_median": ("#8DD3C7", "h", "⬢"),
 }
+NEW_METRIC_STYLE = ("#3E7D4F", "X", "✖")
 # Sources need a palette of their own: a source in an arm's colour would look like that arm.
 SOURCE_COLOURS = ("#CC6677", "#44AA99", "#DDAA33", "#88CCEE", "#AA4499", "#7F8F29", "#6A7FDB")
 OTHER_COLOUR = "#C8C8C8"
@@ -69,6 +70,11 @@ STYLE = {
 }
 _METADATA = ("Date", "Creator", "Format", "Type")  # a date would make every page differ
 _OPEN = '<svg class="{}" viewBox="0 0 {} {}" width="{}" height="{}" role="img" aria-label="{}">'
+
+
+def arm_style(arm: str) -> tuple[str, str, str]:
+    """(colour, marker, glyph) of an arm; metrics that were added to the table and have none here share one."""
+    return ARM_STYLES.get(arm, NEW_METRIC_STYLE)
 
 
 def source_groups(sources: Sequence[str]) -> tuple[np.ndarray, dict[str, str]]:

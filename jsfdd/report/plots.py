@@ -10,13 +10,13 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from jsfdd.report.panel import (
-    ARM_STYLES,
     INK,
     MUTED,
     NARROW,
     RULE,
     STYLE,
     WIDE,
+    arm_style,
     bare_left,
     choices_axis,
     log_flatness_axis,
@@ -43,7 +43,7 @@ class Dot:
 
 def arm_dot(arm: Arm, record: dict, name: str) -> Dot:
     """The figure `name` of an arm, with its interval, in the arm's colour."""
-    colour, marker, _ = ARM_STYLES[arm.name]
+    colour, marker, _ = arm_style(arm.name)
     return Dot(arm.name, record[name], record[f"{name}_low"], record[f"{name}_high"], colour, marker)
 
 
@@ -154,7 +154,7 @@ def token_histogram(title: str, flatness: np.ndarray, vocab_size: int) -> str:
     low, high = _flatness_range(flatness, vocab_size)
     edges = np.geomspace(low, high, 41)
     # Rounding can put a certain token a hair under the bound 1/√V: it belongs in the first bin.
-    ax.hist(np.maximum(flatness, low), edges, histtype="stepfilled", color=ARM_STYLES["flatness"][0], linewidth=0)
+    ax.hist(np.maximum(flatness, low), edges, histtype="stepfilled", color=arm_style("flatness")[0], linewidth=0)
     ax.set_yscale("log")
     decades = [10**e for e in range(10) if 10**e <= ax.get_ylim()[1]]
     ax.set_yticks(decades, [f"{n:,}" for n in decades])
@@ -176,7 +176,7 @@ def entropy_density(title: str, flatness: np.ndarray, entropy: np.ndarray, vocab
     shade = np.log1p(counts.T) / np.log1p(counts.max())
     # Shades are opacities, so that empty cells show the page whatever its theme.
     cells = np.empty((*shade.shape, 4))
-    cells[..., :3] = mpl.colors.to_rgb(ARM_STYLES["flatness"][0])
+    cells[..., :3] = mpl.colors.to_rgb(arm_style("flatness")[0])
     cells[..., 3] = np.where(shade > 0, 0.12 + 0.88 * shade, 0)
     ax.pcolormesh(x, y, cells, rasterized=True)
     log_flatness_axis(ax, low, high)
@@ -197,7 +197,7 @@ def kept_shares(title: str, groups: Sequence[str], counts: Sequence[int], shares
     figure, ax = new_axes(title, NARROW, max(250, 62 + len(groups) * (10 + 11 * len(shares))))
     for k, (arm, values) in enumerate(shares.items()):
         y = np.arange(len(groups)) + (k - (len(shares) - 1) / 2) * thickness
-        ax.barh(y, 100 * np.asarray(values), thickness * 0.86, color=ARM_STYLES[arm][0], linewidth=0)
+        ax.barh(y, 100 * np.asarray(values), thickness * 0.86, color=arm_style(arm)[0], linewidth=0)
         for at, value in zip(y, values, strict=True):
             ax.annotate(
                 f"{100 * value:.0f}", (100 * value, at), (4, 0), textcoords="offset points", va="center", fontsize=9
@@ -221,7 +221,7 @@ def length_histogram(title: str, kept: np.ndarray, dropped: np.ndarray, arm: str
     # Lengths are integers: bins of a fractional width would hold one more of them here and there, and look like a comb.
     width = max(1, -(-int(both.max() - both.min()) // min(25, max(5, round(len(both) ** 0.5)))))
     edges = np.arange(both.min(), both.max() + width + 1, width) - 0.5
-    ax.hist(kept, edges, histtype="stepfilled", color=ARM_STYLES[arm][0], alpha=0.8, linewidth=0)
+    ax.hist(kept, edges, histtype="stepfilled", color=arm_style(arm)[0], alpha=0.8, linewidth=0)
     ax.hist(dropped, edges, histtype="step", color=INK, linewidth=1.3)
     ax.set_xlabel("counted tokens")
     ax.set_ylabel("samples")
@@ -238,7 +238,7 @@ def curves(
     figure, ax = new_axes(title, NARROW, 250)
     for style, lines in (("-", series), ((0, (3, 1.5)), dashed or {})):
         for arm, (steps, values) in lines.items():
-            colour, marker, _ = ARM_STYLES[arm]
+            colour, marker, _ = arm_style(arm)
             values = (100 if percent else 1) * np.asarray(values, float)
             ax.plot(steps, values, linestyle=style, color=colour, marker=marker, markevery=[-1], markersize=5.5)
     ax.set_xlabel("step")
@@ -252,7 +252,7 @@ def alpha_by_depth(title: str, arms: Sequence[Arm]) -> str:
     """Acceptance rate by draft depth with intervals, in percent."""
     figure, ax = new_axes(title, NARROW, 250)
     for k, arm in enumerate(arms):
-        colour, marker, _ = ARM_STYLES[arm.name]
+        colour, marker, _ = arm_style(arm.name)
         alpha, low, high = (100 * np.array(arm.report[name], float) for name in ("alpha", "alpha_low", "alpha_high"))
         depth = np.arange(1, len(alpha) + 1) + 0.07 * (k - (len(arms) - 1) / 2)
         ax.vlines(depth, low, high, color=colour, linewidth=2, alpha=0.5)
@@ -273,7 +273,7 @@ def accepted_lengths(title: str, arms: Sequence[Arm]) -> str:
     for k, arm in enumerate(arms):
         counts = np.array(arm.report["accept_counts"], float)
         x = np.arange(len(counts)) + (k - (len(arms) - 1) / 2) * thickness
-        ax.bar(x, 100 * counts / max(counts.sum(), 1), thickness * 0.88, color=ARM_STYLES[arm.name][0], linewidth=0)
+        ax.bar(x, 100 * counts / max(counts.sum(), 1), thickness * 0.88, color=arm_style(arm.name)[0], linewidth=0)
     ax.set_xticks(range(len(arms[0].report["accept_counts"])))
     ax.set_xlabel("draft tokens accepted")
     ax.set_ylabel("% of verifications")

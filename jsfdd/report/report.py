@@ -18,8 +18,9 @@ from markupsafe import Markup
 from jsfdd.base.files import written_whole
 from jsfdd.evaluation.intervals import RESAMPLES
 from jsfdd.report import plots
-from jsfdd.report.panel import ARM_STYLES, source_groups
+from jsfdd.report.panel import arm_style, source_groups
 from jsfdd.report.run_files import Arm, RunFiles, read_run
+from jsfdd.scoring.metrics import METRICS
 
 _NO_VALUE = "–"
 _SHOWN_PIECES = 360  # of an example text: about a screen
@@ -68,7 +69,8 @@ def render(files: RunFiles, date: str) -> str:
         config=files.config,
         summary=files.summary,
         arms=files.arms,
-        arm_legend=[(arm.name, *ARM_STYLES[arm.name][::2]) for arm in files.arms],
+        arm_legend=[(arm.name, *arm_style(arm.name)[::2]) for arm in files.arms],
+        metrics={arm.name: METRICS[arm.name] for arm in files.arms if arm.name in METRICS},
         n_prompts=files.arms[0].report["n_prompts"],
         resamples=RESAMPLES,
         heat=_HEAT,
@@ -352,7 +354,7 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 
 def _glyph(arm: str) -> Markup:
-    colour, _, glyph = ARM_STYLES[arm]
+    colour, _, glyph = arm_style(arm)
     return Markup('<i style="color:{}">{}</i> ').format(colour, glyph)
 
 

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +30,10 @@ class Metric:
     token_score: str | None
     keep: Literal["large", "small"]
     reason: str
-    of_tokens: Callable[[Float[np.ndarray, " n"]], float] = np.mean
+    of_tokens: Callable[[np.ndarray], float] = np.mean
 
 
-def perplexity(nll: Float[np.ndarray, " n"]) -> float:
+def perplexity(nll: np.ndarray) -> float:
     """exp of the mean negative log-likelihood."""
     return np.exp(np.mean(nll))
 
