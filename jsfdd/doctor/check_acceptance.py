@@ -14,8 +14,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from jsfdd.base.numbers import percent
 from jsfdd.doctor.check_draft import describe_rope, ropes_agree
-from jsfdd.doctor.findings import Finding, percent
+from jsfdd.doctor.findings import Finding
 from jsfdd.doctor.reader import Choices, DecodedText, Reader, draft_choices
 from jsfdd.models.architecture import DecoderConfig
 from jsfdd.models.draft import DraftConfig

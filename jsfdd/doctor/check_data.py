@@ -16,10 +16,11 @@ import numpy as np
 import transformers
 from transformers import AutoTokenizer
 
+from jsfdd.base.numbers import percent
 from jsfdd.base.records import Sample
 from jsfdd.data.chat import Chat
 from jsfdd.data.template import TokenizeSummary, render_prompt
-from jsfdd.doctor.findings import Finding, percent, spread_over
+from jsfdd.doctor.findings import Finding, spread_over
 
 _LOOKED_AT = 200  # conversations; a fault of the template is in all of them
 # Digits, spaces, line breaks, contractions, accents, emoji: where classes of tokenizers split text differently.

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 import jax.numpy as jnp
 import numpy as np
 
+from jsfdd.base.numbers import percent
 from jsfdd.base.records import Sample
-from jsfdd.doctor.findings import Finding, percent
+from jsfdd.doctor.findings import Finding
 from jsfdd.doctor.reader import DecodedText, Reader
 
 _FAR_FROM_EXPECTED = 0.5  # of the agreement to expect; text by another author reaches about 0.8

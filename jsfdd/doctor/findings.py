@@ -99,11 +99,6 @@ def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
     console.print("\n" + ", ".join(f"{n} {severity}" for severity, n in counts if n), markup=False, soft_wrap=True)
 
 
-def percent(share: float) -> str:
-    """A share of one for a sentence."""
-    return f"{100 * share:.0f}%" if share == 0 or share >= 0.1 else f"{100 * share:.1f}%"
-
-
 def spread_over(items: Sequence, count: int) -> list:
     """Up to `count` of the items, evenly spaced, the first included."""
     if len(items) <= count:

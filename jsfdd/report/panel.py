@@ -1,20 +1,19 @@
-"""How the report's pictures look: one small panel of inline SVG each, in one style.
+"""How the report's pictures look: one small SVG image each, in one style.
 
 Panels are drawn at the size at which they are read, and the page lets them wrap: on a phone they stack instead of
-shrinking. Text stays text in the page's own font; ink, labels and rules are CSS variables, so that a panel follows the
-page into a dark theme. Legends belong to the page, one per figure, since all its panels share their colours.
+shrinking. Legends belong to the page, one per figure, since all its panels share their colours.
 """
 
 from __future__ import annotations
 
+import base64
 import collections
-import html
 import io
-import re
 from collections.abc import Sequence
 
 import matplotlib as mpl
 import numpy as np
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -40,9 +39,8 @@ OTHER_COLOUR = "#C8C8C8"
 OTHER = "all others"
 
 INK, MUTED, RULE = "#22262b", "#6b7280", "#dfe2e6"
-_THEME = {INK: f"var(--ink,{INK})", MUTED: f"var(--muted,{MUTED})", RULE: f"var(--rule,{RULE})"}
 STYLE = {
-    "font.family": "DejaVu Sans",
+    "font.family": "sans-serif",
     "font.size": 10.5,
     "text.color": INK,
     "text.parse_math": False,  # a source named "$x" is a name, not a formula
@@ -69,7 +67,7 @@ STYLE = {
     "svg.fonttype": "none",
 }
 _METADATA = ("Date", "Creator", "Format", "Type")  # a date would make every page differ
-_OPEN = '<svg class="{}" viewBox="0 0 {} {}" width="{}" height="{}" role="img" aria-label="{}">'
+_IMAGE = '<img class="{}" width="{}" height="{}" alt="{}" src="data:image/svg+xml;base64,{}">'
 
 
 def arm_style(arm: str) -> tuple[str, str, str]:
@@ -94,24 +92,16 @@ def new_axes(title: str, width: int, height: int) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
-def to_svg(figure: Figure, title: str) -> str:
-    """The figure as an SVG element that stands inside an HTML page."""
-    stream = io.StringIO()
-    # The salt names clip paths and markers: stable, so that a page is reproducible, and different between panels.
+def to_image(figure: Figure, title: str) -> Markup:
+    """The figure as an <img> element that holds its own SVG."""
+    stream = io.BytesIO()
+    # The salt names clip paths and markers; without it the same run would give a different page each time.
     with mpl.rc_context({"svg.hashsalt": title}):
         figure.savefig(stream, format="svg", transparent=True, dpi=200, metadata=dict.fromkeys(_METADATA))
-    text = stream.getvalue()
-    text = text[text.index("<svg") :]
     width, height = (round(72 * inches) for inches in figure.get_size_inches())
     kind = "narrow" if width == NARROW else "wide"
-    opening = _OPEN.format(kind, width, height, width, height, html.escape(title))
-    text = re.sub(r"<svg [^>]*>", lambda _: opening, text, count=1, flags=re.DOTALL)
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    # matplotlib numbers its layers in each panel anew, and ids must not repeat in a page; nothing refers to these.
-    text = re.sub(r' id="[A-Za-z][A-Za-z0-9.]*_\d+"', "", text).replace("xlink:href", "href")
-    for colour, variable in _THEME.items():
-        text = text.replace(colour, variable)
-    return text
+    data = base64.b64encode(stream.getvalue()).decode()
+    return Markup(_IMAGE).format(kind, width, height, title, data)
 
 
 def bare_left(ax: Axes) -> None:

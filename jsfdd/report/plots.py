@@ -1,4 +1,4 @@
-"""What the report draws: one function a panel, from figures to SVG."""
+"""What the report draws: one function a panel, from figures to an image."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import matplotlib as mpl
 import numpy as np
+from markupsafe import Markup
 from matplotlib.axes import Axes
 
 from jsfdd.report.panel import (
@@ -22,7 +23,7 @@ from jsfdd.report.panel import (
     log_flatness_axis,
     new_axes,
     short,
-    to_svg,
+    to_image,
 )
 from jsfdd.report.run_files import Arm
 
@@ -48,7 +49,7 @@ def arm_dot(arm: Arm, record: dict, name: str) -> Dot:
 
 
 @mpl.rc_context(STYLE)
-def intervals(title: str, dots: Sequence[Dot], reference: float, unit: str, text: Callable[[float], str]) -> str:
+def intervals(title: str, dots: Sequence[Dot], reference: float, unit: str, text: Callable[[float], str]) -> Markup:
     """Dots with intervals, one a line, their values beside them; a dashed line marks `reference`, always in view."""
     figure, ax = new_axes(title, WIDE, 66 + 27 * len(dots))
     known = [dot for dot in dots if dot.value is not None]
@@ -70,11 +71,11 @@ def intervals(title: str, dots: Sequence[Dot], reference: float, unit: str, text
     ax.set_xlabel(unit)
     ax.grid(axis="x")
     bare_left(ax)
-    return to_svg(figure, title)
+    return to_image(figure, title)
 
 
 @mpl.rc_context(STYLE)
-def cost_and_gain(title: str, arms: Sequence[Arm]) -> str:
+def cost_and_gain(title: str, arms: Sequence[Arm]) -> Markup:
     """τ with its interval against seconds of training, a point an arm."""
     figure, ax = new_axes(title, WIDE, 66 + 27 * max(len(arms), 4))
     for arm in arms:
@@ -90,7 +91,7 @@ def cost_and_gain(title: str, arms: Sequence[Arm]) -> str:
     ax.set_xlabel("seconds of training")
     ax.set_ylabel("τ", rotation=0)
     ax.grid()
-    return to_svg(figure, title)
+    return to_image(figure, title)
 
 
 @mpl.rc_context(STYLE)
@@ -101,7 +102,7 @@ def source_histogram(
     colours: dict[str, str],
     vocab_size: int,
     threshold: float | None = None,
-) -> str:
+) -> Markup:
     """Sample flatness, stacked by source; the arrow marks what the flatness arm keeps."""
     figure, ax = new_axes(title, WIDE, 270)
     edges = np.histogram_bin_edges(values, bins=min(40, max(8, round(2 * len(values) ** 0.5))))
@@ -124,13 +125,13 @@ def source_histogram(
     ax.yaxis.get_major_locator().set_params(integer=True)
     ax.grid(axis="y")
     choices_axis(ax, vocab_size)
-    return to_svg(figure, title)
+    return to_image(figure, title)
 
 
 @mpl.rc_context(STYLE)
 def flatness_against_entropy(
     title: str, flatness: np.ndarray, entropy: np.ndarray, groups: np.ndarray, colours: dict[str, str], vocab_size: int
-) -> str:
+) -> Markup:
     """Sample flatness against sample entropy, a point a sample, coloured by source."""
     figure, ax = new_axes(title, WIDE, 270)
     # One call with the points in file order: source by source, the last source would cover the others.
@@ -144,11 +145,11 @@ def flatness_against_entropy(
     ax.set_ylabel("mean entropy, nats")
     ax.grid()
     choices_axis(ax, vocab_size)
-    return to_svg(figure, title)
+    return to_image(figure, title)
 
 
 @mpl.rc_context(STYLE)
-def token_histogram(title: str, flatness: np.ndarray, vocab_size: int) -> str:
+def token_histogram(title: str, flatness: np.ndarray, vocab_size: int) -> Markup:
     """Flatness of single tokens; both axes logarithmic, since most tokens are nearly certain and a few wide open."""
     figure, ax = new_axes(title, WIDE, 270)
     low, high = _flatness_range(flatness, vocab_size)
@@ -162,11 +163,11 @@ def token_histogram(title: str, flatness: np.ndarray, vocab_size: int) -> str:
     ax.set_ylabel("tokens")
     ax.grid(axis="y")
     choices_axis(ax, vocab_size)
-    return to_svg(figure, title)
+    return to_image(figure, title)
 
 
 @mpl.rc_context(STYLE)
-def entropy_density(title: str, flatness: np.ndarray, entropy: np.ndarray, vocab_size: int) -> str:
+def entropy_density(title: str, flatness: np.ndarray, entropy: np.ndarray, vocab_size: int) -> Markup:
     """Token flatness against token entropy; a cell is darker the more tokens it holds (logarithmic)."""
     figure, ax = new_axes(title, WIDE, 270)
     low, high = _flatness_range(flatness, vocab_size)
@@ -182,11 +183,11 @@ def entropy_density(title: str, flatness: np.ndarray, entropy: np.ndarray, vocab
     log_flatness_axis(ax, low, high)
     ax.set_ylabel("entropy, nats")
     choices_axis(ax, vocab_size)
-    return to_svg(figure, title)
+    return to_image(figure, title)
 
 
 @mpl.rc_context(STYLE)
-def kept_shares(title: str, groups: Sequence[str], counts: Sequence[int], shares: dict[str, Sequence[float]]) -> str:
+def kept_shares(title: str, groups: Sequence[str], counts: Sequence[int], shares: dict[str, Sequence[float]]) -> Markup:
     """Share of each source's samples that an arm kept, in percent: a group of bars a source, a bar an arm.
 
     Args:
@@ -210,11 +211,11 @@ def kept_shares(title: str, groups: Sequence[str], counts: Sequence[int], shares
     ax.set_xlabel("% of its samples")
     ax.grid(axis="x")
     bare_left(ax)
-    return to_svg(figure, title)
+    return to_image(figure, title)
 
 
 @mpl.rc_context(STYLE)
-def length_histogram(title: str, kept: np.ndarray, dropped: np.ndarray, arm: str) -> str:
+def length_histogram(title: str, kept: np.ndarray, dropped: np.ndarray, arm: str) -> Markup:
     """Counted tokens a sample: kept filled, dropped as an outline, on the same bins."""
     both = np.concatenate([kept, dropped])
     figure, ax = new_axes(title, NARROW, 250)
@@ -227,13 +228,13 @@ def length_histogram(title: str, kept: np.ndarray, dropped: np.ndarray, arm: str
     ax.set_ylabel("samples")
     ax.yaxis.get_major_locator().set_params(integer=True)
     ax.grid(axis="y")
-    return to_svg(figure, title)
+    return to_image(figure, title)
 
 
 @mpl.rc_context(STYLE)
 def curves(
     title: str, series: dict[str, tuple[Sequence[float], Sequence[float]]], *, dashed=None, percent: bool = False
-) -> str:
+) -> Markup:
     """One line an arm over training steps; `dashed` holds a second set of lines in the same colours."""
     figure, ax = new_axes(title, NARROW, 250)
     for style, lines in (("-", series), ((0, (3, 1.5)), dashed or {})):
@@ -244,11 +245,11 @@ def curves(
     ax.set_xlabel("step")
     ax.set_xlim(left=0)
     ax.grid(axis="y")
-    return to_svg(figure, title)
+    return to_image(figure, title)
 
 
 @mpl.rc_context(STYLE)
-def alpha_by_depth(title: str, arms: Sequence[Arm]) -> str:
+def alpha_by_depth(title: str, arms: Sequence[Arm]) -> Markup:
     """Acceptance rate by draft depth with intervals, in percent."""
     figure, ax = new_axes(title, NARROW, 250)
     for k, arm in enumerate(arms):
@@ -262,11 +263,11 @@ def alpha_by_depth(title: str, arms: Sequence[Arm]) -> str:
     ax.set_xlabel("draft depth")
     ax.set_ylabel("accepted, % of reached")
     ax.grid(axis="y")
-    return to_svg(figure, title)
+    return to_image(figure, title)
 
 
 @mpl.rc_context(STYLE)
-def accepted_lengths(title: str, arms: Sequence[Arm]) -> str:
+def accepted_lengths(title: str, arms: Sequence[Arm]) -> Markup:
     """Share of verifications that accepted exactly i draft tokens, in percent."""
     thickness = 0.8 / len(arms)
     figure, ax = new_axes(title, NARROW, 250)
@@ -278,11 +279,11 @@ def accepted_lengths(title: str, arms: Sequence[Arm]) -> str:
     ax.set_xlabel("draft tokens accepted")
     ax.set_ylabel("% of verifications")
     ax.grid(axis="y")
-    return to_svg(figure, title)
+    return to_image(figure, title)
 
 
 @mpl.rc_context(STYLE)
-def tau_by_source(title: str, arms: Sequence[Arm]) -> str:
+def tau_by_source(title: str, arms: Sequence[Arm]) -> Markup:
     """τ with its interval, a line a source, the arms one above the other."""
     sources = list(arms[0].report["per_source"])
     counts = [record["n_prompts"] for record in arms[0].report["per_source"].values()]
@@ -305,7 +306,7 @@ def tau_by_source(title: str, arms: Sequence[Arm]) -> str:
     ax.set_xlabel("tokens per verification")
     ax.grid(axis="x")
     bare_left(ax)
-    return to_svg(figure, title)
+    return to_image(figure, title)
 
 
 def _interval_mark(ax: Axes, dot: Dot, x: float, y: float) -> None:

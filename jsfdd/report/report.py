@@ -13,16 +13,17 @@ from pathlib import Path
 
 import jinja2
 import numpy as np
+import scipy.stats
 from markupsafe import Markup
 
 from jsfdd.base.files import written_whole
+from jsfdd.base.numbers import decimals, percent, signed, significant, whole
 from jsfdd.evaluation.intervals import RESAMPLES
 from jsfdd.report import plots
 from jsfdd.report.panel import arm_style, source_groups
 from jsfdd.report.run_files import Arm, RunFiles, read_run
 from jsfdd.scoring.metrics import METRICS
 
-_NO_VALUE = "–"
 _SHOWN_PIECES = 360  # of an example text: about a screen
 _SHOWN_IDS = 8
 _SKIPPED = {  # summary.json's lists of skipped conversations
@@ -97,7 +98,7 @@ def _result(files: RunFiles) -> dict:
     panels.append(plots.intervals("Speedup by arm", speedups, 1, "× autoregressive tokens per second", decimals))
     panels.append(plots.cost_and_gain("τ for the training it took", files.arms))
     return {
-        "result_panels": _safe(panels),
+        "result_panels": panels,
         "verdicts": [verdict(difference) for difference in differences],
         "costs": costs(files.arms, files.summary["seconds"]),
         "n_batches": math.ceil(files.arms[0].report["n_prompts"] / files.config["batch_size"]),
@@ -112,26 +113,22 @@ def _flatness(files: RunFiles) -> dict:
     selections = [a.selection for a in files.arms if a.name == "flatness"]
     thresholds = [s.thresholds["all"] for s in selections if s.within == "all"]  # a line, where there is one for all sources
     return {
-        "flatness_panels": _safe(
-            [
-                plots.source_histogram("Sample flatness", flatness, groups, colours, size, *thresholds),
-                plots.flatness_against_entropy(
-                    "Flatness and entropy, samples", flatness, entropy, groups, colours, size
-                ),
-            ]
-        ),
-        "token_panels": _safe(
-            [
-                plots.token_histogram("Token flatness", files.token_flatness, size),
-                plots.entropy_density("Flatness and entropy, tokens", files.token_flatness, files.token_entropy, size),
-            ]
-        ),
+        "flatness_panels": [
+            plots.source_histogram("Sample flatness", flatness, groups, colours, size, *thresholds),
+            plots.flatness_against_entropy(
+                "Flatness and entropy, samples", flatness, entropy, groups, colours, size
+            ),
+        ],
+        "token_panels": [
+            plots.token_histogram("Token flatness", files.token_flatness, size),
+            plots.entropy_density("Flatness and entropy, tokens", files.token_flatness, files.token_entropy, size),
+        ],
         "source_legend": [(name, colour, "●") for name, colour in colours.items()],
         "n_scored": int(scored.sum()),
         "n_unscored": int((~scored).sum()),
         "n_counted": len(files.token_flatness),
-        "spearman_samples": spearman(flatness, entropy),
-        "spearman_tokens": spearman(files.token_flatness, files.token_entropy),
+        "spearman_samples": rank_correlation(flatness, entropy),
+        "spearman_tokens": rank_correlation(files.token_flatness, files.token_entropy),
         "certain_share": float(np.mean(size * files.token_flatness.astype(float) ** 2 < 2)),
     }
 
@@ -154,7 +151,7 @@ def _selection(files: RunFiles) -> dict:
             )
     deciles = np.quantile(files.token_flatness, np.arange(1, 10) / 10)
     return {
-        "selection_panels": _safe(panels),
+        "selection_panels": panels,
         "length_notes": notes,
         "selection_sentences": _selection_sentences(files),
         "deciles": deciles,
@@ -187,19 +184,17 @@ def _training(files: RunFiles) -> dict:
     caption = "Loss: mean over the counted tokens of {} steps{}."
     if not held_out("loss"):
         return {
-            "training_panels": _safe([plots.curves("Loss", training("loss"))]),
+            "training_panels": [plots.curves("Loss", training("loss"))],
             "training_caption": caption.format(files.config["log_every"], "; no samples were held out"),
         }
     share = percent(files.config["held_out_share"])
     dashed = f"; dashed: after each epoch, on the held-out {share} of samples"
     return {
-        "training_panels": _safe(
-            [
-                plots.curves("Loss", training("loss"), dashed=held_out("loss")),
-                plots.curves("Held-out agreement, %", held_out("agreement"), percent=True),
-                plots.curves("Expected acceptance, %", held_out("acceptance"), percent=True),
-            ]
-        ),
+        "training_panels": [
+            plots.curves("Loss", training("loss"), dashed=held_out("loss")),
+            plots.curves("Held-out agreement, %", held_out("agreement"), percent=True),
+            plots.curves("Expected acceptance, %", held_out("acceptance"), percent=True),
+        ],
         "training_caption": caption.format(files.config["log_every"], dashed)
         + " Agreement: share of held-out counted tokens where the draft’s likeliest token is the target’s. Expected"
         " acceptance: Σ min(p, q) on the same tokens, at temperature 1. Arms with fewer samples take fewer steps.",
@@ -208,13 +203,11 @@ def _training(files: RunFiles) -> dict:
 
 def _acceptance(files: RunFiles) -> dict:
     return {
-        "acceptance_panels": _safe(
-            [
-                plots.alpha_by_depth("α by depth, %", files.arms),
-                plots.accepted_lengths("Accepted draft tokens", files.arms),
-                plots.tau_by_source("τ by source", files.arms),
-            ]
-        ),
+        "acceptance_panels": [
+            plots.alpha_by_depth("α by depth, %", files.arms),
+            plots.accepted_lengths("Accepted draft tokens", files.arms),
+            plots.tau_by_source("τ by source", files.arms),
+        ],
         "n_verifications": _listed([f"{whole(sum(arm.report['accept_counts']))} ({arm.name})" for arm in files.arms]),
         "examples": files.arms[0].report["examples"],
     }
@@ -307,57 +300,13 @@ def _listed(parts: Sequence[str]) -> str:
     return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
-# --- Figures as text -------------------------------------------------------------------------------------------------
-
-
-def decimals(x: float | None, digits: int = 2) -> str:
-    """1,234.50, with a true minus sign; a dash for None and NaN."""
-    if x is None or math.isnan(x):
-        return _NO_VALUE
-    return f"{x:,.{digits}f}".replace("-", "−")
-
-
-def signed(x: float) -> str:
-    """+0.12 or −0.12; 0.00 has no sign."""
-    text = f"{x:+.2f}".replace("-", "−")
-    return text if text[1:] != "0.00" else "0.00"
-
-
-def whole(x: float) -> str:
-    """1,234."""
-    return f"{x:,.0f}"
-
-
-def percent(x: float | None) -> str:
-    """A share as 12%, and as 0.3% below one percent."""
-    if x is None or math.isnan(x):
-        return _NO_VALUE
-    return f"{100 * x:.1f}%" if 0 < x < 0.01 else f"{100 * x:.0f}%"
-
-
-def significant(x: float | None) -> str:
-    """Three significant digits: flatness spans several powers of ten."""
-    return _NO_VALUE if x is None else f"{x:.3g}"
-
-
-def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Rank correlation; NaN where one side is constant."""
+def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's; NaN where one side is constant."""
     if np.ptp(a) == 0 or np.ptp(b) == 0:
-        return math.nan
-    return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """From 1; equal values share the mean of theirs."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+        return math.nan  # scipy would warn
+    return float(scipy.stats.spearmanr(a, b).statistic)
 
 
 def _glyph(arm: str) -> Markup:
     colour, _, glyph = arm_style(arm)
     return Markup('<i style="color:{}">{}</i> ').format(colour, glyph)
-
-
-def _safe(panels: Sequence[str]) -> list[Markup]:
-    """Panels go into the page unescaped: they are our own SVG, in which matplotlib has escaped all text."""
-    return [Markup(panel) for panel in panels]

@@ -21,7 +21,7 @@ _REMEDY = "finish the run with `jsfdd run` (it continues where it stopped), or g
 _SUMMARY_KEYS = ("versions", "hardware", "target", "data", "seconds", "arms", "differences")
 _CONFIG_KEYS = (
     "arms", "batch_size", "held_out_share", "log_every", "max_length", "max_new_tokens", "mix", "num_draft_tokens",
-    "retain_ratio", "seed", "temperature", "within",
+    "retain_ratio", "seed", "temperature", "tree_nodes", "within",
 )  # fmt: skip
 _ROW_KEYS = (
     "arm", "samples", "tokens", "counted_tokens", "train_seconds", "steps", "tau", "tau_low", "tau_high", "tau_macro",

@@ -1,10 +1,12 @@
-"""What `jsfdd evaluate` prints for each draft: speed and acceptance, a row a source and one for all."""
+"""The tables that `jsfdd evaluate` prints for each draft: speed and acceptance, a row per source and one for all."""
 
 from __future__ import annotations
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+from jsfdd.base.numbers import decimals, interval, percent, signed
 
 
 def print_evaluation(reports: dict[str, dict], differences: list[dict], out: Console) -> None:
@@ -16,8 +18,8 @@ def print_evaluation(reports: dict[str, dict], differences: list[dict], out: Con
         if "drafts" in report:
             out.print(_shares(rows))
         share = report["same_text_share"]
-        same = "" if share is None else f"; {share:.0%} of the answers are plain decoding's"
-        out.print(f"speed without compiling, which took {report['compile_seconds']:.0f} s for all programs{same}")
+        same = "" if share is None else f"; {percent(share)} of the answers are plain decoding's"
+        out.print(f"compiling took {report['compile_seconds']:.0f} s for all programs and is not in the speeds{same}")
     for difference in differences:
         out.print(describe_difference(difference))
 
@@ -27,7 +29,8 @@ def describe_difference(difference: dict) -> str:
     low, high = difference["low"], difference["high"]
     seen = "no difference seen" if low <= 0 <= high else "higher" if low > 0 else "lower"
     return (
-        f"τ of {difference['a']} minus {difference['b']}: {difference['tau_difference']:+.3f} [{low:+.3f}, {high:+.3f}], {seen}"
+        f"τ of {difference['a']} minus {difference['b']}: {signed(difference['tau_difference'], 3)} "
+        f"[{signed(low, 3)}, {signed(high, 3)}], {seen}"
     )
 
 
@@ -37,12 +40,12 @@ def _speed(name: str, rows: dict[str, dict]) -> Table:
         table.add_row(
             source,
             str(row["n_prompts"]),
-            _interval(row, "tau", 3),
-            _number(row["tau_macro"], 3),
-            _number(row["l"], 3),
-            f"{row['tokens_per_second']:.1f}",
-            f"{row['baseline_tokens_per_second']:.1f}",
-            f"{row['speedup']:.2f}",
+            f"{decimals(row['tau'], 3)} {interval(row['tau_low'], row['tau_high'], 3)}".rstrip(),
+            decimals(row["tau_macro"], 3),
+            decimals(row["l"], 3),
+            decimals(row["tokens_per_second"], 1),
+            decimals(row["baseline_tokens_per_second"], 1),
+            decimals(row["speedup"]),
         )
     return table
 
@@ -53,16 +56,16 @@ def _acceptance(rows: dict[str, dict], depth: int) -> Table:
     for source, row in rows.items():
         steps = max(row["n_steps"], 1)
         shares = " ".join(f"{count / steps:.0%}" for count in row["accept_counts"])
-        table.add_row(source, *(_number(alpha, 2) for alpha in row["alpha"]), shares)
+        table.add_row(source, *map(decimals, row["alpha"]), shares)
     return table
 
 
 def _shares(rows: dict[str, dict]) -> Table:
-    """What each of several drafts proposed of what was verified, and of what was accepted (`shares.py`)."""
+    """For several drafts: what share of the verified and of the accepted tokens each of them proposed (`shares.py`)."""
     table = _table(None, "source", *(f"{name}: verified, accepted" for name in rows["all"]["drafts"]))
     for source, row in rows.items():
         drafts = row["drafts"].values()
-        table.add_row(source, *(f"{_percent(own['verified_share'])}, {_percent(own['accepted_share'])}" for own in drafts))
+        table.add_row(source, *(f"{percent(draft['verified_share'])}, {percent(draft['accepted_share'])}" for draft in drafts))
     return table
 
 
@@ -71,17 +74,3 @@ def _table(title: str | None, *columns: str) -> Table:
     for column in columns:
         table.add_column(column, justify="left" if column == "source" else "right", no_wrap=True)
     return table
-
-
-def _interval(row: dict, name: str, digits: int) -> str:
-    if row[name] is None:
-        return "–"
-    return f"{row[name]:.{digits}f} [{row[name + '_low']:.{digits}f}, {row[name + '_high']:.{digits}f}]"
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{value:.0%}"
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"

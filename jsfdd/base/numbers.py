@@ -1,0 +1,43 @@
+"""Numbers as people read them: in reports, tables and sentences."""
+
+from __future__ import annotations
+
+import math
+
+NO_VALUE = "–"  # what stands where a figure does not exist
+
+
+def decimals(x: float | None, digits: int = 2) -> str:
+    """1,234.50, with a true minus sign; a dash for None and NaN."""
+    if x is None or math.isnan(x):
+        return NO_VALUE
+    return f"{x:,.{digits}f}".replace("-", "−")
+
+
+def signed(x: float, digits: int = 2) -> str:
+    """+0.12 or −0.12; 0.00 has no sign."""
+    text = f"{x:+,.{digits}f}".replace("-", "−")
+    return text if any(digit in text for digit in "123456789") else text[1:]
+
+
+def interval(low: float | None, high: float | None, digits: int = 2) -> str:
+    """[0.12, 0.34]; empty where there is none."""
+    return "" if low is None or high is None else f"[{decimals(low, digits)}, {decimals(high, digits)}]"
+
+
+def whole(x: float) -> str:
+    """1,234."""
+    return f"{x:,.0f}"
+
+
+def percent(x: float | None) -> str:
+    """A share of one: 12%, below a tenth with a decimal where there is one (3.4%, 5%)."""
+    if x is None or math.isnan(x):
+        return NO_VALUE
+    text = f"{100 * x:.1f}" if abs(x) < 0.0995 else f"{100 * x:.0f}"
+    return text.removesuffix(".0").replace("-", "−") + "%"
+
+
+def significant(x: float | None) -> str:
+    """Three significant digits: flatness spans several powers of ten."""
+    return NO_VALUE if x is None else f"{x:.3g}"
