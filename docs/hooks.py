@@ -24,11 +24,6 @@ def on_files(files, config):
     return files
 
 
-def on_nav(nav, config, files):
-    """Leave the order to mkdocs.yml."""
-    return nav
-
-
 def on_config(config):
     """The experiments and the rooms in the navigation, whichever there are."""
     pages = [path.relative_to(ROOT).as_posix() for path in sorted(ROOT.glob("experiments/[0-9]*/README.md"))]
@@ -38,7 +33,9 @@ def on_config(config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Links out of docs/ stay on the site; so do links of the repository's own pages into docs/."""
+    """Links out of docs/ stay on the site; so do links of the repository's own pages into docs/. Wide tables get the width."""
+    if page.file.src_uri.startswith("experiments/"):
+        page.meta.setdefault("hide", ["toc"])
     if "/" not in page.file.src_uri:
         return markdown.replace("](../", "](").replace("](docs/", "](")
     return markdown.replace("](../../docs/", "](../../")
