@@ -72,6 +72,24 @@ def test_its_hidden_states_are_kept_while_scoring_and_stored_by_themselves(tmp_p
         np.testing.assert_allclose(kept[name], whole[name], rtol=1e-5, atol=1e-6)
 
 
+def test_hidden_states_that_are_there_are_scored_without_the_target(tmp_path):
+    store = store_hidden(TARGET, SAMPLES, make_mesh(data=2), directory=tmp_path, dtype="float32", **OPTIONS)
+    only_a_head = foreign_target(None, EMBEDDING, HEAD, TARGET.config, name="head")
+    expected = score_samples(TARGET, SAMPLES, make_mesh(data=2), **OPTIONS)
+    for target in (TARGET, only_a_head):
+        table = score_samples(target, SAMPLES, make_mesh(data=2), hidden=store, **OPTIONS)
+        for name in column_names():
+            np.testing.assert_allclose(table[name], expected[name], rtol=1e-5, err_msg=name)
+    with pytest.raises(ValueError, match="head: has no function for hidden states"):
+        score_samples(only_a_head, SAMPLES, make_mesh(data=2), **OPTIONS)
+    wrong = {name: store[name] for name in store} | {"s1": store["s1"][:-1]}
+    with pytest.raises(ValueError, match=r"sample s1: hidden states \[\d+, 32\] are needed, found \(\d+, 32\)"):
+        score_samples(only_a_head, SAMPLES, make_mesh(data=2), hidden=wrong, **OPTIONS)
+    del wrong["s1"]
+    with pytest.raises(ValueError, match="found nothing"):
+        score_samples(only_a_head, SAMPLES, make_mesh(data=2), hidden=wrong, **OPTIONS)
+
+
 def test_a_tied_head_is_the_embedding():
     config, params = toy_target(tie_embeddings=True)
     foreign = foreign_target(lambda tokens: hidden_states(config, params, jnp.asarray(tokens)), params["embed"]["embedding"], None, config)
