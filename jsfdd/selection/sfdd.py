@@ -14,15 +14,17 @@ import math
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from jaxtyping import Float
 
 from jsfdd.base.files import decode, differences, read_json, sha256, write_json
-from jsfdd.base.records import Sample
 from jsfdd.scoring.metrics import METRICS, MetricName
-from jsfdd.scoring.table import ScoreTable
+
+if TYPE_CHECKING:  # the command line reads names from here, and must start fast
+    from jsfdd.base.records import Sample
+    from jsfdd.scoring.table import ScoreTable
 
 Within = Literal["all", "source"]
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from jaxtyping import Float
 
-from jsfdd.base.records import Sample
-from jsfdd.scoring.table import TokenRow
+if TYPE_CHECKING:  # the command line reads names from here, and must start fast
+    from jsfdd.base.records import Sample
+    from jsfdd.scoring.table import TokenRow
 
 TokenMetric = Literal["flatness", "entropy", "random"]
 
