@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from jsfdd.data.chat import Chat
-from jsfdd.decoding.generate import PromptBatch
+from jsfdd.decoding.state import PromptBatch
 from jsfdd.models.architecture import DecoderConfig, Rope
 from jsfdd.models.draft import draft_config, init_draft
 from jsfdd.models.target import init_params
