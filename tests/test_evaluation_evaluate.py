@@ -9,8 +9,7 @@ from toy import loaded_target, toy_draft
 
 from jsfdd.base.mesh import make_mesh
 from jsfdd.base.records import Prompt
-from jsfdd.decoding.tree import TreeShape
-from jsfdd.decoding.verify import Cutoff
+from jsfdd.decoding.settings import Cutoff, TreeShape
 from jsfdd.evaluation.evaluate import compare, evaluate
 from jsfdd.evaluation.intervals import interval, resample_ratios, tau_difference
 from jsfdd.models.draft import Draft

@@ -11,14 +11,12 @@ from toy import loaded_target, toy_draft
 from jsfdd.base.mesh import make_mesh
 from jsfdd.base.records import Prompt, Sample
 from jsfdd.data.batches import pad_rows
-from jsfdd.decoding.ensemble import Combine, Ensemble
 from jsfdd.decoding.generate import make_generate, prepare_params
-from jsfdd.decoding.prompts import bucket_width, prompt_batch, render_turns
-from jsfdd.decoding.state import DecodeSetup
-from jsfdd.decoding.tree import TreeShape
+from jsfdd.decoding.prompts import first_prompts, prompt_batch
+from jsfdd.decoding.settings import Combine, TreeShape, decode_setup
 from jsfdd.evaluation.acceptance import acceptance_figures
-from jsfdd.evaluation.evaluate import evaluate
-from jsfdd.evaluation.replay import Recorded, _walk_text, make_judge, record, walk
+from jsfdd.evaluation.evaluate import Together, evaluate
+from jsfdd.evaluation.replay import Recorded, walk_text, make_judge, record, walk
 from jsfdd.evaluation.replay_trees import make_tree_replay
 from jsfdd.models.draft import Draft, DraftConfig
 from jsfdd.models.target import hidden_states
@@ -83,10 +81,9 @@ def test_sampled_counts_have_the_decoders_law():
     draft, params = _often_right(target)
     mesh, depth, longest, rows = make_mesh(), 3, 10, 1500
     prompts = [Prompt(f"p{i}", "same", ("hi",)) for i in range(rows)]
-    ids = [render_turns(target, prompt, []) for prompt in prompts]
-    batch = prompt_batch(ids, range(rows), rows, bucket_width(len(ids[0])), 1, 0)
-    decode = make_generate(DecodeSetup(target.config, draft, depth, longest, target.stop_tokens), mesh)
-    stats = decode((prepare_params(target.params, params), np.float32(1)), batch).stats
+    batch = prompt_batch(first_prompts(target, prompts, longest), range(rows), rows, seed=1)
+    decode = make_generate(decode_setup(target, [draft], num_draft_tokens=depth, max_new_tokens=longest), mesh)
+    stats = decode(prepare_params(target.params, [params]), batch, 1.0).stats
     recorded = record(
         target, prompts, mesh, temperature=1.0, max_new_tokens=longest, ahead=depth, batch_size=rows, seed=2
     )
@@ -105,13 +102,13 @@ def test_walk_by_hand():
     accept = np.zeros((2, 7))
     accept[0] = [0, 0.5, 0.25, 1.0, 0.5, 0, 0]  # entry t is about token t + 2
     accept[1] = [0, 0, 0.5, 0.5, 0.5, 0, 0]
-    histogram, reached, accepted = _walk_text(accept, 2, np.zeros(5, bool), max_new_tokens=3)
+    histogram, reached, accepted = walk_text(accept, 2, np.zeros(5, bool), max_new_tokens=3)
     # A first step at one token: 1/2 rejects (a second step at two tokens follows), 1/4 accepts one, 1/4 two; both end.
     # The second step: 3/4 rejects at once, 1/8 accepts one, 1/8 two.
     assert np.allclose(histogram, [0.5 + 0.5 * 0.75, 0.25 + 0.5 * 0.125, 0.25 + 0.5 * 0.125])
     assert np.allclose(reached, [1.5, 0.5 + 0.5 * 0.25])
     assert np.allclose(accepted, [0.5 + 0.125, 0.25 + 0.0625])
-    stopped = _walk_text(accept, 2, np.array([False, True]), max_new_tokens=3)
+    stopped = walk_text(accept, 2, np.array([False, True]), max_new_tokens=3)
     assert np.allclose(stopped[0], [0.5, 0.5, 0])
     assert np.allclose(stopped[1], [1, 0])
 
@@ -131,17 +128,18 @@ def test_tree_counts_are_the_decoders_at_every_temperature(rule, temperature):
     target = _damped_target((257, 27, 92))
     draft, params = _often_right(target)
     shape = TreeShape(3, 3, 8)
-    drafts, combine = {"one": Draft(draft, params)}, None
+    drafts, params, combine = {"one": Draft(draft, params)}, [params], None
     if rule:
-        other = jax.tree.map(lambda x, y: 0.8 * x + 0.2 * y, params, toy_draft(target.config, seed=7)[1])
+        other = jax.tree.map(lambda x, y: 0.8 * x + 0.2 * y, params[0], toy_draft(target.config, seed=7)[1])
         combine = Combine(rule)
-        drafts = {"both": Ensemble({"one": Draft(draft, params), "two": Draft(draft, other)}, combine)}
-        params, draft = (params, other), (draft, draft)
+        drafts = {"both": Together({"one": Draft(draft, params[0]), "two": Draft(draft, other)}, combine)}
+        params.append(other)
     mesh = make_mesh()
     options = dict(temperature=temperature, max_new_tokens=24, batch_size=4, seed=0)
     (report,) = evaluate(target, drafts, prompts, mesh, num_draft_tokens=3, tree=shape, **options).values()
     recorded = record(target, prompts, mesh, ahead=4, **options)
-    setup = DecodeSetup(target.config, draft, 3, 24, target.stop_tokens, shape, combine=combine)
+    shapes = [draft] * len(params)
+    setup = decode_setup(target, shapes, num_draft_tokens=3, max_new_tokens=24, tree=shape, combine=combine)
     counts, shares = make_tree_replay(target, _hidden(target, recorded), recorded, setup, mesh, batch_size=4)(params)
     assert min(report["accept_counts"][:3]) > 0, "trees that are never right, or always, would prove nothing"
     for name, value in acceptance_figures(counts, np.ones(len(prompts), bool), seed=0).items():

@@ -22,6 +22,7 @@ from jsfdd.decoding.settings import DecodeSetup
 from jsfdd.decoding.state import DecodeParams, DecodeState
 from jsfdd.decoding.tree import Proposals, Tree, grow, path_probs, propose_nothing, rerank, root_only
 from jsfdd.decoding.verify import draw, fold_in_rows
+from jsfdd.models.attention import View, cached_view
 from jsfdd.models.draft import EagleLayer
 from jsfdd.models.target import embed_tokens, head_logits
 
@@ -63,7 +64,8 @@ def draft_tree(
     Trees grow by the drafts' own probabilities, without a temperature.
 
     Returns:
-      The tree, which draft proposed each of its nodes, and the state, whose draft caches hold what was read behind their length.
+      The tree, which draft proposed each of its nodes, and the state, whose draft caches hold what was read behind their
+      length.
     """
     proposals, caches = [], []
     for number, (cache, hidden) in enumerate(zip(state.draft_caches, state.draft_hidden, strict=True)):

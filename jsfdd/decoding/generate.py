@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from jsfdd.base.mesh import map_over_devices
+from jsfdd.base.mesh import map_over_devices, replicate
 from jsfdd.base.records import DecodeStats, DraftShares, Generation, KVCache
 from jsfdd.decoding.drafting import draft_chain, draft_tree, observe
 from jsfdd.decoding.ensemble import no_choices
@@ -32,6 +32,7 @@ from jsfdd.decoding.state import DecodeParams, DecodeState, Emitted, PromptBatch
 from jsfdd.decoding.tree import Path, keep_path, one_branch, tree_view, walk
 from jsfdd.decoding.verify import draw, fold_in_rows, verify
 from jsfdd.models.attention import cached_view, empty_cache
+from jsfdd.models.sharding import place_params
 from jsfdd.models.target import decode, head_logits, unstack_layers
 
 
@@ -209,8 +210,10 @@ def count_shares(shares: DraftShares, emitted: Emitted) -> DraftShares:
     )
 
 
-def prepare_params(target_params: dict, draft_params: Sequence[dict] = ()) -> DecodeParams:
-    """The weights as the loop reads them: of a target, and of each draft."""
+def prepare_params(target_params: dict, draft_params: Sequence[dict] = (), mesh: Mesh | None = None) -> DecodeParams:
+    """The weights as the loop reads them, of a target and of each draft; on the devices of a mesh, if one is given."""
+    if mesh is not None:
+        target_params, draft_params = place_params(target_params, mesh), replicate(tuple(draft_params), mesh)
     stepping = unstack_layers(target_params) if jax.default_backend() == "cpu" else target_params
     return DecodeParams(target_params, stepping, tuple(draft_params))
 
