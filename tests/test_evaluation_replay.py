@@ -13,10 +13,10 @@ from jsfdd.base.records import Prompt, Sample
 from jsfdd.data.batches import pad_rows
 from jsfdd.decoding.generate import make_generate, prepare_params
 from jsfdd.decoding.prompts import first_prompts, prompt_batch
-from jsfdd.decoding.settings import Combine, TreeShape, decode_setup
+from jsfdd.decoding.settings import Combine, Team, TreeShape, decode_setup
 from jsfdd.evaluation.acceptance import acceptance_figures
-from jsfdd.evaluation.evaluate import Together, evaluate
-from jsfdd.evaluation.replay import Recorded, walk_text, make_judge, record, walk
+from jsfdd.evaluation.evaluate import evaluate
+from jsfdd.evaluation.replay import Recorded, make_judge, record, walk, walk_text
 from jsfdd.evaluation.replay_trees import make_tree_replay
 from jsfdd.models.draft import Draft, DraftConfig
 from jsfdd.models.target import hidden_states
@@ -132,7 +132,7 @@ def test_tree_counts_are_the_decoders_at_every_temperature(rule, temperature):
     if rule:
         other = jax.tree.map(lambda x, y: 0.8 * x + 0.2 * y, params[0], toy_draft(target.config, seed=7)[1])
         combine = Combine(rule)
-        drafts = {"both": Together({"one": Draft(draft, params[0]), "two": Draft(draft, other)}, combine)}
+        drafts = {"both": Team({"one": Draft(draft, params[0]), "two": Draft(draft, other)}, combine)}
         params.append(other)
     mesh = make_mesh()
     options = dict(temperature=temperature, max_new_tokens=24, batch_size=4, seed=0)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from jsfdd.models.architecture import DecoderConfig
-    from jsfdd.models.draft import DraftConfig
+    from jsfdd.models.draft import Draft, DraftConfig
     from jsfdd.weights.target import Target
 
 CombineBy = Literal["average", "route", "merge"]
@@ -74,6 +74,23 @@ class Combine:
     rule: Literal["route", "merge"]
     route_by: RouteBy = "confidence"
     route_steps: int = 0
+
+
+class Team(NamedTuple):
+    """The drafts of one system, by name: none, one, or several that decode together; the earlier ones first where they tie."""
+
+    drafts: Mapping[str, Draft]
+    combine: Combine | None = None
+
+    @property
+    def configs(self) -> tuple[DraftConfig, ...]:
+        """The drafts' shapes, in order."""
+        return tuple(draft.config for draft in self.drafts.values())
+
+    @property
+    def params(self) -> tuple[dict, ...]:
+        """The drafts' parameters, in order."""
+        return tuple(draft.params for draft in self.drafts.values())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,7 @@ from jsfdd.decoding.conversation_log import Answer
 from jsfdd.decoding.conversations import Asked, Batches, hold, read_answer
 from jsfdd.decoding.generate import make_generate, prepare_params
 from jsfdd.decoding.prompts import prompt_batch, questions_in
-from jsfdd.decoding.settings import EVERY_TOKEN, Combine, Cutoff, DecodeSetup, TreeShape, decode_setup
+from jsfdd.decoding.settings import EVERY_TOKEN, Cutoff, DecodeSetup, Team, TreeShape, decode_setup
 from jsfdd.decoding.state import DecodeParams, PromptBatch
 from jsfdd.evaluation.acceptance import AcceptanceCounts, acceptance_figures, no_counts, with_interval
 from jsfdd.evaluation.intervals import resample_ratios, tau_difference
@@ -43,13 +43,6 @@ from jsfdd.weights.draft import check_draft
 from jsfdd.weights.target import Target
 
 BASELINE = "autoregressive"
-
-
-class Together(NamedTuple):
-    """Drafts, by name, that decode together; the earlier ones first where they tie."""
-
-    drafts: Mapping[str, Draft]
-    combine: Combine
 
 
 class Answers(NamedTuple):
@@ -82,7 +75,7 @@ class _System(NamedTuple):
 
 def evaluate(
     target: Target,
-    drafts: Mapping[str, Draft | Together],
+    drafts: Mapping[str, Draft | Team],
     prompts: Sequence[Prompt],
     mesh: Mesh,
     *,
@@ -115,7 +108,7 @@ def evaluate(
       >>> reports["mine"]["same_text_share"]
       1.0
     """
-    teams = {name: team if isinstance(team, Together) else Together({name: team}, None) for name, team in drafts.items()}
+    teams = {name: team if isinstance(team, Team) else Team({name: team}) for name, team in drafts.items()}
     for team in teams.values():
         for name, draft in team.drafts.items():
             check_draft(target, draft.config, name)
@@ -170,19 +163,17 @@ def compare(reports: dict[str, dict], seed: int) -> list[dict]:
     ]
 
 
-def _systems(target: Target, teams: Mapping[str, Together], mesh: Mesh, **options) -> dict[str, _System]:
+def _systems(target: Target, teams: Mapping[str, Team], mesh: Mesh, **options) -> dict[str, _System]:
     """The baseline and every draft, ready to decode; those of one setup share a program."""
     plain = decode_setup(target, max_new_tokens=options["max_new_tokens"], cutoff=options["cutoff"])
     params = prepare_params(target.params, mesh=mesh)
     systems = {BASELINE: _System(plain, params, make_generate(plain, mesh))}
     programs = {}
     for name, team in teams.items():
-        drafts = team.drafts.values()
-        setup = decode_setup(target, [draft.config for draft in drafts], combine=team.combine, **options)
+        setup = decode_setup(target, team.configs, combine=team.combine, **options)
         if setup not in programs:
             programs[setup] = make_generate(setup, mesh)
-        draft_params = replicate(tuple(draft.params for draft in drafts), mesh)
-        systems[name] = _System(setup, params._replace(drafts=draft_params), programs[setup])
+        systems[name] = _System(setup, params._replace(drafts=replicate(team.params, mesh)), programs[setup])
     return systems
 
 
