@@ -1,12 +1,10 @@
 """Judging recorded text is decoding it: the same counts greedily, the same law when sampled."""
 
-import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from toy import loaded_target, toy_draft
+from toy import damped_target, loaded_target, often_right, toy_draft
 
 from jsfdd.base.mesh import make_mesh
 from jsfdd.base.records import Prompt, Sample
@@ -26,24 +24,6 @@ PROMPTS.append(Prompt("two", "odd", ("first turn", "second turn")))
 VOCABULARY = tuple(range(0, 258, 2))
 
 
-def _damped_target(stop_tokens=(257,)):
-    """A target whose hidden state is its last token's embedding, but for a little of its layers."""
-    target = loaded_target()
-    layers = target.params["layers"]
-    for part, name in (("attention", "o_proj"), ("mlp", "down_proj")):
-        layers[part][name]["kernel"] = 0.3 * layers[part][name]["kernel"]
-    return target._replace(stop_tokens=stop_tokens)
-
-
-def _often_right(target, vocabulary=()):
-    """A draft that passes the embedding through, and has a little of its own layer, so that what it attends to matters."""
-    draft, params = toy_draft(target.config)
-    width = target.config.hidden_size
-    params["fc"]["kernel"] = jnp.zeros_like(params["fc"]["kernel"]).at[:width].set(jnp.eye(width))
-    params["layer"] = jax.tree.map(lambda x: 0.5 * x, params["layer"])
-    return dataclasses.replace(draft, vocabulary=vocabulary), params
-
-
 def _hidden(target, recorded):
     rows = [sample.tokens for sample in recorded.samples]
     tokens = pad_rows(rows, (len(rows), max(map(len, rows))))
@@ -61,8 +41,8 @@ def _replay(target, recorded, draft: DraftConfig, params, depth):
     "stop, vocabulary", [((257,), ()), ((257, 27, 92), VOCABULARY)], ids=["whole answers", "stops, a draft vocabulary"]
 )
 def test_greedy_counts_are_the_decoders(stop, vocabulary):
-    target = _damped_target(stop)
-    draft, params = _often_right(target, vocabulary)
+    target = damped_target(stop)
+    draft, params = often_right(target, vocabulary)
     mesh = make_mesh()
     options = dict(temperature=0.0, max_new_tokens=24, batch_size=4, seed=0)
     report = evaluate(target, {"draft": Draft(draft, params)}, PROMPTS, mesh, num_draft_tokens=3, **options)["draft"]
@@ -77,8 +57,8 @@ def test_greedy_counts_are_the_decoders(stop, vocabulary):
 
 def test_sampled_counts_have_the_decoders_law():
     """Over many sampled answers to one prompt, decoding's mean counts and replay's expectations agree."""
-    target = _damped_target()
-    draft, params = _often_right(target)
+    target = damped_target()
+    draft, params = often_right(target)
     mesh, depth, longest, rows = make_mesh(), 3, 10, 1500
     prompts = [Prompt(f"p{i}", "same", ("hi",)) for i in range(rows)]
     batch = prompt_batch(first_prompts(target, prompts, longest), range(rows), rows, seed=1)
@@ -115,7 +95,7 @@ def test_walk_by_hand():
 
 def test_more_depth_than_recorded_is_refused():
     target = loaded_target()
-    draft, _ = _often_right(target)
+    draft, _ = often_right(target)
     tokens = np.arange(6, dtype=np.int32)
     recorded = Recorded([Sample("a/0", "s", tokens, tokens > 2)], np.array([0]), 0.0, 3, 2, (257,))
     with pytest.raises(ValueError, match="recorded for up to 2"):
@@ -125,8 +105,8 @@ def test_more_depth_than_recorded_is_refused():
 @pytest.mark.parametrize("rule, temperature", [(None, 0.0), ("route", 1.0), ("merge", 1.0)])
 def test_tree_counts_are_the_decoders_at_every_temperature(rule, temperature):
     prompts = PROMPTS[:3]
-    target = _damped_target((257, 27, 92))
-    draft, params = _often_right(target)
+    target = damped_target((257, 27, 92))
+    draft, params = often_right(target)
     shape = TreeShape(3, 3, 8)
     drafts, params, combine = {"one": Draft(draft, params)}, [params], None
     if rule:

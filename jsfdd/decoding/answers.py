@@ -84,7 +84,7 @@ def generate(
     for each in drafts:
         check_draft(target, each.config, "draft")
     mesh = mesh or make_mesh()
-    rows = round_up_to_shards(min(batch_size, len(prompts)), mesh)
+    rows = round_up_to_shards(max(min(batch_size, len(prompts)), 1), mesh)
     setup = decode_setup(
         target,
         [each.config for each in drafts],

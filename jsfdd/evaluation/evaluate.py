@@ -93,6 +93,7 @@ def evaluate(
     Args:
       target: from `load_target`.
       drafts: name -> a draft, as `load_draft` gives it, or several that decode together. Those of one shape are one program.
+        Without any the one report is of the baseline.
       prompts: from `read_prompts`.
       mesh: rows are split over its "data" axis.
       batch_size: prompts decoded together, rounded up to the devices that share them.
@@ -104,7 +105,8 @@ def evaluate(
       ValueError: a prompt with its answer is longer than the target's context, or a draft is of another target.
 
     Example:
-      >>> reports = evaluate(target, {"mine": draft}, [Prompt("1", "chat", ("Hello!",))], make_mesh(), max_new_tokens=8)
+      >>> prompts = [Prompt("1", "chat", ("Hello!", "How are you?"))]
+      >>> reports = evaluate(target, {"mine": draft}, prompts, jsfdd.make_mesh(), max_new_tokens=8)
       >>> reports["mine"]["same_text_share"]
       1.0
     """
@@ -131,6 +133,8 @@ def evaluate(
     hold(target, questions_in(prompts), answer, batches, max_new_tokens=max_new_tokens, progress=progress)
     # A sampled chain's text has the target's distribution, but is another draw from it than the baseline's.
     same_text = temperature == 0 or tree is not None
+    if not teams:
+        return {BASELINE: _report(prompts, answers[BASELINE], answers[BASELINE], clock.compile_seconds, True, seed)}
     reports = {}
     for name, team in teams.items():
         reports[name] = _report(prompts, answers[name], answers[BASELINE], clock.compile_seconds, same_text, seed)
