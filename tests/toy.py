@@ -104,6 +104,8 @@ def toy_chats(answers=("Because it scatters.", "Forty-two, I think.")) -> list[C
         Chat(f"c{i}", "toy", ({"role": "user", "content": "Why?"}, {"role": "assistant", "content": answer}), f"toy:{i + 1}")
         for i, answer in enumerate(answers)
     ]
+
+
 def damped_target(stop_tokens=(257,)):
     """A target whose hidden state is its last token's embedding, but for a little of its layers."""
     target = loaded_target()
