@@ -1,18 +1,29 @@
-# The two commands of the README. Each makes the virtual environment it needs; PYTHON chooses the interpreter.
+# Each command makes the virtual environment it needs; PYTHON chooses the interpreter.
 #   make demo    the whole loop on a real 135M-parameter model, on CPU, in minutes
-#   make test    the test suite
+#   make check   lint and the fast tests, in a minute: what to run while working
+#   make test    lint and all tests
+#   make mutants plant known faults and see that the tests find each
 #   make docs    the pages under docs/ and the reference from the docstrings, as a site in build/docs; broken links are errors
 PYTHON ?= python3
 VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 READY := $(VENV)/.ready
 
-.PHONY: demo test docs clean
+.PHONY: demo lint check test mutants docs clean
 
 demo: $(READY)
 	$(VENV)/bin/jsfdd demo --out demo-run
 
-test: $(READY)
+lint: $(READY)
+	$(VENV)/bin/python -m ruff check jsfdd tests experiments
+
+check: lint
+	$(VENV)/bin/python -m pytest -m "not slow"
+
+test: lint
 	$(VENV)/bin/python -m pytest
+
+mutants: $(READY)
+	$(VENV)/bin/python tests/mutants/run.py
 
 docs: $(READY)
 	$(VENV)/bin/python -m pip install --quiet --editable '.[docs]'

@@ -6,21 +6,27 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-import jax
 import pytest
 
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 4)
-jax.config.update("jax_numpy_rank_promotion", "raise")
-# Compiling is most of what toys cost, and they gain nothing from LLVM's optimizations. `optimized` sets it back.
-jax.config.update("jax_disable_most_optimizations", True)
-# Every `train` or `run` of a toy builds its programs anew, and nearly all of them were compiled before.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".pytest_cache" / "xla"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+# As variables, before JAX is imported, so that processes which tests start have them too.
+SETTINGS = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "JAX_PLATFORMS": "cpu",
+    "JAX_NUM_CPU_DEVICES": "4",
+    "JAX_NUMPY_RANK_PROMOTION": "raise",
+    # Compiling is most of what toys cost, and they gain nothing from LLVM's optimizations (`optimized` sets them back)
+    # nor from the new emitter of fused loops, which takes three times as long.
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    # A device that waits for another ends the process after so long: a loaded machine needs more than the usual 40 s.
+    "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false --xla_cpu_collective_call_terminate_timeout_seconds=600",
+    # Every `train` or `run` of a toy builds its programs anew, and nearly all of them were compiled before.
+    "JAX_COMPILATION_CACHE_DIR": str(Path(__file__).parents[1] / ".pytest_cache" / "xla"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+}
+for name, value in SETTINGS.items():
+    os.environ.setdefault(name, value)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -28,6 +34,8 @@ def pytest_runtest_teardown(item, nextitem):
     """After the last test of a file, let go of its programs: thousands of them would be gigabytes at the end."""
     result = yield
     if nextitem is None or nextitem.path != item.path:
+        import jax
+
         jax.clear_caches()
         gc.collect()
         if sys.platform == "linux":
@@ -38,6 +46,8 @@ def pytest_runtest_teardown(item, nextitem):
 @pytest.fixture(scope="module")
 def optimized():
     """For files that run a real model: programs as fast as users get them."""
+    import jax
+
     jax.config.update("jax_disable_most_optimizations", False)
     jax.clear_caches()
     yield

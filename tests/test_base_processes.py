@@ -12,7 +12,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from forced_devices import XLA_FLAGS
 from test_commands_run import _chats, _prompts
 from toy import write_target
 
@@ -34,8 +33,6 @@ def begin(command, devices=2):
     """A Python process with forced CPU devices of its own."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]),
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": XLA_FLAGS,
         "JAX_NUM_CPU_DEVICES": str(devices),
     }
     return subprocess.Popen(

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from forced_devices import XLA_FLAGS
 
 HERE = Path(__file__).parent
 _COLLECTIVE = re.compile(r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
@@ -24,12 +23,7 @@ def eight(tmp_path_factory):
     out = tmp_path_factory.mktemp("eight")
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]),
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": XLA_FLAGS,
-        "JAX_COMPILATION_CACHE_DIR": str(out / "programs"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_NUM_CPU_DEVICES": "8",
-        "JAX_NUMPY_RANK_PROMOTION": "raise",
     }
     done = subprocess.run(
         [sys.executable, HERE / "on_eight_devices.py", out], env=environment, capture_output=True, text=True, timeout=600

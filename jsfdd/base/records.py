@@ -136,7 +136,7 @@ class DecodeStats(NamedTuple):
 
 
 class DraftShares(NamedTuple):
-    """What each of E drafts had its part in, per row.
+    """What each of E drafts that decode together had its part in, per row.
 
     Attributes:
       offered: int32[B, E], draft tokens that the target verified, each counted for one draft that proposed it.
@@ -148,9 +148,9 @@ class DraftShares(NamedTuple):
 
 
 class Generation(NamedTuple):
-    """Generated tokens of a batch: `tokens[b, :lengths[b]]`, the stopping token included, and what was counted meanwhile."""
+    """Generated tokens of a batch: `tokens[b, :lengths[b]]`, the stopping token included. `shares`: of combined drafts."""
 
     tokens: Int[Array, "B N"]
     lengths: Int[Array, " B"]
     stats: DecodeStats
-    shares: DraftShares
+    shares: DraftShares | None = None
