@@ -15,7 +15,6 @@ from toy import as_target, toy_draft, toy_target
 
 from jsfdd.base.mesh import make_mesh, put, replicate, shard_rows, to_host
 from jsfdd.base.records import DraftBatch, Sample
-from jsfdd.commands.train import TrainConfig
 from jsfdd.data.batches import Shape, choose_shapes, make_batches, pad_batch, pad_rows
 from jsfdd.decoding.generate import DecodeSetup, PromptBatch, make_generate, prepare_params
 from jsfdd.models.sharding import place_params, split_vocabulary
@@ -24,6 +23,7 @@ from jsfdd.scoring.passes import group_plans
 from jsfdd.scoring.score import make_score_step, score_samples
 from jsfdd.training.batch import TrainingData, device_batch
 from jsfdd.training.loss import borrow
+from jsfdd.training.recipe import Recipe
 from jsfdd.training.soft_means import make_means_step
 from jsfdd.training.step import init_state, make_optimizer, make_train_step, state_shardings
 from jsfdd.training.token_loss import Distance
@@ -48,18 +48,13 @@ def samples(number=30):
 SAMPLES = samples()
 SHAPE = Shape(8, 64)
 _hidden = jax.jit(lambda tokens: hidden_states(CONFIG, PARAMS, tokens)[0])
+RECIPE = Recipe(epochs=2, save_every=3)
 HIDDEN = {s.id: np.asarray(_hidden(np.pad(s.tokens, (0, 64 - len(s.tokens)))[None]))[: len(s.tokens)] for s in SAMPLES}
 
 
 def score(mesh):
     table = score_samples(as_target(CONFIG, PARAMS), SAMPLES, mesh, batch_tokens=256, per_token=True, progress=False)
     return table.metrics | {"token_flatness": np.concatenate([row.flatness for row in table.tokens])}
-
-
-def options(out, **changes):
-    return TrainConfig(
-        target="toy", data=(Path("x"),), out=out, epochs=2, batch_tokens=512, save_every=3, probe_every=4, **changes
-    )
 
 
 def means(mesh):
@@ -79,9 +74,8 @@ def trained(mesh, out, stop=False, **changes):
         raise Stop
 
     result = train(
-        CONFIG, place_params(PARAMS, mesh), TrainingData(SAMPLES, HIDDEN), TrainingData([], HIDDEN),
-        options(out, **changes), mesh,
-        identity={}, probe=probe if stop else None, progress=False,
+        as_target(CONFIG, place_params(PARAMS, mesh)), TrainingData(SAMPLES, HIDDEN), TrainingData([], HIDDEN), RECIPE, mesh,
+        out=out, batch_tokens=512, probe=probe if stop else None, probe_every=4, progress=False, **changes,
     )  # fmt: skip
     return result.state
 
@@ -107,10 +101,10 @@ def prompts(mesh):
 
 
 def train_step(mesh, shard_optimizer=False):
-    optimizer = make_optimizer(options(Path("x")), 8)  # as many steps as `trained` takes, so it is the same program
+    optimizer = make_optimizer(RECIPE, 8)  # as many steps as `trained` takes, so it is the same program
     padded = pad_batch(SAMPLES[:8], SHAPE)
     hidden = pad_rows([HIDDEN[s.id] for s in SAMPLES[:8]], SHAPE)
-    step = make_train_step(CONFIG, DRAFT, optimizer, mesh, options(Path("x")), shard_optimizer)
+    step = make_train_step(DRAFT, optimizer, mesh, RECIPE, shard_optimizer)
     state = jax.tree.map(put, init_state(DRAFT, optimizer, 0), state_shardings(DRAFT, optimizer, mesh, shard_optimizer))
     batch = shard_rows(DraftBatch(padded.tokens, padded.counted, padded.counted.astype(np.float32), hidden), mesh)
     return step, (split_vocabulary(borrow(CONFIG, place_params(PARAMS, mesh)), mesh), state, batch)

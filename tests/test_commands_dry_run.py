@@ -115,12 +115,12 @@ def test_train_on_a_mixture(place, capsys):
 
 
 def test_train_on_likeliest_tokens(place, capsys):
-    shared = [*DATA, "--held-out-share", "0.2", "--batch-tokens", "512", "--out", "out", "--target-top-k"]
+    shared = [*DATA, "--held-out-share", "0.2", "--batch-tokens", "512", "--out", "out", "--soft-targets", "top_k", "--soft-top-k"]
     values, words = _dry(capsys, "train", *shared, "8")
-    assert values["top_k_bytes"] == values["tokens"] * (4 * 8 + 2) and values["means_bytes"] == 0
-    assert "of the target's 8 likeliest tokens" in words and "out/top_k/" in values["would_write"]
+    assert values["soft_target_bytes"] == values["tokens"] * (4 * 8 + 2)
+    assert "of the target's 8 likeliest tokens" in words and "out/soft_targets/" in values["would_write"]
     assert main(["train", *shared, "300", "--dry-run"]) == 2
-    assert "--target-top-k: 300 exceeds the target's vocabulary of 258" in capsys.readouterr().err
+    assert "--soft-top-k: 300 exceeds the target's vocabulary of 258" in capsys.readouterr().err
 
 
 def test_evaluate(place, capsys):

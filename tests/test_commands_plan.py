@@ -13,14 +13,22 @@ from toy import toy_config, write_target
 from jsfdd.base.mesh import make_mesh
 from jsfdd.base.records import Batch, DraftBatch
 from jsfdd.commands.cli import main
-from jsfdd.commands.costs import Lengths, evaluate_stage, forward_flops, known_stage, param_bytes, score_stage, train_stage
+from jsfdd.commands.costs import (
+    Lengths,
+    evaluate_stage,
+    forward_flops,
+    param_bytes,
+    score_stage,
+    soft_targets_stage,
+    train_stage,
+)
 from jsfdd.commands.plan import GB, Devices, PlanConfig, prepare, print_plan, suggest_model_shards
-from jsfdd.commands.train import TrainConfig
 from jsfdd.data.batches import Shape
 from jsfdd.models.draft import draft_config
 from jsfdd.models.target import hidden_states, init_params
 from jsfdd.scoring.score import make_score_step
 from jsfdd.training.loss import borrow
+from jsfdd.training.recipe import Recipe
 from jsfdd.training.step import init_state, make_optimizer, make_train_step
 
 SEVENTY_B = dict(
@@ -116,8 +124,8 @@ def test_a_scoring_step_is_near_what_is_allocated():
 def test_a_training_step_is_near_what_is_allocated(tmp_path):
     mesh, draft = make_mesh(1), draft_config(CHECKED)
     config = options(tmp_path, batch_tokens=8 * 256)
-    training = TrainConfig(target="x", data=config.data, out=tmp_path)
-    optimizer = make_optimizer(training, 10)
+    recipe = Recipe()
+    optimizer = make_optimizer(recipe, 10)
     frozen = jax.eval_shape(lambda: borrow(CHECKED, init_params(CHECKED, jax.random.key(0))))
     state = jax.eval_shape(lambda: init_state(draft, optimizer, 0))
     batch = DraftBatch(
@@ -127,7 +135,7 @@ def test_a_training_step_is_near_what_is_allocated(tmp_path):
         np.zeros((*SHAPE, CHECKED.hidden_size), np.float32),
         np.zeros((*SHAPE, CHECKED.hidden_size + 1), np.float32),
     )
-    compiled = make_train_step(CHECKED, draft, optimizer, mesh, training).lower(frozen, state, shapes_of(batch)).compile()
+    compiled = make_train_step(draft, optimizer, mesh, recipe).lower(frozen, state, shapes_of(batch)).compile()
     lengths = Lengths(np.full(8, 256), np.full(8, 100), "")
     stage = train_stage(CHECKED, lengths, config, 4, 1, 1)
     expected = stage.peak - stage.memory["target"] + frozen.embedding.size * 4  # of the target, a step reads the embedding
@@ -136,7 +144,8 @@ def test_a_training_step_is_near_what_is_allocated(tmp_path):
 
 def test_likeliest_tokens_take_disk_by_their_number_alone(tmp_path):
     lengths = Lengths(np.full(8, 256), np.full(8, 100), "")
-    means, few, many = (known_stage(CHECKED, lengths, options(tmp_path, target_top_k=k), 4, 1) for k in (0, 32, 256))
+    changes = ({}, dict(soft_targets="top_k"), dict(soft_targets="top_k", soft_top_k=256))
+    means, few, many = (soft_targets_stage(CHECKED, lengths, options(tmp_path, **each), 4, 1) for each in changes)
     kept = 0.5 * 8 * 256
     assert (means.disk, few.disk, many.disk) == (kept * 2 * 257, kept * (4 * 32 + 2), kept * (4 * 256 + 2))
     assert few.flops == many.flops == means.flops / 2 and few.name == "target top-k"

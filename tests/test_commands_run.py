@@ -18,12 +18,12 @@ from jsfdd.commands.score import ScoreConfig
 from jsfdd.commands.select import SelectConfig
 from jsfdd.commands.train import TrainConfig
 from jsfdd.data.chat import read_chats
+from jsfdd.data.held_out import split_held_out
 from jsfdd.data.template import tokenize_chats
 from jsfdd.hidden import capture as features
 from jsfdd.scoring.table import read_scores
 from jsfdd.selection.sfdd import read_selection
-from jsfdd.training.journal import read_lines
-from jsfdd.training.train import METRICS, split_held_out
+from jsfdd.training.journal import METRICS, read_lines
 from jsfdd.weights.draft import load_draft
 
 WORDS = "the cat sat on a mat and saw one red bird fly over two green hills".split()
@@ -375,7 +375,7 @@ def test_one_pass_scores_and_keeps_features_and_training_reads_them(inputs, tmp_
     (dict(arms=("flatness", "random"), within="source"), "in one pass"),
     (dict(arms=("flatness",), features="recompute"), "none"),
     (dict(arms=("flatness",), feature_dtype="int8"), "in one pass"),
-    (dict(arms=("flatness",), target_top_k=8, token_loss="total_variation"), "in one pass"),
+    (dict(arms=("flatness",), soft_targets="top_k", soft_top_k=8, token_loss="total_variation"), "in one pass"),
 ])  # fmt: skip
 def test_a_run_stores_what_its_arms_train_on_and_no_more(inputs, tmp_path, monkeypatch, changes, stored):
     config = _run_config(inputs, tmp_path / "out", epochs=1, **changes)
@@ -385,7 +385,7 @@ def test_a_run_stores_what_its_arms_train_on_and_no_more(inputs, tmp_path, monke
     summary = run.run_stages(config)
     assert [row["arm"] for row in summary["arms"]] == list(config.arms) and all(row["tau"] >= 1 for row in summary["arms"])
     assert not second_passes
-    assert (config.out / "top_k").exists() == (config.target_top_k > 0)
+    assert (config.out / "soft_targets").exists() == (config.features != "recompute")
     assert (planned > 0) == (config.out / "hidden").exists() == (stored != "none")
     if stored == "none":
         return

@@ -14,7 +14,8 @@ from hypothesis.extra.numpy import arrays
 from jsfdd.training.distances import DISTANCES, coarse
 from jsfdd.training.soft_rows import num_outcomes, pack, row_words, unpack
 from jsfdd.training.soft_top_k import top_outcomes
-from jsfdd.training.token_loss import Distance, coarse_loss, token_loss
+from jsfdd.training.token_loss import Distance
+from jsfdd.training.visited_loss import Exact, TopK, visited_loss
 
 RANDOM = np.random.default_rng(0)
 V = 23
@@ -62,8 +63,8 @@ def test_value_is_the_definition_and_gradient_its_slope(name, top_k_weight):
 
         @jax.jit
         def loss(predicted):
-            arrays = (jnp.asarray(x) for x in (HEAD, predicted, log_p, ids, WEIGHT))
-            return coarse_loss(distance, 2, *arrays).distance
+            head, known, weight = jax.tree.map(jnp.asarray, (HEAD, (log_p, ids), WEIGHT))
+            return visited_loss(TopK(distance), 2, head, predicted, known, weight)["distance"]
 
         def weighted(predicted):
             return np.sum(WEIGHT * exact(name, predicted, 4, top_k_weight))
@@ -88,27 +89,23 @@ def test_of_all_tokens_nothing_is_lost(name, vocabulary):
     head, truth, predicted, weight = (jnp.asarray(x, jnp.float32) for x in (HEAD, TRUTH, PREDICTED, WEIGHT))
     log_p, ids = (jnp.asarray(x) for x in outcomes_of(size, vocabulary))
     own = head if whole else head[vocabulary]
-    allowed = None if whole else jnp.asarray(np.isin(np.arange(V), vocabulary))
+    exactly = Exact(distance, () if whole else tuple(vocabulary.tolist()))
 
     def by_outcomes(predicted):
-        sums = coarse_loss(distance, 2, own, predicted, log_p.astype(jnp.float32), ids, weight)
-        return sums.distance, sums
+        sums = visited_loss(TopK(distance), 2, own, predicted, (log_p.astype(jnp.float32), ids), weight)
+        return sums["distance"], sums
 
     def by_target(predicted):
-        sums = token_loss(distance, 2, head, predicted, truth, weight, allowed)
-        return sums.distance, sums
+        sums = visited_loss(exactly, 2, head, predicted, truth, weight)
+        return sums["distance"], sums
 
     ((_, found), slope), ((_, expected), expected_slope) = (
         jax.jit(jax.value_and_grad(f, has_aux=True))(predicted) for f in (by_outcomes, by_target)
     )
-    np.testing.assert_allclose(found.distance, expected.distance, rtol=1e-5)
     np.testing.assert_allclose(slope, expected_slope, atol=1e-5)
-    assert found.cross_entropy is found.target_entropy is found.acceptance is None
-    if whole:
-        assert found.agreement == expected.agreement and found.coverage is None
-    else:
-        assert found.agreement is None
-        np.testing.assert_allclose(found.coverage, expected.coverage, rtol=1e-5)
+    assert found.keys() == {"counted", "distance", "agreement" if whole else "coverage"}
+    for sum_name, value in found.items():
+        np.testing.assert_allclose(value, expected[sum_name], rtol=1e-5)
 
 
 LOGITS = arrays(np.float32, (9, 2), elements=st.floats(-8, 8, width=32))
@@ -118,10 +115,10 @@ LOGITS = arrays(np.float32, (9, 2), elements=st.floats(-8, 8, width=32))
 def all_distances(target, draft, k):
     """[distances, 2]: each between the k likeliest tokens and the tail, or, for None, between all tokens."""
     if k is not None:
-        likeliest = jax.lax.top_k(target.T, k)[1].T
-        target, draft = (coarse(z, likeliest) for z in (target, draft))
+        likeliest = jax.lax.top_k(target, k, axis=0)[1]
+        target, draft = (coarse(z, likeliest, axis=0) for z in (target, draft))
         target = jnp.maximum(target, -65504.0)  # as a row has it: of a target −inf is no logit
-    return jnp.stack([distance(target, draft) for distance in DISTANCES.values()])
+    return jnp.stack([distance(target, draft, axis=0) for distance in DISTANCES.values()])
 
 
 @settings(deadline=None)
@@ -135,11 +132,11 @@ def test_joined_outcomes_are_never_farther_apart(target, draft, k):
 
 def test_metrics_that_coarse_outcomes_do_not_tell_are_not_told():
     log_p, ids = outcomes_of(3)
-    arguments = (jnp.asarray(x, jnp.float32) for x in (HEAD, PREDICTED, log_p))
-    sums = coarse_loss(Distance("cross_entropy"), 2, *arguments, jnp.asarray(ids), jnp.asarray(WEIGHT))
+    head, predicted, log_p, weight = (jnp.asarray(x, jnp.float32) for x in (HEAD, PREDICTED, log_p, WEIGHT))
+    sums = visited_loss(TopK(Distance()), 2, head, predicted, (log_p, jnp.asarray(ids)), weight)
     agrees = np.argmax(TRUTH @ HEAD.T, axis=1) == np.argmax(PREDICTED @ HEAD.T, axis=1)
-    assert sums.agreement == np.sum(WEIGHT * agrees) and sums.counted == WEIGHT.sum()
-    assert sums.acceptance is sums.cross_entropy is sums.target_entropy is sums.coverage is None
+    assert sums["agreement"] == np.sum(WEIGHT * agrees) and sums["counted"] == WEIGHT.sum()
+    assert sums.keys() == {"counted", "distance", "agreement"}
 
 
 @pytest.mark.parametrize("vocabulary", [None, VOCABULARY], ids=["all tokens", "draft vocabulary"])
@@ -163,10 +160,10 @@ def test_a_certain_target_has_a_tail_of_nothing_and_trains():
         assert np.all(np.isfinite(log_probs)) and np.all(ids[0, 0] == 0)
 
         for name in ("reverse_kl", "hybrid"):
-            distance = Distance(name)
+            kind = TopK(Distance(name))
 
-            def loss(predicted, distance=distance, known=(log_probs, ids)):
-                return coarse_loss(distance, 2, head, predicted, *known, jnp.ones(2)).distance
+            def loss(predicted, kind=kind, known=(log_probs, ids)):
+                return visited_loss(kind, 2, head, predicted, known, jnp.ones(2))["distance"]
 
             value, slope = jax.jit(jax.value_and_grad(loss))(jnp.array([[-40.0], [0.0]]))
             assert np.isfinite(value) and np.all(np.isfinite(slope)), (k, name)

@@ -10,16 +10,16 @@ from toy import toy_config
 
 from jsfdd.base.mesh import make_mesh, replicate, shard_rows
 from jsfdd.base.records import DraftBatch
-from jsfdd.commands.train import TrainConfig
 from jsfdd.models.draft import draft_config
 from jsfdd.models.target import hidden_states, init_params
 from jsfdd.training.loss import borrow
+from jsfdd.training.recipe import Recipe
 from jsfdd.training.step import init_state, learning_rate_schedule, make_accumulating_step, make_optimizer, make_train_step
 
 CONFIG = toy_config()
 DRAFT = draft_config(CONFIG)
-OPTIONS = TrainConfig(target="toy", data=("chats.jsonl",), out="out")
-OPTIMIZER = make_optimizer(OPTIONS, num_steps=20)
+RECIPE = Recipe()
+OPTIMIZER = make_optimizer(RECIPE, num_steps=20)
 
 
 @functools.cache
@@ -34,7 +34,7 @@ def frozen_on(mesh):
 @functools.cache
 def compiled_step(devices):
     mesh = make_mesh(data=devices)
-    return make_train_step(CONFIG, DRAFT, OPTIMIZER, mesh, OPTIONS), mesh
+    return make_train_step(DRAFT, OPTIMIZER, mesh, RECIPE), mesh
 
 
 def batch(rows=4, length=12):
@@ -103,7 +103,7 @@ def test_step_traces_once_per_shape_and_takes_over_its_state():
         return OPTIMIZER.update(*args)
 
     mesh = make_mesh(data=4)
-    step = make_train_step(CONFIG, DRAFT, OPTIMIZER._replace(update=counted_update), mesh, OPTIONS)
+    step = make_train_step(DRAFT, OPTIMIZER._replace(update=counted_update), mesh, RECIPE)
     state, frozen = replicate(init_state(DRAFT, OPTIMIZER, seed=0), mesh), frozen_on(mesh)
     first = state.params["fc"]["kernel"]
     for length in (12, 12, 12, 14, 14, 12):
@@ -123,11 +123,11 @@ def test_devices_talk_once_a_step():
 
 def test_accumulated_batches_are_one_large_batch():
     whole, mesh = batch(rows=8), make_mesh(data=1)
-    options = dataclasses.replace(OPTIONS, hidden_noise=0.0)
+    recipe = dataclasses.replace(RECIPE, hidden_noise=0.0)
     fresh = replicate(init_state(DRAFT, OPTIMIZER, seed=0), mesh)
-    one, metrics = make_train_step(CONFIG, DRAFT, OPTIMIZER, mesh, options)(frozen_on(mesh), fresh, whole)
-    options = dataclasses.replace(options, accumulate=3)
-    step = make_accumulating_step(CONFIG, DRAFT, OPTIMIZER, mesh, options)
+    one, metrics = make_train_step(DRAFT, OPTIMIZER, mesh, recipe)(frozen_on(mesh), fresh, whole)
+    recipe = dataclasses.replace(recipe, accumulate=3)
+    step = make_accumulating_step(DRAFT, OPTIMIZER, mesh, recipe)
     parts = [jax.tree.map(lambda x, rows=rows: x[rows], whole) for rows in (slice(0, 4), slice(4, 6), slice(6, 8))]
     fresh = replicate(init_state(DRAFT, OPTIMIZER, seed=0), mesh)
     added, metrics_of_three = step(frozen_on(mesh), fresh, parts)
@@ -139,10 +139,8 @@ def test_accumulated_batches_are_one_large_batch():
 def test_noise_changes_from_step_to_step_and_can_be_switched_off():
     mesh = make_mesh(data=1)
     for noise, number_of_losses in ((0.0, 1), (0.2, 3)):
-        options = TrainConfig(
-            target="toy", data=("chats.jsonl",), out="out", hidden_noise=noise, learning_rate=1e-30
-        )
-        step = make_train_step(CONFIG, DRAFT, OPTIMIZER, mesh, options)
+        recipe = Recipe(hidden_noise=noise, learning_rate=1e-30)
+        step = make_train_step(DRAFT, OPTIMIZER, mesh, recipe)
         state, losses = replicate(init_state(DRAFT, OPTIMIZER, seed=0), mesh), set()
         for _ in range(3):  # the same parameters each time: only the noise can differ
             fresh = replicate(init_state(DRAFT, OPTIMIZER, seed=0), mesh)._replace(step=state.step)
@@ -152,13 +150,13 @@ def test_noise_changes_from_step_to_step_and_can_be_switched_off():
 
 
 def test_schedule_is_scaled_to_the_run():
-    options = TrainConfig(target="toy", data=("chats.jsonl",), out="out", learning_rate=1.0, warmup_share=0.1)
+    recipe = Recipe(learning_rate=1.0, warmup_share=0.1)
     for steps in (100, 1000):
-        rate = np.array([float(learning_rate_schedule(options, steps)(step)) for step in range(steps)])
+        rate = np.array([float(learning_rate_schedule(recipe, steps)(step)) for step in range(steps)])
         warmup = steps // 10
         assert rate.argmax() == warmup and rate[warmup] == 1.0
         assert 0 < rate[0] < 2 / warmup and np.all(np.diff(rate[: warmup + 1]) > 0)
         assert rate[-1] == pytest.approx(0.1) and np.all(np.diff(rate[warmup:]) < 0)
     for steps in (1, 2, 3):  # a run of a few steps is a run as well
-        rate = learning_rate_schedule(options, steps)
+        rate = learning_rate_schedule(recipe, steps)
         assert all(0.09 < float(rate(step)) <= 1 for step in range(steps))

@@ -1,4 +1,5 @@
-"""The token losses against their definitions in float64, and their gradients against finite differences."""
+"""The token losses against their definitions in float64, and their gradients against finite differences; the losses that
+training runs against the plain equations."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,8 @@ import scipy.special
 
 from jsfdd.training.distances import DISTANCES, top_k_share
 from jsfdd.training.soft_means import head_means
-from jsfdd.training.token_loss import Distance, mean_loss, token_loss
+from jsfdd.training.token_loss import Distance, coarse_loss, mean_loss, token_loss
+from jsfdd.training.visited_loss import Exact, Means, TopK, visited_loss
 
 RANDOM = np.random.default_rng(0)
 HEAD, TRUTH, PREDICTED = (RANDOM.normal(size=shape) for shape in ((23, 6), (5, 6), (5, 6)))
@@ -39,8 +41,8 @@ def test_value_is_the_definition_and_gradient_its_slope(name, top_k_weight):
 
         @jax.jit
         def loss(predicted):
-            arrays = (jnp.asarray(x) for x in (HEAD, predicted, TRUTH, WEIGHT))
-            return token_loss(distance, 2, *arrays).distance
+            head, truth, weight = (jnp.asarray(x) for x in (HEAD, TRUTH, WEIGHT))
+            return visited_loss(Exact(distance), 2, head, predicted, truth, weight)["distance"]
 
         def weighted(predicted):
             return np.sum(WEIGHT * exact(name, predicted, 3, top_k_weight))
@@ -61,14 +63,14 @@ def test_distances_are_least_where_both_agree():
     p = scipy.special.softmax(np.asarray(z, np.float64), axis=0)
     entropy = -np.sum(p * np.log(p), axis=0)
     for name, least in (("cross_entropy", entropy), ("reverse_kl", 0), ("total_variation", 0), ("hybrid", entropy)):
-        np.testing.assert_allclose(DISTANCES[name](z, z), least, atol=1e-6)
-        assert np.all(DISTANCES[name](z, z + jnp.asarray(RANDOM.normal(size=z.shape), jnp.float32)) > least)
+        np.testing.assert_allclose(DISTANCES[name](z, z, axis=0), least, atol=1e-6)
+        assert np.all(DISTANCES[name](z, z + jnp.asarray(RANDOM.normal(size=z.shape), jnp.float32), axis=0) > least)
 
 
 def test_top_k_share_keeps_ties():
     z = jnp.log(jnp.array([[4.0], [2.0], [2.0], [1.0], [1.0]]))
-    np.testing.assert_allclose(top_k_share(z, 2)[:, 0], [0.4, 0.2, 0.2, 0, 0], rtol=1e-6)
-    np.testing.assert_allclose(top_k_share(z, 1)[:, 0], [0.4, 0, 0, 0, 0], rtol=1e-6)
+    np.testing.assert_allclose(top_k_share(z, 2, axis=0)[:, 0], [0.4, 0.2, 0.2, 0, 0], rtol=1e-6)
+    np.testing.assert_allclose(top_k_share(z, 1, axis=0)[:, 0], [0.4, 0, 0, 0, 0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("distance", [CROSS_ENTROPY, Distance("cross_entropy", 4, 0.5)], ids=["plain", "top k"])
@@ -79,10 +81,11 @@ def test_mean_loss_is_token_loss_without_the_target(distance, dtype, tolerance):
     assert means.shape == (5, 7) and means.dtype == dtype and not np.any(means[1])
 
     def by_means(predicted):
-        return mean_loss(2, head, predicted, means[:, :-1], means[:, -1].astype(jnp.float32), weight).distance
+        known = means[:, :-1], means[:, -1].astype(jnp.float32)
+        return visited_loss(Means(), 2, head, predicted, known, weight)["distance"]
 
     def by_target(predicted):
-        return token_loss(distance, 2, head, predicted, truth, weight).distance
+        return visited_loss(Exact(distance), 2, head, predicted, truth, weight)["distance"]
 
     (found, slope), (expected, expected_slope) = (jax.value_and_grad(f)(predicted) for f in (by_means, by_target))
     assert float(found) == pytest.approx(float(expected), rel=tolerance)
@@ -101,28 +104,28 @@ def test_rounding_of_means_leaves_no_bias_of_the_mass():
 
 def test_a_draft_vocabulary_limits_q_and_what_p_asks_for():
     tokens = np.array([0, 2, 3, 7, 11, 12, 20])
-    allowed = np.isin(np.arange(23), tokens)
+    vocabulary = tuple(tokens.tolist())
     head, truth, predicted, weight = (jnp.asarray(x, jnp.float32) for x in (HEAD, TRUTH, PREDICTED, WEIGHT))
     p = scipy.special.softmax(TRUTH @ HEAD.T, axis=1)
     log_q = scipy.special.log_softmax(PREDICTED @ HEAD[tokens].T, axis=1)
     expected = -np.sum(p[:, tokens] * log_q, axis=1)
 
-    sums = token_loss(CROSS_ENTROPY, 2, head, predicted, truth, weight, jnp.asarray(allowed))
-    assert float(sums.distance) == pytest.approx(np.sum(WEIGHT * expected), rel=1e-5)
+    sums = visited_loss(Exact(CROSS_ENTROPY, vocabulary), 2, head, predicted, truth, weight)
+    assert float(sums["distance"]) == pytest.approx(np.sum(WEIGHT * expected), rel=1e-5)
     acceptance, coverage = np.minimum(p[:, tokens], np.exp(log_q)).sum(axis=1), p[:, tokens].sum(axis=1)
-    assert float(sums.acceptance) == pytest.approx(np.sum(WEIGHT * acceptance), rel=1e-5)
-    assert float(sums.coverage) == pytest.approx(np.sum(WEIGHT * coverage), rel=1e-5)
+    assert float(sums["acceptance"]) == pytest.approx(np.sum(WEIGHT * acceptance), rel=1e-5)
+    assert float(sums["coverage"]) == pytest.approx(np.sum(WEIGHT * coverage), rel=1e-5)
     agreement = np.argmax(p, axis=1) == tokens[np.argmax(log_q, axis=1)]
-    assert float(sums.agreement) == pytest.approx(np.sum(WEIGHT * agreement)) and sums.cross_entropy is None
+    assert float(sums["agreement"]) == pytest.approx(np.sum(WEIGHT * agreement)) and "cross_entropy" not in sums
 
-    means = head_means(CROSS_ENTROPY, 2, head, truth, weight, "float32", tuple(tokens.tolist()))
+    means = head_means(CROSS_ENTROPY, 2, head, truth, weight, "float32", vocabulary)
     np.testing.assert_allclose(means[:, -1], np.where(WEIGHT > 0, coverage, 0), rtol=1e-5)
 
     def by_means(predicted):
-        return mean_loss(2, head[tokens], predicted, means[:, :-1], means[:, -1], weight).distance
+        return visited_loss(Means(), 2, head[tokens], predicted, (means[:, :-1], means[:, -1]), weight)["distance"]
 
     def by_target(predicted):
-        return token_loss(CROSS_ENTROPY, 2, head, predicted, truth, weight, jnp.asarray(allowed)).distance
+        return visited_loss(Exact(CROSS_ENTROPY, vocabulary), 2, head, predicted, truth, weight)["distance"]
 
     (found, slope), (whole, whole_slope) = (jax.value_and_grad(f)(predicted) for f in (by_means, by_target))
     assert float(found) == pytest.approx(float(whole), rel=1e-5)
@@ -133,7 +136,7 @@ def test_a_draft_vocabulary_limits_q_and_what_p_asks_for():
 def test_distances_stay_finite_where_the_draft_cannot_go(name):
     z = jnp.asarray(TRUTH @ HEAD.T, jnp.float32).T
     limited = z.at[3:9].set(-jnp.inf)
-    value, slope = jax.value_and_grad(lambda draft: DISTANCES[name](z, draft).sum())(limited)
+    value, slope = jax.value_and_grad(lambda draft: DISTANCES[name](z, draft, axis=0).sum())(limited)
     assert np.isfinite(value) and np.all(np.isfinite(slope)) and np.all(slope[3:9] == 0)
 
 
@@ -142,18 +145,18 @@ def test_extreme_logits_stay_finite_and_exact():
     truth, predicted, weight = jnp.array([[3e4], [0.0]]), jnp.array([[-3e4], [0.0]]), jnp.ones(2)
 
     def total(predicted):
-        sums = token_loss(CROSS_ENTROPY, 2, matrix, predicted, truth, weight)
-        return sums.distance, sums
+        sums = visited_loss(Exact(CROSS_ENTROPY), 2, matrix, predicted, truth, weight)
+        return sums["distance"], sums
 
     gradient, sums = jax.jit(jax.grad(total, has_aux=True))(predicted)
-    assert sums.cross_entropy == sums.distance == pytest.approx(6e4 + np.log(3))  # all of p where log q = −6e4, then uniform
-    assert sums.target_entropy == pytest.approx(np.log(3), rel=1e-6)
-    assert sums.acceptance == pytest.approx(1.0, rel=1e-6)  # 0 at the first token, 1 at the second
-    assert sums.agreement == 1.0
+    assert sums["cross_entropy"] == sums["distance"] == pytest.approx(6e4 + np.log(3))  # all of p where log q = −6e4, then uniform
+    assert sums["target_entropy"] == pytest.approx(np.log(3), rel=1e-6)
+    assert sums["acceptance"] == pytest.approx(1.0, rel=1e-6)  # 0 at the first token, 1 at the second
+    assert sums["agreement"] == 1.0
     np.testing.assert_allclose(gradient, [[-2.0], [0.0]], atol=1e-6)  # (q − p) @ matrix
     means = head_means(CROSS_ENTROPY, 2, matrix, truth, weight, "float32")
     by_means, slope = jax.value_and_grad(
-        lambda predicted: mean_loss(2, matrix, predicted, means[:, :-1], means[:, -1], weight).distance
+        lambda predicted: visited_loss(Means(), 2, matrix, predicted, (means[:, :-1], means[:, -1]), weight)["distance"]
     )(predicted)
     assert by_means == pytest.approx(6e4 + np.log(3))
     np.testing.assert_allclose(slope, [[-2.0], [0.0]], atol=1e-6)
@@ -163,9 +166,59 @@ def test_no_counted_token_means_zero_loss_and_gradient():
     rows = jnp.ones((4, 6))
 
     def total(predicted):
-        sums = token_loss(CROSS_ENTROPY, 2, jnp.asarray(HEAD, jnp.float32), predicted, rows, jnp.zeros(4))
-        return sums.distance, sums
+        sums = visited_loss(Exact(CROSS_ENTROPY), 2, jnp.asarray(HEAD, jnp.float32), predicted, rows, jnp.zeros(4))
+        return sums["distance"], sums
 
     gradient, sums = jax.jit(jax.grad(total, has_aux=True))(2 * rows)
-    assert all(value == 0 for value in sums if value is not None)
+    assert len(sums) == 6 and all(value == 0 for value in sums.values())
     np.testing.assert_array_equal(gradient, 0)
+
+
+VOCABULARY = (0, 2, 3, 7, 11, 12, 20)
+
+
+def kinds():
+    """(name, kind, head, what is known of p, the plain equation of predicted) in float64; log p of four tokens and the tail."""
+    p = scipy.special.softmax(TRUTH @ HEAD.T, axis=1)
+    ids = np.argsort(-p, axis=1)[:, :4]
+    top = np.take_along_axis(p, ids, axis=1)
+    log_p = np.log(np.concatenate([top, 1 - top.sum(axis=1, keepdims=True)], axis=1))
+    mean, mass = 1.3 * p @ HEAD, np.full(5, 1.3)
+    allowed = np.isin(np.arange(23), VOCABULARY)
+    limited_ids = np.argsort(-p[:, VOCABULARY], axis=1)[:, :3]
+    limited = np.take_along_axis(p[:, VOCABULARY], limited_ids, axis=1)
+    beyond = 1 - p[:, VOCABULARY].sum(axis=1, keepdims=True)
+    limited = np.log(np.concatenate([limited, 1 - limited.sum(axis=1, keepdims=True) - beyond, beyond], axis=1))
+    head = HEAD[list(VOCABULARY)]
+    for name in DISTANCES:
+        distance = Distance(name, 3, 0.5)
+        yield "exact", Exact(distance), HEAD, TRUTH, lambda g, d=distance: token_loss(d, HEAD, g, TRUTH)
+        yield (
+            "exact, draft vocabulary", Exact(distance, VOCABULARY), HEAD, TRUTH,
+            lambda g, d=distance: token_loss(d, HEAD, g, TRUTH, allowed),
+        )  # fmt: skip
+        yield "top k", TopK(distance), HEAD, (log_p, ids), lambda g, d=distance: coarse_loss(d, HEAD, g, log_p, ids)
+        yield (
+            "top k, draft vocabulary", TopK(distance), head, (limited, limited_ids),
+            lambda g, d=distance: coarse_loss(d, head, g, limited, limited_ids),
+        )  # fmt: skip
+    yield "means", Means(), HEAD, (mean, mass), lambda g: mean_loss(HEAD, g, mean, mass)
+
+
+def test_the_losses_of_training_are_the_plain_equations():
+    """Value and gradient, of every kind and distance; the plain side is differentiated by JAX."""
+    with jax.enable_x64(True):
+        for name, kind, head, known, plain in kinds():
+
+            def visited(g, kind=kind, head=head, known=known):
+                return visited_loss(kind, 2, *jax.tree.map(jnp.asarray, (head, g, known, WEIGHT)))["distance"]
+
+            def weighted(g, plain=plain):
+                return jnp.sum(WEIGHT * plain(g))
+
+            (found, slope), (expected, expected_slope) = (
+                jax.jit(jax.value_and_grad(loss))(jnp.asarray(PREDICTED)) for loss in (visited, weighted)
+            )
+            assert float(found) == pytest.approx(float(expected), rel=1e-6), (name, kind)
+            # Training's logits and its way back through the head are float32.
+            np.testing.assert_allclose(slope, expected_slope, rtol=1e-5, atol=1e-5, err_msg=f"{name} {kind}")

@@ -17,19 +17,21 @@ from toy import as_target, toy_config
 
 from jsfdd.base.mesh import make_mesh, replicate, shard_rows
 from jsfdd.base.records import Sample
-from jsfdd.commands.train import TrainConfig
 from jsfdd.data.batches import Shape, pad_batch
+from jsfdd.data.held_out import split_held_out
 from jsfdd.hidden.capture import make_recompute
+from jsfdd.models.draft import draft_config
+from jsfdd.models.foreign import foreign_target
 from jsfdd.models.target import hidden_states, init_params
 from jsfdd.training.batch import TrainingData, device_batch
-from jsfdd.training.journal import read_lines
+from jsfdd.training.draft_shape import draft_of
+from jsfdd.training.journal import METRICS, TIMINGS, read_lines
 from jsfdd.training.loss import borrow
-from jsfdd.training.soft_means import store_means
-from jsfdd.training.soft_top_k import store_top_k
+from jsfdd.training.recipe import Recipe
+from jsfdd.training.soft_store import store_soft_targets
 from jsfdd.training.step import make_evaluate_step
 from jsfdd.training.tensorboard import scalars
-from jsfdd.training.token_loss import Distance
-from jsfdd.training.train import METRICS, TIMINGS, draft_of, split_held_out, train
+from jsfdd.training.train import train
 from jsfdd.weights.draft import load_draft
 
 
@@ -49,22 +51,18 @@ def toy_data():
     return config, params, samples, {s.id: np.asarray(h)[: len(s.tokens)] for s, h in zip(samples, hidden)}
 
 
-def default_options(out):
-    return TrainConfig(
-        target="toy", data=("chats.jsonl",), out=Path(out), batch_tokens=1024, held_out_share=0.2, learning_rate=3e-3,
-        epochs=3, log_every=3, save_every=5,
-    )  # fmt: skip
+RECIPE = Recipe(held_out_share=0.2, learning_rate=3e-3, epochs=3, log_every=3, save_every=5)
+RECIPE_FIELDS = {field.name for field in dataclasses.fields(Recipe)}
 
 
-def run(out, store=None, known=None, weights=None, **changes):
-    """Train on the toy data; `identity` and `probe` pass through, other changes are options."""
-    config, params, samples, hidden = toy_data()
-    arguments = {name: changes.pop(name) for name in ("identity", "probe", "samples") if name in changes}
-    options = dataclasses.replace(default_options(out), **changes)
-    train_samples, held_out = split_held_out(arguments.pop("samples", samples), options.held_out_share)
-    arguments = {"identity": {"target": "toy"}} | arguments
-    data, held_out = TrainingData(train_samples, store or hidden, known, weights), TrainingData(held_out, store or hidden)
-    return train(config, params, data, held_out, options, make_mesh(), progress=False, **arguments)
+def run(out, store=None, rows=None, weights=None, samples=None, **changes):
+    """Train on the toy data, with `rows` as soft targets; changes are of the recipe or arguments of `train`."""
+    config, params, all_samples, hidden = toy_data()
+    recipe = dataclasses.replace(RECIPE, **{name: changes.pop(name) for name in RECIPE_FIELDS & set(changes)})
+    kept, held_out = split_held_out(samples or all_samples, recipe.held_out_share)
+    data, held_out = TrainingData(kept, store or hidden, rows, weights), TrainingData(held_out, store or hidden)
+    arguments = dict(out=out, seed=0, identity={"target": "toy"}, batch_tokens=1024, progress=False) | changes
+    return train(as_target(config, params), data, held_out, recipe, make_mesh(), **arguments)
 
 
 @pytest.fixture(scope="module")
@@ -91,20 +89,18 @@ def test_recomputed_hidden_states_train_the_same_draft_as_stored_ones(tmp_path):
     dtype = "bfloat16"
     config, params, samples, _ = toy_data()
     mesh, shape = make_mesh(data=1), Shape(16, 40)
-    options = TrainConfig(
-        target="toy", data=("chats.jsonl",), out=tmp_path, batch_tokens=640, held_out_share=0.2, epochs=1, feature_dtype=dtype
-    )
+    recipe = Recipe(held_out_share=0.2, epochs=1)
     hidden_of = make_recompute(as_target(config, params), mesh, dtype)
     hidden = {}
     for start in range(0, len(samples), 16):
         own = samples[start : start + 16]
         computed = np.asarray(hidden_of(shard_rows(pad_batch(own, shape), mesh)))
         hidden |= {sample.id: row[: len(sample.tokens)] for sample, row in zip(own, computed)}
-    sides = split_held_out(samples, options.held_out_share)
+    sides = split_held_out(samples, recipe.held_out_share)
     results = [
         train(
-            config, params, *(TrainingData(side, store) for side in sides), dataclasses.replace(options, out=tmp_path / name),
-            mesh, identity={}, shapes=[shape], progress=False,
+            as_target(config, params), *(TrainingData(side, store) for side in sides), recipe, mesh, out=tmp_path / name,
+            shapes=[shape], progress=False,
         )
         for name, store in (("stored", hidden), ("recomputed", hidden_of))
     ]  # fmt: skip
@@ -176,7 +172,7 @@ def test_finished_run_is_returned_not_repeated(finished):
     jax.tree.map(np.testing.assert_array_equal, _bits(again.state), _bits(result.state))
     assert again.seconds == result.seconds and again.held_out == result.held_out
     assert {path: path.read_bytes() for path in before} == before
-    assert load_draft(directory).config == result.draft
+    assert load_draft(directory).config == result.draft.config
 
 
 def test_lines_say_what_happened(finished):
@@ -194,37 +190,37 @@ def test_lines_say_what_happened(finished):
     assert lines[0]["learning_rate"] > lines[-1]["learning_rate"] == pytest.approx(3e-4)
 
 
-def store_of_means(directory, options, weights=None, **changes):
+def stored(kind, directory, recipe=RECIPE, weights=None, vocabulary=(), **changes):
+    """Soft targets of the toy data's training side."""
     config, params, samples, hidden = toy_data()
     data = TrainingData(split_held_out(samples, 0.2)[0], hidden, weights=weights)
-    return store_means(
-        data, borrow(config, params), Distance.of(options), make_mesh(), block=16, batch_tokens=1024, directory=directory,
-        identity={}, progress=False, **({"dtype": "float32"} | changes),
+    return store_soft_targets(
+        kind, data, borrow(config, params), draft_config(config, vocabulary=vocabulary), recipe, make_mesh(),
+        batch_tokens=1024, directory=directory, identity={}, progress=False, **changes,
     )  # fmt: skip
+
+
+def store_of_means(directory, recipe=RECIPE, **changes):
+    return stored("means", directory, recipe, **({"means_dtype": "float32"} | changes))
+
+
+def store_of_top_k(directory, k, **changes):
+    return stored("top_k", directory, dataclasses.replace(RECIPE, soft_targets="top_k", soft_top_k=k), **changes)
 
 
 def test_stored_means_train_the_same_draft(finished, tmp_path):
     """The same loss by two products with the head in place of three; only rounding differs, which Adam enlarges."""
     result, directory = finished
-    means = store_of_means(tmp_path / "means", default_options(tmp_path))
-    again = run(tmp_path / "run", known=means)
+    means = store_of_means(tmp_path / "means")
+    again = run(tmp_path / "run", rows=means)
     lines, expected = (
         [line for line in read_lines(path / METRICS) if "loss" in line] for path in (tmp_path / "run", directory)
     )
     assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in expected], rel=1e-3)
     assert "agreement" in expected[0] and "agreement" not in lines[0]
     assert again.held_out["kl"] == pytest.approx(result.held_out["kl"], rel=5e-3)
-    rounded = store_of_means(tmp_path / "rounded", default_options(tmp_path), dtype="bfloat16")
-    assert run(tmp_path / "third", known=rounded).held_out["kl"] == pytest.approx(result.held_out["kl"], rel=0.02)
-
-
-def store_of_top_k(directory, k, weights=None, vocabulary=()):
-    config, params, samples, hidden = toy_data()
-    data = TrainingData(split_held_out(samples, 0.2)[0], hidden, weights=weights)
-    return store_top_k(
-        data, borrow(config, params), k, make_mesh(), block=16, batch_tokens=1024, directory=directory, identity={},
-        vocabulary=vocabulary, progress=False,
-    )  # fmt: skip
+    rounded = store_of_means(tmp_path / "rounded", means_dtype="bfloat16")
+    assert run(tmp_path / "third", rows=rounded).held_out["kl"] == pytest.approx(result.held_out["kl"], rel=0.02)
 
 
 @pytest.mark.parametrize("changes", [{}, dict(token_loss="hybrid", hass_steps=2, hass_top_k=5, hass_top_k_weight=0.5)])
@@ -235,7 +231,7 @@ def test_the_likeliest_tokens_train_the_same_draft_where_they_are_all(finished, 
         directory = tmp_path / "whole"
         result = run(directory, **changes)
     all_tokens = store_of_top_k(tmp_path / "top_k", 64)
-    again = run(tmp_path / "run", known=all_tokens, target_top_k=64, **changes)
+    again = run(tmp_path / "run", rows=all_tokens, soft_targets="top_k", soft_top_k=64, **changes)
     lines, expected = (
         [line for line in read_lines(path / METRICS) if "loss" in line] for path in (tmp_path / "run", directory)
     )
@@ -247,16 +243,14 @@ def test_the_likeliest_tokens_train_the_same_draft_where_they_are_all(finished, 
 
 def test_few_likeliest_tokens_teach_a_draft_vocabulary_any_distance(tmp_path):
     config, _, samples, _ = toy_data()
-    options = dataclasses.replace(default_options(tmp_path), draft_vocab=5, target_top_k=2, token_loss="total_variation")
-    vocabulary = draft_of(config, options, split_held_out(samples, 0.2)[0]).vocabulary
-    known = store_of_top_k(tmp_path / "top_k", 2, vocabulary=vocabulary)
-    changes = dict(target_top_k=2, token_loss="total_variation", draft_vocab=5, learning_rate=1e-2)
-    result = run(tmp_path / "run", known=known, **changes)
+    changes = dict(soft_targets="top_k", soft_top_k=2, token_loss="total_variation", draft_vocab=5, learning_rate=1e-2)
+    vocabulary = draft_of(config, Recipe(**changes), split_held_out(samples, 0.2)[0]).vocabulary
+    result = run(tmp_path / "run", rows=store_of_top_k(tmp_path / "top_k", 2, vocabulary=vocabulary), **changes)
     lines = [line for line in read_lines(tmp_path / "run" / METRICS) if "loss" in line]
     assert 0 < lines[0]["coverage"] < 1 and "agreement" not in lines[0]
     assert lines[-1]["token_loss"] < lines[0]["token_loss"] and 0 < result.held_out["acceptance"] < 1
-    with pytest.raises(ValueError, match="--target-top-k: 65 exceeds the target's vocabulary of 64"):
-        draft_of(config, dataclasses.replace(default_options(tmp_path), target_top_k=65), samples)
+    with pytest.raises(ValueError, match="--soft-top-k: 65 exceeds the target's vocabulary of 64"):
+        draft_of(config, Recipe(soft_targets="top_k", soft_top_k=65), samples)
 
 
 def test_a_store_of_likeliest_tokens_goes_on_and_knows_what_it_is_of(tmp_path):
@@ -268,20 +262,19 @@ def test_a_store_of_likeliest_tokens_goes_on_and_knows_what_it_is_of(tmp_path):
     anew = store_of_top_k(tmp_path, 3)
     for name in whole:
         np.testing.assert_array_equal(again[name], anew[name])
-    with pytest.raises(ValueError, match="top_k.k: found 3, expected 4"):
+    with pytest.raises(ValueError, match="soft_targets.k: found 3, expected 4"):
         store_of_top_k(tmp_path, 4)
-    with pytest.raises(ValueError, match="top_k.vocabulary"):
+    with pytest.raises(ValueError, match="soft_targets.vocabulary"):
         store_of_top_k(tmp_path, 3, vocabulary=(1, 2, 3))
 
 
 def test_means_of_other_tokens_or_another_loss_are_refused(tmp_path):
-    options = default_options(tmp_path)
-    store_of_means(tmp_path / "means", options)
+    store_of_means(tmp_path / "means")
     with pytest.raises(ValueError, match="top_k_weight"):
-        store_of_means(tmp_path / "means", dataclasses.replace(options, hass_top_k_weight=0.5))
+        store_of_means(tmp_path / "means", Recipe(hass_top_k_weight=0.5))
     none = {sample.id: np.zeros(len(sample.tokens), np.float32) for sample in toy_data()[2]}
     with pytest.raises(ValueError, match="weights"):
-        store_of_means(tmp_path / "means", options, weights=none)
+        store_of_means(tmp_path / "means", weights=none)
 
 
 def test_hass_lifts_the_deeper_steps(tmp_path):
@@ -292,17 +285,17 @@ def test_hass_lifts_the_deeper_steps(tmp_path):
     assert len(hass.held_out["acceptance_by_step"]) == 3
     assert hass.held_out["acceptance_by_step"][0] == hass.held_out["acceptance"]
     config, params, samples, hidden = toy_data()
-    mesh, options = make_mesh(), dataclasses.replace(default_options(tmp_path), hass_steps=3)
+    mesh = make_mesh()
     data = TrainingData(split_held_out(samples, 0.2)[1], hidden)
     batch = device_batch(data, range(len(data.samples)), Shape(len(data.samples), 40), mesh)
-    evaluate = make_evaluate_step(config, plain.draft, mesh, options)
+    evaluate = make_evaluate_step(plain.draft.config, mesh, Recipe(hass_steps=3))
     frozen = replicate(borrow(config, params), mesh)
     third_of = {
         name: jax.device_get(evaluate(frozen, result.state.params, batch)).steps[2]
         for name, result in (("plain", plain), ("hass", hass))
     }
-    assert third_of["hass"].hidden_loss < third_of["plain"].hidden_loss
-    assert third_of["hass"].tokens.cross_entropy < third_of["plain"].tokens.cross_entropy
+    assert third_of["hass"]["hidden_loss"] < third_of["plain"]["hidden_loss"]
+    assert third_of["hass"]["cross_entropy"] < third_of["plain"]["cross_entropy"]
 
 
 def test_token_weights_decide_what_is_learnt(finished, tmp_path):
@@ -318,17 +311,18 @@ def test_token_weights_decide_what_is_learnt(finished, tmp_path):
 
 def test_a_draft_vocabulary_is_of_the_data_and_is_kept(tmp_path):
     config, _, samples, _ = toy_data()
-    options = dataclasses.replace(default_options(tmp_path), draft_vocab=5)
-    draft = draft_of(config, options, split_held_out(samples, 0.2)[0])
+    draft = draft_of(config, Recipe(draft_vocab=5), split_held_out(samples, 0.2)[0])
     assert len(draft.vocabulary) == 5 and set(draft.vocabulary) < set(range(8))  # the data has tokens 0 to 7 alone
-    means = store_of_means(tmp_path / "means", options, vocabulary=draft.vocabulary)
-    result = run(tmp_path / "run", known=means, draft_vocab=5, learning_rate=1e-2)
-    assert result.draft == draft == load_draft(tmp_path / "run").config
+    means = store_of_means(tmp_path / "means", vocabulary=draft.vocabulary)
+    result = run(tmp_path / "run", rows=means, draft_vocab=5, learning_rate=1e-2)
+    assert result.draft.config == draft == load_draft(tmp_path / "run").config
     assert 0 < result.held_out["acceptance"] < result.held_out["coverage"] < 1 and "kl" not in result.held_out
     with pytest.raises(ValueError, match="vocabulary"):
-        store_of_means(tmp_path / "means", options)
-    with pytest.raises(ValueError, match="--hass-top-k: 65 exceeds the target's vocabulary of 64"):
-        draft_of(config, dataclasses.replace(options, hass_top_k=65, hass_top_k_weight=1.0), samples)
+        store_of_means(tmp_path / "means")
+    with pytest.raises(ValueError, match="hass_top_k: 65 exceeds the target's vocabulary of 64"):
+        draft_of(config, Recipe(hass_top_k=65, hass_top_k_weight=1.0), samples)
+    with pytest.raises(ValueError, match="trained on soft targets"):
+        run(tmp_path / "without", draft_vocab=5)
 
 
 def test_accumulation_takes_fewer_steps_of_the_same_tokens(finished, tmp_path):
@@ -443,3 +437,15 @@ def test_held_out_side_depends_on_the_id_alone():
     assert split_held_out(samples[::-2], 0.05)[1] == [s for s in samples[::-2] if s in held_out]
     assert {s.id for s in held_out} < {s.id for s in split_held_out(samples, 0.1)[1]}
     assert split_held_out(samples, 0.0)[1] == []
+
+
+def test_a_model_of_another_library_lends_two_arrays(finished, tmp_path):
+    """Embedding and head [V, D] as numpy arrays, hidden states as arrays: the draft is the same to the bit."""
+    result, _ = finished
+    config, params, samples, hidden = toy_data()
+    embedding, head = np.asarray(params["embed"]["embedding"]), np.asarray(params["head"]["kernel"]).T
+    sides = (TrainingData(side, hidden) for side in split_held_out(samples, RECIPE.held_out_share))
+    target = foreign_target(None, embedding, head, config)
+    foreign = train(target, *sides, RECIPE, make_mesh(), out=tmp_path, batch_tokens=1024, progress=False)
+    assert foreign.draft.record["target"] == target.fingerprint
+    jax.tree.map(np.testing.assert_array_equal, _bits(foreign.state), _bits(result.state))

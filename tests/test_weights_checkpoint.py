@@ -31,17 +31,15 @@ def state():
 
 def save_steps(run, state, *steps):
     draft, state = state
-    with checkpoint.open_checkpoints(run) as checkpoints:
+    with checkpoint.Checkpoints(run, draft, IDENTITY) as checkpoints:
         for step in steps:
             params = jax.tree.map(lambda x, step=step: x + step, state.params)
-            checkpoint.save(checkpoints, state._replace(step=jnp.int32(step), params=params), draft, IDENTITY)
+            checkpoints.save(state._replace(step=jnp.int32(step), params=params))
 
 
 def restore(run, like):
-    with checkpoint.open_checkpoints(run) as checkpoints:
-        step = checkpoint.latest_step(checkpoints)
-        assert checkpoint.read_identity(checkpoints, step) == IDENTITY
-        return checkpoint.restore(checkpoints, step, like)
+    with checkpoint.Checkpoints(run, draft_config(toy_config()), IDENTITY) as checkpoints:
+        return checkpoints.resume(like)
 
 
 def test_restored_state_is_the_saved_one(state, tmp_path):
@@ -56,9 +54,15 @@ def test_restored_state_is_the_saved_one(state, tmp_path):
     assert all(x.sharding == y.sharding for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(like)))
 
 
-def test_no_checkpoint_yet(tmp_path):
-    with checkpoint.open_checkpoints(tmp_path) as checkpoints:
-        assert checkpoint.latest_step(checkpoints) is None
+def test_no_checkpoint_yet(state, tmp_path):
+    assert restore(tmp_path, state[1]) is state[1]
+
+
+def test_another_run_is_not_continued(state, tmp_path):
+    save_steps(tmp_path, state, 3)
+    with checkpoint.Checkpoints(tmp_path, state[0], IDENTITY | {"target": "other"}) as checkpoints:
+        with pytest.raises(ValueError, match="other inputs or options.*target: found 'toy', expected 'other'"):
+            checkpoints.resume(state[1])
 
 
 def test_what_a_killed_save_left_is_not_taken_and_removed(state, tmp_path):
@@ -67,8 +71,8 @@ def test_what_a_killed_save_left_is_not_taken_and_removed(state, tmp_path):
     shutil.copytree(tmp_path / "checkpoints" / "3", left)
     assert checkpoint.read_trained_draft(tmp_path).params["fc"]["kernel"].shape == (64, 32)
     assert left.exists(), "reading a run that may still be in training removes nothing"
-    with checkpoint.open_checkpoints(tmp_path) as checkpoints:
-        assert checkpoint.latest_step(checkpoints) == 3
+    with checkpoint.Checkpoints(tmp_path, state[0], IDENTITY) as checkpoints:
+        assert checkpoints.latest_step == 3
     assert not left.exists()
 
 

@@ -108,8 +108,8 @@ class DraftBatch(NamedTuple):
     counted: Bool[Array, "B T"] | np.ndarray  # where the *score* counts; the loss shifts it (EAGLE pairing)
     weight: Float[Array, "B T"] | np.ndarray  # of each score position in the loss; 0 where none is taken, as off `counted`
     hidden: Float[Array, "B T D"] | np.ndarray  # target hidden states after its final norm
-    # Of the target's distributions, `target_means.py` or `target_top_k.py`; None: its head is asked in each step.
-    known: Float[Array, "B T D1"] | UInt16[Array, "B T W"] | np.ndarray | None = None
+    # What is stored of the target's distributions, as `training/soft_store.py` writes it; None: each step asks its head.
+    soft_targets: Float[Array, "B T D1"] | UInt16[Array, "B T W"] | np.ndarray | None = None
 
 
 class TrainState(NamedTuple):

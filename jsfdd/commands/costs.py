@@ -112,16 +112,13 @@ def hidden_stage(config: DecoderConfig, lengths: Lengths, options: PlanConfig, i
     )
 
 
-def known_stage(config: DecoderConfig, lengths: Lengths, options: PlanConfig, itemsize: int, model_shards: int) -> Stage:
-    """Of the target's distributions of what is kept, means or likeliest tokens, once.
-
-    Its head over the stored hidden states that count, and for the means back.
-    """
+def soft_targets_stage(config: DecoderConfig, lengths: Lengths, options: PlanConfig, itemsize: int, model_shards: int) -> Stage:
+    """Storing soft targets for the kept samples: the head over the hidden states that count, and for means back."""
     kept = options.retain_ratio * float(lengths.tokens.sum())
     largest = max(_batch_shapes(lengths.tokens, options.batch_tokens), key=lambda shape: shape.rows * shape.length)
     head = 0 if config.tie_embeddings else config.vocab_size * config.hidden_size * itemsize / model_shards
-    if options.target_top_k:
-        name, products, words = "target top-k", 1, row_words(options.target_top_k, config.vocab_size, draft_vocab=0)
+    if options.soft_targets == "top_k":
+        name, products, words = "target top-k", 1, row_words(options.soft_top_k, config.vocab_size, draft_vocab=0)
     else:
         name, products, words = "target means", 2, config.hidden_size + 1
     return Stage(
@@ -130,7 +127,7 @@ def known_stage(config: DecoderConfig, lengths: Lengths, options: PlanConfig, it
             "target": param_bytes(config, itemsize, model_shards),
             "head": head,
             "batch": 3 * largest.rows * largest.length * config.hidden_size * 4,
-            "temporaries": head_temporaries(config, _train_block(), model_shards, 2),
+            "temporaries": head_temporaries(config, vocabulary_block(jax.default_backend()), model_shards, 2),
         },
         products * 2 * config.hidden_size * config.vocab_size * options.retain_ratio * float(lengths.counted.sum()),
         disk=kept * words * 2,
@@ -166,7 +163,7 @@ def train_stage(
             "draft, moments, gradient": 4 * size,
             "batch": 4 * tokens * width * 4,
             "activations": 2 * kept,
-            "temporaries": head_temporaries(config, _train_block(), model_shards, 2),
+            "temporaries": head_temporaries(config, vocabulary_block(jax.default_backend()), model_shards, 2),
         },
         steps * flops,
         disk=2 * 3 * size,  # two checkpoints of the draft and its moments
@@ -193,14 +190,10 @@ def plan_stages(config: DecoderConfig, lengths: Lengths, options: PlanConfig, de
     return [
         score_stage(config, lengths, options.batch_tokens, itemsize, model_shards),
         hidden_stage(config, lengths, options, itemsize, model_shards),
-        known_stage(config, lengths, options, itemsize, model_shards),
+        soft_targets_stage(config, lengths, options, itemsize, model_shards),
         train_stage(config, lengths, options, itemsize, model_shards, data_shards),
         evaluate_stage(config, options, itemsize, model_shards, data_shards),
     ]
-
-
-def _train_block() -> int:
-    return vocabulary_block(jax.default_backend())
 
 
 def _batch_shapes(tokens: np.ndarray, batch_tokens: int) -> list[Shape]:

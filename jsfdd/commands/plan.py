@@ -10,7 +10,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from jsfdd.commands.options import DataOptions, TargetOptions, TrainingOptions
 from jsfdd.commands.outcome import Outcome, rendered
@@ -37,8 +37,10 @@ class PlanConfig(TargetOptions, DataOptions):
     """Share of the samples that are trained on."""
     epochs: int = 10
     """Passes over the kept samples."""
-    target_top_k: int = TrainingOptions.target_top_k
-    """As of `train`: so many tokens of every distribution are stored in place of its mean; 0 for the mean."""
+    soft_targets: Literal["means", "top_k"] = "means"
+    """As of `train`."""
+    soft_top_k: int = TrainingOptions.soft_top_k
+    """As of `train`."""
     devices: int | None = None
     """How many devices; those that are here unless given."""
     device_kind: str | None = None

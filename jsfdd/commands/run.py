@@ -34,7 +34,7 @@ from jsfdd.commands.outcome import Outcome, many, planned
 from jsfdd.commands.score import HIDDEN, ScoreConfig, check_arms
 from jsfdd.commands.select import SelectConfig
 from jsfdd.commands.summary import example_texts, summarise, summary_words
-from jsfdd.commands.train import RECOMPUTE, RECOMPUTED, STORE, TrainConfig, check_features, stores_target
+from jsfdd.commands.train import RECOMPUTE, RECOMPUTED, SOFT_TARGETS, STORE, TrainConfig, check_features
 
 if TYPE_CHECKING:
     from jsfdd.base.records import Prompt
@@ -135,12 +135,12 @@ def describe(config: RunConfig, prepared: Prepared) -> Outcome:
         hidden_bytes, said = score.describe_hidden(config, found, tokens)
         said = f"store at most {said}, once it is selected"
     # Arms mix what they selected, so together they may train on more than one mixture.
-    stored, also = train.describe_known(config, found, found.samples if config.mix else kept)
+    soft_target_bytes, also = train.describe_soft_targets(config, found, found.samples if config.mix else kept)
     words[len(scoring_words) : len(scoring_words)] = [said, *also]
     decoding, said = evaluate.describe_decoding(config, found.target, prompts)
     words += [f"{line}, for {many(len(arms), 'draft')}" for line in said]
     stores = [f"{HIDDEN}/"] * bool(hidden_bytes)
-    stores += [f"{name}/" for name, size in stored.items() if size and not config.draft_vocab]
+    stores += [f"{SOFT_TARGETS}/"] * bool(soft_target_bytes and not config.draft_vocab)
     files = ["scores.parquet", "token_scores.parquet", *stores, *(f"arms/{arm}/" for arm in arms)]
     files += ["summary.json", "report.html"]
     values = {"scoring": scoring, "hidden_bytes": hidden_bytes, "arms": arms, "decoding": decoding}
@@ -205,11 +205,12 @@ def _compute(config: RunConfig, prompts: Sequence[Prompt], found: Inputs) -> Non
     with clock.stage("hidden"):
         source = TrainConfig.taken_from(config, features=kept_at, token_retain_ratio=1.0, token_weighting="hard")
         store = train.hidden_for_training(source, loaded, list(needed.values()), None)
-    known = None
-    if stores_target(config) and not config.draft_vocab:  # a vocabulary is each arm's own, and so is what is stored of it
+    soft_targets = None
+    # A vocabulary belongs to one arm, and so do its soft targets.
+    if config.stored_soft_targets(config.features != RECOMPUTE) and not config.draft_vocab:
         trained_on = {sample.id: sample for kept, _ in sides.values() for sample in kept}
-        with clock.stage("top_k" if config.target_top_k else "means"):
-            known = train.known_for_training(config, loaded, TrainingData(list(trained_on.values()), store))
+        with clock.stage("soft_targets"):
+            soft_targets = train.soft_targets_for_training(config, loaded, TrainingData(list(trained_on.values()), store))
 
     trained = {}
     for arm, directory in arms.items():
@@ -218,7 +219,7 @@ def _compute(config: RunConfig, prompts: Sequence[Prompt], found: Inputs) -> Non
         train_config = TrainConfig.taken_from(
             config, out=directory, selection=directory / "selection.json", token_scores=token_scores
         )
-        trained[arm] = train.train(train_config, loaded, store, known)
+        trained[arm] = train.train(train_config, loaded, store, soft_targets)
 
     with clock.stage("evaluate"):
         reports = _evaluate_arms(config, loaded, arms, prompts)

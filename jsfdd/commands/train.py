@@ -3,7 +3,8 @@
     checkpoints/      the draft, its optimizer and what it was trained on
     metrics.jsonl     a line every --log-every steps
     timings.jsonl     seconds of the same steps
-    hidden/ means/ top_k/   what the target says of the samples, unless it is read from elsewhere
+    hidden/           the target's hidden states of the samples, unless they are read from elsewhere or not stored
+    soft_targets/     what is stored of the target's distributions
 """
 
 from __future__ import annotations
@@ -34,10 +35,11 @@ if TYPE_CHECKING:
     from jsfdd.hidden.store import HiddenStore
     from jsfdd.selection.sfdd import Selection
     from jsfdd.training.batch import HiddenStates, PerToken, TrainingData
+    from jsfdd.training.recipe import Recipe
     from jsfdd.training.train import Probe, TrainResult
 
 STORE, RECOMPUTE = "store", "recompute"  # values of --features
-MEANS, TOP_K = "means", "top_k"  # folders in --out
+SOFT_TARGETS = "soft_targets"  # folder in --out
 RECOMPUTED = "compute the hidden states of each batch at every step; store none"
 _PROBE_DEPTH = 4
 
@@ -119,20 +121,22 @@ def describe(config: TrainConfig, prepared: Prepared) -> Outcome:
         words.append(RECOMPUTED)
     else:
         words.append(f"read hidden states from {config.features}")
-    stored, said = describe_known(config, inputs, kept)
+    values["soft_target_bytes"], said = describe_soft_targets(config, inputs, kept)
     words += said
-    files[:0] = [f"{name}/" for name, size in stored.items() if size]
-    values |= {f"{name}_bytes": size for name, size in stored.items()}
+    files[:0] = [f"{SOFT_TARGETS}/"] if values["soft_target_bytes"] else []
     return planned("train", values, words, config.out, files, continues=config.out / "checkpoints")
 
 
 def train(
-    config: TrainConfig, loaded: Loaded | None = None, store: HiddenStates | None = None, known: PerToken | None = None
+    config: TrainConfig,
+    loaded: Loaded | None = None,
+    store: HiddenStates | None = None,
+    soft_targets: PerToken | None = None,
 ) -> TrainResult:
     """Write checkpoints/ and metrics.jsonl; returns what happened.
 
-    Without a `store` hidden states come from where `config.features` says; without `known`, what the config asks for of the
-    target's distributions is computed first and kept in `out`.
+    Without a `store` hidden states come from where `config.features` says; without `soft_targets` those that the config asks
+    for are computed first and kept in `out`.
     """
     from jsfdd.base.processes import agree, agree_on_directory, is_primary
     from jsfdd.base.progress import console
@@ -152,23 +156,34 @@ def train(
     draft_of(loaded.target.config, config, kept)  # refuses what the target's vocabulary cannot give, before any work
     if store is None:
         store = hidden_for_training(config, loaded, [*kept, *held_out], selection)
-    data = TrainingData(kept, store, known, _token_weights(config, kept))
-    if known is None and stores_target(config):
-        data = data._replace(known=known_for_training(config, loaded, data))
+    data = TrainingData(kept, store, soft_targets, _token_weights(config, kept))
+    if soft_targets is None:
+        data = data._replace(soft_targets=soft_targets_for_training(config, loaded, data))
     return training.train(
-        loaded.target.config,
-        loaded.target.params,
+        loaded.target,
         data,
         TrainingData(held_out, store),
-        config,
+        recipe_of(config),
         loaded.mesh,
+        out=config.out,
+        seed=config.seed,
         identity=loaded.identity
         | {"feature_dtype": config.feature_dtype}
         | _mix_identity(config, kept)
         | _probe_identity(config),
         shapes=loaded.shapes,
         probe=_make_probe(config, loaded, kept) if config.probe_prompts else None,
+        probe_every=config.probe_every,
+        shard_optimizer=config.shard_optimizer,
+        tensorboard=config.tensorboard,
     )
+
+
+def recipe_of(config: TrainConfig | RunConfig) -> Recipe:
+    """The recipe among a config's options."""
+    from jsfdd.training.recipe import Recipe
+
+    return Recipe(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Recipe)})
 
 
 def training_sides(
@@ -251,47 +266,34 @@ def _options(values: dict) -> str:
     return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in shown.items() if value is not None)
 
 
-def known_for_training(config: TrainConfig | RunConfig, loaded: Loaded, data: TrainingData) -> HiddenStore:
-    """Of the target's distributions, where `data` weighs them: likeliest tokens in `out`/top_k or means in `out`/means."""
+def soft_targets_for_training(config: TrainConfig | RunConfig, loaded: Loaded, data: TrainingData) -> HiddenStore | None:
+    """What the recipe stores of the target's distributions, where `data` weighs them, in `out`/soft_targets."""
     from jsfdd.models.sharding import split_vocabulary
     from jsfdd.training.draft_shape import draft_of
     from jsfdd.training.loss import borrow
-    from jsfdd.training.soft_means import store_means
-    from jsfdd.training.soft_top_k import store_top_k
-    from jsfdd.training.step import block_size
-    from jsfdd.training.token_loss import Distance
+    from jsfdd.training.soft_store import store_soft_targets
 
+    kind = config.stored_soft_targets(config.features != RECOMPUTE)
+    if kind is None:
+        return None
     target, mesh = loaded.target, loaded.mesh
-    frozen = split_vocabulary(borrow(target.config, target.params), mesh)
-    shared = dict(
-        block=block_size(mesh),
+    return store_soft_targets(
+        kind,
+        data,
+        split_vocabulary(borrow(target.config, target.params), mesh),
+        draft_of(target.config, config, data.samples),
+        config,
+        mesh,
         batch_tokens=config.batch_tokens,
+        directory=config.out / SOFT_TARGETS,
         identity=loaded.identity | {"feature_dtype": config.feature_dtype},
-        vocabulary=draft_of(target.config, config, data.samples).vocabulary,
     )
-    if config.target_top_k:
-        return store_top_k(data, frozen, config.target_top_k, mesh, directory=config.out / TOP_K, **shared)
-    return store_means(data, frozen, Distance.of(config), mesh, directory=config.out / MEANS, **shared)
-
-
-def stores_means(config: TrainConfig | RunConfig) -> bool:
-    """Whether target means are stored: what --target-means comes to."""
-    possible = config.token_loss == "cross_entropy" and config.features != RECOMPUTE and not config.target_top_k
-    return config.target_means == "store" or config.target_means == "auto" and possible
-
-
-def stores_target(config: TrainConfig | RunConfig) -> bool:
-    """Whether anything of the target's distributions is stored."""
-    return config.target_top_k > 0 or stores_means(config)
 
 
 def check_features(config: TrainConfig | RunConfig) -> None:
     """ValueError where options ask for what --features does not give."""
-    if config.draft_vocab and not stores_target(config):
-        raise ValueError(
-            "--draft-vocab trains on what is stored of the target: take --target-means store and cross_entropy, or "
-            "--target-top-k"
-        )
+    if config.draft_vocab and not config.stored_soft_targets(config.features != RECOMPUTE):
+        raise ValueError("--draft-vocab trains on soft targets: take --soft-targets top_k, or means with cross_entropy")
     if config.features == RECOMPUTE and config.feature_dtype == "int8":
         raise ValueError("--feature-dtype int8 saves disk, and --features recompute needs none; take bfloat16 or float32")
 
@@ -385,21 +387,20 @@ def describe_training(
     return values, words
 
 
-def describe_known(
+def describe_soft_targets(
     config: TrainConfig | RunConfig, inputs: Inputs, samples: Sequence[Sample]
-) -> tuple[dict[str, int], list[str]]:
-    """What of the target's distributions of at most these samples is stored: (bytes by folder, words)."""
+) -> tuple[int, list[str]]:
+    """What is stored of the target's distributions, for at most these samples: (bytes, words)."""
     from jsfdd.hidden.rows import row_bytes
     from jsfdd.training.soft_rows import row_words
 
-    target, stored = inputs.target.config, {MEANS: 0, TOP_K: 0}
-    if not stores_target(config):
-        return stored, []
-    tokens = sum(len(sample.tokens) for sample in samples)
-    if config.target_top_k:
-        words = row_words(config.target_top_k, target.vocab_size, config.draft_vocab)
-        name, what, row = TOP_K, f"the target's {config.target_top_k} likeliest tokens", row_bytes("uint16", words)
+    kind, target = config.stored_soft_targets(config.features != RECOMPUTE), inputs.target.config
+    if kind is None:
+        return 0, []
+    if kind == "top_k":
+        words = row_words(config.soft_top_k, target.vocab_size, config.draft_vocab)
+        what, row = f"the target's {config.soft_top_k} likeliest tokens", row_bytes("uint16", words)
     else:
-        name, what, row = MEANS, "target means", row_bytes("bfloat16", target.hidden_size + 1)
-    size = tokens * row
-    return stored | {name: size}, [f"store at most {size / 1e6:,.1f} MB of {what}"]
+        what, row = "target means", row_bytes("bfloat16", target.hidden_size + 1)
+    size = sum(len(sample.tokens) for sample in samples) * row
+    return size, [f"store at most {size / 1e6:,.1f} MB of {what}"]

@@ -31,6 +31,7 @@ from jaxtyping import Array, Bool, Float
 
 from jsfdd.base.mesh import map_over_devices, num_data_shards, own_rows, replicate, shard_rows, to_host
 from jsfdd.base.records import DraftBatch, Prompt, Sample
+from jsfdd.base.tuning import vocabulary_block
 from jsfdd.data.batches import choose_shapes, make_batches
 from jsfdd.decoding.generate import DecodeSetup, make_generate, prepare_params
 from jsfdd.decoding.prompts import bucket_width, check_length, prompt_batch, render_turns
@@ -41,8 +42,7 @@ from jsfdd.models.sharding import place_params
 from jsfdd.models.target import embed_tokens
 from jsfdd.training.batch import PerToken, TrainingData, device_batch
 from jsfdd.training.loss import Borrowed, borrow, restrict
-from jsfdd.training.step import block_size
-from jsfdd.training.token_loss import row_logits
+from jsfdd.training.visited_loss import block_rows, vocabulary_logits
 from jsfdd.weights.target import Target
 
 
@@ -182,7 +182,7 @@ def _make_judge_step(target: Target, draft: DraftConfig, mesh: Mesh, depth: int,
     if draft.vocabulary:  # where each token is in it, −1 where it is not
         slots = np.full(target.config.vocab_size, -1, np.int32)
         slots[list(draft.vocabulary)] = np.arange(len(draft.vocabulary))
-    block = block_size(mesh)
+    block = vocabulary_block(mesh.devices.flat[0].platform)
 
     def step(everywhere: tuple[Borrowed, Borrowed, dict], batch: DraftBatch) -> Float[Array, "B three G T"]:
         whole, restricted, draft_params = everywhere
@@ -204,7 +204,7 @@ def _make_judge_step(target: Target, draft: DraftConfig, mesh: Mesh, depth: int,
 
     def _said(head, predicted, reached, text, own):
         def visit(numbers, said):
-            z = row_logits(head, predicted, numbers)
+            z = vocabulary_logits(head, block_rows(predicted, numbers))
             token = text.at[numbers].get(mode="fill", fill_value=0)
             slot = token if slots is None else jnp.asarray(slots)[token]
             of_text = jnp.where(slot < 0, -jnp.inf, jnp.take_along_axis(z, jnp.maximum(slot, 0)[None], axis=0)[0])
@@ -229,7 +229,7 @@ def _text_log_probs(head, hidden, counted: Bool[Array, "B T1"], text, temperatur
     rows = hidden.reshape(-1, hidden.shape[2])
 
     def visit(numbers, found):
-        z = row_logits(head, rows, numbers) / temperature
+        z = vocabulary_logits(head, block_rows(rows, numbers)) / temperature
         token = text.at[numbers].get(mode="fill", fill_value=0)
         own = jnp.take_along_axis(z, token[None], axis=0)[0] - jax.nn.logsumexp(z, axis=0)
         return found.at[numbers].set(own, mode="drop")

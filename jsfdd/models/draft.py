@@ -9,6 +9,7 @@ target's, borrowed and frozen.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -54,6 +55,11 @@ def allowed_tokens(config: DraftConfig) -> np.ndarray | None:
     allowed = np.zeros(config.decoder.vocab_size, bool)
     allowed[list(config.vocabulary)] = True
     return allowed
+
+
+def vocabulary_digest(config: DraftConfig) -> str | None:
+    """sha256 hex of the draft's vocabulary; None where it can propose all tokens."""
+    return hashlib.sha256(np.array(config.vocabulary, np.int32).tobytes()).hexdigest() if config.vocabulary else None
 
 
 def draft_config(target: DecoderConfig, fc_bias: bool = False, vocabulary: tuple[int, ...] = ()) -> DraftConfig:

@@ -10,14 +10,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jsfdd.base.mesh import num_data_shards, shard_built_rows
+from jsfdd.base.mesh import round_up_to_shards, shard_built_rows
 from jsfdd.base.records import Batch, DraftBatch, Sample
 from jsfdd.data.batches import Shape, pad_batch, pad_rows
 
 _STORE_AGAIN = "the store belongs to other data or another template: delete it and store again"
 
 PerToken = Mapping[str, np.ndarray]  # sample id -> [T, …]
-# [T, D] each, float32 or bfloat16; or what computes a batch's [B, T, D] on its devices.
+# Hidden states [T, D] of each sample, float32 or bfloat16; or a function that computes a batch's [B, T, D] on its devices.
 HiddenStates = PerToken | Callable[[Batch], jax.Array]
 
 
@@ -26,16 +26,17 @@ class TrainingData(NamedTuple):
 
     Attributes:
       samples: in any order.
-      hidden: the target's hidden states after its final norm. What computes them should not wait for them: then the devices
-        work on the next batch's while they take this step.
-      known: of the target's distributions, a row each token, as `target_means.py` or `target_top_k.py` stores them; None where
-        the target's head is asked in each step.
+      hidden: the target's hidden states after its final norm: arrays from wherever they come (a store, a dict), or a function
+        that runs the target. The function should return before the devices are done: then they work on the next batch's
+        states while they take this step.
+      soft_targets: what is stored of the target's distributions, a row each token, as `soft_store.py` writes it; None where
+        each step asks the target's head.
       weights: float32[T] each, of the score positions in the loss; None weighs every counted token 1.
     """
 
     samples: Sequence[Sample]
     hidden: HiddenStates
-    known: PerToken | None = None
+    soft_targets: PerToken | None = None
     weights: PerToken | None = None
 
     def weight(self, sample: Sample) -> np.ndarray:
@@ -44,6 +45,10 @@ class TrainingData(NamedTuple):
             return sample.counted.astype(np.float32)
         return np.where(sample.counted, self.weights[sample.id], np.float32(0))
 
+    def visited(self, sample: Sample) -> int:
+        """Tokens of a sample that the loss visits: the EAGLE pairing needs one more to the left than the score."""
+        return int(np.count_nonzero(self.weight(sample)[1:]))
+
 
 def weights_digest(data: TrainingData) -> str:
     """sha256 hex of all samples' weights, in order."""
@@ -51,6 +56,15 @@ def weights_digest(data: TrainingData) -> str:
     for sample in data.samples:
         sha.update(data.weight(sample).tobytes())
     return sha.hexdigest()
+
+
+class _Rows(NamedTuple):
+    """Some rows of a batch as the host knows them; `hidden` is None where the devices compute it."""
+
+    batch: Batch
+    weight: np.ndarray
+    hidden: np.ndarray | None
+    soft_targets: np.ndarray | None
 
 
 def device_batch(data: TrainingData, indices: Sequence[int], shape: Shape, mesh: Mesh) -> DraftBatch:
@@ -64,36 +78,30 @@ def device_batch(data: TrainingData, indices: Sequence[int], shape: Shape, mesh:
     """
     samples = [data.samples[i] for i in indices]
 
-    def build(start: int, stop: int) -> DraftBatch:
-        own = samples[start:stop]
+    def build(start: int, stop: int) -> _Rows:
+        here = samples[start:stop]
         # A device without samples gets one that does not count.
-        batch = _draft_batch(data, own or samples[:1], Shape(stop - start, shape.length))
-        nothing = {"counted": np.zeros_like(batch.counted), "weight": np.zeros_like(batch.weight)}
-        return batch if own else batch._replace(**nothing)
+        rows = _read_rows(data, here or samples[:1], Shape(stop - start, shape.length))
+        if here:
+            return rows
+        batch = rows.batch._replace(counted=np.zeros_like(rows.batch.counted))
+        return rows._replace(batch=batch, weight=np.zeros_like(rows.weight))
 
-    batch = shard_built_rows(build, padded_rows(shape, mesh), mesh)
-    if not callable(data.hidden):
-        return batch
-    return batch._replace(hidden=data.hidden(Batch(batch.tokens, batch.counted, batch.hidden)))
-
-
-def padded_rows(shape: Shape, mesh: Mesh) -> int:
-    """Rows of a batch of `shape` on `mesh`: the next multiple of its data shards."""
-    shards = num_data_shards(mesh)
-    return -(-shape.rows // shards) * shards
+    rows = shard_built_rows(build, round_up_to_shards(shape.rows, mesh), mesh)
+    hidden = data.hidden(rows.batch) if callable(data.hidden) else rows.hidden
+    return DraftBatch(rows.batch.tokens, rows.batch.counted, rows.weight, hidden, rows.soft_targets)
 
 
-def _draft_batch(data: TrainingData, samples: Sequence[Sample], shape: Shape) -> DraftBatch:
-    """A part of a batch on the host; in the place of hidden states that are yet to be computed, the rows' lengths."""
-    batch = pad_batch(samples, shape)
-    hidden = batch.lengths
-    if not callable(data.hidden):
-        hidden = pad_rows([_stored(data.hidden, sample, "hidden states") for sample in samples], shape)
-    known = None
-    if data.known is not None:
-        known = pad_rows([_stored(data.known, sample, "target distributions") for sample in samples], shape)
-    weight = pad_rows([data.weight(sample) for sample in samples], shape)
-    return DraftBatch(batch.tokens, batch.counted, weight, hidden, known)
+def _read_rows(data: TrainingData, samples: Sequence[Sample], shape: Shape) -> _Rows:
+    def stored(store: PerToken, what: str) -> np.ndarray:
+        return pad_rows([_stored(store, sample, what) for sample in samples], shape)
+
+    return _Rows(
+        pad_batch(samples, shape),
+        pad_rows([data.weight(sample) for sample in samples], shape),
+        None if callable(data.hidden) else stored(data.hidden, "hidden states"),
+        None if data.soft_targets is None else stored(data.soft_targets, "soft targets"),
+    )
 
 
 def _stored(store: PerToken, sample: Sample, what: str) -> np.ndarray:

@@ -18,8 +18,8 @@ def draft_of(target: DecoderConfig, recipe: Recipe, samples: Sequence[Sample]) -
       ValueError: the recipe asks for more tokens than the target has.
     """
     if recipe.hass_top_k_weight and recipe.hass_top_k > target.vocab_size:
-        raise ValueError(f"--hass-top-k: {recipe.hass_top_k} exceeds the target's vocabulary of {target.vocab_size}")
-    if (k := recipe.target_top_k) > target.vocab_size:
-        raise ValueError(f"--target-top-k: {k} exceeds the target's vocabulary of {target.vocab_size}")
+        raise ValueError(f"hass_top_k: {recipe.hass_top_k} exceeds the target's vocabulary of {target.vocab_size}")
+    if recipe.soft_targets == "top_k" and recipe.soft_top_k > target.vocab_size:
+        raise ValueError(f"--soft-top-k: {recipe.soft_top_k} exceeds the target's vocabulary of {target.vocab_size}")
     vocabulary = frequent_tokens(samples, recipe.draft_vocab, target.vocab_size) if recipe.draft_vocab else ()
     return draft_config(target, recipe.fc_bias, vocabulary)

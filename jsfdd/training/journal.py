@@ -1,74 +1,87 @@
-"""metrics.jsonl and timings.jsonl: what happened at which step; a resumed run's file is the uninterrupted run's.
+"""What a run writes down: a resumed run's metrics.jsonl is, byte for byte, the uninterrupted run's.
 
     {"step": 20, "epoch": 0, "loss": …, "hidden_loss": …, "token_loss": …, …}      the steps since the line before
     {"step": 58, "epoch": 0, "held_out": {…}}                                      the end of an epoch
     {"step": 60, "epoch": 1, "probe": {"tau": …, …}}                               a real decode of a few prompts
 
-Wall-clock seconds can never repeat, so they have a file of their own. A run that continues at step s first drops the
-lines after step s: those steps will be run, and written, again.
+Wall-clock seconds can never repeat, so they have a file of their own, timings.jsonl. A run that continues at step s first
+drops the lines after step s: those steps will be run, and written, again.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from jsfdd.base.files import written_whole
-from jsfdd.training.loss import LossSums, StepSums
+from jsfdd.base.processes import is_primary, wait_for_all
+from jsfdd.training.tensorboard import open_board
 
+METRICS = "metrics.jsonl"
+TIMINGS = "timings.jsonl"
 _REMEDY = "delete this run's directory and train again"
 
 
-def mean_figures(batches: Sequence[LossSums]) -> dict[str, float | list[float]]:
-    """Means per counted token over several batches' sums (host scalars); all 0 if no token counts.
+class Journal:
+    """A run's metrics.jsonl and timings.jsonl and, where asked, TensorBoard's files. Use it in a `with`.
 
-    `loss` is what is minimised, over all draft steps. The others are of the first step: `hidden_loss` (SmoothL1) and
-    `token_loss` (the distance, with HASS's top-k loss); where the target's distributions were at hand also `agreement`
-    and `acceptance`, shares in [0, 1], with `kl` (nats) or, of a draft vocabulary, its `coverage`; of the target's likeliest
-    tokens `agreement`, or that `coverage`. Of several draft steps `agreement_by_step` and `acceptance_by_step` are lists, each
-    step's over the tokens that it counts.
+    Several processes each have one; process 0 writes.
+
+    Args:
+      out: the run's directory.
+      start: the step at which the run goes on.
+      tensorboard: whether to write TensorBoard's files, into `out`/tensorboard.
     """
-    count = max(_total(sums.counted for sums in batches), 1.0)
-    by_step = [_step_figures([sums.steps[n] for sums in batches]) for n in range(len(batches[0].steps) if batches else 0)]
-    if not by_step:
-        return {}
-    figures = {"loss": _total(sums.total for sums in batches) / count, **by_step[0]}
-    if len(by_step) > 1:
-        names = [name for name in ("agreement", "acceptance") if name in figures]
-        figures |= {f"{name}_by_step": [each[name] for each in by_step] for name in names}
-    return figures
+
+    def __init__(self, out: Path, start: int, tensorboard: bool = False):
+        self._out, self._start, self._with_board = out, start, tensorboard and is_primary()
+        self._stack, self._board = ExitStack(), None
+        if is_primary():
+            for name in (METRICS, TIMINGS):
+                _drop_after(out / name, start)
+        wait_for_all("later lines dropped")
+        earlier = read_lines(out / METRICS) if (out / METRICS).exists() else []
+        self.best_tau = max((line["probe"]["tau"] for line in earlier if "probe" in line), default=0.0)
+
+    def __enter__(self) -> Journal:
+        if self._with_board:
+            self._board = self._stack.enter_context(open_board(self._out / "tensorboard", self._start))
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stack.close()
+
+    def note(self, line: dict) -> None:
+        """Add a line to metrics.jsonl."""
+        if "probe" in line:
+            self.best_tau = max(self.best_tau, line["probe"]["tau"])
+        _append(self._out / METRICS, line)
+        if self._board is not None:
+            self._board(line)
+
+    def note_timing(self, line: dict) -> None:
+        """Add a line to timings.jsonl."""
+        _append(self._out / TIMINGS, line)
 
 
-def _step_figures(sums: Sequence[StepSums]) -> dict[str, float]:
-    count = max(_total(each.tokens.counted for each in sums), 1.0)
-
-    def mean(name: str) -> float:
-        return _total(getattr(each.tokens, name) for each in sums) / count
-
-    figures = {"hidden_loss": _total(each.hidden_loss for each in sums) / count, "token_loss": mean("distance")}
-    known = sums[0].tokens
-    if known.cross_entropy is not None:
-        figures["kl"] = mean("cross_entropy") - mean("target_entropy")
-    names = ("agreement", "acceptance", "coverage")
-    return figures | {name: mean(name) for name in names if getattr(known, name) is not None}
+def read_lines(path: Path) -> list[dict]:
+    """The lines of a log; ValueError names the line that is not one."""
+    return _parse(path.read_text(encoding="utf-8"), path)
 
 
-def _total(values) -> float:
-    return math.fsum(float(value) for value in values)
-
-
-def append_line(path: Path, line: dict) -> None:
+def _append(path: Path, line: dict) -> None:
     """Append one line and bring it to the disk: a checkpoint that follows must find it there."""
+    if not is_primary():
+        return
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
         file.flush()
         os.fsync(file.fileno())
 
 
-def drop_after(path: Path, step: int) -> None:
+def _drop_after(path: Path, step: int) -> None:
     """Drop the lines of later steps, and a last line that a crash cut short; atomic. No file is an empty one."""
     if not path.exists():
         return
@@ -77,11 +90,6 @@ def drop_after(path: Path, step: int) -> None:
     text = "".join(json.dumps(line) + "\n" for line in lines)
     with written_whole(path) as aside:
         aside.write_text(text, encoding="utf-8")
-
-
-def read_lines(path: Path) -> list[dict]:
-    """The lines of a log; ValueError names the line that is not one."""
-    return _parse(path.read_text(encoding="utf-8"), path)
 
 
 def _parse(text: str, path: Path) -> list[dict]:

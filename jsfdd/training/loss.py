@@ -3,7 +3,7 @@
 For every position t that counts, with h the target's hidden states and g_t = draft(embedding of x_{t+1}, h_t + noise):
 
     loss_t = hidden_weight · mean_D SmoothL1(g_t − h_{t+1}) + token_weight · distance(p_t, q_t)
-    p_t = softmax(head(h_{t+1})),   q_t = softmax(head(g_t)),   distance: H(p, q) unless told otherwise (`distances.py`)
+    p_t = softmax(head(h_{t+1})),   q_t = softmax(head(g_t)),   distance: H(p, q) unless the recipe names another
 
 (arXiv 2401.15077 §4.2, with the weights 1.0 and 0.1 of its code). While decoding, the draft reads h only at its first
 step, and its own g after that. HASS (arXiv 2408.15766) trains it so: step n reads g of step n − 1 in place of h, and its
@@ -12,7 +12,7 @@ loss is added. Everything here returns *sums* over counted tokens, so that devic
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,37 +21,37 @@ from jaxtyping import Array, Bool, Float
 
 from jsfdd.base.records import DraftBatch
 from jsfdd.models.architecture import DecoderConfig
-from jsfdd.models.draft import DraftConfig, allowed_tokens, draft_steps
+from jsfdd.models.draft import DraftConfig, draft_steps
 from jsfdd.models.target import embed_tokens
 from jsfdd.training.recipe import Recipe
 from jsfdd.training.soft_rows import num_outcomes, unpack
-from jsfdd.training.token_loss import Distance, TokenSums, coarse_loss, mean_loss, token_loss
-
-
-class StepSums(NamedTuple):
-    """Sums of one draft step over the tokens that count for it; `hidden_loss` is of mean_D SmoothL1."""
-
-    hidden_loss: Float[Array, ""]
-    tokens: TokenSums
+from jsfdd.training.token_loss import Distance
+from jsfdd.training.visited_loss import Exact, Kind, Means, Sums, TopK, visited_loss
 
 
 class LossSums(NamedTuple):
-    """All sums of one batch: what is minimised, and each draft step's part in it, from the first."""
+    """All sums of one batch.
+
+    Attributes:
+      total: what is minimised.
+      steps: of each draft step, from the first, the sums of `visited_loss` over the tokens that count for it, and
+        "hidden_loss", the sum of mean_D SmoothL1.
+    """
 
     total: Float[Array, ""]
-    steps: tuple[StepSums, ...]
+    steps: tuple[Sums, ...]
 
     @property
     def counted(self) -> Float[Array, ""]:
         """What the sums are divided by: the weight of all tokens that the first draft step counts."""
-        return self.steps[0].tokens.counted
+        return self.steps[0]["counted"]
 
 
 class Borrowed(NamedTuple):
     """The part of the target that its draft borrows and leaves as it is, both matrices [V, D]."""
 
     embedding: Float[Array, "V D"]
-    head: Float[Array, "V D"] | None  # None where the embedding serves as head
+    head: Float[Array, "V D"] | None = None  # None where the embedding serves as head
 
     @property
     def output(self) -> Float[Array, "V D"]:
@@ -68,72 +68,75 @@ def borrow(config: DecoderConfig, target_params: dict) -> Borrowed:
     return Borrowed(target_params["embed"]["embedding"], head)
 
 
-def restrict(frozen: Borrowed, draft_config: DraftConfig) -> Borrowed:
+def restrict(borrowed: Borrowed, draft: DraftConfig) -> Borrowed:
     """The same with the head's rows of the draft's vocabulary alone."""
-    if not draft_config.vocabulary:
-        return frozen
-    return Borrowed(frozen.embedding, frozen.output[jnp.asarray(draft_config.vocabulary)])
+    if not draft.vocabulary:
+        return borrowed
+    return Borrowed(borrowed.embedding, borrowed.output[jnp.asarray(draft.vocabulary)])
 
 
 def loss_sums(
-    draft_params: dict,
-    frozen: Borrowed,
+    params: dict,
+    borrowed: Borrowed,
     batch: DraftBatch,
     noise_keys: Array | None,
     *,
-    target_config: DecoderConfig,
-    draft_config: DraftConfig,
-    options: Recipe,
+    draft: DraftConfig,
+    recipe: Recipe,
     block: int,
 ) -> LossSums:
     """The loss of a batch, summed over the tokens that count (records.py: the EAGLE pairing); float32.
 
     Args:
-      frozen: from `borrow`.
-      batch: where it has what is known of the target's distributions, its likeliest tokens with --target-top-k and else its
-        means, of the head only the rows of the draft's vocabulary are needed (`restrict`); else the whole head is asked again.
+      params: the draft's.
+      borrowed: from `borrow`. Where the batch has soft targets, only the head's rows of the draft's vocabulary (`restrict`);
+        else the whole head, which is asked for p again.
       noise_keys: one key per row for the noise on the input, or None for none, as in evaluation.
       block: how many tokens meet the vocabulary at a time.
     """
     hidden = batch.hidden.astype(jnp.float32)
-    embedding = embed_tokens(target_config, {"embed": {"embedding": frozen.embedding}}, batch.tokens[:, 1:])
+    embedding = embed_tokens(draft.decoder, {"embed": {"embedding": borrowed.embedding}}, batch.tokens[:, 1:])
     inputs, truth = hidden[:, :-1], hidden[:, 1:]
-    if noise_keys is not None and options.hidden_noise:
-        inputs = inputs + hidden_noise(noise_keys, batch.counted, inputs.shape[2], options.hidden_noise)
-    compute = jnp.dtype(options.compute_dtype)
-    params, embedding, inputs = jax.tree.map(lambda x: x.astype(compute), (draft_params, embedding, inputs))
+    if noise_keys is not None and recipe.hidden_noise:
+        inputs = inputs + hidden_noise(noise_keys, batch.counted, inputs.shape[2], recipe.hidden_noise)
+    compute = jnp.dtype(recipe.compute_dtype)
+    params, embedding, inputs = jax.tree.map(lambda x: x.astype(compute), (params, embedding, inputs))
+    kind, known = _what_is_known(batch, truth, draft, recipe)
 
-    allowed, k = allowed_tokens(draft_config), options.target_top_k
-
-    def of_step(predicted, weight) -> StepSums:
-        distance = jnp.mean(optax.losses.huber_loss(predicted, truth), axis=-1)
-        hidden_loss = jnp.sum(jnp.where(weight > 0, weight * distance, 0.0))
-        rows = weight.size
-        predicted, weight = predicted.reshape(rows, -1), weight.reshape(rows)
-        if batch.known is None:
-            truth_rows = truth.reshape(rows, -1)
-            tokens = token_loss(Distance.of(options), block, frozen.output, predicted, truth_rows, weight, allowed)
-        elif options.target_top_k:
-            known = unpack(batch.known[:, 1:].reshape(rows, -1), k, num_outcomes(k, allowed is not None))
-            tokens = coarse_loss(Distance.of(options), block, frozen.output, predicted, *known, weight)
-        else:
-            means = batch.known[:, 1:].reshape(rows, -1)
-            mass = means[:, -1].astype(jnp.float32)
-            tokens = mean_loss(block, frozen.output, predicted, means[:, :-1], mass, weight)
-        return StepSums(hidden_loss, tokens)
+    def step_sums(predicted, weight) -> Sums:
+        smooth_l1 = jnp.mean(optax.losses.huber_loss(predicted, truth), axis=-1)
+        hidden_loss = jnp.sum(jnp.where(weight > 0, weight * smooth_l1, 0.0))
+        sums = visited_loss(kind, block, borrowed.output, _rows(predicted), known, weight.reshape(-1))
+        return {"hidden_loss": hidden_loss, **sums}
 
     steps, weight, reached = [], batch.weight[:, 1:], batch.counted[:, 1:]
-    for predicted in draft_steps(draft_config, params, embedding, inputs, options.hass_steps):
-        steps.append(of_step(predicted.astype(jnp.float32), jnp.where(reached, weight, 0.0)))
+    for predicted in draft_steps(draft, params, embedding, inputs, recipe.hass_steps):
+        steps.append(step_sums(predicted.astype(jnp.float32), jnp.where(reached, weight, 0.0)))
         # Step n at t is reached from step n − 1 at t − 1: a draft of an answer starts in the answer.
         reached = batch.counted[:, 1:] & jnp.pad(reached[:, :-1], ((0, 0), (1, 0)))
-    total = sum(options.hidden_weight * step.hidden_loss + options.token_weight * step.tokens.distance for step in steps)
+    total = sum(recipe.hidden_weight * step["hidden_loss"] + recipe.token_weight * step["distance"] for step in steps)
     return LossSums(total, tuple(steps))
 
 
-def hidden_noise(
-    keys: Array, counted: Bool[Array, "B T"], width: int, scale: float
-) -> Float[Array, "B T-1 D"]:
+def _what_is_known(batch: DraftBatch, truth, draft: DraftConfig, recipe: Recipe) -> tuple[Kind, Any]:
+    """What a batch knows of the target's distributions of x_{t+2}, and its arrays, a row each token."""
+    distance = Distance.from_recipe(recipe)
+    if batch.soft_targets is None:
+        return Exact(distance, draft.vocabulary), _rows(truth)
+    rows = _rows(batch.soft_targets[:, 1:])
+    if (rows.dtype == jnp.uint16) != (recipe.soft_targets == "top_k"):
+        raise ValueError(f"soft_targets={recipe.soft_targets!r}, but the stored rows are of another kind ({rows.dtype})")
+    if recipe.soft_targets == "top_k":
+        k = recipe.soft_top_k
+        return TopK(distance), unpack(rows, k, num_outcomes(k, bool(draft.vocabulary)))
+    return Means(), (rows[:, :-1], rows[:, -1].astype(jnp.float32))
+
+
+def _rows(array: Float[Array, "B T N"]) -> Float[Array, "R N"]:
+    return array.reshape(-1, array.shape[-1])
+
+
+def hidden_noise(keys: Array, counted: Bool[Array, "B T"], width: int, scale: float) -> Float[Array, "B T-1 D"]:
     """(u − ½) · scale · 512 / L with u uniform in [0, 1) and L the length of the row's text: EAGLE's augmentation.
 
     L ends with the row's last answer. A row's noise depends on its key alone, not on how far the row is padded.

@@ -1,10 +1,10 @@
 """How the outcomes of one token's distribution lie in a row of a store, as words of 16 bits:
 
-    m float16     logarithms of the outcomes' probabilities: of k tokens, and of what goes with them (`target_top_k.py`)
+    m float16     logarithms of the outcomes' probabilities: of k tokens, and of the tail behind them (`soft_top_k.py`)
     k ids         low words, and then, where there are more than 65,536 tokens, high words
 
-A logarithm is rounded to one part in 2,048; whoever takes the probabilities for those of a softmax makes up for the sum. One
-of −∞ becomes float16's lowest number, of which exp is 0 as well.
+A logarithm is rounded to one part in 2,048, so the probabilities no longer sum to 1: readers take them as logits. −∞ becomes
+float16's lowest number, of which exp is 0 as well.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ _LOWEST = -65504.0  # of float16
 
 
 def num_outcomes(k: int, limited: bool) -> int:
-    """The k tokens and the tail, and, where a draft vocabulary limits what the draft can propose, all that it cannot."""
+    """The k tokens and the tail; one more where a draft vocabulary limits the draft: all that it cannot propose."""
     return k + 1 + limited
 
 
 def row_words(k: int, vocab_size: int, draft_vocab: int) -> int:
-    """Words of a row of `k` tokens of the target's, or of a draft vocabulary's; that has the size 0 where there is none."""
+    """Words of a row of `k` tokens. `draft_vocab` is the size of the draft vocabulary that numbers them, 0 without one."""
     return num_outcomes(k, draft_vocab > 0) + k * _words_per_id(draft_vocab or vocab_size)
 
 

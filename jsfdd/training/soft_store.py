@@ -1,69 +1,88 @@
-"""Stores something of the target's distributions once, for all epochs: batches through a compiled step, rows to a store."""
+"""Stores soft targets, what training needs of the target's distributions, once for all epochs.
+
+    store = store_soft_targets("means", data, borrowed, draft, recipe, mesh, batch_tokens=4096, directory=folder, identity={})
+    data = data._replace(soft_targets=store)
+"""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from jax.sharding import Mesh
 
-from jsfdd.base.mesh import own_rows
+from jsfdd.base.mesh import own_rows, round_up_to_shards
 from jsfdd.base.progress import progress as show_progress
+from jsfdd.base.tuning import vocabulary_block
 from jsfdd.data.batches import choose_shapes, make_batches
-from jsfdd.hidden.rows import RowDtype
 from jsfdd.hidden.store import HiddenStore
 from jsfdd.hidden.writer import HiddenWriter
-from jsfdd.training.batch import TrainingData, device_batch, padded_rows, weights_digest
+from jsfdd.models.draft import DraftConfig, vocabulary_digest
+from jsfdd.training.batch import TrainingData, device_batch, weights_digest
 from jsfdd.training.loss import Borrowed
+from jsfdd.training.recipe import Recipe
+from jsfdd.training.soft_means import MeansDtype, make_means_step
+from jsfdd.training.soft_rows import row_words
+from jsfdd.training.soft_top_k import make_top_k_step
+from jsfdd.training.token_loss import Distance
+
+SoftKind = Literal["means", "top_k"]
 
 
-def store_target(
+def store_soft_targets(
+    kind: SoftKind,
     data: TrainingData,
-    frozen: Borrowed,
-    step: Callable,
+    borrowed: Borrowed,
+    draft: DraftConfig,
+    recipe: Recipe,
     mesh: Mesh,
     *,
-    width: int,
-    dtype: RowDtype,
     batch_tokens: int,
     directory: Path,
     identity: dict,
-    name: str,
-    settings: dict,
-    vocabulary: tuple[int, ...] = (),
+    means_dtype: MeansDtype = "bfloat16",
     progress: bool = True,
 ) -> HiddenStore:
     """The store in `directory` with a row of each token of all samples, after computing those it lacks.
 
     Args:
-      data: its hidden states and weights are read.
-      frozen: from `loss.borrow`, on `mesh`.
-      step: the compiled `(frozen, DraftBatch) -> rows [B, T, width]`.
+      kind: what is stored, as `recipe.stored_soft_targets` says.
+      data: only hidden states and weights are read.
+      borrowed: from `loss.borrow`, on `mesh`.
+      draft: rows are of its vocabulary.
+      recipe: of the distance, for means; of k, for the likeliest tokens. Those suit any distance.
       batch_tokens: tokens of a batch.
       identity: what the hidden states depend on; what else the rows depend on is added.
-      name, settings: what is stored, and what it depends on beside weights and vocabulary.
-      vocabulary: the draft's, empty for all tokens.
 
     Raises: as `HiddenWriter` and `device_batch` do.
     """
+    platform, settings = mesh.devices.flat[0].platform, {"kind": kind, "vocabulary": vocabulary_digest(draft)}
+    if kind == "top_k":
+        k = recipe.soft_top_k
+        step = make_top_k_step(k, mesh, vocabulary_block(platform), draft.vocabulary)
+        width, dtype = row_words(k, draft.decoder.vocab_size, len(draft.vocabulary)), "uint16"
+        settings |= {"k": k}
+    else:
+        distance = Distance.from_recipe(recipe)
+        step = make_means_step(distance, mesh, vocabulary_block(platform), means_dtype, draft.vocabulary)
+        width, dtype = draft.decoder.hidden_size + 1, means_dtype
+        settings |= {"top_k": distance.top_k if distance.top_k_weight else 0, "top_k_weight": distance.top_k_weight}
+    if data.weights is not None:
+        settings |= {"weights": weights_digest(data)}
+    identity = {**identity, "soft_targets": settings}
+
     lengths = [len(sample.tokens) for sample in data.samples]
     plans = make_batches(lengths, choose_shapes(lengths, batch_tokens))
-    if vocabulary:
-        settings = settings | {"vocabulary": hashlib.sha256(np.array(vocabulary, np.int32).tobytes()).hexdigest()}
-    if data.weights is not None:
-        settings = settings | {"weights": weights_digest(data)}
-    identity = {**identity, name: settings}
     with HiddenWriter(directory, width, dtype, identity) as writer:
         missing = [plan for plan in plans if any(data.samples[i].id not in writer.ids for i in plan.indices)]
         done = len(plans) - len(missing)
-        with show_progress(f"target {name.replace('_', '-')}", "batches", len(plans), finished=done, shown=progress) as bar:
+        with show_progress("soft targets", "batches", len(plans), finished=done, shown=progress) as bar:
             for number, plan in enumerate(missing, done + 1):
-                computed = step(frozen, device_batch(data, plan.indices, plan.shape, mesh))
-                per_shard = padded_rows(plan.shape, mesh) // mesh.shape["data"]
+                computed = step(borrowed, device_batch(data, plan.indices, plan.shape, mesh))
+                per_shard = round_up_to_shards(plan.shape.rows, mesh) // mesh.shape["data"]
                 for shard, rows in own_rows(computed, mesh).items():
-                    own = [data.samples[i] for i in plan.indices[shard * per_shard : (shard + 1) * per_shard]]
-                    writer.add_missing(own, np.asarray(rows))
+                    indices = plan.indices[shard * per_shard : (shard + 1) * per_shard]
+                    writer.add_missing([data.samples[i] for i in indices], np.asarray(rows))
                 bar.update(number)
     return HiddenStore.open(directory, identity)

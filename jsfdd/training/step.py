@@ -1,7 +1,7 @@
 """The compiled parts of training: one optimizer step, and the same figures without one for held-out samples.
 
-    step = make_train_step(target_config, draft_config, optimizer, mesh, options)
-    state, metrics = step(borrow(target_config, target_params), state, batch)
+    step = make_train_step(draft, optimizer, mesh, recipe)
+    state, metrics = step(borrow(target.config, target.params), state, batch)
 
 The batch's rows are split over the mesh; every device adds up its own tokens' losses and gradients, one all-reduce adds
 up the devices', and only then is anything divided by the number of tokens. So a token weighs the same wherever it lies.
@@ -23,48 +23,47 @@ from jaxtyping import Array, Float
 from jsfdd.base.mesh import split_over_data, sum_over_devices
 from jsfdd.base.records import DraftBatch, TrainState
 from jsfdd.base.tuning import vocabulary_block
-from jsfdd.models.architecture import DecoderConfig
 from jsfdd.models.draft import DraftConfig, init_draft
 from jsfdd.training.loss import Borrowed, LossSums, loss_sums
 from jsfdd.training.recipe import Recipe
 
 
 class StepMetrics(NamedTuple):
-    """What a training step tells."""
+    """What a training step reports."""
 
     sums: LossSums
     grad_norm: Float[Array, ""]  # before clipping
 
 
-def learning_rate_schedule(options: Recipe, num_steps: int) -> optax.Schedule:
+def learning_rate_schedule(recipe: Recipe, num_steps: int) -> optax.Schedule:
     """Linear warm-up over `warmup_share` of the run's steps, then linear decay to a tenth at its last step."""
-    peak = options.learning_rate
-    warmup = round(options.warmup_share * num_steps)
+    peak = recipe.learning_rate
+    warmup = round(recipe.warmup_share * num_steps)
     rise = optax.linear_schedule(peak / (warmup + 1), peak, max(warmup, 1))
     fall = optax.linear_schedule(peak, peak / 10, max(num_steps - 1 - warmup, 1))
     return optax.join_schedules([rise, fall], [warmup])
 
 
-def make_optimizer(options: Recipe, num_steps: int) -> optax.GradientTransformation:
+def make_optimizer(recipe: Recipe, num_steps: int) -> optax.GradientTransformation:
     """AdamW(0.9, 0.95) without weight decay behind a clip of the global norm: EAGLE's recipe."""
     return optax.chain(
-        optax.clip_by_global_norm(options.max_grad_norm),
-        optax.adamw(learning_rate_schedule(options, num_steps), b1=0.9, b2=0.95, weight_decay=0.0),
+        optax.clip_by_global_norm(recipe.max_grad_norm),
+        optax.adamw(learning_rate_schedule(recipe, num_steps), b1=0.9, b2=0.95, weight_decay=0.0),
     )
 
 
-def init_state(draft_config: DraftConfig, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+def init_state(draft: DraftConfig, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
     """A fresh draft, its optimizer's state, step 0 and the key of the run's noise."""
     init_key, noise_key = jax.random.split(jax.random.key(seed))
-    params = init_draft(draft_config, init_key)
+    params = init_draft(draft, init_key)
     return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), noise_key)
 
 
 def state_shardings(
-    draft_config: DraftConfig, optimizer: optax.GradientTransformation, mesh: Mesh, shard_optimizer: bool
+    draft: DraftConfig, optimizer: optax.GradientTransformation, mesh: Mesh, shard_optimizer: bool
 ) -> TrainState:
     """Where each array of a state lives: whole on every device, or Adam's moments in parts, each on one data shard."""
-    shapes = jax.eval_shape(lambda: init_state(draft_config, optimizer, 0))
+    shapes = jax.eval_shape(lambda: init_state(draft, optimizer, 0))
     places = jax.tree.map(lambda _: NamedSharding(mesh, P()), shapes)
     if shard_optimizer:
         places = places._replace(opt_state=jax.tree.map(lambda x: split_over_data(x.shape, mesh), shapes.opt_state))
@@ -72,114 +71,102 @@ def state_shardings(
 
 
 def make_train_step(
-    target_config: DecoderConfig,
-    draft_config: DraftConfig,
+    draft: DraftConfig,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
-    options: Recipe,
+    recipe: Recipe,
     shard_optimizer: bool = False,
 ) -> Callable[[Borrowed, TrainState, DraftBatch], tuple[TrainState, StepMetrics]]:
-    """The compiled `(frozen, state, batch) -> (state, metrics)`; `frozen` is from `loss.borrow`.
+    """The compiled `(borrowed, state, batch) -> (state, metrics)`; `borrowed` is from `loss.borrow`.
 
     It compiles once per batch shape and takes over `state`'s buffers: use the returned one. `state` lives where
     `state_shardings` says, with the same `shard_optimizer`: if True, each data shard updates its part of the draft and all
     gather the whole (ZeRO's first stage, arXiv 1910.02054 §5). The batch's rows must be a multiple of the data shards.
     """
-    gradient, update, places = _parts(target_config, draft_config, optimizer, mesh, options, shard_optimizer)
+    gradient, update, places = _parts(draft, optimizer, mesh, recipe, shard_optimizer)
 
-    def train_step(frozen: Borrowed, state: TrainState, batch: DraftBatch):
-        return update(state, *gradient(frozen, state, batch, 0))
+    def train_step(borrowed: Borrowed, state: TrainState, batch: DraftBatch):
+        return update(state, *gradient(borrowed, state, batch, 0))
 
     return jax.jit(train_step, donate_argnames=("state",), out_shardings=places)
 
 
 def make_accumulating_step(
-    target_config: DecoderConfig,
-    draft_config: DraftConfig,
+    draft: DraftConfig,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
-    options: Recipe,
+    recipe: Recipe,
     shard_optimizer: bool = False,
 ) -> Callable[[Borrowed, TrainState, Sequence[DraftBatch]], tuple[TrainState, StepMetrics]]:
-    """As `make_train_step`, but `(frozen, state, batches) -> (state, metrics)`: one step on all batches' tokens.
+    """As `make_train_step`, but `(borrowed, state, batches) -> (state, metrics)`: one step on all batches' tokens.
 
-    Up to `options.accumulate` batches, of any shapes. Their gradients' sums are added up on the devices and divided by
+    Up to `recipe.accumulate` batches, of any shapes. Their gradients' sums are added up on the devices and divided by
     all their tokens, so that it is the step of one large batch.
     """
-    gradient, update, places = _parts(target_config, draft_config, optimizer, mesh, options, shard_optimizer)
+    gradient, update, places = _parts(draft, optimizer, mesh, recipe, shard_optimizer)
 
-    def add(frozen: Borrowed, state: TrainState, batch: DraftBatch, number, so_far):
-        return jax.tree.map(jnp.add, so_far, gradient(frozen, state, batch, number))
+    def add(borrowed: Borrowed, state: TrainState, batch: DraftBatch, number, so_far):
+        return jax.tree.map(jnp.add, so_far, gradient(borrowed, state, batch, number))
 
     first, add = jax.jit(gradient), jax.jit(add, donate_argnames=("so_far",))
     update = jax.jit(update, donate_argnames=("state",), out_shardings=places)
 
-    def train_step(frozen: Borrowed, state: TrainState, batches: Sequence[DraftBatch]):
-        so_far = first(frozen, state, batches[0], 0)
+    def train_step(borrowed: Borrowed, state: TrainState, batches: Sequence[DraftBatch]):
+        so_far = first(borrowed, state, batches[0], 0)
         for number, batch in enumerate(batches[1:], 1):
-            so_far = add(frozen, state, batch, number, so_far)
+            so_far = add(borrowed, state, batch, number, so_far)
         return update(state, *so_far)
 
     return train_step
 
 
-def _parts(target_config, draft_config, optimizer, mesh, options, shard_optimizer):
-    """(a batch's summed gradient and sums, the optimizer's step with such), not compiled; where that step's results live."""
-    loss = _loss(target_config, draft_config, mesh, options)
+def _parts(draft, optimizer, mesh, recipe, shard_optimizer):
+    """Two functions, not compiled: a batch's summed gradient and sums, and the optimizer's step with them; and where the
+    results of that step live."""
+    loss = _loss(draft, mesh, recipe)
     whole = NamedSharding(mesh, P())
 
     def gradient_sums(params, batch, noise_keys):
         def total(draft_params):
-            sums = loss(draft_params, params["frozen"], batch, noise_keys)
+            sums = loss(draft_params, params["borrowed"], batch, noise_keys)
             return sums.total, sums
 
         return jax.grad(total, has_aux=True)(params["draft"])
 
     over_devices = sum_over_devices(gradient_sums, mesh, num_sharded=2)
 
-    def gradient(frozen: Borrowed, state: TrainState, batch: DraftBatch, number):
+    def gradient(borrowed: Borrowed, state: TrainState, batch: DraftBatch, number):
         # One key per batch and row: the noise does not depend on how rows are spread over devices.
         rows = jnp.arange(batch.tokens.shape[0])
-        key = jax.random.fold_in(state.key, state.step * options.accumulate + number)
+        key = jax.random.fold_in(state.key, state.step * recipe.accumulate + number)
         noise_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
-        return over_devices({"draft": state.params, "frozen": frozen}, batch, noise_keys)
+        return over_devices({"draft": state.params, "borrowed": borrowed}, batch, noise_keys)
 
     def update(state: TrainState, gradient, sums: LossSums):
         gradient = jax.tree.map(lambda g: g / jnp.maximum(sums.counted, 1.0), gradient)
-        # Else moments in parts make the compiler cut the gradient before its norm, and sum that up leaf by leaf.
+        # Without this, moments in parts make the compiler cut the gradient before the norm and exchange that leaf by leaf.
         gradient = jax.lax.with_sharding_constraint(gradient, whole)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        new = state._replace(
-            params=optax.apply_updates(state.params, updates), opt_state=opt_state, step=state.step + 1
-        )
+        new = state._replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state, step=state.step + 1)
         return new, StepMetrics(sums, optax.tree.norm(gradient))
 
-    return gradient, update, (state_shardings(draft_config, optimizer, mesh, shard_optimizer), whole)
+    return gradient, update, (state_shardings(draft, optimizer, mesh, shard_optimizer), whole)
 
 
-def make_evaluate_step(
-    target_config: DecoderConfig, draft_config: DraftConfig, mesh: Mesh, options: Recipe
-) -> Callable[[Borrowed, dict, DraftBatch], LossSums]:
-    """The compiled `(frozen, draft_params, batch) -> LossSums`, without noise or gradient."""
-    loss = _loss(target_config, draft_config, mesh, options)
+def make_evaluate_step(draft: DraftConfig, mesh: Mesh, recipe: Recipe) -> Callable[[Borrowed, dict, DraftBatch], LossSums]:
+    """The compiled `(borrowed, draft_params, batch) -> LossSums`, without noise or gradient."""
+    loss = _loss(draft, mesh, recipe)
 
     def sums(params, batch):
-        return loss(params["draft"], params["frozen"], batch, None)
+        return loss(params["draft"], params["borrowed"], batch, None)
 
     over_devices = sum_over_devices(sums, mesh)
 
-    def evaluate_step(frozen: Borrowed, draft_params: dict, batch: DraftBatch):
-        return over_devices({"draft": draft_params, "frozen": frozen}, batch)
+    def evaluate_step(borrowed: Borrowed, draft_params: dict, batch: DraftBatch):
+        return over_devices({"draft": draft_params, "borrowed": borrowed}, batch)
 
     return jax.jit(evaluate_step)
 
 
-def block_size(mesh: Mesh) -> int:
-    """Tokens that meet the vocabulary at a time."""
-    return vocabulary_block(mesh.devices.flat[0].platform)
-
-
-def _loss(target_config, draft_config, mesh, options):
-    return functools.partial(
-        loss_sums, target_config=target_config, draft_config=draft_config, options=options, block=block_size(mesh)
-    )
+def _loss(draft: DraftConfig, mesh: Mesh, recipe: Recipe):
+    return functools.partial(loss_sums, draft=draft, recipe=recipe, block=vocabulary_block(mesh.devices.flat[0].platform))

@@ -12,7 +12,7 @@ def open_board(directory: Path, start: int) -> Iterator[Callable[[dict], None]]:
     """`write(line)` puts a line's numbers into event files in `directory`, at the line's step.
 
     Args:
-      start: the step at which a run goes on; what an earlier start wrote of later steps is hidden.
+      start: the step at which a run goes on; later steps that an earlier start wrote are hidden.
 
     Raises:
       ValueError: tensorboardX is not installed.
@@ -31,13 +31,13 @@ def open_board(directory: Path, start: int) -> Iterator[Callable[[dict], None]]:
 
 
 def scalars(line: dict) -> dict[str, float]:
-    """A line's numbers by name: those of a part as "part/name", those of a list as "name/1", …; without the step."""
-    found = {}
+    """A line's numbers by name, without the step: "part/name" in a nested object, "name/1", … in a list."""
+    numbers = {}
     for name, value in line.items():
         if isinstance(value, dict):
-            found |= {f"{name}/{inner}": number for inner, number in scalars(value).items()}
+            numbers |= {f"{name}/{inner}": number for inner, number in scalars(value).items()}
         elif isinstance(value, list):
-            found |= {f"{name}/{place}": number for place, number in enumerate(value, 1) if number is not None}
+            numbers |= {f"{name}/{place}": number for place, number in enumerate(value, 1) if number is not None}
         elif name != "step":
-            found[name] = float(value)
-    return found
+            numbers[name] = float(value)
+    return numbers

@@ -2,9 +2,9 @@
 
     {"step": 20, "seconds": 8.1, "reading": 0.02, "held_out": 0.0, "probe": 0.0, "tokens_per_second": 1204.5, "tflops": 0.11}
 
-`seconds` are all since the line before; the named parts are in them, and what is left are the steps themselves. Rates are
-over the seconds of the steps. `tflops` counts the arithmetic of `models/arithmetic.py`, in 10¹² FLOP/s over all devices;
-`mfu`, its share of what the devices' makers state, is there where their kind is known.
+`seconds` are all since the line before. The named parts are among them; the rest went to the steps themselves, and rates are
+over these. `tflops` counts the arithmetic of `models/flops.py`, in 10¹² FLOP/s over all devices; `mfu` is its share of what the
+devices' makers state, where their kind is known.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from contextlib import contextmanager
 
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Int
 
 from jsfdd.base.hardware import peak_flops
-from jsfdd.data.batches import BatchPlan
 from jsfdd.models.draft import DraftConfig
 from jsfdd.models.flops import step_flops
+from jsfdd.training.schedule import Step
 
 _PARTS = ("reading", "held_out", "probe")
 
@@ -50,27 +51,29 @@ class Throughput:
 
     Args:
       draft, mesh: what is trained, and on what.
-      tokens, visited: of each sample, all its tokens, and those that meet the vocabulary.
-      products, draft_steps: as in `arithmetic.step_flops`.
+      tokens, visited: for each sample, all its tokens, and those that meet the vocabulary.
+      products, draft_steps: as in `flops.step_flops`.
     """
 
     def __init__(
         self,
         draft: DraftConfig,
         mesh: Mesh,
-        tokens: np.ndarray,
-        visited: np.ndarray,
+        tokens: Int[np.ndarray, " N"],
+        visited: Int[np.ndarray, " N"],
+        *,
         products: int,
         draft_steps: int,
     ):
         self._draft, self._peak, self._tokens, self._visited = draft, peak_flops(mesh), tokens, visited
         self._products, self._draft_steps = products, draft_steps
 
-    def of(self, plans: Sequence[BatchPlan], lap: dict[str, float]) -> dict[str, float]:
-        """The rates of the batches that were trained on in a lap."""
+    def rates(self, steps: Sequence[Step], lap: dict[str, float]) -> dict[str, float]:
+        """The rates of the steps that were taken in a lap."""
+        plans = [plan for step in steps for plan in step.plans]
         samples = [i for plan in plans for i in plan.indices]
         seconds = lap["seconds"] - lap["held_out"] - lap["probe"]
         visited = float(self._visited[samples].sum())
-        flops = step_flops(self._draft, [plan.shape for plan in plans], visited, self._products, self._draft_steps) / seconds
-        rates = {"tokens_per_second": float(self._tokens[samples].sum()) / seconds, "tflops": flops / 1e12}
-        return rates if self._peak is None else rates | {"mfu": flops / self._peak}
+        flops = step_flops(self._draft, [plan.shape for plan in plans], visited, self._products, self._draft_steps)
+        rates = {"tokens_per_second": float(self._tokens[samples].sum()) / seconds, "tflops": flops / seconds / 1e12}
+        return rates if self._peak is None else rates | {"mfu": flops / seconds / self._peak}

@@ -1,45 +1,40 @@
-"""The training loop: from samples and their stored hidden states to a draft, resumable at any moment.
+"""The training loop: from samples and the target's hidden states to a draft, resumable at any moment.
 
-    train_samples, held_out = split_held_out(samples, config.held_out_share)
-    data, other = TrainingData(train_samples, store), TrainingData(held_out, store)
-    result = train(target.config, target.params, data, other, config, mesh, identity={…})
+    kept, held_out = split_held_out(samples, recipe.held_out_share)
+    data, other = TrainingData(kept, store), TrainingData(held_out, store)
+    result = train(target, data, other, recipe, mesh, out=Path("draft"), seed=0)
 
-Step s of a run is batch s of a list that is a pure function of the samples, the shapes and the seed; its noise is a
-function of the key and s. So the state of a run is its TrainState and nothing else, and a run that was killed
-continues from its last checkpoint to the same bits and the same metrics.jsonl as one that never stopped.
+Step s of a run is a pure function of the samples, the shapes and the seed (`schedule.py`); its noise is a function of the key
+and s. So the state of a run is its TrainState and nothing else, and a run that was killed continues from its last checkpoint
+to the same bits and the same metrics.jsonl as one that never stopped.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jsfdd.base.files import differences, plain
 from jsfdd.base.mesh import put, to_host
 from jsfdd.base.processes import is_primary, wait_for_all
 from jsfdd.base.progress import progress as show_progress
-from jsfdd.base.records import Sample, TrainState, samples_digest
-from jsfdd.commands.options import Seeded
-from jsfdd.commands.train import TrainConfig
-from jsfdd.data.batches import BatchPlan, Shape, choose_shapes, epoch_batches, make_batches
-from jsfdd.data.held_out import split_held_out as split_held_out
-from jsfdd.models.architecture import DecoderConfig
-from jsfdd.models.draft import DraftConfig
+from jsfdd.base.records import DraftBatch, Sample, TrainState, samples_digest
+from jsfdd.data.batches import Shape, choose_shapes, make_batches
+from jsfdd.models.draft import Draft, DraftConfig, vocabulary_digest
 from jsfdd.models.sharding import split_vocabulary
 from jsfdd.training.batch import TrainingData, device_batch, weights_digest
 from jsfdd.training.draft_shape import draft_of
-from jsfdd.training.journal import append_line, drop_after, mean_figures, read_lines
+from jsfdd.training.figures import RecentSteps, mean_figures
+from jsfdd.training.journal import METRICS, TIMINGS, Journal, read_lines
 from jsfdd.training.loss import Borrowed, borrow, restrict
 from jsfdd.training.recipe import Recipe
+from jsfdd.training.schedule import Step, schedule_steps
 from jsfdd.training.step import (
-    StepMetrics,
     init_state,
     learning_rate_schedule,
     make_accumulating_step,
@@ -48,13 +43,12 @@ from jsfdd.training.step import (
     make_train_step,
     state_shardings,
 )
-from jsfdd.training.tensorboard import open_board
 from jsfdd.training.timings import Laps, Throughput
-from jsfdd.weights import checkpoint
+from jsfdd.weights.checkpoint import Checkpoints
 
-METRICS = "metrics.jsonl"
-TIMINGS = "timings.jsonl"
-_STEPS_AHEAD = 2
+if TYPE_CHECKING:
+    from jsfdd.models.foreign import ForeignTarget
+    from jsfdd.weights.target import Target
 
 Probe = Callable[[dict], dict]  # draft params -> figures, among them "tau"
 
@@ -64,14 +58,14 @@ class TrainResult:
     """A finished run.
 
     Attributes:
-      draft: the draft's shape.
+      draft: the last step's, with the run's identity as its record. Where the run probed, `load_draft(out)` has the best.
       state: the last step's.
       steps, samples, tokens: optimizer steps, training samples, and tokens that counted in the loss, over all epochs.
       seconds: of all steps and evaluations that led here, over all starts of the run; lost work is not in it.
-      held_out: the last epoch's figures (`log.mean_figures`); empty if nothing was held out.
+      held_out: the last epoch's figures (`figures.mean_figures`); empty if nothing was held out.
     """
 
-    draft: DraftConfig
+    draft: Draft
     state: TrainState
     steps: int
     samples: int
@@ -81,210 +75,183 @@ class TrainResult:
 
 
 def train(
-    target_config: DecoderConfig,
-    target_params: dict,
+    target: Target | ForeignTarget,
     data: TrainingData,
     held_out: TrainingData,
-    config: TrainConfig,
+    recipe: Recipe,
     mesh: Mesh,
     *,
-    identity: dict,
+    out: str | Path,
+    seed: int = 0,
     draft: DraftConfig | None = None,
+    identity: dict | None = None,
     shapes: Sequence[Shape] | None = None,
+    batch_tokens: int = 4096,
     probe: Probe | None = None,
+    probe_every: int = 200,
+    shard_optimizer: bool = False,
+    tensorboard: bool = False,
     progress: bool = True,
 ) -> TrainResult:
-    """Train a draft on `data`, or continue or just return the run that `config.out` already holds.
+    """Train a draft on `data`, or continue or just return the run that `out` already holds.
 
     Args:
-      target_config, target_params: the target; of its parameters only embedding and head are used.
-      data, held_out: two sides of `split_held_out`, of the first only the selected; `known` and `weights` matter to the first.
-      config: `config.out` receives checkpoints/, metrics.jsonl and timings.jsonl.
-      identity: JSON-ready; what else the result depends on (the target's fingerprint, the data's hash, …). A run is
-        only continued with the same identity, options, samples and shapes.
-      draft: its shape, if several runs should share one draft vocabulary; `draft_of` of the options and `data` otherwise.
-      shapes: batch shapes, if several runs should share programs; chosen for `samples` and `held_out` otherwise.
-      probe: a real decode, every `config.probe_every` steps and after the last: its figures are logged, and the draft of the
-        best τ so far is kept beside the checkpoints.
+      target: its embedding and head are used, its architecture for the draft's shape, and its fingerprint; hidden states come
+        with the data. So a model of another library will do (`models/foreign.py`).
+      data, held_out: two sides of `split_held_out`, of the first only the selected; soft targets and weights matter to the
+        first alone.
+      recipe: how the draft learns.
+      out: receives checkpoints/, metrics.jsonl and timings.jsonl.
+      seed: of the draft's first weights, the order of the samples and the noise.
+      draft: its shape, if several runs should share a draft vocabulary; `draft_of` the recipe and `data` otherwise.
+      identity: JSON-ready; what else the result depends on (the target's dtype, the data's hash, …). A run is only continued
+        with the same identity, target, recipe, samples and shapes.
+      shapes: batch shapes, if several runs should share programs; otherwise chosen for both sides.
+      batch_tokens: tokens of a batch, padding included, where shapes are chosen here.
+      probe: a real decode, every `probe_every` steps and after the last: its figures are noted, and the draft of the best τ
+        so far is kept beside the checkpoints.
+      shard_optimizer: keep Adam's moments in parts, one on each data shard.
+      tensorboard: also write TensorBoard's files, to `out`/tensorboard.
       progress: show a bar.
 
     The draft does not depend on the mesh or the number of processes but for rounding, and a run may go on on another
     mesh. Of several processes each calls this with the same arguments, and process 0 writes.
 
     Raises:
-      ValueError: no token counts, a sample's hidden states are missing or misshapen, or `config.out` holds another run.
+      ValueError: no token counts, a sample's hidden states are missing or misshapen, or `out` holds another run.
       FloatingPointError: a loss or gradient is not finite; names the step and the samples of its batch.
     """
-    draft = draft or draft_of(target_config, config, data.samples)
-    samples, others = data.samples, held_out.samples
-    shapes = shapes or choose_shapes([len(sample.tokens) for sample in [*samples, *others]], config.batch_tokens)
-    counted = np.array([_loss_tokens(data, sample) for sample in samples])
-    if not counted.sum():
+    out = Path(out)
+    if draft is None:
+        draft = draft_of(target.config, recipe, data.samples)
+    if draft.vocabulary and data.soft_targets is None:
+        raise ValueError("a draft vocabulary is trained on soft targets; store them first (`soft_store.store_soft_targets`)")
+    lengths, visited = (np.array([count(sample) for sample in data.samples]) for count in (_length, data.visited))
+    if not visited.sum():
         raise ValueError("no token to train on: every sample's answers are empty or one token long; check the data")
-    lengths = [len(sample.tokens) for sample in samples]
-    steps = [
-        (epoch, batches)
-        for epoch in range(config.epochs)
-        for batches in _grouped(epoch_batches(lengths, shapes, config.seed, epoch), config.accumulate)
-    ]
-    tokens_until = np.cumsum([sum(counted[list(plan.indices)].sum() for plan in batches) for _, batches in steps])
+    shapes = shapes or choose_shapes([*lengths, *map(_length, held_out.samples)], batch_tokens)
+    steps = schedule_steps(lengths, visited, shapes, epochs=recipe.epochs, accumulate=recipe.accumulate, seed=seed)
+    run = {"target": target.fingerprint, **(identity or {}), **_identity(data, held_out.samples, shapes, recipe, seed, draft)}
 
-    optimizer = make_optimizer(config, len(steps))
-    learning_rate = learning_rate_schedule(config, len(steps))
-    accumulates = config.accumulate > 1
-    make_step = make_accumulating_step if accumulates else make_train_step
-    train_step = make_step(target_config, draft, optimizer, mesh, config, config.shard_optimizer)
-    held_out_figures = _make_held_out_figures(target_config, draft, held_out, config, mesh, shapes)
-    whole = split_vocabulary(borrow(target_config, target_params), mesh)
-    frozen = split_vocabulary(restrict(whole, draft), mesh)
-    places = state_shardings(draft, optimizer, mesh, config.shard_optimizer)
-    state = jax.tree.map(put, init_state(draft, optimizer, config.seed), places)
-    identity = {**identity, **_identity(data, others, shapes, config), "vocabulary": _vocabulary_digest(draft)}
+    optimizer, learning_rate = make_optimizer(recipe, len(steps)), learning_rate_schedule(recipe, len(steps))
+    train_step = _make_step(draft, optimizer, mesh, recipe, shard_optimizer)
+    whole = split_vocabulary(borrow(target.config, target.params), mesh)
+    borrowed = split_vocabulary(restrict(whole, draft), mesh)
+    held_out_figures = _make_held_out_figures(whole, draft, held_out, shapes, recipe, mesh)
+    fresh = jax.tree.map(put, init_state(draft, optimizer, seed), state_shardings(draft, optimizer, mesh, shard_optimizer))
+    throughput = Throughput(
+        draft, mesh, lengths, visited, products=3 if data.soft_targets is None else 2, draft_steps=recipe.hass_steps
+    )
 
-    metrics_path, timings_path = config.out / METRICS, config.out / TIMINGS
-    with checkpoint.open_checkpoints(config.out) as checkpoints:
-        start = checkpoint.latest_step(checkpoints) or 0
-        if start:
-            changed = differences(checkpoint.read_identity(checkpoints, start), plain(identity))
-            if changed:
-                raise ValueError(
-                    f"{config.out}: holds a run that was trained on other inputs or options ({changed}); continue it "
-                    "with the same ones, or choose another --out"
-                )
-            state = checkpoint.restore(checkpoints, start, state)
-        if is_primary():
-            drop_after(metrics_path, start)
-            drop_after(timings_path, start)
-            checkpoint.drop_best_after(config.out, start)
-        wait_for_all("later lines dropped")
-        earlier = read_lines(metrics_path) if metrics_path.exists() else []
-        best_tau = max((line["probe"]["tau"] for line in earlier if "probe" in line), default=0.0)
-
-        products = 3 if data.known is None else 2
-        throughput = Throughput(draft, mesh, np.array(lengths), counted, products, config.hass_steps)
-        pending: list[tuple[int, Sequence[BatchPlan], StepMetrics]] = []  # since the last line, figures on the device
-        laps = Laps()
-        log = append_line if is_primary() else _log_nothing
-        with_board = config.tensorboard and is_primary()
-        board = open_board(config.out / "tensorboard", start) if with_board else nullcontext(_show_nothing)
-        shown = progress and is_primary()
-        with board as show, show_progress("train", "steps", len(steps), finished=start, shown=shown) as bar:
-
-            def note(line: dict) -> None:
-                log(metrics_path, line)
-                show(line)
-
-            for step, (epoch, plans) in enumerate(steps[start:], start + 1):
+    with Checkpoints(out, draft, run) as checkpoints:
+        state = checkpoints.resume(fresh)
+        start = int(state.step)
+        bar = show_progress("train", "steps", len(steps), finished=start, shown=progress and is_primary())
+        with Journal(out, start, tensorboard) as journal, bar as bar:
+            recent, laps = RecentSteps(data.samples), Laps()
+            for step in steps[start:]:
                 with laps.lap("reading"):
-                    batches = [device_batch(data, plan.indices, plan.shape, mesh) for plan in plans]
-                state, metrics = train_step(frozen, state, batches if accumulates else batches[0])
-                pending.append((step, plans, metrics))
-                if len(pending) > _STEPS_AHEAD:  # else batches would queue on the device for as long as no one looks
-                    jax.block_until_ready(pending[-_STEPS_AHEAD][2])
-                epoch_ends = step == len(steps) or steps[step][0] != epoch
-                save = step % config.save_every == 0 or step == len(steps)
-                # A checkpoint ends a line too: figures that still await theirs are not part of it.
-                probes = probe is not None and (step % config.probe_every == 0 or step == len(steps))
-                line_ends = step % config.log_every == 0 or epoch_ends or save or probes
-
-                if not line_ends:
-                    bar.update(step)
-                else:
-                    figures = _checked_figures(pending, samples)
-                    done, pending = [plan for _, plans, _ in pending for plan in plans], []
-                    bar.update(step, figures=f"loss {figures['loss']:.3f}")
-                    line = {"step": step, "epoch": epoch, **figures, "learning_rate": float(learning_rate(step - 1))}
-                    note({**line, "tokens": int(tokens_until[step - 1])})
-                if epoch_ends and others:
+                    batches = [device_batch(data, plan.indices, plan.shape, mesh) for plan in step.plans]
+                state, metrics = train_step(borrowed, state, batches)
+                recent.add(step, metrics)
+                bar.update(step.number)
+                due = _due(step, len(steps), recipe, probe_every if probe else None)
+                if not due.line:
+                    continue
+                taken, figures = recent.take()
+                bar.update(step.number, figures=f"loss {figures['loss']:.3f}")
+                line = {"step": step.number, "epoch": step.epoch}
+                journal.note({**line, **figures, "learning_rate": float(learning_rate(step.number - 1)), "tokens": step.tokens})
+                if step.ends_epoch and held_out.samples:
                     with laps.lap("held_out"):
-                        figures = held_out_figures(whole, state.params)
-                    note({"step": step, "epoch": epoch, "held_out": figures})
-                if probes:
+                        figures = held_out_figures(state.params)
+                    journal.note({**line, "held_out": figures})
+                if due.probe:
                     with laps.lap("probe"):
                         figures = probe(state.params)
-                    if figures["tau"] > best_tau:
-                        best_tau = figures["tau"]
-                        checkpoint.save_best(config.out, state, draft, identity)
-                    note({"step": step, "epoch": epoch, "probe": figures})
-                if line_ends:
-                    lap = laps.since_last()
-                    log(timings_path, {"step": step, **lap, **throughput.of(done, lap)})
-                if save:
-                    checkpoint.save(checkpoints, state, draft, identity)
+                    if figures["tau"] > journal.best_tau:
+                        checkpoints.save_best(state)
+                    journal.note({**line, "probe": figures})
+                lap = laps.since_last()
+                journal.note_timing({"step": step.number, **lap, **throughput.rates(taken, lap)})
+                if due.save:
+                    checkpoints.save(state)
 
     wait_for_all("trained")
-    ends = [line["held_out"] for line in read_lines(metrics_path) if "held_out" in line]
+    ends = [line["held_out"] for line in read_lines(out / METRICS) if "held_out" in line]
     return TrainResult(
-        draft=draft,
+        draft=Draft(draft, state.params, run),
         state=state,
         steps=len(steps),
-        samples=len(samples),
-        tokens=int(tokens_until[-1]),
-        seconds=sum(line["seconds"] for line in read_lines(timings_path)),
+        samples=len(data.samples),
+        tokens=steps[-1].tokens,
+        seconds=sum(line["seconds"] for line in read_lines(out / TIMINGS)),
         held_out=ends[-1] if ends else {},
     )
 
 
-def _loss_tokens(data: TrainingData, sample: Sample) -> int:
-    """Tokens of a sample that the loss visits: the EAGLE pairing needs one more to the left than the score."""
-    return int(np.count_nonzero(data.weight(sample)[1:]))
+class _Due(NamedTuple):
+    """What is due after a step, beside the held-out figures at an epoch's end."""
+
+    line: bool
+    probe: bool
+    save: bool
 
 
-def _grouped(plans: Sequence[BatchPlan], size: int) -> list[tuple[BatchPlan, ...]]:
-    """An epoch's batches, `size` to an optimizer step; its last step may have fewer."""
-    return [tuple(plans[begin : begin + size]) for begin in range(0, len(plans), size)]
+def _due(step: Step, num_steps: int, recipe: Recipe, probe_every: int | None) -> _Due:
+    last = step.number == num_steps
+    save = last or step.number % recipe.save_every == 0
+    probe = probe_every is not None and (last or step.number % probe_every == 0)
+    # A checkpoint ends a line too: figures that still await theirs are not part of it.
+    return _Due(save or probe or step.ends_epoch or step.number % recipe.log_every == 0, probe, save)
 
 
-def _log_nothing(path, line: dict) -> None:
-    """What processes other than the first log."""
+def _length(sample: Sample) -> int:
+    return len(sample.tokens)
 
 
-def _show_nothing(line: dict) -> None:
-    """What is shown without a board."""
+def _make_step(draft: DraftConfig, optimizer, mesh: Mesh, recipe: Recipe, shard_optimizer: bool):
+    """`(borrowed, state, batches) -> (state, metrics)`; without accumulation there is one batch."""
+    if recipe.accumulate > 1:
+        return make_accumulating_step(draft, optimizer, mesh, recipe, shard_optimizer)
+    train_step = make_train_step(draft, optimizer, mesh, recipe, shard_optimizer)
+
+    def step(borrowed: Borrowed, state: TrainState, batches: Sequence[DraftBatch]):
+        (batch,) = batches
+        return train_step(borrowed, state, batch)
+
+    return step
 
 
-def _checked_figures(
-    pending: Sequence[tuple[int, Sequence[BatchPlan], StepMetrics]], samples: Sequence[Sample]
-) -> dict[str, float]:
-    """Mean figures of the pending steps, after a look whether all of them are finite."""
-    fetched = to_host([metrics for _, _, metrics in pending])
-    for (step, plans, _), metrics in zip(pending, fetched, strict=True):
-        if not (math.isfinite(metrics.sums.total) and math.isfinite(metrics.grad_norm)):
-            ids = ", ".join(samples[i].id for plan in plans for i in plan.indices)
-            raise FloatingPointError(
-                f"step {step}: loss {float(metrics.sums.total)}, gradient norm {float(metrics.grad_norm)}; look at the "
-                f"hidden states of its samples ({ids}), or lower --learning-rate"
-            )
-    grad_norm = float(np.mean([metrics.grad_norm for metrics in fetched], dtype=np.float64))
-    return {**mean_figures([metrics.sums for metrics in fetched]), "grad_norm": grad_norm}
-
-
-def _make_held_out_figures(target_config, draft, held_out: TrainingData, config, mesh, shapes):
-    """`(frozen, draft_params) -> figures` of the held-out samples."""
-    evaluate_step = make_evaluate_step(target_config, draft, mesh, config)
+def _make_held_out_figures(
+    borrowed: Borrowed, draft: DraftConfig, held_out: TrainingData, shapes: Sequence[Shape], recipe: Recipe, mesh: Mesh
+) -> Callable[[dict], dict[str, float]]:
+    """`draft_params -> figures` of the held-out samples, on all their tokens and by the target's own head."""
+    held_out = TrainingData(held_out.samples, held_out.hidden)
+    evaluate_step = make_evaluate_step(draft, mesh, recipe)
     plans = make_batches([len(sample.tokens) for sample in held_out.samples], shapes)
 
-    def figures(frozen: Borrowed, draft_params: dict) -> dict[str, float]:
-        sums = []
-        for plan in plans:
-            batch = device_batch(held_out, plan.indices, plan.shape, mesh)
-            sums.append(evaluate_step(frozen, draft_params, batch))
-        return mean_figures(to_host(sums))
+    def figures(draft_params: dict) -> dict[str, float]:
+        batches = (device_batch(held_out, plan.indices, plan.shape, mesh) for plan in plans)
+        return mean_figures(to_host([evaluate_step(borrowed, draft_params, batch) for batch in batches]))
 
     return figures
 
 
-def _vocabulary_digest(draft: DraftConfig) -> str | None:
-    return hashlib.sha256(np.array(draft.vocabulary, np.int32).tobytes()).hexdigest() if draft.vocabulary else None
-
-
-def _identity(data: TrainingData, held_out: Sequence[Sample], shapes: Sequence[Shape], config: TrainConfig) -> dict:
+def _identity(
+    data: TrainingData,
+    held_out: Sequence[Sample],
+    shapes: Sequence[Shape],
+    recipe: Recipe,
+    seed: int,
+    draft: DraftConfig,
+) -> dict:
     """What the run's bits depend on and `train` can see."""
-    names = [field.name for kind in (Recipe, Seeded) for field in dataclasses.fields(kind)]
     return {
-        "options": {name: getattr(config, name) for name in names},
+        "options": {**dataclasses.asdict(recipe), "seed": seed},
         "samples": samples_digest(data.samples),
         "weights": None if data.weights is None else weights_digest(data),
         "held_out": samples_digest(held_out),
         "shapes": [list(shape) for shape in shapes],
+        "vocabulary": vocabulary_digest(draft),
     }

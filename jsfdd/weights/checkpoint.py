@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jsfdd.base.files import decode, plain
+from jsfdd.base.files import decode, differences, plain
 from jsfdd.base.processes import is_primary, wait_for_all
 from jsfdd.base.records import TrainState
 from jsfdd.models.draft import Draft, DraftConfig, init_draft
@@ -29,22 +29,80 @@ DIRECTORY = "checkpoints"
 BEST = "best"
 
 
-def open_checkpoints(run: Path) -> ocp.CheckpointManager:
-    """The checkpoints of the run in directory `run`, made if missing; the last two are kept. Close it after use."""
-    return _open((run / DIRECTORY).absolute(), kept=2)
+class Checkpoints:
+    """The checkpoints of one run: the last two and, where the run looks for it, the best. Use it in a `with`.
 
+    Args:
+      run: the run's directory, made if missing.
+      draft: the shape that is saved beside the parameters.
+      identity: JSON-ready; what the run's bits depend on. A run of another identity is not continued.
+    """
 
-def save_best(run: Path, state: TrainState, draft_config: DraftConfig, identity: dict) -> None:
-    """Save `state` as the best so far, in the place of the one before it."""
-    with _open((run / BEST).absolute(), kept=1) as checkpoints:
-        save(checkpoints, state, draft_config, identity)
+    def __init__(self, run: Path, draft: DraftConfig, identity: dict):
+        self._run, self._info = run, {"draft": draft_to_json(draft), "identity": identity}
+        self._manager = _open((run / DIRECTORY).absolute(), kept=2)
 
+    def __enter__(self) -> Checkpoints:
+        return self
 
-def drop_best_after(run: Path, step: int) -> None:
-    """Forget a best draft of a later step: a run that continues at `step` will find it again."""
-    for directory in (run / BEST).glob("*"):
-        if directory.name.isdigit() and int(directory.name) > step:
-            shutil.rmtree(directory)
+    def __exit__(self, *_) -> None:
+        self._manager.close()
+
+    @property
+    def latest_step(self) -> int | None:
+        """The last step that was saved, or None."""
+        return self._manager.latest_step()
+
+    def resume(self, fresh: TrainState) -> TrainState:
+        """The state that was saved last, with the structure, dtypes and placement of `fresh`; `fresh` itself if none was.
+
+        A best draft of a later step is forgotten: the run will find it again.
+
+        Raises:
+          ValueError: the directory holds a run of another identity, or a damaged checkpoint.
+        """
+        step = self.latest_step
+        if step is not None:
+            saved = _read(self._manager, step, info=ocp.args.JsonRestore())["info"]["identity"]
+            if changed := differences(saved, plain(self._info["identity"])):
+                raise ValueError(
+                    f"{self._run}: holds a run that was trained on other inputs or options ({changed}); continue it with the "
+                    "same ones, or choose another --out"
+                )
+            fresh = self._restore(step, fresh)
+        for directory in (self._run / BEST).glob("*"):
+            if is_primary() and directory.name.isdigit() and int(directory.name) > (step or 0):
+                shutil.rmtree(directory)
+        return fresh
+
+    def _restore(self, step: int, like: TrainState) -> TrainState:
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        restored = _read(
+            self._manager,
+            step,
+            params=ocp.args.StandardRestore(abstract.params),
+            rest=ocp.args.StandardRestore(abstract._replace(params=None)._asdict()),
+        )
+        return TrainState(**{**restored["rest"], "params": restored["params"]})
+
+    def save(self, state: TrainState) -> None:
+        """Save a state under its own step; whole when this returns."""
+        self._save(self._manager, state)
+
+    def save_best(self, state: TrainState) -> None:
+        """Save a state as the best so far, in the place of the one before it."""
+        with _open((self._run / BEST).absolute(), kept=1) as manager:
+            self._save(manager, state)
+
+    def _save(self, manager: ocp.CheckpointManager, state: TrainState) -> None:
+        manager.save(
+            int(state.step),
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(state.params),
+                rest=ocp.args.StandardSave(state._replace(params=None)._asdict()),
+                info=ocp.args.JsonSave(self._info),
+            ),
+        )
 
 
 def _open(directory: Path, kept: int) -> ocp.CheckpointManager:
@@ -55,45 +113,6 @@ def _open(directory: Path, kept: int) -> ocp.CheckpointManager:
     wait_for_all("unfinished checkpoints removed")
     options = ocp.CheckpointManagerOptions(max_to_keep=kept, create=True, enable_async_checkpointing=False)
     return ocp.CheckpointManager(directory, options=options)
-
-
-def latest_step(checkpoints: ocp.CheckpointManager) -> int | None:
-    """The last step that was saved, or None."""
-    return checkpoints.latest_step()
-
-
-def save(checkpoints: ocp.CheckpointManager, state: TrainState, draft_config: DraftConfig, identity: dict) -> None:
-    """Save `state` under its own step; whole when this returns.
-
-    Args:
-      identity: JSON-ready; what the run's bits depend on, for `read_identity`.
-    """
-    rest = state._replace(params=None)._asdict()
-    checkpoints.save(
-        int(state.step),
-        args=ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params),
-            rest=ocp.args.StandardSave(rest),
-            info=ocp.args.JsonSave({"draft": draft_to_json(draft_config), "identity": identity}),
-        ),
-    )
-
-
-def read_identity(checkpoints: ocp.CheckpointManager, step: int) -> dict:
-    """The identity saved at `step`, as it comes back from JSON. ValueError if the checkpoint is damaged."""
-    return _read(checkpoints, step, info=ocp.args.JsonRestore())["info"]["identity"]
-
-
-def restore(checkpoints: ocp.CheckpointManager, step: int, like: TrainState) -> TrainState:
-    """The state saved at `step`, with the structure, dtypes and placement of `like`. ValueError if it is damaged."""
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-    found = _read(
-        checkpoints,
-        step,
-        params=ocp.args.StandardRestore(abstract.params),
-        rest=ocp.args.StandardRestore(abstract._replace(params=None)._asdict()),
-    )
-    return TrainState(**{**found["rest"], "params": found["params"]})
 
 
 def read_trained_draft(path: str | Path) -> Draft:

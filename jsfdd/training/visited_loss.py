@@ -1,0 +1,199 @@
+"""The losses of `token_loss.py` as training runs them: a block of tokens at a time, and only tokens that count.
+
+The head dominates training: of SmolLM2's step it is 85-90% of the arithmetic. So nothing of size tokens × V outlives its
+block, and the gradient is worked out in the forward pass, while the logits are at hand: the backward pass only scales it.
+
+    sums = visited_loss(kind, block, head, predicted, target, weight)       # sums["distance"] has a gradient
+
+A *kind* says what is known of the target's distribution p: `Exact`, `Means` or `TopK`. Each has one method, `of_block`, the
+equations for one block; all else is shared. Sums are over tokens that count, each times its weight; divided by "counted" they
+are means:
+
+    counted                         the weights' own sum; without weights, the tokens that count
+    distance                        what is minimised
+    cross_entropy, target_entropy   H(p, q) and H(p) in nats; their difference is KL(p‖q)
+    agreement                       1 where the draft's likeliest token is the target's
+    acceptance                      Σ_v min(p, q): the chance that a token drawn from q is accepted, α at depth 1
+    coverage                        Σ p over the draft's vocabulary: the most that acceptance can become
+
+                                    Exact   Exact, draft vocabulary   Means   TopK   TopK, draft vocabulary
+    counted, distance                 ✓               ✓                 ✓       ✓              ✓
+    cross_entropy, target_entropy     ✓
+    agreement                         ✓               ✓                         ✓
+    acceptance                        ✓               ✓
+    coverage                                          ✓                                        ✓
+
+**The layout.** Logits of a block are [V, block], the vocabulary on the leading axis. XLA's CPU backend vectorises sums over it,
+because they run in step for all the block's tokens, and does not vectorise sums over a trailing axis. For an accelerator
+either layout will do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jsfdd.models.counted import fold_counted
+from jsfdd.training.distances import coarse, cross_entropy, total_variation
+from jsfdd.training.token_loss import Distance
+
+Sums = dict[str, Float[Array, ""]]
+Terms = dict[str, Float[Array, " block"]]
+Slope = Callable[[], Float[Array, "block D"]]  # d distance / d predicted; computed only where it is called
+
+
+@dataclasses.dataclass(frozen=True)
+class Exact:
+    """All of p is known: `target` is h [R, D], the target's hidden states."""
+
+    distance: Distance
+    vocabulary: tuple[int, ...] = ()  # the draft's, empty for all tokens
+
+    def of_block(self, head, predicted, z_q, target) -> tuple[Terms, Slope]:
+        """`token_loss`."""
+        z_p = vocabulary_logits(head, target)
+        allowed = np.isin(np.arange(len(head)), self.vocabulary)[:, None] if self.vocabulary else None
+
+        def limited(z_q):
+            return z_q if allowed is None else jnp.where(allowed, z_q, -jnp.inf)
+
+        distance, pull_back = jax.vjp(lambda z_q: self.distance.between(z_p, limited(z_q), axis=0), z_q)
+        z_q = limited(z_q)
+        # The draft agrees when its score of the target's likeliest token is its own highest: no argmax, no index.
+        score = jnp.max(jnp.where(z_p == jnp.max(z_p, 0, keepdims=True), z_q, -jnp.inf), axis=0)
+        terms = {
+            "distance": distance,
+            "agreement": score == jnp.max(z_q, axis=0),
+            "acceptance": 1.0 - total_variation(z_p, z_q, axis=0),
+        }
+        if allowed is None:
+            terms |= {"cross_entropy": cross_entropy(z_p, z_q, axis=0), "target_entropy": cross_entropy(z_p, z_p, axis=0)}
+        else:
+            terms["coverage"] = jnp.sum(jnp.where(allowed, jax.nn.softmax(z_p, axis=0), 0.0), axis=0)
+        return terms, lambda: times_head(pull_back(jnp.ones_like(distance))[0], head)
+
+
+@dataclasses.dataclass(frozen=True)
+class Means:
+    """p's mean head vectors are known: `target` is (e [R, D], mass [R]). The distance is the cross entropy.
+
+    Its rounding is that of e, which is stored in bfloat16 unless told otherwise: the gradient is the exact one of a target
+    that is off by as much.
+    """
+
+    def of_block(self, head, predicted, z_q, target) -> tuple[Terms, Slope]:
+        """`mean_loss`, with d/dg = mass · Σ q_v head_v − e."""
+        mean, mass = target
+        mean = mean.astype(jnp.float32)
+        top = jnp.max(z_q, axis=0)
+        above = jnp.exp(z_q - top[None])
+        total = jnp.sum(above, axis=0)
+        distance = mass * (top + jnp.log(total)) - jnp.sum(mean * predicted, axis=1)
+        return {"distance": distance}, lambda: times_head(above, head) * (mass / total)[:, None] - mean
+
+
+@dataclasses.dataclass(frozen=True)
+class TopK:
+    """p's likeliest tokens are known: `target` is (log_probs [R, M], ids [R, K]), as in `token_loss.coarse_loss`."""
+
+    distance: Distance
+
+    def of_block(self, head, predicted, z_q, target) -> tuple[Terms, Slope]:
+        """`coarse_loss`. The gradient moves the other tokens' probabilities together, in proportion."""
+        log_p, ids = (array.T for array in target)
+        beyond = len(log_p) - len(ids) - 1  # outcomes that the draft cannot propose: 1 with a draft vocabulary
+
+        def minimised(z_q):
+            log_q = jnp.pad(coarse(z_q, ids, axis=0), ((0, beyond), (0, 0)), constant_values=-jnp.inf)
+            return self.distance.between_outcomes(log_p, log_q, axis=0)
+
+        distance, pull_back = jax.vjp(minimised, z_q)
+        terms = {"distance": distance}
+        if beyond:
+            terms["coverage"] = 1.0 - jax.nn.softmax(log_p, axis=0)[-1]
+        else:
+            terms["agreement"] = jnp.take_along_axis(z_q, ids[:1], axis=0)[0] == jnp.max(z_q, axis=0)
+        return terms, lambda: times_head(pull_back(jnp.ones_like(distance))[0], head)
+
+
+Kind = Exact | Means | TopK
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def visited_loss(
+    kind: Kind,
+    block: int,
+    head: Float[Array, "V D"],
+    predicted: Float[Array, "R D"],
+    target: Any,
+    weight: Float[Array, " R"],
+) -> Sums:
+    """The sums of the module's table. Only "distance" has a gradient, and only by `predicted`: the target is frozen.
+
+    Args:
+      kind: what is known of p.
+      block: tokens that meet the head at a time.
+      head: with a draft vocabulary its rows alone for `Means` and `TopK`, all of it for `Exact`. Products are in its dtype,
+        all else in float32.
+      predicted: g.
+      target: arrays of R rows, as the kind says.
+      weight: of each token, 0 where it does not count and then costs nothing.
+    """
+    return _visit(kind, block, head, predicted, target, weight, with_gradient=False)[0]
+
+
+def _visit(kind, block, head, predicted, target, weight, with_gradient):
+    """(sums, d distance / d predicted [R, D], or [0, D] without)."""
+
+    def block_terms(rows):
+        own, known = block_rows(predicted, rows), jax.tree.map(lambda array: block_rows(array, rows), target)
+        terms, slope = kind.of_block(head, own, vocabulary_logits(head, own), known)
+        return {"counted": jnp.ones(len(rows)), **terms}, slope
+
+    def visit(rows, carry):
+        sums, gradient = carry
+        w = block_rows(weight, rows)
+        terms, slope = block_terms(rows)
+        sums = {name: sums[name] + jnp.sum(jnp.where(w > 0, w * term, 0.0)) for name, term in terms.items()}
+        if with_gradient:
+            gradient = gradient.at[rows].set(w[:, None] * slope(), mode="drop")
+        return sums, gradient
+
+    names = jax.eval_shape(lambda rows: block_terms(rows)[0], jnp.zeros(block, int))
+    gradient = jnp.zeros((len(predicted) if with_gradient else 0, predicted.shape[1]))
+    return fold_counted(weight > 0, block, visit, ({name: jnp.zeros(()) for name in names}, gradient))
+
+
+def _forward(kind, block, head, predicted, target, weight):
+    return _visit(kind, block, head, predicted, target, weight, with_gradient=True)
+
+
+def _backward(kind, block, gradient, cotangent: Sums):
+    return None, gradient * cotangent["distance"], None, None
+
+
+visited_loss.defvjp(_forward, _backward)
+
+
+def block_rows(array: Array, rows: Int[Array, " block"]) -> Array:
+    """A block's rows of an array; those past the end, which only fill the block up, are 0."""
+    return array.at[rows].get(mode="fill", fill_value=0)
+
+
+def vocabulary_logits(head: Float[Array, "V D"], hidden: Float[Array, "block D"]) -> Float[Array, "V block"]:
+    """float32 logits with the vocabulary on the leading axis (see above)."""
+    contract = (((1,), (1,)), ((), ()))
+    return jax.lax.dot_general(head, hidden.astype(head.dtype), contract, preferred_element_type=jnp.float32)
+
+
+def times_head(slope: Float[Array, "V block"], head: Float[Array, "V D"]) -> Float[Array, "block D"]:
+    """Σ_v slope_v · head_v of each token, float32."""
+    contract = (((0,), (0,)), ((), ()))
+    return jax.lax.dot_general(slope.astype(head.dtype), head, contract, preferred_element_type=jnp.float32)
