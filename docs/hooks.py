@@ -5,6 +5,7 @@ Links are written as they work in the repository, `../experiments/LOG.md`; on th
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 from mkdocs.structure.files import File
@@ -19,6 +20,7 @@ def on_files(files, config):
     outside = [ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "tpu/README.md", "experiments/LOG.md")]
     for path in [*outside, *sorted(ROOT.glob("experiments/*/README.md")), *sorted(ROOT.glob("experiments/*/*.png"))]:
         files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
+    files.append(File.generated(config, "api/jsfdd.md", content=_front_door()))
     for room in ROOMS:
         files.append(File.generated(config, f"api/{room}.md", content=_reference(room)))
     return files
@@ -28,7 +30,7 @@ def on_config(config):
     """The experiments and the rooms in the navigation, whichever there are."""
     pages = [path.relative_to(ROOT).as_posix() for path in sorted(ROOT.glob("experiments/[0-9]*/README.md"))]
     config["nav"].append({"Experiments": [{"Log": "experiments/LOG.md"}, *pages]})
-    config["nav"].append({"Reference": [{room: f"api/{room}.md"} for room in ROOMS]})
+    config["nav"].append({"Reference": [{"jsfdd": "api/jsfdd.md"}, *({room: f"api/{room}.md"} for room in ROOMS)]})
     return config
 
 
@@ -48,3 +50,24 @@ def _reference(room: str) -> str:
     parts = [f"::: {package}\n    options: {{show_root_heading: false, members: false}}"]
     parts += [f"::: {package}.{module}" for module in modules]
     return f"# {room}\n\n" + "\n\n".join(parts) + "\n"
+
+
+def _front_door() -> str:
+    """A page with the names that `import jsfdd` gives, each with its first line, and what is written for notebooks alone."""
+    tree = ast.parse((ROOT / "jsfdd/__init__.py").read_text(encoding="utf-8"))
+    (rooms,) = (ast.literal_eval(node.value) for node in tree.body
+                if isinstance(node, ast.Assign) and node.targets[0].id == "_PUBLIC")  # fmt: skip
+    lines = ["# jsfdd", "", "`import jsfdd` gives these names. [In Python](../python.md) shows them at work.", ""]
+    lines += ["| name | what it is |", "|---|---|"]
+    for name, room in sorted((name, room) for room, names in rooms.items() for name in names):
+        lines.append(f"| [`jsfdd.{name}`][{room}.{name}] | {_first_line(room, name)} |")
+    return "\n".join(lines) + "\n\n::: jsfdd.api\n"
+
+
+def _first_line(module: str, name: str) -> str:
+    """The first line of an object's docstring."""
+    path = (ROOT / module.replace(".", "/")).with_suffix(".py")
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name == name:
+            return (ast.get_docstring(node) or "").split("\n")[0].replace("|", "\\|")
+    return ""
