@@ -1,9 +1,14 @@
 """Each published form of a chat row, as the messages it stands for."""
 
+import json
+
 import pytest
 
-from jsfdd.data.forms import messages_of, text_of_calls
+from jsfdd.data.forms import Conversation, conversation_of
+from jsfdd.data.messages import text_of_calls
 
+BARE = '{"name": "weather", "arguments": {"city": "Rome"}}'
+ROME = {"id": "call00001", "type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
 CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Köln"}'}}
 SHAPED = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Köln"}}}
 
@@ -50,8 +55,16 @@ def system(text):
         ),
         ({"messages": [{"role": "function", "content": "9"}, answer("A")]}, [{"role": "tool", "content": "9"}, answer("A")]),
         (
-            {"conversations": [turn("human", "Q"), turn("function_call", "{}"), turn("observation", "9")]},
-            [user("Q"), answer("{}"), {"role": "tool", "content": "9"}],
+            {"conversations": [turn("human", "Q"), turn("gpt", "I look."), turn("function_call", BARE), turn("observation", "9")]},
+            [user("Q"), answer("I look.", tool_calls=[ROME]), {"role": "tool", "content": "9", "tool_call_id": "call00001"}],
+        ),
+        (
+            {"conversations": [turn("function-call", f"[{BARE}, {BARE}]"), turn("observation", "9"), turn("tool", "8")]},
+            [
+                answer("", tool_calls=[ROME, ROME | {"id": "call00002"}]),
+                {"role": "tool", "content": "9", "tool_call_id": "call00001"},
+                {"role": "tool", "content": "8", "tool_call_id": "call00002"},
+            ],
         ),
         ({"conversations": [user("Q"), answer("A")]}, [user("Q"), answer("A")]),
         (
@@ -64,15 +77,70 @@ def system(text):
         ({"prompt": "Q", "completion": "A", "system": "S"}, [system("S"), user("Q"), answer("A")]),
         ({"prompt": [user("Q"), answer("A"), user("R")], "completion": [answer("B")]},
          [user("Q"), answer("A"), user("R"), answer("B")]),
+        ({"instruction": "Q", "history": [["q", "a"], ["r", "b"]], "output": "A"},
+         [user("q"), answer("a"), user("r"), answer("b"), user("Q"), answer("A")]),
+        ({"instruction": "Q", "context": "x", "response": "A"}, [user("Q\n\nx"), answer("A")]),
+        ({"system_prompt": "S", "question": "Q", "response": "A"}, [system("S"), user("Q"), answer("A")]),
+        ({"query": "Q", "response": "A"}, [user("Q"), answer("A")]),
+        ({"question": "Q", "answer": "A"}, [user("Q"), answer("A")]),
+        ({"input": "Q", "output": "A"}, [user("Q"), answer("A")]),
+        ({"instruction": "Q", "output": "A", "text": "Q A", "prompt": "whole"}, [user("Q"), answer("A")]),
+        ({"conversation": [user("Q"), answer("A")], "conversation_id": "x"}, [user("Q"), answer("A")]),
+        ({"conversations": {"from": ["human", "gpt"], "value": ["Q", "A"]}}, [user("Q"), answer("A")]),
+        ({"messages": {"role": ["user", "assistant"], "content": ["Q", "A"], "name": None}}, [user("Q"), answer("A")]),
+        ({"messages": '[{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]'}, [user("Q"), answer("A")]),
+        ({"messages": [user([{"type": "input_text", "text": "Q"}]),
+                       answer([{"type": "thinking", "thinking": "t"}, {"type": "output_text", "text": "A"}])]},
+         [user("Q"), answer("A", reasoning_content="t")]),
+        ({"messages": [answer("A", reasoning_content="t")]}, [answer("A", reasoning_content="t")]),
+        ({"messages": [answer("A", reasoning="t")]}, [answer("A", reasoning_content="t")]),
+        ({"messages": [answer("A", thinking="t")]}, [answer("A", reasoning_content="t")]),
+        ({"messages": [answer(None, reasoning_content="t", tool_calls=[CALL])]},
+         [answer("", reasoning_content="t", tool_calls=[SHAPED])]),
+        ({"messages": [answer("A", weight=0), answer("B", weight=1), answer("C", train=False), answer("D", train=True)]},
+         [answer("A", weight=0), answer("B"), answer("C", weight=0), answer("D")]),
+        ({"messages": [user("Q") | {"weight": 0.3}, answer("A")]}, [user("Q"), answer("A")]),
+        ({"conversations": [turn("human", "Q"), turn("gpt", "A") | {"weight": 0}]}, [user("Q"), answer("A", weight=0)]),
     ],
 )  # fmt: skip
 def test_a_row_stands_for_these_messages(row, messages):
-    assert list(messages_of(row, "f:1")) == messages
+    assert list(conversation_of(row, "f:1").messages) == messages
+
+
+TOOL = {"name": "f", "parameters": {"type": "object", "properties": {"x": {"default": None}}}}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"tools": [{"type": "function", "function": TOOL}]}, {"tools": [TOOL]}, {"functions": [TOOL]},
+        {"tools": json.dumps([TOOL])}, {"tools": [json.dumps(TOOL)]}, {"tools": TOOL}, {"tools": [TOOL], "functions": []},
+    ],
+)  # fmt: skip
+def test_definitions_of_tools_in_every_spelling(given):
+    found = conversation_of({"messages": [user("Q"), answer("A")]} | given, "f:1")
+    assert found.tools == ({"type": "function", "function": TOOL},)
+    assert conversation_of({"messages": [user("Q"), answer("A")], "tools": "", "functions": "[]"}, "f:1").tools == ()
+
+
+def test_rows_that_were_rendered_or_tokenized():
+    assert conversation_of({"text": "<s>Q</s>A"}, "f:1") == Conversation(text="<s>Q</s>A")
+    tokenized = Conversation(tokens=(5, 6, 7), mask=(False, True, True))
+    assert conversation_of({"input_ids": [5, 6, 7], "assistant_masks": [0, 1, 1]}, "f:1") == tokenized
+    assert conversation_of({"input_ids": [5, 6, 7], "loss_mask": [False, True, True]}, "f:1") == tokenized
+    assert conversation_of({"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, "f:1") == tokenized
+
+
+def test_a_row_to_be_answered_needs_a_question_only():
+    for row in ({"prompt": "Q"}, {"question": "Q"}, {"messages": [user("Q")]}, {"instruction": "Q"}, {"turns": ["Q"]}):
+        assert conversation_of(row, "f:1", answered=False).messages == (user("Q"),)
+    assert conversation_of({"turns": ["Q", "R"]}, "f:1", answered=False).messages == (user("Q"), answer(""), user("R"))
 
 
 def test_a_system_message_in_the_row_comes_before_its_system_column():
     own = system("mine")
-    assert messages_of({"system": "other", "messages": [own, answer("A")]}, "f:1") == (own, answer("A"))
+    found = conversation_of({"system": "other", "messages": [own, answer("A")]}, "f:1")
+    assert found.messages == (own, answer("A"))
 
 
 def test_calls_as_text():

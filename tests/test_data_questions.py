@@ -48,7 +48,7 @@ def ask(tmp_path, *conversations, tokenizer=None, longest_prompt=200, **options)
 def test_turns(tmp_path, conversation, turns):
     other = messages("u:another", "a:y")
     asked, summary = ask(tmp_path, messages(*conversation), other)
-    assert summary.no_question == (() if turns else ("c0",))
+    assert summary.skipped["no_question"] == (() if turns else ("c0",))
     expected = [tuple(tuple(messages(*turn)) for turn in turns)] if turns else []
     assert [each.turns for each in asked] == [*expected, (tuple(other[:1]),)]
     first, _ = ask(tmp_path, messages(*conversation), other, first_turn_only=True)
@@ -83,14 +83,14 @@ def test_what_is_not_asked_is_counted_by_reason(tmp_path):
     )
     asked, summary = questions_of(found.chats, tokenizer, longest_prompt=length)
     assert [(each.number, each.id) for each in asked] == [(0, "c0"), (6, "c7")]
-    assert summary._asdict() == {
+    assert summary.skipped == {
         "no_question": ("c3",), "duplicates": ("c2",), "special_text": ("c4",), "refused": ("c5",), "too_long": ("c6",)
     }  # fmt: skip
     [counts] = count_questions_by_file(found, summary)
-    assert (counts.read, counts.kept, counts.duplicates) == (8, 2, 2) and total([counts]).too_long == 1
+    assert (counts.read, counts.kept, counts.skipped["duplicates"]) == (8, 2, 2) and total([counts]).skipped["too_long"] == 1
     assert "1 without a user's turn" in str(counts) and "1 whose prompt and answer exceed the maximal length" in str(counts)
 
 
 def test_nothing_left_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match=r"no conversation is left to answer \(1 too_long; .*10 tokens.*--max-new-tokens"):
+    with pytest.raises(ValueError, match=r"no conversation is left to answer \(1 whose prompt .*10 tokens.*--max-new-tokens"):
         ask(tmp_path, messages("u:hello there", "a:x"), longest_prompt=10)

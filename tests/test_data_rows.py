@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jsfdd.data.chat import read_chats, read_prompts
+from jsfdd.data.chat import read_chats
+from jsfdd.data.hub import dataset_rows
 from jsfdd.data.rows import InputFile, expand_names, input_digests
 
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello 👋"}]
@@ -59,11 +60,12 @@ def test_zstd_frames_one_after_the_other_are_all_read(tmp_path):
 
 
 def test_a_parquet_row_is_named_and_other_columns_are_not_read(tmp_path):
-    path = write(tmp_path / "x.parquet", {"prompt": "Q", "response": "A", "image": b"\x00"}, {"prompt": "Q"})
-    with pytest.raises(ValueError, match=r"x\.parquet: row 2: beside 'prompt' .* found neither"):
+    path = write(tmp_path / "x.parquet", {"prompt": "Q", "response": "A", "blob": b"\x00"}, {"prompt": "Q"})
+    with pytest.raises(ValueError, match=r"x\.parquet: row 2: no assistant turn"):
         read_chats([path])
-    with pytest.raises(ValueError, match=r"x\.parquet: no column of .*turns; it has prompt, response, image; rename"):
-        read_prompts([path])
+    path = write(tmp_path / "y.parquet", {"blob": b"\x00"})
+    with pytest.raises(ValueError, match=r"y\.parquet: no column of .*turns.*; it has blob; rename"):
+        read_chats([path])
 
 
 def test_a_truncated_parquet_file_is_refused(tmp_path):
@@ -156,8 +158,8 @@ def test_a_dataset_out_of_reach_or_misnamed(hub, monkeypatch):
         read_chats(["hf:org/gone"])
     with pytest.raises(ValueError, match=r"hf:org/chats:dev: Unknown split \"dev\".*; name another split or config"):
         read_chats(["hf:org/chats:dev"])
-    with pytest.raises(ValueError, match=r"hf:org/chats: no column of .*turns.*; it has messages, picture"):
-        read_prompts(["hf:org/chats"])
+    with pytest.raises(ValueError, match=r"hf:org/chats: no column of turns; it has messages, picture"):
+        list(dataset_rows("hf:org/chats", ["turns"]))
     with pytest.raises(ValueError, match=r"hf:a/b/c/d: a dataset is named hf:NAME"):
         read_chats(["hf:a/b/c/d"])
     monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed

@@ -253,9 +253,9 @@ def test_what_is_skipped_is_counted_by_id():
     samples, summary = tokenize_chats(chats, BYTES, 128)
     assert [sample.id for sample in samples] == ["kept", "long"]
     assert (summary.read, summary.kept, summary.truncated) == (6, 2, ("long",))
-    assert summary.special_text == ("hostile answer", "hostile user")
-    assert summary.no_counted == ("empty answer", "beyond")
-    assert summary.refused == ()
+    assert summary.skipped["special_text"] == ("hostile answer", "hostile user")
+    assert summary.skipped["no_counted"] == ("empty answer", "beyond")
+    assert summary.skipped["refused"] == ()
     assert "6 conversations: 2 kept (1 of them cut" in str(summary)
 
 
@@ -263,8 +263,9 @@ def test_what_the_template_refuses_is_counted():
     tokenizer = spaces_marked(GEMMA, prepend=False)
     twice = Chat("twice", "test", chat(["hi", "hello"]).messages[:1] + chat(["hi", "hello"]).messages, "chats.jsonl:9")
     samples, summary = tokenize_chats([twice, chat(["hi", "hello"])], tokenizer, 99)
-    assert (len(samples), summary.refused) == (1, ("twice",))
-    with pytest.raises(ValueError, match=r"refuses chats\.jsonl:9: must alternate; nothing is left"):
+    assert (len(samples), summary.skipped["refused"]) == (1, ("twice",))
+    assert summary.first["refused"] == "chats.jsonl:9: the chat template refuses the conversation: must alternate"
+    with pytest.raises(ValueError, match=r"chats\.jsonl:9: .*must alternate; nothing is left"):
         tokenize_chats([twice], tokenizer, 99)
     with pytest.raises(ValueError, match="refuses a prompt with the roles user, user: must alternate"):
         render_prompt(tokenizer, twice.messages[:2])
@@ -285,11 +286,15 @@ def test_thoughts_count_where_the_template_keeps_them():
     "rewrite",
     ["m.content | upper", "m.content | replace('the', 'a')", "m.content[1:] + '.'", "m.role", "m.content * 2"],
 )
-def test_a_template_that_rewrites_answers_is_an_error(rewrite):
-    template = CHATML.replace("m.content", rewrite)
+def test_an_answer_that_the_template_rewrites_is_skipped(rewrite):
+    template = CHATML.replace("m.content", f"m.content if messages | length == 2 else ({rewrite})")
     tokenizer = byte_level(template, family=CHATML)
-    with pytest.raises(ValueError, match=r"chats\.jsonl:7: the chat template rewrites message 2, .*; use a chat"):
-        tokenize_chats([chat(["hello", "the model"])], tokenizer, 4096)
+    chats = [chat(["hello", "the model"] * 2, "rewritten"), chat(["hello", "the model"], "kept")]
+    samples, summary = tokenize_chats(chats, tokenizer, 4096)
+    assert ([sample.id for sample in samples], summary.skipped["rewritten"]) == (["kept"], ("rewritten",))
+    assert summary.first["rewritten"].startswith("chats.jsonl:7: the chat template rewrites an answer")
+    with pytest.raises(ValueError, match=r"chats\.jsonl:7: the chat template rewrites"):
+        tokenize_chats(chats, tokenizer, 4096, strict=True)
 
 
 def test_a_template_may_end_answers_with_plain_text():
@@ -366,10 +371,11 @@ def test_tool_calls_belong_to_the_answer(template, vocab_size):
     assert masked_runs(tokenizer, masked) == ["<|im_end|>", f"Adding:{line_break}", "<|im_end|>", "the end<|im_end|>"]
 
 
-def test_a_template_that_loses_a_call_is_an_error():
+def test_a_template_that_loses_a_call_rewrites_the_answer():
     tokenizer = byte_level(WITH_CALLS.replace("{{ call.function.name }}", "tool"), family=CHATML)
-    with pytest.raises(ValueError, match=r"chats\.jsonl:7: the chat template rewrites message 2"):
-        tokenize_chats([with_tools("")], tokenizer, 4096)
+    samples, summary = tokenize_chats([with_tools(""), chat(["hi", "ok"], "ok")], tokenizer, 4096)
+    assert ([sample.id for sample in samples], summary.skipped["rewritten"]) == (["ok"], ("c",))
+    assert "leaves out a call in message 2" in summary.first["rewritten"]
 
 
 def test_a_special_token_in_an_argument_is_skipped():
@@ -377,7 +383,7 @@ def test_a_special_token_in_an_argument_is_skipped():
     for template in (WITH_CALLS, CHATML):
         tokenizer = byte_level(template, family=CHATML)
         samples, summary = tokenize_chats([with_tools("", call=call), chat(["hi", "ok"], "ok")], tokenizer, 4096)
-        assert ([sample.id for sample in samples], summary.special_text) == (["ok"], ("c",))
+        assert ([sample.id for sample in samples], summary.skipped["special_text"]) == (["ok"], ("c",))
 
 
 THOUGHTS = {

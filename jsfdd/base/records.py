@@ -60,11 +60,16 @@ def samples_digest(samples: Sequence[Sample]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """One evaluation prompt: the user's turns in order; each turn's own answer feeds the next."""
+    """One evaluation prompt: the user's turns in order; each turn's own answer feeds the next.
+
+    `system` is the text of a system message, if there is one; `tools` are definitions of tools for the chat template.
+    """
 
     id: str
     source: str
     turns: tuple[str, ...]
+    system: str = ""
+    tools: tuple[dict, ...] = ()
 
 
 class Batch(NamedTuple):

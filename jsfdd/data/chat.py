@@ -1,7 +1,8 @@
-"""Chats and prompts from files: every row becomes a `Chat` or a `Prompt`, or an error that names file, line and remedy.
+"""Chats and prompts from files: every row becomes a `Chat` or a `Prompt`; what cannot be learned from is skipped and counted.
 
-Which files a name stands for, and how they are read, is in `data.files`; the forms of chat rows are in `data.forms`. A
-prompt row has `{"turns": ["…", …]}`. "id" and "source" are optional everywhere.
+Which files a name stands for is in `data.rows`, how they are read in `data.formats`; the forms of chat rows are in
+`data.forms`. A prompt row has {"turns": ["…", …]}, or any form of a chat, of which the answers are not read. "id" and
+"source" are optional everywhere.
 
 A conversation with the same messages as an earlier one, in whichever file, is a duplicate: it is left out and counted,
 whatever its id. Two different conversations (or two prompts) with one id are an error.
@@ -13,13 +14,14 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from jsfdd.base.records import Prompt
-from jsfdd.data.forms import COLUMNS, Message, messages_of
-from jsfdd.data.rows import Row, check_text, kind_of, read_rows
+from jsfdd.data.forms import COLUMNS, Conversation, conversation_of, unread
+from jsfdd.data.messages import Message
+from jsfdd.data.rows import Row, read_rows
+from jsfdd.data.skipped import BadRow, SkippedRows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +31,12 @@ class Chat:
     Attributes:
       id: unique over the files read together.
       source: the row's own, or its file's name.
-      messages: the turns in order.
+      messages: the turns in order; none in a conversation that came rendered or tokenized.
       place: "file:line", for errors that turn up later.
       file: the file it came from; empty if it was made in Python.
+      tools: definitions of the tools that it may call.
+      text: a conversation that came rendered.
+      tokens, mask: one that came tokenized (`data.forms.Conversation`).
     """
 
     id: str
@@ -39,89 +44,154 @@ class Chat:
     messages: tuple[Message, ...]
     place: str
     file: str = ""
+    tools: tuple[dict, ...] = ()
+    text: str = ""
+    tokens: tuple[int, ...] = ()
+    mask: tuple[bool, ...] = ()
 
 
-class FoundChats(NamedTuple):
-    """What `read_chat_files` found.
+@dataclasses.dataclass
+class ReadCounts:
+    """What became of the rows so far.
 
     Attributes:
-      chats: the conversations, without duplicates.
       read: rows by file, in the order of the files.
       duplicates: how many of them were left out as duplicates.
+      skipped: those that cannot be learned from.
+      unread: rows by key, of keys that have a value and are not read.
     """
 
-    chats: list[Chat]
-    read: dict[str, int]
-    duplicates: Counter[str]
+    read: Counter[str] = dataclasses.field(default_factory=Counter)
+    duplicates: Counter[str] = dataclasses.field(default_factory=Counter)
+    skipped: SkippedRows = dataclasses.field(default_factory=SkippedRows)
+    unread: Counter[str] = dataclasses.field(default_factory=Counter)
+
+    def unread_words(self) -> str:
+        """What was not read, in a sentence; empty if everything was."""
+        if not self.unread:
+            return ""
+        shown = ", ".join(f"{count:,} rows have {key!r}" for key, count in self.unread.most_common(_SHOWN_KEYS))
+        more = len(self.unread) - _SHOWN_KEYS
+        return f"not read: {shown}" + (f" and {more} other keys" if more > 0 else "")
+
+
+@dataclasses.dataclass
+class FoundChats(ReadCounts):
+    """What `read_chat_files` found: the conversations, without duplicates, and the counts."""
+
+    chats: list[Chat] = dataclasses.field(default_factory=list)
+
+
+_SHOWN_KEYS = 8
 
 
 def read_chats(names: Sequence[str | Path]) -> list[Chat]:
-    """The conversations of `read_chat_files`."""
-    return read_chat_files(names).chats
+    """The conversations of `read_chat_files`; the first row that cannot be learned from is an error."""
+    return read_chat_files(names, strict=True).chats
 
 
-def read_chat_files(names: Sequence[str | Path], answered: bool = True) -> FoundChats:
-    """Reads conversations, in the order of the files and of their rows.
+def read_chat_files(names: Sequence[str | Path], answered: bool = True, *, strict: bool = False) -> FoundChats:
+    """Reads conversations, in the order of the files and of their rows. Arguments and errors as in `stream_chats`."""
+    found = FoundChats()
+    found.chats.extend(stream_chats(names, found, answered, strict=strict))
+    return found
+
+
+def stream_chats(
+    names: Sequence[str | Path], counts: ReadCounts, answered: bool = True, *, strict: bool = False
+) -> Iterator[Chat]:
+    """Conversations one after the other, in the order of the files and of their rows.
 
     Args:
-      names: files, directories, patterns or datasets (`data.files`).
+      names: files, directories, patterns or datasets (`data.rows`).
+      counts: what became of the rows is added to it.
       answered: whether each must have an assistant turn.
+      strict: whether a row that cannot be learned from is an error; else it is skipped and counted.
 
-    Raises FileNotFoundError for a missing file, and ValueError "file:line: what; remedy" for anything that is not in a
-    known form: a malformed line, an unknown role, content that is not text, a conversation without an assistant turn, an
-    id that two conversations have, a file without rows.
+    Raises FileNotFoundError for a missing file, and ValueError "file:line: what; remedy" for a damaged file, a malformed
+    line, an id that two conversations have, and a file without rows.
     """
-    chats, read, duplicates = [], Counter(), Counter()
-    seen: set[bytes] = set()
-    place_of_id: dict[str, str] = {}
+    seen: set[int] = set()
+    ids: set[int] = set()
     for row in read_rows(names, COLUMNS):
-        messages = messages_of(row.value, row.place)
-        if answered and not any(message["role"] == "assistant" for message in messages):
-            raise ValueError(f"{row.place}: no assistant turn, so nothing to learn from; add an answer or drop the row")
-        read[row.file] += 1
-        digest = content_digest(messages)
+        counts.read[row.file] += 1
+        try:
+            found = conversation_of(row.value, row.place, answered)
+        except BadRow as error:
+            if strict:
+                raise
+            counts.skipped.add(row.file, error)
+            continue
+        counts.unread.update(unread(row.value))
+        digest = _short_digest(_conversation_bytes(found))
         if digest in seen:
-            duplicates[row.file] += 1
+            counts.duplicates[row.file] += 1
             continue
         seen.add(digest)
-        _check_id(row, place_of_id)
-        chats.append(Chat(row.id, row.source, messages, row.place, row.file))
-    return FoundChats(chats, dict(read), duplicates)
+        _check_id(row, ids, names, COLUMNS)
+        yield Chat(row.id, row.source, found.messages, row.place, row.file, *found[1:])
 
 
 def read_prompts(names: Sequence[str | Path]) -> list[Prompt]:
-    """Reads evaluation prompts, in the order of the files and of their rows.
+    """Reads prompts, in the order of the files and of their rows.
 
-    Raises what `read_chats` raises; a row needs "turns", a list of at least one string.
+    Raises FileNotFoundError for a missing file, and ValueError "file:line: what; remedy" for the first row that asks nothing
+    or cannot be read: results on prompts are compared, so all of them have to be there.
     """
-    prompts = []
-    place_of_id: dict[str, str] = {}
-    for row in read_rows(names, ("turns",)):
-        if "turns" not in row.value:
-            raise ValueError(f"{row.place}: 'turns' is missing; add it or drop the row")
-        turns = row.value["turns"]
-        if not isinstance(turns, list):
-            raise ValueError(f"{row.place}: 'turns' is {kind_of(turns)}; expected a list")
-        if not turns:
-            raise ValueError(f"{row.place}: 'turns' is empty; give at least one user turn or drop the row")
-        for number, turn in enumerate(turns, 1):
-            check_text(turn, f"turn {number}", row.place)
-            if not turn.strip():
-                raise ValueError(f"{row.place}: turn {number} of 'turns' is empty; write it or drop the row")
-        _check_id(row, place_of_id)
-        prompts.append(Prompt(row.id, row.source, tuple(turns)))
+    prompts: list[Prompt] = []
+    ids: set[int] = set()
+    for row in read_rows(names, COLUMNS):
+        prompt = _prompt(row)
+        _check_id(row, ids, names, COLUMNS)
+        prompts.append(prompt)
     return prompts
 
 
-def content_digest(messages: Sequence[Message]) -> bytes:
+def _prompt(row: Row) -> Prompt:
+    found = conversation_of(row.value, row.place, answered=False)
+    if not found.messages:
+        raise BadRow("no_form", row.place, "a text or tokens ask nothing; give 'turns' or messages")
+    system, turns = _system_and_turns(found.messages)
+    if not turns:
+        raise BadRow("no_question", row.place, "no user's turn, so nothing to answer; add one or drop the row")
+    return Prompt(row.id, row.source, tuple(turns), system, found.tools)
+
+
+def _system_and_turns(messages: Sequence[Message]) -> tuple[str, list[str]]:
+    """The system's text, and what the user says before each answer. What follows a tool's result is left out: it returns what
+    a call asked for that the target did not make."""
+    system: list[str] = []
+    turns: list[list[str]] = [[]]
+    for message in messages:
+        if message["role"] == "tool":
+            break
+        if message["role"] == "assistant":
+            turns.append([])
+        else:
+            (system if message["role"] == "system" else turns[-1]).append(message["content"])
+    return "\n\n".join(system), ["\n\n".join(said) for said in turns if said]
+
+
+def content_digest(messages: Sequence[Message], tools: Sequence[dict] = ()) -> bytes:
     """sha256 of everything that a chat template may write of a conversation; ids and sources are not in it."""
-    return hashlib.sha256(json.dumps(messages, sort_keys=True).encode()).digest()
+    return hashlib.sha256(_conversation_bytes(Conversation(tuple(messages), tuple(tools)))).digest()
 
 
-def _check_id(row: Row, place_of_id: dict[str, str]) -> None:
-    if row.id in place_of_id:
+def _check_id(row: Row, ids: set[int], names: Sequence[str | Path], columns: Sequence[str]) -> None:
+    """ValueError with both places if the row's id is another's. `ids` holds digests: a million ids are 70 MB."""
+    digest = _short_digest(row.id.encode())
+    if digest in ids:
+        first = next((other.place for other in read_rows(names, columns) if other.id == row.id), row.place)
         raise ValueError(
-            f"{row.place}: id {row.id!r} was already used at {place_of_id[row.id]}; make ids unique, or leave 'id' out and "
+            f"{row.place}: id {row.id!r} was already used at {first}; make ids unique, or leave 'id' out and "
             "name the files differently"
         )
-    place_of_id[row.id] = row.place
+    ids.add(digest)
+
+
+def _conversation_bytes(found: Conversation) -> bytes:
+    return json.dumps(found.messages if found == (found.messages, (), "", (), ()) else found, sort_keys=True).encode()
+
+
+def _short_digest(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=16).digest())

@@ -1,177 +1,231 @@
-"""The forms that chat rows are published in, and the messages that each stands for.
+"""The forms that chat rows are published in, and the conversation that each stands for.
 
-    {"messages": [{"role": "user", "content": "…"}, …]}                OpenAI
+    {"messages": [{"role": "user", "content": "…"}, …]}                OpenAI; also "conversation" (LMSYS, WildChat)
     {"conversations": [{"from": "human", "value": "…"}, …]}            ShareGPT (or with OpenAI's role and content)
-    {"instruction": "…", "input": "…" (optional), "output": "…"}       Alpaca
-    {"prompt": "…", "response": "…"}, or "completion" for "response"   plain pairs; each a text or a list of messages
+    {"instruction": "…", "input": "…" (optional), "output": "…"}       Alpaca; also "history": [["…", "…"], …]
+    {"prompt": "…", "response": "…"}                                   plain pairs; each a text or a list of messages
+    {"text": "…"}                                                      rendered by the target's own chat template
+    {"input_ids": [0, …], "assistant_masks": [0, 1, …]}                tokenized; also "loss_mask", or "labels" with −100
 
-A row has exactly one of "messages", "conversations" and "instruction"; "prompt" is looked at where it has none of them,
-because datasets of messages often repeat the first one as their prompt. A text "system" beside any form becomes the
-first message, unless the row has a system message already. Other keys are not read, schemas of tools among them.
+A question is "instruction", "question", "query" or "prompt", or an "input" alone; "input" and "context" beside it are added
+to it. Its answer is "output", "response", "completion" or "answer". A row has exactly one list of messages or one question;
+"prompt" and "text" are looked at where it has nothing else, because datasets of messages often repeat themselves there.
 
-Roles are system, user, assistant and tool, as chat templates know them; "developer" means system, "function" and
-ShareGPT's "observation" mean tool, "human" user, "gpt", "chatgpt" and "function_call" assistant. Content is a text, or
-OpenAI's list of text parts. An assistant message may have `tool_calls` (or the older `function_call`), and may then lack
-content; arguments may be an object or JSON text. `"truncated": true` in an assistant message says that its text was cut
-short (`jsfdd respond` writes it): the text counts, the end-of-turn token that a template puts after it does not.
+Beside any form, "system" or "system_prompt" becomes the first message, unless the row has a system message already; "tools"
+or "functions" are definitions of tools, as a list or JSON text. Lists of messages may also be JSON text, or one object of
+lists, {"role": […], "content": […]}. Images and the like make a row unreadable. Other keys are not read; `unread` names them.
+
+A row to be answered by the target needs a question only; it may be {"turns": ["…", …]}, which `--prompts` takes as well.
 """
 
 from __future__ import annotations
 
-import json
-from typing import Literal, TypedDict
+from typing import NamedTuple
 
-from jsfdd.data.rows import check_text, kind_of
+from jsfdd.data.messages import (
+    Message,
+    check_no_media,
+    check_text,
+    kind_of,
+    messages_from,
+    object_or_text,
+    text_in,
+    unread_keys,
+)
+from jsfdd.data.skipped import BadRow
 
-_LISTS = ("messages", "conversations")
-_ANSWERS = ("response", "completion")
-COLUMNS = (*_LISTS, "instruction", "input", "output", "prompt", *_ANSWERS, "system")
-
-_ROLES = {
-    "system": "system", "user": "user", "assistant": "assistant", "tool": "tool", "developer": "system", "function": "tool",
-}  # fmt: skip
-_SHAREGPT_ROLES = _ROLES | {
-    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "function_call": "assistant", "observation": "tool",
-}  # fmt: skip
-_SHOWN = 30  # characters of an unknown role that an error shows: a misplaced message must not end up in a log
-_KIND_NAMES = {str: "a string", list: "a list", dict: "an object"}
-
-
-class Message(TypedDict, total=False):
-    """One turn of a conversation, as chat templates take it. `role` and `content` are always there."""
-
-    role: Literal["system", "user", "assistant", "tool"]
-    content: str
-    tool_calls: list[dict]  # {"type": "function", "function": {"name": str, "arguments": dict or str}, "id"?: str}
-    tool_call_id: str
-    name: str
-    truncated: bool  # of an answer that was cut short; there only if it is true
+_LISTS = ("messages", "conversations", "conversation")
+_QUESTIONS = ("instruction", "question", "query")
+_ANSWERS = ("output", "response", "completion", "answer")
+_MORE = ("input", "context")  # beside a question
+_SYSTEMS = ("system", "system_prompt")
+_TOOLS = ("tools", "functions")
+_MASKS = ("assistant_masks", "assistant_mask", "loss_mask", "labels")
+_MEDIA = ("image", "images", "image_url", "video", "videos", "audio", "audios")
+_NOT_LEARNED = -100  # in labels
+COLUMNS = (
+    *_LISTS, *_QUESTIONS, "prompt", *_ANSWERS, *_MORE, "history", "text", "input_ids", *_MASKS, *_SYSTEMS, *_TOOLS, "turns",
+    *_MEDIA,
+)  # fmt: skip
+_NAMED = {*COLUMNS, "id", "source"}
 
 
-def messages_of(row: dict, place: str) -> tuple[Message, ...]:
-    """The conversation of a chat row in any of the forms; ValueError names `place` and what is wrong."""
-    present = [key for key in (*_LISTS, "instruction") if key in row] or [key for key in ("prompt",) if key in row]
-    if len(present) != 1:
-        found = " and ".join(map(repr, present)) or "none of them"
-        raise ValueError(
-            f"{place}: a chat row has exactly one of 'messages', 'conversations', 'instruction', 'prompt'; found {found}"
-        )
-    (key,) = present
-    if key == "instruction":
-        instruction, answer = _text(row, "instruction", place), _text(row, "output", place)
-        extra = _text(row, "input", place) if "input" in row else ""
-        question = f"{instruction}\n\n{extra}" if extra else instruction
-        messages = (Message(role="user", content=question), Message(role="assistant", content=answer))
-    elif key == "prompt":
-        answers = [name for name in _ANSWERS if name in row]
-        if len(answers) != 1:
-            found = " and ".join(map(repr, answers)) or "neither"
-            raise ValueError(f"{place}: beside 'prompt' a row has one of 'response', 'completion'; found {found}")
-        messages = _side(row, "prompt", "user", place) + _side(row, answers[0], "assistant", place)
+class Conversation(NamedTuple):
+    """What a chat row stands for. One of messages, text and tokens is given.
+
+    Attributes:
+      messages: the turns in order.
+      tools: definitions of tools, {"type": "function", "function": {…}} each.
+      text: a conversation that was rendered already.
+      tokens, mask: one that was tokenized already: ids, and whether each is the assistant's.
+    """
+
+    messages: tuple[Message, ...] = ()
+    tools: tuple[dict, ...] = ()
+    text: str = ""
+    tokens: tuple[int, ...] = ()
+    mask: tuple[bool, ...] = ()
+
+
+def conversation_of(row: dict, place: str, answered: bool = True) -> Conversation:
+    """The conversation of a chat row in any of the forms.
+
+    Args:
+      row: nulls count as missing keys.
+      place: "file:line", for errors.
+      answered: whether it needs an answer of the assistant's.
+
+    Raises BadRow, which names place, fault and remedy.
+    """
+    row = {key: value for key, value in row.items() if value is not None}
+    check_no_media(row, place)
+    lists = [key for key in _LISTS if key in row]
+    if len(lists) > 1:
+        raise BadRow("no_form", place, f"a chat row has exactly one list of messages; found {' and '.join(map(repr, lists))}")
+    tools = _tools(row, place)
+    if lists:
+        messages = _turns(row[lists[0]], lists[0], place)
+    elif question := _question_key(row, place, answered):
+        messages = _pair(row, question, place)
+    elif "turns" in row and not answered:
+        messages = _user_turns(row["turns"], place)
+    elif "input_ids" in row:
+        return _tokenized(row, place)
+    elif "text" in row:
+        return Conversation(text=text_in(row, "text", place), tools=tools)
     else:
-        messages = _turns(row, key, place)
-    system = row.get("system", "")
-    check_text(system, "'system'", place)
-    if system and all(message["role"] != "system" for message in messages):
-        messages = (Message(role="system", content=system), *messages)
+        found = ", ".join(map(repr, row)) or "nothing"
+        raise BadRow("no_form", place, f"neither messages nor a question with its answer; found {found}")
+    messages = _with_system(row, messages, place)
+    if answered and all(message["role"] != "assistant" for message in messages):
+        raise BadRow("no_answer", place, "no assistant turn, so nothing to learn from; add an answer or drop the row")
+    return Conversation(messages, tools)
+
+
+def unread(row: dict) -> set[str]:
+    """The keys of a row, and of its messages as "messages[].KEY", that have values and are not read."""
+    keys = {key for key, value in row.items() if value is not None and key not in _NAMED}
+    for key in _LISTS:
+        if isinstance(row.get(key), list):
+            keys |= {f"{key}[].{name}" for name in unread_keys(row[key])}
+    return keys
+
+
+def _question_key(row: dict, place: str, answered: bool) -> str | None:
+    asked = [key for key in _QUESTIONS if key in row]
+    if len(asked) > 1:
+        raise BadRow("no_form", place, f"a chat row has exactly one question; found {' and '.join(map(repr, asked))}")
+    if asked:
+        return asked[0]
+    if "prompt" in row:
+        return "prompt"
+    return "input" if "input" in row and (not answered or any(key in row for key in _ANSWERS)) else None
+
+
+def _pair(row: dict, question: str, place: str) -> tuple[Message, ...]:
+    answers = [key for key in _ANSWERS if key in row]
+    if len(answers) > 1:
+        raise BadRow("no_form", place, f"beside {question!r} a row has one answer; found {' and '.join(map(repr, answers))}")
+    more = [text_in(row, key, place) for key in _MORE if key in row and key != question]
+    asked = _side(row, question, "user", place)
+    if any(more):
+        asked[-1]["content"] = "\n\n".join(filter(None, [asked[-1]["content"], *more]))
+    answer = _side(row, answers[0], "assistant", place) if answers else []
+    return (*_history(row, place), *asked, *answer)
+
+
+def _side(row: dict, key: str, role: str, place: str) -> list[Message]:
+    """One side of a plain pair: a text is one message of `role`."""
+    if isinstance(row[key], list):
+        return list(messages_from(row[key], False, place))
+    return [Message(role=role, content=text_in(row, key, place))]
+
+
+def _history(row: dict, place: str) -> list[Message]:
+    """Alpaca's earlier turns: [question, answer] pairs."""
+    history = row.get("history", [])
+    history = object_or_text(history) if isinstance(history, str) else history
+    if not isinstance(history, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in history):
+        raise BadRow("no_form", place, "'history' is no list of [question, answer] pairs")
+    messages = []
+    for number, (question, answer) in enumerate(history, 1):
+        check_text(question, f"question {number} of 'history'", place)
+        check_text(answer, f"answer {number} of 'history'", place)
+        messages += [Message(role="user", content=question), Message(role="assistant", content=answer)]
     return messages
 
 
-def text_of_calls(calls: list[dict]) -> str:
-    """Tool calls as text, for chat templates that know none: one `<tool_call>` element of JSON a call (Hermes, Qwen)."""
-    bare = [{"name": call["function"]["name"], "arguments": call["function"]["arguments"]} for call in calls]
-    return "\n".join(f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>" for call in bare)
+def _turns(value: object, key: str, place: str) -> tuple[Message, ...]:
+    value = object_or_text(value) if isinstance(value, str) else value
+    if isinstance(value, dict):
+        value = _transposed(value, key, place)
+    if not isinstance(value, list):
+        raise BadRow("no_form", place, f"{key!r} is {kind_of(value)}; expected a list")
+    return messages_from(value, key != "messages", place)
 
 
-def _side(row: dict, key: str, role: str, place: str) -> tuple[Message, ...]:
-    """One side of a plain pair: a text is one message of `role`."""
-    return _turns(row, key, place) if isinstance(row[key], list) else (Message(role=role, content=_text(row, key, place)),)
+def _transposed(columns: dict, key: str, place: str) -> list[dict]:
+    """An object of lists, as Parquet holds sequences of objects, as a list of objects."""
+    lengths = {len(values) if isinstance(values, list) else -1 for values in columns.values() if values is not None}
+    if len(lengths) != 1 or -1 in lengths:
+        raise BadRow("no_form", place, f"{key!r} is an object; expected a list, or an object of lists of one length")
+    given = {name: values for name, values in columns.items() if values is not None}
+    return [dict(zip(given, values)) for values in zip(*given.values())]
 
 
-def _turns(row: dict, key: str, place: str) -> tuple[Message, ...]:
-    turns = _field(row, key, list, place)
+def _user_turns(turns: object, place: str) -> tuple[Message, ...]:
+    """Questions alone, an empty answer between them: each is asked when the one before is answered."""
+    turns = object_or_text(turns) if isinstance(turns, str) else turns
+    if not isinstance(turns, list):
+        raise BadRow("no_form", place, f"'turns' is {kind_of(turns)}; expected a list")
     if not turns:
-        raise ValueError(f"{place}: the conversation is empty; add messages or drop the row")
-    return tuple(_message(turn, key == "conversations", f"{place}: message {i}") for i, turn in enumerate(turns, 1))
+        raise BadRow("empty", place, "'turns' is empty; give at least one user turn or drop the row")
+    messages = []
+    for number, turn in enumerate(turns, 1):
+        check_text(turn, f"turn {number}", place)
+        if not turn.strip():
+            raise BadRow("no_text", place, f"turn {number} of 'turns' is empty; write it or drop the row")
+        messages += [Message(role="user", content=turn), Message(role="assistant", content="")]
+    return tuple(messages[:-1])
 
 
-def _message(turn: object, sharegpt: bool, where: str) -> Message:
-    sharegpt = sharegpt and not (isinstance(turn, dict) and "role" in turn)
-    role_key, content_key = ("from", "value") if sharegpt else ("role", "content")
-    if not isinstance(turn, dict):
-        raise ValueError(f"{where} is {kind_of(turn)}; expected {{{role_key!r}: …, {content_key!r}: …}}")
-    role, roles = _text(turn, role_key, where), _SHAREGPT_ROLES if sharegpt else _ROLES
-    if role not in roles:
-        raise ValueError(f"{where} has the unknown role {role[:_SHOWN]!r}; use one of {', '.join(roles)}")
-    message = Message(role=roles[role], content="")
-    calls = _calls(turn, where) if message["role"] == "assistant" else []
-    if calls:
-        message["tool_calls"] = calls
-    if not calls or turn.get(content_key) is not None:
-        message["content"] = _content(turn, content_key, where)
-    truncated = turn.get("truncated")
-    if message["role"] == "assistant" and truncated is not None:
-        if not isinstance(truncated, bool):
-            raise ValueError(f"{where}: 'truncated' is {kind_of(truncated)}; expected true or false")
-        message |= {"truncated": True} if truncated else {}
-    for key in ("tool_call_id", "name"):  # some templates ask for them
-        if message["role"] == "tool" and turn.get(key) is not None:
-            message[key] = _text(turn, key, where)
-    return message
+def _with_system(row: dict, messages: tuple[Message, ...], place: str) -> tuple[Message, ...]:
+    texts = {text_in(row, key, place) for key in _SYSTEMS if key in row} - {""}
+    if len(texts) > 1:
+        raise BadRow("no_form", place, "'system' and 'system_prompt' differ; leave one of them out")
+    if not texts or any(message["role"] == "system" for message in messages):
+        return messages
+    return (Message(role="system", content=texts.pop()), *messages)
 
 
-def _content(turn: dict, key: str, where: str) -> str:
-    """A message's text; of OpenAI's parts, all texts together."""
-    if not isinstance(turn.get(key), list):
-        return _text(turn, key, where)
-    texts = []
-    for number, part in enumerate(turn[key], 1):
-        if not isinstance(part, dict):
-            raise ValueError(f"{where}: {key!r} is a list; expected a string or a list of parts {{'type': 'text', 'text': …}}")
-        if part.get("type") != "text":
-            raise ValueError(f"{where}: part {number} is no text; only text can be learned from: drop the row")
-        texts.append(_text(part, "text", f"{where}: part {number}"))
-    return "".join(texts)
+def _tools(row: dict, place: str) -> tuple[dict, ...]:
+    keys = [key for key in _TOOLS if row.get(key) not in (None, "", [], {}, "[]")]
+    if len(keys) > 1:
+        raise BadRow("tools", place, "both 'tools' and 'functions' are given; leave one of them out")
+    if not keys:
+        return ()
+    value = object_or_text(row[keys[0]]) if isinstance(row[keys[0]], str) else row[keys[0]]
+    tools = [object_or_text(tool) if isinstance(tool, str) else tool for tool in (value if isinstance(value, list) else [value])]
+    for number, tool in enumerate(tools, 1):
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise BadRow("tools", place, f"tool {number} of {keys[0]!r} is no definition with a name")
+    return tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in tools)
 
 
-def _calls(turn: dict, where: str) -> list[dict]:
-    """A message's tool calls in the shape that templates expect; empty if it has none."""
-    calls = turn.get("tool_calls") or ([turn["function_call"]] if turn.get("function_call") else [])
-    if not isinstance(calls, list):
-        raise ValueError(f"{where}: 'tool_calls' is {kind_of(calls)}; expected a list")
-    found = []
-    for number, call in enumerate(calls, 1):
-        place = f"{where}: tool call {number}"
-        function = call.get("function", call) if isinstance(call, dict) else call
-        if not isinstance(function, dict):
-            raise ValueError(f"{place} is {kind_of(function)}; expected {{'function': {{'name': …, 'arguments': …}}}}")
-        name, arguments = _text(function, "name", place), function.get("arguments", {})
-        if not isinstance(arguments, dict):
-            check_text(arguments, "'arguments'", place)
-            arguments = _object_or_text(arguments)
-        shaped = {"type": "function", "function": {"name": name, "arguments": arguments}}
-        found.append(shaped | ({"id": _text(call, "id", place)} if call.get("id") is not None else {}))
-    return found
-
-
-def _object_or_text(text: str) -> dict | str:
-    """Arguments as templates expect them; a model may have written some that are no JSON object: they stay text."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-    return value if isinstance(value, dict) else text
-
-
-def _field(row: dict, key: str, kind: type, place: str):
-    if key not in row:
-        raise ValueError(f"{place}: {key!r} is missing; add it or drop the row")
-    if not isinstance(row[key], kind):
-        raise ValueError(f"{place}: {key!r} is {kind_of(row[key])}; expected {_KIND_NAMES[kind]}")
-    return row[key]
-
-
-def _text(row: dict, key: str, place: str) -> str:
-    text = _field(row, key, str, place)
-    check_text(text, repr(key), place)
-    return text
+def _tokenized(row: dict, place: str) -> Conversation:
+    masks = [key for key in _MASKS if key in row]
+    if not masks:
+        raise BadRow("no_form", place, f"'input_ids' without a mask of the assistant's tokens; add one of {', '.join(_MASKS)}")
+    ids, mask = row["input_ids"], row[masks[0]]
+    if isinstance(ids, str) and isinstance(mask, str):
+        ids, mask = object_or_text(ids), object_or_text(mask)
+    for key, values in (("input_ids", ids), (masks[0], mask)):
+        if not isinstance(values, list) or not all(type(value) in (int, bool) for value in values):
+            raise BadRow("no_form", place, f"{key!r} is no list of whole numbers")
+    if len(ids) != len(mask) or not ids:
+        raise BadRow("no_form", place, f"{len(ids)} 'input_ids' and {len(mask)} {masks[0]!r}; expected one each")
+    if min(ids) < 0 or max(ids) >= 1 << 31:
+        raise BadRow("no_form", place, "'input_ids' holds a number that is no token id")
+    learned = (value != _NOT_LEARNED for value in mask) if masks[0] == "labels" else (bool(value) for value in mask)
+    return Conversation(tokens=tuple(ids), mask=tuple(learned))

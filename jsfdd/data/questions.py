@@ -12,10 +12,14 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from jsfdd.data.chat import Chat, Message, content_digest
-from jsfdd.data.template import RefusedByTemplate, render_prompt, special_text_of
+from jsfdd.data.chat import Chat, content_digest
+from jsfdd.data.messages import Message
+from jsfdd.data.render import RefusedByTemplate, render_prompt
+from jsfdd.data.skipped import MEANINGS
+from jsfdd.data.template import special_text_of
 
 _ANY_ANSWER = Message(role="assistant", content="x")
+_REASONS = ("no_question", "duplicates", "special_text", "refused", "too_long")
 
 
 class Questions(NamedTuple):
@@ -25,30 +29,28 @@ class Questions(NamedTuple):
       number: of its chat, by which its answers are drawn.
       id, source: of its chat.
       turns: what is said before each answer; at least one.
+      tools: definitions of the tools that the target may call.
     """
 
     number: int
     id: str
     source: str
     turns: tuple[tuple[Message, ...], ...]
+    tools: tuple[dict, ...] = ()
 
 
 class QuestionSummary(NamedTuple):
-    """Ids of the chats that are not asked, by reason.
+    """The chats that are not asked.
 
     Attributes:
-      no_question: without a message of the user's.
-      duplicates: with the questions of an earlier one.
-      special_text: a message holds the text of a special token, so no reader would take the conversation.
-      refused: the chat template rejects it, usually for the order of the roles.
-      too_long: its first prompt with an answer exceeds the limit.
+      skipped: ids by reason: no_question (without a message of the user's), duplicates (with the questions of an earlier
+        one), special_text (a message holds the text of a special token, so no reader would take the conversation),
+        refused (the chat template rejects it), too_long (its first prompt with an answer exceeds the limit).
+      first: of each reason that there is, where the first one is.
     """
 
-    no_question: tuple[str, ...]
-    duplicates: tuple[str, ...]
-    special_text: tuple[str, ...]
-    refused: tuple[str, ...]
-    too_long: tuple[str, ...]
+    skipped: dict[str, tuple[str, ...]]
+    first: dict[str, str]
 
 
 def questions_of(
@@ -64,41 +66,48 @@ def questions_of(
     Raises ValueError if nothing is left to ask, or the tokenizer has no chat template.
     """
     special_text = special_text_of(tokenizer)
-    skipped: dict[str, list[str]] = {name: [] for name in QuestionSummary._fields}
+    skipped: dict[str, list[str]] = {name: [] for name in _REASONS}
+    first: dict[str, str] = {}
     asked, seen = [], set()
     for number, chat in enumerate(chats):
         turns = _turns(chat.messages)[: 1 if first_turn_only else None]
         said = [message for turn in turns for message in turn]
-        digest = content_digest(said)
+        digest = content_digest(said, chat.tools)
+        reason = None
         if not turns:
-            skipped["no_question"].append(chat.id)
+            reason = "no_question"
         elif digest in seen:
-            skipped["duplicates"].append(chat.id)
+            reason = "duplicates"
         elif any(special_text.search(message["content"]) for message in said):
-            skipped["special_text"].append(chat.id)
-        elif (length := _first_length(turns, tokenizer)) is None:
-            skipped["refused"].append(chat.id)
+            reason = "special_text"
+        elif (length := _first_length(turns, tokenizer, chat.tools)) is None:
+            reason = "refused"
         elif length > longest_prompt:
-            skipped["too_long"].append(chat.id)
+            reason = "too_long"
+        if reason is None:
+            asked.append(Questions(number, chat.id, chat.source, turns, chat.tools))
         else:
-            asked.append(Questions(number, chat.id, chat.source, turns))
+            skipped[reason].append(chat.id)
+            first.setdefault(reason, f"{chat.place}: the conversation {chat.id!r}")
         seen.add(digest)
     if not asked:
-        counts = ", ".join(f"{len(ids)} {name}" for name, ids in skipped.items() if ids)
+        counts = ", ".join(f"{len(ids)} {MEANINGS[name]}" for name, ids in skipped.items() if ids)
         raise ValueError(
             f"no conversation is left to answer ({counts}; prompts of up to {longest_prompt} tokens); give other chats, raise "
             "--max-length or lower --max-new-tokens"
         )
-    return asked, QuestionSummary(**{name: tuple(ids) for name, ids in skipped.items()})
+    return asked, QuestionSummary({name: tuple(ids) for name, ids in skipped.items()}, first)
 
 
-def prompt_of(tokenizer, turns: Sequence[Sequence[Message]], answers: Sequence[Message]) -> list[int]:
+def prompt_of(
+    tokenizer, turns: Sequence[Sequence[Message]], answers: Sequence[Message], tools: Sequence[dict] = ()
+) -> list[int]:
     """Token ids of the conversation so far: the turns up to the one after the answers given.
 
     Raises RefusedByTemplate.
     """
     messages = [message for turn, answer in zip(turns, answers) for message in (*turn, answer)]
-    return render_prompt(tokenizer, [*messages, *turns[len(answers)]])
+    return render_prompt(tokenizer, [*messages, *turns[len(answers)]], tools)
 
 
 def _turns(messages: Sequence[Message]) -> tuple[tuple[Message, ...], ...]:
@@ -116,10 +125,10 @@ def _asks(said: Sequence[Message]) -> bool:
     return any(message["role"] == "user" for message in said)
 
 
-def _first_length(turns: Sequence[Sequence[Message]], tokenizer) -> int | None:
+def _first_length(turns: Sequence[Sequence[Message]], tokenizer, tools: Sequence[dict]) -> int | None:
     """Tokens of the first prompt; None if the template refuses it or, with any answers, the last one."""
     try:
-        prompt_of(tokenizer, turns, [_ANY_ANSWER] * (len(turns) - 1))
-        return len(prompt_of(tokenizer, turns, []))
+        prompt_of(tokenizer, turns, [_ANY_ANSWER] * (len(turns) - 1), tools)
+        return len(prompt_of(tokenizer, turns, [], tools))
     except RefusedByTemplate:
         return None

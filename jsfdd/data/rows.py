@@ -2,8 +2,10 @@
 
 A name, as `--data` and `--prompts` take it, is one of
 
-    a file         .jsonl (one JSON object a line) or .json (one list of objects), each also .gz or .zst; or .parquet
-    a directory    all files in it that end so, at any depth, hidden ones aside; others are not read
+    a file         .jsonl or .ndjson (one JSON object a line), .json (one list of objects, or objects one after the other) or
+                   .csv, each also .gz or .zst; or .parquet or .arrow
+    a directory    all files in it that end so, at any depth, hidden ones aside; others are not read. What datasets'
+                   `save_to_disk` wrote is one dataset: of several splits the one named train
     a pattern      with *, ? or [ ]; ** stands for any depth
     hf:NAME        a Hugging Face dataset (`data.hub`)
 
@@ -13,33 +15,19 @@ name the file and the line (row of a .parquet file, entry of a .json list) and n
 
 from __future__ import annotations
 
-import codecs
 import glob
-import gzip
 import hashlib
-import io
 import itertools
 import json
 import re
-import zlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet
-
 from jsfdd.base.files import sha256
+from jsfdd.data.formats import ENDINGS, Entry, entries_of, form_of, row_of, without_nulls
 from jsfdd.data.hub import dataset_rows, is_dataset
-
-# Reading stops here instead of filling the memory: a few KB of gzip can unfold to any size.
-MAX_LINE_BYTES = 64 << 20
-MAX_JSON_BYTES = 4 << 30
-
-_ENDINGS = ".jsonl or .json, each also with .gz or .zst, or .parquet"
-# How each kind of compression fails on bad data.
-_UNPACK_ERRORS = {"": (), ".gz": (gzip.BadGzipFile, EOFError, zlib.error), ".zst": (OSError,)}
-_JSON_SPACE = re.compile(r"[ \t\r\n]*")
+from jsfdd.data.messages import check_text
 
 
 class Row(NamedTuple):
@@ -72,14 +60,6 @@ class InputFile(NamedTuple):
     stem: str
 
 
-class _Form(NamedTuple):
-    """What a file's name says: stem "chats", ending "jsonl", packing ".gz", ".zst" or ""."""
-
-    stem: str
-    ending: str
-    packing: str
-
-
 def expand_names(names: Sequence[str | Path]) -> list[InputFile]:
     """The files and datasets that names stand for, in order; the same on every machine and at every call.
 
@@ -94,10 +74,7 @@ def expand_names(names: Sequence[str | Path]) -> list[InputFile]:
         elif path.is_file():
             inputs.append(_input_file(path, path.parent))
         elif path.is_dir():
-            found = sorted(file for file in path.rglob("*") if _belongs(file.relative_to(path)) and file.is_file())
-            if not found:
-                raise FileNotFoundError(f"{name}: no chat or prompt file in this directory; they end in {_ENDINGS}")
-            inputs += [_input_file(file, path) for file in found]
+            inputs += _directory(path)
         elif glob.has_magic(name):
             found = sorted(file for file in map(Path, glob.glob(name, recursive=True)) if file.is_file())
             if not found:
@@ -123,7 +100,7 @@ def read_rows(names: Sequence[str | Path], columns: Collection[str]) -> Iterator
 
     Args:
       names: see the module's docstring.
-      columns: the only ones that are read of Parquet files and datasets, beside "id" and "source".
+      columns: the only ones that are read of columnar files and datasets, beside "id" and "source".
 
     Raises FileNotFoundError for what is missing, and ValueError "file:line: what; remedy" for a row that is not an
     object, an id or source that is no text, a damaged file, or one without rows.
@@ -131,71 +108,63 @@ def read_rows(names: Sequence[str | Path], columns: Collection[str]) -> Iterator
     columns = {"id", "source", *columns}
     for file, stem in expand_names(names):
         place = None
-        for value, place, number in _entries_of(file, columns):
-            if not isinstance(value, dict):
-                raise ValueError(f"{place}: found {kind_of(value)}; a row is an object {{…}}")
-            row_id, source = value.get("id", f"{stem}-{number}"), value.get("source", stem)
-            if type(row_id) is int:
-                row_id = str(row_id)
+        for value, place, number in _entries(file, columns):
+            row = row_of(value, place)
+            row_id, source = row.get("id"), row.get("source")
+            row_id = f"{stem}-{number}" if row_id is None else str(row_id) if type(row_id) is int else row_id
+            source = stem if source is None else source
             check_text(row_id, "'id'", place)
             check_text(source, "'source'", place)
-            yield Row(value, row_id, source, place, file)
+            yield Row(row, row_id, source, place, file)
         if place is None:
             raise ValueError(f"{file}: the file holds no rows; remove it from the list or write it again")
 
 
-def check_text(value: object, what: str, place: str) -> None:
-    """A string, and one that UTF-8 can hold: JSON's escapes can spell half a surrogate pair, which is no character."""
-    if not isinstance(value, str):
-        raise ValueError(f"{place}: {what} is {kind_of(value)}; expected a string")
+def _directory(path: Path) -> list[InputFile]:
+    """The files of a directory."""
+    if (path / "dataset_dict.json").is_file():
+        splits = sorted(file.parent.name for file in path.glob("*/state.json"))
+        if "train" not in splits:
+            raise FileNotFoundError(f"{path}: a saved dataset with the splits {', '.join(splits) or 'none'}; name one of them")
+        path = path / "train"
+    if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
+        return [InputFile(str(file), file.stem) for file in _saved_files(path)]
+    found = sorted(file for file in path.rglob("*") if _belongs(file.relative_to(path)) and file.is_file())
+    if not found:
+        raise FileNotFoundError(f"{path}: no chat or prompt file in this directory; they end in {ENDINGS}")
+    return [_input_file(file, path) for file in found]
+
+
+def _saved_files(path: Path) -> list[Path]:
+    """The files of a dataset that `save_to_disk` wrote; others beside them are the library's cache."""
     try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{place}: {what} holds half a surrogate pair at character {error.start}; remove it or write the character"
-        ) from error
-
-
-_KINDS = {str: "a string", list: "a list", dict: "an object", bool: "true or false", int: "a number", float: "a number"}
-
-
-def kind_of(value: object) -> str:
-    """What a JSON value is, in words."""
-    return _KINDS.get(type(value), "null")
-
-
-# --- One file ------------------------------------------------------------------------------------------------------
-
-
-def _form(path: Path) -> _Form | None:
-    packing = path.suffix if path.suffix in (".gz", ".zst") else ""
-    stem, _, ending = path.name.removesuffix(packing).rpartition(".")
-    known = ("jsonl", "json") if packing else ("jsonl", "json", "parquet")
-    return _Form(stem, ending, packing) if stem and ending in known else None
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        files = [path / Path(entry["filename"]).name for entry in state["_data_files"]]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path / 'state.json'}: no list of data files ({error}); save the dataset again") from error
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: no such file, but {path / 'state.json'} names it; copy the dataset again")
+    return files
 
 
 def _belongs(path: Path) -> bool:
     """Whether a file in a directory is one to read."""
-    return _form(path) is not None and not any(part.startswith(".") for part in path.parts)
+    return form_of(path) is not None and not any(part.startswith(".") for part in path.parts)
 
 
 def _input_file(path: Path, base: Path) -> InputFile:
-    form = _form(path)
+    form = form_of(path)
     if form is None:
-        raise ValueError(f"{path}: unknown file ending; expected {_ENDINGS}")
+        raise ValueError(f"{path}: unknown file ending; expected {ENDINGS}")
     return InputFile(str(path), path.relative_to(base).with_name(form.stem).as_posix())
 
 
-def _entries_of(file: str, columns: Collection[str]) -> Iterator[tuple[object, str, int]]:
-    """(value, place, number) of each row."""
+def _entries(file: str, columns: Collection[str]) -> Iterator[Entry]:
     if is_dataset(file):
         rows = enumerate(dataset_rows(file, columns), 1)
-        return ((_without_nulls(value), f"{file}: row {number}", number) for number, value in rows)
-    path = Path(file)
-    _, ending, packing = _form(path)
-    if ending == "parquet":
-        return _parquet_rows(path, columns)
-    return _lines(path, packing) if ending == "jsonl" else _entries(path, packing)
+        return ((without_nulls(value), f"{file}: row {number}", number) for number, value in rows)
+    return entries_of(Path(file), columns)
 
 
 def _dataset_digest(name: str) -> str:
@@ -204,116 +173,3 @@ def _dataset_digest(name: str) -> str:
         # What is no JSON (an image, a date) is not read either, and its repr may differ from one process to the next.
         sha.update(json.dumps(row, sort_keys=True, default=lambda value: type(value).__name__).encode() + b"\n")
     return sha.hexdigest()
-
-
-def _open(path: Path, packing: str):
-    if packing == ".gz":
-        return gzip.open(path)
-    if packing == ".zst":  # pyarrow brings the codec
-        return io.BufferedReader(pa.input_stream(str(path), compression="zstd"))
-    return path.open("rb")
-
-
-def _lines(path: Path, packing: str) -> Iterator[tuple[object, str, int]]:
-    """(value, place, line number) of each line that is not blank."""
-    with _open(path, packing) as stream:
-        for number in itertools.count(1):
-            place = f"{path}:{number}"
-            data = _read(stream.readline, MAX_LINE_BYTES, place, packing)
-            if not data:
-                return
-            line = _decode(data.removeprefix(codecs.BOM_UTF8) if number == 1 else data, place)
-            if line.strip():
-                try:
-                    value = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise ValueError(f"{place}: malformed JSON ({error}); one complete JSON object a line") from error
-                yield value, place, number
-
-
-def _entries(path: Path, packing: str) -> Iterator[tuple[object, str, int]]:
-    """(value, place, entry number from 1) of the one list that a .json file holds, each with the line it starts on."""
-    with _open(path, packing) as stream:
-        data = _read(stream.read, MAX_JSON_BYTES, f"{path}:1", packing)
-    text = _decode(data.removeprefix(codecs.BOM_UTF8), f"{path}:1")
-    decoder = json.JSONDecoder()
-    line, position = 1, 0
-
-    def advance(to: int) -> str:
-        """Moves to the next character after `to` that is no white space, and returns it ("" at the end)."""
-        nonlocal line, position
-        to = _JSON_SPACE.match(text, to).end()
-        line += text.count("\n", position, to)
-        position = to
-        return text[to : to + 1]
-
-    if advance(0) != "[":
-        raise ValueError(
-            f"{path}:{line}: a .json file holds one list [row, row, …]; call a file of one object a line .jsonl"
-        )
-    character = advance(position + 1)
-    number = 0
-    while not (character == "]" and number == 0):
-        number += 1
-        place = f"{path}:{line}: entry {number}"
-        try:
-            value, end = decoder.raw_decode(text, position)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{place}: malformed JSON ({error}); the file is one list of complete objects") from error
-        yield value, place, number
-        character = advance(end)
-        if character == "]":
-            break
-        if character != ",":
-            raise ValueError(f"{path}:{line}: expected ',' or ']' after entry {number}; is the file cut off?")
-        advance(position + 1)
-    if advance(position + 1):
-        raise ValueError(f"{path}:{line}: text after the closing ']'; a .json file holds one list")
-
-
-def _read(read: Callable[[int], bytes], limit: int, place: str, packing: str) -> bytes:
-    """Up to `limit` bytes from `read`, with the ways of failing that its compression has named."""
-    try:
-        data = read(limit + 1)
-    except _UNPACK_ERRORS[packing] as error:
-        name = {".gz": "gzip", ".zst": "zstd"}[packing]
-        raise ValueError(
-            f"{place}: cannot be unpacked as {name} ({error}); copy the file again, or drop {packing} if it is not "
-            "compressed"
-        ) from error
-    if len(data) > limit:
-        raise ValueError(f"{place}: longer than {limit >> 20} MiB; split it into smaller rows")
-    return data
-
-
-def _decode(data: bytes, place: str) -> str:
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        remedy = "save the file as UTF-8"
-        for magic, name in ((b"\x1f\x8b", "gz"), (b"\x28\xb5\x2f\xfd", "zst"), (b"PAR1", "parquet")):
-            if data.startswith(magic):
-                remedy = f"this is {name} data: end the file's name in .{name}"
-        raise ValueError(f"{place}: invalid UTF-8 at byte {error.start} ({error.reason}); {remedy}") from error
-
-
-def _parquet_rows(path: Path, columns: Collection[str]) -> Iterator[tuple[object, str, int]]:
-    """(value, place, row number from 1); a null stands for a missing key, since a Parquet row has all columns."""
-    try:
-        with pa.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            wanted = [name for name in names if name in columns]
-            if not wanted:
-                raise ValueError(f"{path}: no column of {', '.join(sorted(columns))}; it has {', '.join(names)}; rename them")
-            batches = (batch.to_pylist() for batch in file.iter_batches(256, columns=wanted))
-            for number, value in enumerate(itertools.chain.from_iterable(batches), 1):
-                yield _without_nulls(value), f"{path}: row {number}", number
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: cannot be read as Parquet ({error}); copy or write the file again") from error
-
-
-def _without_nulls(value):
-    """A value whose objects, at any depth, lack the keys that were null."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value

@@ -17,7 +17,7 @@ import re
 from collections.abc import Collection
 from typing import Literal
 
-from jsfdd.data.forms import Message
+from jsfdd.data.messages import Message
 
 MaskSpan = Literal["thinking", "tool_calls"]
 

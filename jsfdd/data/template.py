@@ -1,185 +1,363 @@
 """Chats to token ids with the exact assistant mask, through a tokenizer's own chat template.
 
-Templates seldom mark what the assistant says, so it is found: the conversation is rendered a second time with
-stand-ins for the contents, and what surrounds them is the template's. Characters map to tokens by the fast tokenizer's
-offsets, so the ids are those of `tokenizer.apply_chat_template` on the whole conversation.
+The ids are those of `tokenizer.apply_chat_template` on the whole conversation. Characters map to tokens by the fast
+tokenizer's offsets; where the answers lie in the text is found in `data.answers`.
 
 The mask (records.Sample.assistant_mask) holds
-  - every token with a character of an answer's content, as the template renders it (many templates trim it);
+  - every token with a character of an answer, as the template renders it (many templates trim it);
   - the answer's end-of-turn token: the added token (one outside the tokenizer's ordinary vocabulary) that the template
     writes next, white space aside. A template that ends answers with plain text or with nothing has none, and so has an
     answer that was cut short ("truncated"): a draft should not learn to end there;
-and it does not hold any token with a character of a span that `mask_spans` names (`data.spans`).
+and it does not hold any token of an answer with weight 0, or with a character of a span that `mask_spans` names
+(`data.spans`).
 
 The assistant's tool calls are part of its answer. A template that knows none would drop them without a word, so for such
-a one they are written into the content, as `data.forms.text_of_calls` does.
+a one they are written into the content, as `data.messages.text_of_calls` does. Thoughts and definitions of tools that a
+template does not write are counted (`TokenizeSummary.left_out`).
 
 Special tokens come from templates only. A tokenizer reads "<|im_end|>" inside a content as the token itself, which
-would end a turn in mid-sentence; such conversations are skipped and counted (`TokenizeSummary.special_text`).
+would end a turn in mid-sentence; such conversations are skipped and counted (`special_text`).
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
+import itertools
 import json
 import re
-from collections.abc import Callable, Collection, Container, Iterable, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
-import jinja2
 import numpy as np
 from jaxtyping import Bool
 
 from jsfdd.base.records import Sample
-from jsfdd.data.chat import Chat, Message
-from jsfdd.data.forms import text_of_calls
+from jsfdd.data.answers import AnswerSpan, Rewritten, Span, find_answers, find_marked_answers
+from jsfdd.data.chat import Chat
+from jsfdd.data.marks import any_of, learn_marks
+from jsfdd.data.messages import Message, text_of_calls
+from jsfdd.data.render import RefusedByTemplate, check_tokenizer, render, render_prompt
+from jsfdd.data.skipped import MEANINGS, BadRow
 from jsfdd.data.spans import MaskSpan, excluded_spans
 
-_CHUNK = 256  # conversations per tokenizer call, which spreads them over the cores
-_STAND_IN = "jsfddstandin"  # letters only, so that no template trims, splits or reads anything into it
+__all__ = ["RefusedByTemplate", "TokenizeSummary", "render_prompt", "special_text_of", "tokenize_chats"]
 
-_Span = tuple[int, int]  # first character, one past the last
+_CHUNK = 256  # conversations per tokenizer call, which spreads them over the cores
+_SKIPS = ("no_counted", "special_text", "refused", "rewritten", "unknown_token")
+# Added tokens that an answer may well hold: its own marks of thoughts and calls.
+_ANSWER_MARKS = re.compile(r"</?(think|thinking|tool_call|function_call)>|\[TOOL_CALLS\]|<\|python_tag\|>")
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizeSummary:
-    """What became of the conversations: read = kept + no_counted + special_text + refused.
+    """What became of the conversations.
 
     Attributes:
       read: conversations given.
-      kept: samples returned.
-      truncated: ids of the kept samples that were cut to the maximal length.
-      no_counted: ids skipped because no token counts (empty answers, or all answers lie beyond the cut).
-      special_text: ids skipped because a content holds the text of a special token.
-      refused: ids skipped because the template rejects them (usually for the order of the roles).
+      kept: those of them that samples were made of.
+      truncated: ids of the samples that were cut to the maximal length.
+      skipped: ids by reason (`data.skipped.MEANINGS`): no_counted (empty answers, or all answers lie beyond the cut),
+        special_text, refused, rewritten, unknown_token.
+      first: of each reason that there is, what is wrong with the first one, and where.
+      left_out: "thoughts", "tools" -> how many conversations have some that the template does not write.
     """
 
     read: int
     kept: int
-    truncated: tuple[str, ...]
-    no_counted: tuple[str, ...]
-    special_text: tuple[str, ...]
-    refused: tuple[str, ...]
+    truncated: tuple[str, ...] = ()
+    skipped: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    first: dict[str, str] = dataclasses.field(default_factory=dict)
+    left_out: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
-        return (
-            f"{self.read} conversations: {self.kept} kept ({len(self.truncated)} of them cut to the maximal length); "
-            f"skipped: {len(self.no_counted)} without a counted token, {len(self.special_text)} with a special token's "
-            f"text in a message, {len(self.refused)} that the chat template refuses"
-        )
+        counts = ", ".join(f"{len(self.skipped.get(reason, ())):,} {MEANINGS[reason]}" for reason in _SKIPS[:3])
+        more = "".join(f", {len(ids):,} {MEANINGS[reason]}" for reason in _SKIPS[3:] if (ids := self.skipped.get(reason)))
+        cut = f"{len(self.truncated)} of them cut to the maximal length"
+        return f"{self.read:,} conversations: {self.kept:,} kept ({cut}); skipped: {counts}{more}"
+
+    def to_json(self) -> dict:
+        """Counts, and ids by reason."""
+        ids = {reason: list(self.skipped.get(reason, ())) for reason in _SKIPS}
+        return {"read": self.read, "kept": self.kept, "truncated": list(self.truncated)} | ids | {"left_out": self.left_out}
 
 
-class RefusedByTemplate(ValueError):
-    """A conversation that a chat template does not take, usually for the order of its roles."""
+class Rendered(NamedTuple):
+    """A sample before it is tokenized.
+
+    Attributes:
+      id, chat: its own id, and the conversation that it is made of.
+      text: what the template wrote; empty if the conversation came tokenized.
+      spans: the parts that count.
+      closed: ends of answers whose end-of-turn token counts.
+      excluded: parts of the spans that do not count.
+    """
+
+    id: str
+    chat: Chat
+    text: str
+    spans: list[Span]
+    closed: list[int]
+    excluded: list[Span]
 
 
 def special_text_of(tokenizer) -> re.Pattern:
     """Finds the text of a special token; a message that holds one cannot be told from the template."""
-    return _any_of(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    return any_of(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+
+
+class ChatTokenizer:
+    """Renders and tokenizes conversations for one tokenizer; a process has one.
+
+    Args:
+      tokenizer: a fast transformers tokenizer with a chat template.
+      max_length: samples are cut after this many tokens.
+      mask_spans: parts of answers that do not count.
+      vocab_size: rows of the target's embedding, if they are known: an id beyond them has no meaning.
+      split_answers: where the template leaves out earlier answers' thoughts, make a sample of every answer.
+
+    Raises ValueError if the tokenizer is slow or has no template.
+    """
+
+    def __init__(
+        self,
+        tokenizer,
+        max_length: int,
+        mask_spans: Collection[MaskSpan] = (),
+        *,
+        vocab_size: int | None = None,
+        split_answers: bool = False,
+    ):
+        check_tokenizer(tokenizer)
+        self.tokenizer, self.max_length, self.mask_spans = tokenizer, max_length, mask_spans
+        self.vocab_size, self.split_answers = vocab_size, split_answers
+        self.marks = learn_marks(tokenizer)
+        self.backend = _offset_backend(tokenizer)
+        self.added_tokens = tokenizer.added_tokens_decoder
+        special = {token.content for token in self.added_tokens.values() if token.special}
+        of_turns = {text for text in self.marks.control if not _ANSWER_MARKS.fullmatch(text)}
+        in_answers = {text for text in special if not _ANSWER_MARKS.fullmatch(text)}
+        self.special_text = dict.fromkeys(("system", "user", "tool"), any_of(special | of_turns))
+        self.special_text["assistant"] = any_of(in_answers | of_turns)
+        self.knows_calls = "tool_calls" in tokenizer.chat_template
+        self.left_out = {"thoughts": 0, "tools": 0}
+
+    def render(self, chat: Chat) -> list[Rendered]:
+        """The samples of a conversation, nearly always one. Raises BadRow."""
+        if chat.tokens:
+            return [Rendered(chat.id, chat, "", [], [], [])]
+        try:
+            if chat.text:
+                answers = find_marked_answers(self.marks, chat.text)
+                if not answers:
+                    raise Rewritten("the text has no answer between marks of the target's chat template")
+                return [Rendered(chat.id, chat, chat.text, [a[:2] for a in answers], [a.end for a in answers], [])]
+            messages = chat.messages if self.knows_calls else tuple(map(_with_written_calls, chat.messages))
+            self._check_special_text(chat, messages)
+            return self._samples(chat, messages)
+        except RefusedByTemplate as error:
+            raise BadRow("refused", chat.place, f"the chat template refuses the conversation: {error}") from error
+        except Rewritten as error:
+            raise BadRow(
+                "rewritten",
+                chat.place,
+                f"the chat template rewrites an answer: {error}; use a template that keeps contents as they are, or drop the row",
+            ) from error
+
+    def samples(self, rendered: Sequence[Rendered]) -> Iterator[tuple[Rendered, Sample | BadRow, bool]]:
+        """What each makes: a sample, or why there is none; and whether it was cut."""
+        texts = [row.text for row in rendered if not row.chat.tokens]
+        encodings = iter(self.backend.encode_batch(texts, add_special_tokens=False))
+        for row in rendered:
+            if row.chat.tokens:
+                ids, mask = row.chat.tokens, np.asarray(row.chat.mask, bool)
+            else:
+                encoding = next(encodings)
+                ids = encoding.ids  # builds the list at every access
+                mask = _assistant_mask(ids, encoding.offsets, row, self.added_tokens)
+            tokens = np.asarray(ids[: self.max_length], np.int32)
+            sample = Sample(row.id, row.chat.source, tokens, mask[: self.max_length])
+            if self.vocab_size is not None and tokens.max(initial=0) >= self.vocab_size:
+                yield row, self._beyond(row.chat, int(tokens.max())), False
+            elif not sample.counted.any():
+                yield row, BadRow("no_counted", row.chat.place, "no token of an answer counts"), False
+            else:
+                yield row, sample, len(ids) > self.max_length
+
+    def _samples(self, chat: Chat, messages: Sequence[Message]) -> list[Rendered]:
+        text = render(self.tokenizer, messages, chat.tools)
+        answers = find_answers(self.tokenizer, self.marks, messages, chat.tools, text)
+        self.left_out["tools"] += bool(chat.tools) and not self.marks.writes_tools
+        if any(answer.thought_left_out for answer in answers):
+            if self.split_answers:
+                return list(self._one_sample_an_answer(chat, messages))
+            self.left_out["thoughts"] += 1
+        return [self._rendered(chat.id, chat, messages, text, answers)]
+
+    def _one_sample_an_answer(self, chat: Chat, messages: Sequence[Message]) -> Iterator[Rendered]:
+        """Each answer as the target gives it: after what the template shows it of the conversation so far."""
+        numbers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        for count, number in enumerate(numbers, 1):
+            if messages[number].get("weight") == 0:
+                continue
+            part = messages[: number + 1]
+            text = render(self.tokenizer, part, chat.tools)
+            answer = find_answers(self.tokenizer, self.marks, part, chat.tools, text)[-1]
+            if answer.thought_left_out:
+                text, answer = self._with_thought(part, chat.tools, text, answer)
+            context = [Message(**message | {"weight": 0}) for message in part[:-1]]
+            spans = [AnswerSpan(0, 0, 0, False)] * (count - 1)
+            yield self._rendered(f"{chat.id}/{count}", chat, [*context, part[-1]], text, [*spans, answer])
+
+    def _with_thought(self, messages: Sequence[Message], tools, text: str, answer: AnswerSpan) -> tuple[str, AnswerSpan]:
+        """The last answer after the prompt that opens its thought, for a template that never writes one."""
+        prompt = render(self.tokenizer, messages[:-1], tools, prompt=True)
+        opened = re.search(r"<(think(?:ing)?)>\s*$", prompt)
+        if not opened:
+            self.left_out["thoughts"] += 1
+            return text, answer
+        content, thought = messages[-1]["content"], messages[-1].get("reasoning_content")
+        if thought is None:
+            thought, _, content = content.rpartition(f"</{opened[1]}>")
+            thought = thought.partition(f"<{opened[1]}>")[2] or thought
+        written = f"{thought.strip()}\n</{opened[1]}>\n\n{content.lstrip()}"
+        begin, end = len(prompt), len(prompt) + len(written)
+        return prompt + written + text[answer.end :], AnswerSpan(begin, end, end - len(content.lstrip()), False)
+
+    def _rendered(
+        self, sample_id: str, chat: Chat, messages: Sequence[Message], text: str, answers: Sequence[AnswerSpan]
+    ) -> Rendered:
+        spans, closed, excluded = [], [], []
+        for message, answer in zip((m for m in messages if m["role"] == "assistant"), answers, strict=True):
+            if message.get("weight") == 0:
+                continue
+            spans.append(answer[:2])
+            if not message.get("truncated"):
+                closed.append(answer.end)
+            if "thinking" in self.mask_spans and answer.begin < answer.content:
+                excluded.append((answer.begin, answer.content))
+            excluded += [
+                (answer.begin + first, answer.begin + last)
+                for first, last in excluded_spans(text[answer.begin : answer.end], message, self.mask_spans)
+            ]
+        return Rendered(sample_id, chat, text, spans, closed, excluded)
+
+    def _check_special_text(self, chat: Chat, messages: Iterable[Message]) -> None:
+        for number, message in enumerate(messages, 1):
+            for text in _texts(message):
+                if found := self.special_text[message["role"]].search(text):
+                    raise BadRow(
+                        "special_text",
+                        f"{chat.place}: message {number}",
+                        f"it holds the text of the special token {found.group()!r}, which would be read as the token",
+                    )
+
+    def _beyond(self, chat: Chat, token: int) -> BadRow:
+        name = self.tokenizer.convert_ids_to_tokens(token) if token < len(self.tokenizer) else None
+        named = f"token {name} ({token})" if name else f"token id {token}"
+        return BadRow(
+            "unknown_token",
+            chat.place,
+            f"{named}, which the model of {self.vocab_size} rows does not embed; use the model's own tokenizer and template, "
+            "resize the model's embedding and train it, or remove the token",
+        )
 
 
 def tokenize_chats(
-    chats: Sequence[Chat], tokenizer, max_length: int, mask_spans: Collection[MaskSpan] = ()
+    chats: Iterable[Chat],
+    tokenizer,
+    max_length: int,
+    mask_spans: Collection[MaskSpan] = (),
+    *,
+    vocab_size: int | None = None,
+    split_answers: bool = False,
+    strict: bool = False,
 ) -> tuple[list[Sample], TokenizeSummary]:
     """Tokenizes conversations and marks the assistant's tokens, as the module's docstring says.
 
     Args:
       chats: the conversations; the samples keep their order.
-      tokenizer: a fast transformers tokenizer with a chat template.
-      max_length: samples are cut after this many tokens.
-      mask_spans: parts of answers that do not count.
+      tokenizer, max_length, mask_spans, vocab_size, split_answers: as `ChatTokenizer` takes them.
+      strict: whether a conversation that cannot be learned from is an error; else it is skipped and counted.
 
     Returns:
       The samples (tokens int32[T], assistant_mask bool[T], T ≤ max_length, at least one counted token each) and what
       was cut or skipped.
 
-    Raises ValueError if the tokenizer is slow or has no template, if the template rewrites an answer so that it cannot
-    be found again (with its file and line), or if every conversation had to be skipped.
+    Raises ValueError if the tokenizer is slow or has no template, or if every conversation had to be skipped.
     """
-    _check_tokenizer(tokenizer)
-    encode = _offset_encoder(tokenizer)
-    added_tokens = tokenizer.added_tokens_decoder
-    special_text = special_text_of(tokenizer)
-    frame_of = functools.cache(functools.partial(_frame, tokenizer))
-    knows_calls = "tool_calls" in tokenizer.chat_template
-
-    samples, skipped, truncated, refusal = [], {"no_counted": [], "special_text": [], "refused": []}, [], ""
-    for begin in range(0, len(chats), _CHUNK):
-        rendered = []
-        for chat in chats[begin : begin + _CHUNK]:
-            if not knows_calls:
-                chat = dataclasses.replace(chat, messages=tuple(map(_with_written_calls, chat.messages)))
-            if any(special_text.search(text) for message in chat.messages for text in _texts(message)):
-                skipped["special_text"].append(chat.id)
-                continue
-            try:
-                text = _render(tokenizer, chat.messages)
-            except jinja2.TemplateError as error:
-                skipped["refused"].append(chat.id)
-                refusal = refusal or f"; the template refuses {chat.place}: {error}"
-                continue
-            spans = _answer_spans(tokenizer, frame_of, chat, text)
-            answers = [message for message in chat.messages if message["role"] == "assistant"]
-            closed = [end for (_, end), answer in zip(spans, answers, strict=True) if not answer.get("truncated")]
-            rendered.append((chat, text, spans, closed, _excluded(answers, text, spans, mask_spans)))
-        for (chat, text, spans, closed, excluded), encoding in zip(rendered, encode([row[1] for row in rendered])):
-            ids = encoding.ids  # builds the list at every access
-            mask = _assistant_mask(ids, encoding.offsets, text, spans, closed, excluded, added_tokens)
-            tokens = np.asarray(ids[:max_length], np.int32)
-            sample = Sample(chat.id, chat.source, tokens, mask[:max_length])
-            if not sample.counted.any():
-                skipped["no_counted"].append(chat.id)
-                continue
-            samples.append(sample)
-            if len(ids) > max_length:
-                truncated.append(chat.id)
-
-    lists = {reason: tuple(ids) for reason, ids in skipped.items()}
-    summary = TokenizeSummary(read=len(chats), kept=len(samples), truncated=tuple(truncated), **lists)
-    if chats and not samples:
-        raise ValueError(f"{summary}{refusal}; nothing is left: raise max_length ({max_length}) or give other chats")
+    tokenize = ChatTokenizer(tokenizer, max_length, mask_spans, vocab_size=vocab_size, split_answers=split_answers)
+    samples: list[Sample] = []
+    tally = Tally()
+    for chunk in _batched(chats, _CHUNK):
+        for chat_id, outcome, cut in tokenize_chunk(tokenize, chunk):
+            if isinstance(outcome, BadRow) and strict and outcome.reason != "no_counted":
+                raise outcome
+            tally.add(chat_id, outcome, cut)
+            if isinstance(outcome, Sample):
+                samples.append(outcome)
+    summary = tally.summary(tokenize.left_out)
+    if summary.read and not samples:
+        first = "".join(f"; first {text}" for text in summary.first.values())
+        raise ValueError(f"{summary}{first}; nothing is left: raise max_length ({max_length}) or give other chats")
     return samples, summary
 
 
-def render_prompt(tokenizer, messages: Sequence[Message]) -> list[int]:
-    """Token ids of a conversation so far, up to where the assistant's answer begins.
-
-    The ids are those of `apply_chat_template(messages, add_generation_prompt=True)`, as servers compute them: text of a
-    special token in a message becomes that token. Raises RefusedByTemplate if the template refuses the messages.
-    """
-    _check_tokenizer(tokenizer)
-    try:
-        return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
-    except jinja2.TemplateError as error:
-        roles = ", ".join(message["role"] for message in messages)
-        raise RefusedByTemplate(f"the chat template refuses a prompt with the roles {roles}: {error}") from error
-
-
-def _check_tokenizer(tokenizer) -> None:
-    if not tokenizer.is_fast:
-        raise ValueError(f"{type(tokenizer).__name__} is a slow tokenizer, without offsets; load it with use_fast=True")
-    if not tokenizer.chat_template:
-        raise ValueError(
-            "the tokenizer has no chat template; use an instruction-tuned model's tokenizer or set its chat_template"
-        )
+def tokenize_chunk(tokenize: ChatTokenizer, chats: Iterable[Chat]) -> Iterator[tuple[str, Sample | BadRow, bool]]:
+    """(chat id, sample or why there is none, whether it was cut) of some conversations, in their order."""
+    rendered: list[Rendered | tuple[str, BadRow]] = []
+    for chat in chats:
+        try:
+            rendered += tokenize.render(chat)
+        except BadRow as error:
+            rendered.append((chat.id, error))
+    made = tokenize.samples([row for row in rendered if isinstance(row, Rendered)])
+    for row in rendered:
+        if isinstance(row, Rendered):
+            _, outcome, cut = next(made)
+            yield row.chat.id, outcome, cut
+        else:
+            yield *row, False
 
 
-def _render(tokenizer, messages: Iterable[Message], **options) -> str:
-    return tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
+class Tally:
+    """Counts what becomes of conversations whose samples come one after the other."""
+
+    def __init__(self):
+        self.read, self.kept, self.last = 0, 0, None
+        self.truncated: list[str] = []
+        self.skipped: dict[str, list[str]] = {reason: [] for reason in _SKIPS}
+        self.first: dict[str, str] = {}
+
+    def add(self, chat_id: str, outcome: Sample | BadRow, cut: bool) -> None:
+        new = chat_id != self.last
+        self.read += new
+        self.last = chat_id
+        if isinstance(outcome, BadRow):
+            self.skipped[outcome.reason].append(chat_id)
+            self.first.setdefault(outcome.reason, str(outcome))
+        else:
+            self.kept += new
+            if cut:
+                self.truncated.append(outcome.id)
+
+    def summary(self, left_out: dict[str, int]) -> TokenizeSummary:
+        skipped = {reason: tuple(ids) for reason, ids in self.skipped.items()}
+        left = {what: count for what, count in left_out.items() if count}
+        return TokenizeSummary(self.read, self.kept, tuple(self.truncated), skipped, self.first, left)
 
 
-def _offset_encoder(tokenizer) -> Callable[[list[str]], list]:
-    """texts -> encodings with .ids and exact .offsets.
+def _offset_backend(tokenizer):
+    """A tokenizer whose encodings have exact offsets.
 
-    A copy of the tokenizer works without the post-processor: that one only adds special tokens, which rendered chats
-    already have, and (byte-level ones) takes white space out of the offsets, where an answer's spaces would get lost.
+    A copy works without the post-processor: that one only adds special tokens, which rendered chats already have, and
+    (byte-level ones) takes white space out of the offsets, where an answer's spaces would get lost.
     """
     backend = copy.deepcopy(tokenizer.backend_tokenizer)
     backend.post_processor = None
     backend.no_truncation()
     backend.no_padding()
-    return functools.partial(backend.encode_batch, add_special_tokens=False)
+    return backend
 
 
 def _with_written_calls(message: Message) -> Message:
@@ -194,136 +372,31 @@ def _with_written_calls(message: Message) -> Message:
 def _texts(message: Message) -> list[str]:
     """Everything in a message that a template may write."""
     calls = [json.dumps(message["tool_calls"], ensure_ascii=False)] if "tool_calls" in message else []
-    return [message["content"], *calls]
+    return [message["content"], message.get("reasoning_content", ""), *calls]
 
 
-def _any_of(words: Iterable[str]) -> re.Pattern:
-    """Matches any of the words; nothing where there are none."""
-    return re.compile("|".join(map(re.escape, words)) or r"(?!)")
-
-
-def _frame(tokenizer, roles: tuple[str, ...]) -> tuple[list[str], list[int]] | None:
-    """What the template writes around the contents of such a conversation.
-
-    Returns:
-      pieces, order: the text is pieces[0], content of message order[0], pieces[1], content of order[1], … pieces[-1].
-      None if the template does not write every answer exactly once, or refuses the stand-ins.
-    """
-    stand_ins = [Message(role=role, content=f"{_STAND_IN}{i:06d}") for i, role in enumerate(roles)]
-    try:
-        parts = re.split(rf"{_STAND_IN}(\d{{6}})", _render(tokenizer, stand_ins))
-    except jinja2.TemplateError:
-        return None
-    order = [int(number) for number in parts[1::2]]
-    if any(order.count(i) != 1 for i, role in enumerate(roles) if role == "assistant"):
-        return None
-    return parts[0::2], order
-
-
-def _answer_spans(tokenizer, frame_of, chat: Chat, text: str) -> list[_Span]:
-    """Where each answer's content lies in the rendered conversation."""
-    answers = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
-    frame = None
-    if not any("tool_calls" in message for message in chat.messages):
-        frame = frame_of(tuple(message["role"] for message in chat.messages))
-    span_of = frame and _fit_frame(*frame, chat.messages, text)
-    if span_of:
-        return [span_of[i] for i in answers]
-    return [_find_answer(tokenizer, chat, i, text) for i in answers]
-
-
-def _fit_frame(pieces: list[str], order: list[int], messages: Sequence[Message], text: str) -> dict[int, _Span] | None:
-    """Spans by message number if the text is exactly the frame filled with the contents, whole or trimmed."""
-    if not text.startswith(pieces[0]):
-        return None
-    span_of, position = {}, len(pieces[0])
-    for index, piece in zip(order, pieces[1:]):
-        whole = messages[index]["content"]
-        for content in (whole, whole.strip()):
-            end = position + len(content)
-            if text.startswith(content, position) and text.startswith(piece, end):
-                break
-        else:
-            return None
-        span_of[index] = (position, end)
-        position = end + len(piece)
-    return span_of if position == len(text) else None
-
-
-def _find_answer(tokenizer, chat: Chat, index: int, text: str) -> _Span:
-    """Where one answer lies when the template treats contents by what they are (as reasoning models' templates do).
-
-    First with a stand-in for this content alone: what then differs from `text` is what the template made of it, and has
-    to be a piece of the content (an earlier turn without its thoughts), or hold the content and the name of every tool
-    that is called. Else as the model would have generated it: all that follows the generation prompt, which has to be
-    the content up to white space.
-    """
-    before_it, message = chat.messages[:index], chat.messages[index]
-    content, calls = message["content"], message.get("tool_calls")
-    stand_in = _STAND_IN
-    while stand_in in text:
-        stand_in += "x"
-    replaced = Message(role="assistant", content=stand_in)
-    try:
-        head, found, tail = _render(tokenizer, (*before_it, replaced, *chat.messages[index + 1 :])).partition(stand_in)
-        span = _between(text, head, tail)
-        if found and span and calls:
-            made = text[slice(*span)]
-            if content.strip() in made and all(call["function"]["name"] in made for call in calls):
-                return span
-        elif found and span and text[slice(*span)] in content:
-            return span
-        if found and before_it and not calls:
-            span = _between(text, _render(tokenizer, before_it, add_generation_prompt=True), tail)
-            if span and "".join(text[slice(*span)].split()) == "".join(content.split()):
-                return span
-    except jinja2.TemplateError:
-        pass  # it takes the conversation but not this part of it: as little help as a text that does not fit
-    raise ValueError(
-        f"{chat.place}: the chat template rewrites message {index + 1}, so its tokens cannot be told from the "
-        "template's; use a chat template that keeps contents as they are, or drop the row"
-    )
-
-
-def _between(text: str, head: str, tail: str) -> _Span | None:
-    """The span between a beginning and an end of the text, if it has them and they do not overlap."""
-    end = len(text) - len(tail)
-    return (len(head), end) if len(head) <= end and text.startswith(head) and text.endswith(tail) else None
-
-
-def _excluded(
-    answers: Sequence[Message], text: str, spans: Sequence[_Span], kinds: Collection[MaskSpan]
-) -> list[_Span]:
-    """Where in the rendered conversation the parts of answers lie that do not count."""
-    return [
-        (begin + first, begin + last)
-        for message, (begin, end) in zip(answers, spans)
-        for first, last in excluded_spans(text[begin:end], message, kinds)
-    ]
+def _batched(items: Iterable, size: int) -> Iterator[tuple]:
+    iterator = iter(items)
+    while chunk := tuple(itertools.islice(iterator, size)):
+        yield chunk
 
 
 def _assistant_mask(
-    ids: Sequence[int],
-    offsets: Sequence[_Span],
-    text: str,
-    spans: Sequence[_Span],
-    closed: Sequence[int],
-    excluded: Sequence[_Span],
-    added_tokens: Container[int],
+    ids: Sequence[int], offsets: Sequence[Span], row: Rendered, added_tokens: Container[int]
 ) -> Bool[np.ndarray, " T"]:
     """True on the tokens of the spans without those that touch an excluded one, and on the added token that closes each
     whose end is in `closed`."""
     starts, ends = np.asarray(offsets, np.int64).reshape(-1, 2).T
     mask = np.zeros(len(ids), bool)
-    for values, counts in ((spans, True), (excluded, False)):
-        for begin, end in values:
+    for spans, counts in ((row.spans, True), (row.excluded, False)):
+        for begin, end in spans:
             if begin < end:  # several byte-level tokens of one character all have that character's offsets
                 mask[np.searchsorted(ends, begin, "right") : np.searchsorted(starts, end, "left")] = counts
-    for end in closed:
+    for end in row.closed:
         # A token may lie across the end (an end-of-turn token that takes in the spaces before it), so what counts is
         # what it covers beyond the content.
         for t in range(np.searchsorted(ends, end, "right"), len(ids)):
-            if text[max(starts[t], end) : ends[t]].strip():
+            if row.text[max(starts[t], end) : ends[t]].strip():
                 mask[t] |= ids[t] in added_tokens
                 break
     return mask

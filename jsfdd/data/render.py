@@ -1,0 +1,134 @@
+"""A conversation as the text that a tokenizer's chat template makes of it.
+
+Templates come with checkpoints, so they are other people's programs. They run in transformers' sandbox, for a limited time,
+and whatever goes wrong in one is a refusal of the conversation at hand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+
+import jinja2
+
+from jsfdd.data.messages import Message
+
+_SECONDS = 10.0  # a real conversation renders in milliseconds
+_LONGEST = 64 << 20  # characters
+_SHOWN = 160  # characters of a template's complaint, which may quote a message
+
+
+class RefusedByTemplate(ValueError):
+    """A conversation that a chat template does not take, usually for the order of its roles."""
+
+
+def check_tokenizer(tokenizer) -> None:
+    """ValueError if chats cannot be rendered and their characters told apart with this tokenizer."""
+    if not tokenizer.is_fast:
+        raise ValueError(f"{type(tokenizer).__name__} is a slow tokenizer, without offsets; load it with use_fast=True")
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "the tokenizer has no chat template; use an instruction-tuned model's tokenizer or set its chat_template"
+        )
+    if not isinstance(tokenizer.chat_template, str):
+        names = ", ".join(map(repr, tokenizer.chat_template))
+        raise ValueError(f"the tokenizer has several chat templates ({names}); set its chat_template to one of them")
+    try:
+        jinja2.Environment(extensions=["jinja2.ext.loopcontrols", _GenerationTag]).parse(tokenizer.chat_template)
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(f"the chat template has a syntax error in line {error.lineno}: {error.message}") from error
+
+
+def render(tokenizer, messages: Sequence[Message], tools: Sequence[dict] = (), *, prompt: bool = False) -> str:
+    """The text of a conversation; with `prompt`, up to where the assistant's next answer begins.
+
+    Arguments of calls are objects; a template that joins them to text as they are gets them as JSON text.
+
+    Raises RefusedByTemplate for whatever the template raises, or where it takes too long.
+    """
+    try:
+        with _limited(_SECONDS):
+            try:
+                text = _apply(tokenizer, messages, tools, prompt)
+            except TypeError:
+                as_text = [with_text_arguments(message) for message in messages]
+                if as_text == list(messages):
+                    raise
+                text = _apply(tokenizer, as_text, tools, prompt)
+    except Exception as error:  # any exception of a program that came with a checkpoint
+        raise RefusedByTemplate(_short(error)) from error
+    if len(text) > _LONGEST:
+        raise RefusedByTemplate(f"it writes {len(text):,} characters")
+    return text
+
+
+def render_prompt(tokenizer, messages: Sequence[Message], tools: Sequence[dict] = ()) -> list[int]:
+    """Token ids of a conversation so far, up to where the assistant's answer begins.
+
+    The ids are those of `apply_chat_template(messages, tools=…, add_generation_prompt=True)`, as servers compute them:
+    text of a special token in a message becomes that token. Raises RefusedByTemplate if the template refuses the messages.
+    """
+    check_tokenizer(tokenizer)
+    try:
+        text = render(tokenizer, messages, tools, prompt=True)
+    except RefusedByTemplate as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise RefusedByTemplate(f"the chat template refuses a prompt with the roles {roles}: {error}") from error
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def with_text_arguments(message: Message) -> Message:
+    """The message with the arguments of its calls as JSON text."""
+    if "tool_calls" not in message:
+        return message
+    calls = [
+        call | {"function": call["function"] | {"arguments": json.dumps(arguments, ensure_ascii=False)}}
+        if isinstance(arguments := call["function"]["arguments"], dict)
+        else call
+        for call in message["tool_calls"]
+    ]
+    return Message(**message | {"tool_calls": calls})
+
+
+def _apply(tokenizer, messages, tools, prompt) -> str:
+    return tokenizer.apply_chat_template(
+        list(messages), tools=list(tools) or None, add_generation_prompt=prompt, tokenize=False
+    )
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """`{% generation %} … {% endgeneration %}`, which transformers' environment knows, as plain contents."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+@contextlib.contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    """TimeoutError in the block after so many seconds. Only a main thread can be interrupted so, and only one whose alarm
+    nobody else has set; elsewhere there is no limit."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGALRM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def stop(*_):
+        raise TimeoutError(f"it takes longer than {seconds:.0f} s")
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+
+
+def _short(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
