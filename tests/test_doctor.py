@@ -97,7 +97,7 @@ def test_a_healthy_draft_has_no_finding(inputs, tmp_path, capsys):
     assert main([*arguments, "--max-new-tokens", "40", "--out", str(tmp_path)]) == 0
     report = read_json(tmp_path / "doctor.json")
     assert report["worst"] == "ok", [finding for finding in report["findings"] if finding["severity"] != "ok"]
-    assert len(report["findings"]) == 24
+    assert len(report["findings"]) == 26
     assert report["config"]["conversations"] == 3
     assert all(finding["seen"].endswith(".") and not finding["remedy"] for finding in report["findings"])
     printed = capsys.readouterr().out
@@ -462,7 +462,7 @@ def test_without_a_draft_target_and_data_alone_are_examined(healthy, inputs):
     target, chats, samples, *_ = healthy
     _, summary = tokenize_chats(chats, target.tokenizer, LENGTH)
     diagnosis = examine(target, inputs[0], chats, samples, summary, {}, None, None, conversations=2, **SHORT)
-    assert diagnosis.worst == "ok" and len(diagnosis.findings) == 7
+    assert diagnosis.worst == "ok" and len(diagnosis.findings) == 9
 
 
 # --- What a person sees ---------------------------------------------------------------------------------------------

@@ -46,14 +46,14 @@ class Prepared(NamedTuple):
 
 
 def prepare(config: DoctorConfig) -> Prepared:
-    from jsfdd.data.chat import read_chats
+    from jsfdd.data.chat import read_chat_files
     from jsfdd.data.template import tokenize_chats
     from jsfdd.weights.draft import load_draft
     from jsfdd.weights.target import describe_target
 
     if config.model_shards > 1:
         raise ValueError("--model-shards: doctor examines on one device; leave the option out")
-    chats = read_chats(config.data)
+    chats = read_chat_files(config.data).chats
     draft = None if config.draft is None else load_draft(config.draft)
     record = (draft and draft.record) or {}
     store = _find_store(config)
@@ -94,6 +94,7 @@ def doctor(config: DoctorConfig, prepared: Prepared | None = None) -> Diagnosis:
             conversations=config.conversations,
             num_draft_tokens=config.num_draft_tokens,
             max_new_tokens=config.max_new_tokens,
+            masks_spans=bool(config.mask_spans),
             progress=status.update,
         )
     if config.out is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -65,7 +64,7 @@ def rendered(draw: Callable[[Console], None], **settings) -> str:
 
 def counts_to_json(files: Sequence[FileCounts]) -> list[dict]:
     """The counts of `data.counts`, JSON-ready."""
-    return [dataclasses.asdict(counts) for counts in files]
+    return [counts.to_json() for counts in files]
 
 
 def many(count: int, noun: str, ending: str = "s") -> str:

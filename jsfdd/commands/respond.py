@@ -271,5 +271,7 @@ def _write(config: RespondConfig, target: Target, conversations: Sequence[Conver
     with written_whole(config.out) as aside, aside.open("w", encoding="utf-8") as file:
         for conversation in conversations:
             questions = conversation.questions
-            row = {"id": questions.id, "source": questions.source, "messages": conversation.messages, "answered_by": made}
+            row = {"id": questions.id, "source": questions.source, "messages": conversation.messages}
+            row |= {"tools": questions.tools} if questions.tools else {}
+            row["answered_by"] = made
             file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -57,9 +56,9 @@ def summarise(
             "fingerprint": loaded.target.fingerprint,
             "vocab_size": loaded.target.config.vocab_size,
         },
-        "data": dataclasses.asdict(loaded.summary)
+        "data": loaded.summary.to_json()
         | {
-            "duplicates": total(loaded.files).duplicates,
+            "duplicates": total(loaded.files).skipped.get("duplicates", 0),
             "files": counts_to_json(loaded.files),
             "tokens": sum(lengths),
             "counted_tokens": sum(int(sample.counted.sum()) for sample in loaded.samples),

@@ -179,9 +179,7 @@ def _end_of(value: str, piece: str, text: str, position: int, last: bool) -> int
     return end if end >= position and text[position:end].split() == value.split() else None
 
 
-def _answer(
-    number: int, leaves: Sequence[tuple[_Leaf, list[Span]]], marks: TemplateMarks, text: str, after: int
-) -> AnswerSpan:
+def _answer(number: int, leaves: Sequence[tuple[_Leaf, list[Span]]], marks: TemplateMarks, text: str, after: int) -> AnswerSpan:
     """One answer from where its leaves lie; `after` is the end of the one before it."""
     for leaf, spans in leaves:
         if leaf.kind == "content" and len(spans) != 1:

@@ -240,8 +240,7 @@ def _read(read: Callable[[int], bytes], size: int, place: str, packing: str) -> 
     except _UNPACK_ERRORS[packing] as error:
         name = {".gz": "gzip", ".zst": "zstd"}[packing]
         raise ValueError(
-            f"{place}: cannot be unpacked as {name} ({error}); copy the file again, or drop {packing} if it is not "
-            "compressed"
+            f"{place}: cannot be unpacked as {name} ({error}); copy the file again, or drop {packing} if it is not compressed"
         ) from error
 
 
@@ -292,11 +291,7 @@ def _arrow(path: Path, columns: Collection[str]) -> Iterator[Entry]:
                 source.seek(0)
                 batches = reader = pa.ipc.open_stream(source)
             wanted = _wanted(path, reader.schema.names, columns)
-            parts = (
-                batch.select(wanted).slice(begin, _ROWS)
-                for batch in batches
-                for begin in range(0, batch.num_rows, _ROWS)
-            )
+            parts = (batch.select(wanted).slice(begin, _ROWS) for batch in batches for begin in range(0, batch.num_rows, _ROWS))
             yield from _rows(path, parts)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read as Arrow ({error}); copy or write the file again") from error

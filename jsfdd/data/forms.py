@@ -47,7 +47,7 @@ COLUMNS = (
     *_LISTS, *_QUESTIONS, "prompt", *_ANSWERS, *_MORE, "history", "text", "input_ids", *_MASKS, *_SYSTEMS, *_TOOLS, "turns",
     *_MEDIA,
 )  # fmt: skip
-_NAMED = {*COLUMNS, "id", "source"}
+_NAMED = {*COLUMNS, "id", "source", "answered_by"}  # the last is what `jsfdd respond` writes
 
 
 class Conversation(NamedTuple):
@@ -205,7 +205,8 @@ def _tools(row: dict, place: str) -> tuple[dict, ...]:
     if not keys:
         return ()
     value = object_or_text(row[keys[0]]) if isinstance(row[keys[0]], str) else row[keys[0]]
-    tools = [object_or_text(tool) if isinstance(tool, str) else tool for tool in (value if isinstance(value, list) else [value])]
+    tools = value if isinstance(value, list) else [value]
+    tools = [object_or_text(tool) if isinstance(tool, str) else tool for tool in tools]
     for number, tool in enumerate(tools, 1):
         function = tool.get("function", tool) if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):

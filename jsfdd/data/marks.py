@@ -83,10 +83,7 @@ def learn_marks(tokenizer) -> TemplateMarks:
         closers=closers,
         call_closers=call_closers,
         control=frozenset(
-            match.group()
-            for text in (prompted, plain, twice)
-            for match in find_added.finditer(text)
-            if _is_mark(match.group())
+            match.group() for text in (prompted, plain, twice) for match in find_added.finditer(text) if _is_mark(match.group())
         ),
         writes_tools=_writes_tools(tokenizer, question),
     )
@@ -135,8 +132,8 @@ def _call() -> dict:
 
 
 def _writes_tools(tokenizer, question: Message) -> bool:
-    tool = {"type": "function", "function": {"name": _NAME, "description": "", "parameters": {"type": "object", "properties": {}}}}
+    function = {"name": _NAME, "description": "", "parameters": {"type": "object", "properties": {}}}
     try:
-        return _NAME in render(tokenizer, [question], [tool])
+        return _NAME in render(tokenizer, [question], [{"type": "function", "function": function}])
     except RefusedByTemplate:
         return "tools" in tokenizer.chat_template

@@ -197,7 +197,8 @@ def _content(turn: dict, key: str, where: str) -> tuple[str | None, str]:
             name = next((name for name in _THOUGHTS if part.get(name) is not None), "text")
             thoughts.append(text_in(part, name, place))
         else:
-            raise BadRow("media", place, f"it is {str(kind)[:_SHOWN]!r} and no text; only text can be learned from: drop the row")
+            what = f"it is {str(kind)[:_SHOWN]!r} and no text"
+            raise BadRow("media", place, f"{what}; only text can be learned from: drop the row")
     return "".join(texts), "".join(thoughts)
 
 

@@ -161,7 +161,7 @@ class ChatTokenizer:
             raise BadRow(
                 "rewritten",
                 chat.place,
-                f"the chat template rewrites an answer: {error}; use a template that keeps contents as they are, or drop the row",
+                f"the chat template rewrites an answer: {error}; use one that keeps contents as they are, or drop the row",
             ) from error
 
     def samples(self, rendered: Sequence[Rendered]) -> Iterator[tuple[Rendered, Sample | BadRow, bool]]:

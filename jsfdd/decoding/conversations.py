@@ -141,7 +141,7 @@ def answer_all(
 def _prompt(target: Target, questions: Questions, answers: Sequence[Answer], longest: int) -> list[int] | str:
     """The prompt of the next turn, or why there is none."""
     try:
-        prompt = prompt_of(target.tokenizer, questions.turns, [message_of(answer) for answer in answers])
+        prompt = prompt_of(target.tokenizer, questions.turns, list(map(message_of, answers)), questions.tools)
     except RefusedByTemplate:
         return "refused"
     return prompt if len(prompt) <= longest else "too_long"

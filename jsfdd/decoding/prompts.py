@@ -17,10 +17,11 @@ _SHORTEST_BUCKET = 64
 
 def render_turns(target: Target, prompt: Prompt, answers: list[str]) -> list[int]:
     """Token ids of the conversation so far: the turns up to the one after the answers given."""
-    messages = []
+    messages = [{"role": "system", "content": prompt.system}] if prompt.system else []
     for turn, answer in zip(prompt.turns, answers):
         messages += [{"role": "user", "content": turn}, {"role": "assistant", "content": answer}]
-    return render_prompt(target.tokenizer, [*messages, {"role": "user", "content": prompt.turns[len(answers)]}])
+    messages.append({"role": "user", "content": prompt.turns[len(answers)]})
+    return render_prompt(target.tokenizer, messages, prompt.tools)
 
 
 def check_length(target: Target, prompt: Prompt, length: int, max_new_tokens: int) -> None:

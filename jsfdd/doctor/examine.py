@@ -17,7 +17,8 @@ import numpy as np
 
 from jsfdd.base.records import Sample
 from jsfdd.data.chat import Chat
-from jsfdd.data.template import TokenizeSummary, render_prompt
+from jsfdd.data.render import RefusedByTemplate, render_prompt
+from jsfdd.data.template import TokenizeSummary
 from jsfdd.doctor.check_acceptance import check_agreement, check_decoded, check_rope, check_variants, read_with_draft
 from jsfdd.doctor.check_data import check_data, check_tokenizer
 from jsfdd.doctor.check_draft import check_architecture, check_record
@@ -43,6 +44,7 @@ def examine(
     conversations: int,
     num_draft_tokens: int,
     max_new_tokens: int,
+    masks_spans: bool = False,
     progress: Callable[[str], None] = lambda doing: None,
 ) -> Diagnosis:
     """Every check that the inputs allow.
@@ -55,12 +57,13 @@ def examine(
       draft: None without one.
       store: hidden states of the training run, if there are any.
       conversations: so many samples are read by the target, and so many prompts decoded.
+      masks_spans: whether parts of answers were left out of the mask on purpose.
       progress: called with what is being done.
     """
-    kept = {sample.id for sample in samples}
+    kept = {sample.id for sample in samples} | {sample.id.rpartition("/")[0] for sample in samples}
     chats = [chat for chat in chats if chat.id in kept]
     progress("looking at template, mask and tokenizer")
-    findings = check_data(target.tokenizer, chats, samples, summary, target.stop_tokens)
+    findings = check_data(target.tokenizer, chats, samples, summary, target.stop_tokens, masks_spans)
     findings.append(check_tokenizer(location, target.tokenizer, chats))
 
     progress("reading conversations with the target")
@@ -113,9 +116,12 @@ def _check_draft(target, draft, chats, conversations, num_draft_tokens, max_new_
 def _prompts(target: Target, chats: Sequence[Chat], count: int, max_new_tokens: int) -> list[tuple[str, list[int]]]:
     """(id, token ids) of conversations up to their first answer, of those that leave room for the target's own."""
     prompts = []
-    for chat in spread_over(chats, 4 * count):  # some may be too long
+    for chat in spread_over([chat for chat in chats if chat.messages], 4 * count):  # some may be too long
         first = next(i for i, message in enumerate(chat.messages) if message["role"] == "assistant")
-        ids = render_prompt(target.tokenizer, chat.messages[:first]) if first else []
+        try:
+            ids = render_prompt(target.tokenizer, chat.messages[:first], chat.tools) if first else []
+        except RefusedByTemplate:
+            continue
         if ids and len(ids) + max_new_tokens <= min(target.config.max_position, _LONGEST_READ + max_new_tokens):
             prompts.append((chat.id, ids))
     return spread_over(prompts, count)

@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 from jsfdd.base.files import written_whole
 from jsfdd.base.numbers import decimals, percent, signed, significant, whole
+from jsfdd.data.skipped import MEANINGS
 from jsfdd.evaluation.intervals import RESAMPLES
 from jsfdd.report import plots
 from jsfdd.report.panel import arm_style, source_groups
@@ -26,11 +27,6 @@ from jsfdd.scoring.metrics import METRICS
 
 _SHOWN_PIECES = 360  # of an example text: about a screen
 _SHOWN_IDS = 8
-_SKIPPED = {  # summary.json's lists of skipped conversations
-    "no_counted": "without a counted token",
-    "special_text": "with the text of a special token in a message",
-    "refused": "that the chat template refuses",
-}
 _HEAT = tuple(round(0.02 + 0.072 * level, 3) for level in range(10))  # opacity of each tenth of token flatness
 
 
@@ -271,8 +267,8 @@ def _selection_sentences(files: RunFiles) -> list[str]:
         sentences.append(f"Of these a mixture was trained on ({' '.join(config['mix'])}): {_listed(parts)}.")
     if share:
         sentences.append(f"About {percent(share)} of them are held out: no arm trains on these.")
-    for field, reason in _SKIPPED.items():
-        if ids := data[field]:
+    for field, reason in MEANINGS.items():
+        if isinstance(ids := data.get(field), list) and ids:
             shown = ", ".join(ids[:_SHOWN_IDS]) + (", …" if len(ids) > _SHOWN_IDS else "")
             sentences.append(f"Skipped before scoring: {whole(len(ids))} {reason} ({shown}).")
     sentences.append(
