@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator, Sequence
 
 import jinja2
+import jinja2.ext
 
 from jsfdd.data.messages import Message
 
