@@ -73,6 +73,47 @@ def test_end_of_turn_must_be_a_special_token(directory):
     assert load.stop_tokens(directory, tokenizer) == (2, tokenizer.convert_tokens_to_ids("<|eot_id|>"))
 
 
+TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}"
+
+
+def test_a_target_without_a_template_is_refused_before_its_weights_are_read(directory):
+    (directory / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="no chat template.*--chat-template FILE") as error:
+        load.describe_target(str(directory))
+    assert str(directory) in str(error.value)
+
+
+def test_chat_template_from_a_file(directory, tmp_path):
+    file = tmp_path / "chat.jinja"
+    file.write_text(TEMPLATE)
+    chat = [{"role": "user", "content": "hi"}]
+    for target in (load.load_target(str(directory), chat_template=file), load.describe_target(str(directory), file)):
+        assert target.tokenizer.apply_chat_template(chat, tokenize=False) == "<|im_start|>user hi<|im_end|>"
+    packaged = load.load_tokenizer("smollm2")
+    assert packaged.chat_template and packaged.chat_template != load.load_tokenizer("smollm2", file).chat_template == TEMPLATE
+
+
+def test_of_several_named_templates_the_default_is_taken(directory):
+    tokenizer = load.load_tokenizer(str(directory))
+    tokenizer.chat_template = {"default": TEMPLATE, "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(directory)
+    assert load.describe_target(str(directory)).tokenizer.chat_template == TEMPLATE
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [(b"", "empty"), (b"\xff\xfe{", "not UTF-8"), (b"fine\n{% for m in messages %}", ":2: not a Jinja template")],
+)
+def test_template_files_that_are_none(directory, tmp_path, content, message):
+    file = tmp_path / "chat.jinja"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        load.load_tokenizer(str(directory), file)
+    assert str(file) in str(error.value)
+    with pytest.raises(FileNotFoundError, match="absent.jinja: no such file; check --chat-template"):
+        load.load_tokenizer(str(directory), tmp_path / "absent.jinja")
+
+
 def test_fingerprint(directory, tmp_path):
     config = load.read_architecture(str(directory))
     first = load.fingerprint(directory, config)

@@ -20,7 +20,7 @@ from jsfdd.models.architecture import DecoderConfig
 from jsfdd.weights import gguf, huggingface
 from jsfdd.weights.gguf_file import read_header
 from jsfdd.weights.huggingface_config import read_object
-from jsfdd.weights.tokenizer import tokenizer_from_directory, tokenizer_from_gguf
+from jsfdd.weights.tokenizer import read_chat_template, tokenizer_from_directory, tokenizer_from_gguf
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -54,29 +54,48 @@ class Target(NamedTuple):
     stop_tokens: tuple[int, ...]
 
 
-def load_target(name: str, dtype=jnp.float32, mesh: Mesh | None = None) -> Target:
-    """Everything of the target `name`, its parameters as arrays of `dtype` (norm scales: always float32).
+def load_target(name: str, dtype=jnp.float32, mesh: Mesh | None = None, chat_template: Path | None = None) -> Target:
+    """The target `name`, ready to run.
 
-    With a `mesh` the parameters come in shares onto its devices (`models/sharding.py`); else whole onto the first device.
+        target = load_target("smollm2")
+        hidden_states(target.config, target.params, tokens)
+
+    Args:
+      name: a Hugging Face directory, a .gguf file, "smollm2" or a model on the hub.
+      dtype: of the parameters (norm scales are always float32).
+      mesh: the parameters come in shares onto its devices (`models/sharding.py`); without it, whole onto the first device.
+      chat_template: a file with the Jinja template to use instead of the tokenizer's own, if it has one.
 
     Raises:
       FileNotFoundError: there is no such target, or part of it is missing; the message says how to get it.
       ValueError: a file is corrupt, or the model needs what jsfdd does not compute; the message names file and value.
     """
     path = locate_target(name)
-    target = _without_params(name, path)
+    target = _without_params(name, path, chat_template)
     params = (huggingface if path.is_dir() else gguf).read_params(path, target.config, dtype, mesh)
     return target._replace(params=params, fingerprint=fingerprint(path, target.config))
 
 
-def describe_target(name: str) -> Target:
-    """The target `name` without its weights: no parameters, an empty fingerprint. Errors as in `load_target`."""
-    return _without_params(name, locate_target(name, weights=False))
+def describe_target(name: str, chat_template: Path | None = None) -> Target:
+    """The target `name` without its weights (no parameters, an empty fingerprint), for checks before minutes of reading.
+
+    Raises:
+      FileNotFoundError: as in `load_target`.
+      ValueError: as in `load_target`; also where there is no chat template, without which no command can read a chat.
+    """
+    path = locate_target(name, weights=False)
+    target = _without_params(name, path, chat_template)
+    if not target.tokenizer.chat_template:
+        raise ValueError(
+            f"{path}: no chat template in it, so chats cannot be read as its model does; give the template of its model's "
+            "card with --chat-template FILE, or use an instruction-tuned target"
+        )
+    return target
 
 
-def _without_params(name: str, path: Path) -> Target:
+def _without_params(name: str, path: Path, chat_template: Path | None) -> Target:
     config = _read_config(path)
-    tokenizer = _read_tokenizer(path)
+    tokenizer = _read_tokenizer(path, chat_template)
     # Added tokens may lie beyond the embedding (Gemma-3 1B's image token does); the vocabulary itself may not, and JAX
     # would clamp such an id without a word.
     if tokenizer.vocab_size > config.vocab_size:
@@ -87,9 +106,9 @@ def _without_params(name: str, path: Path) -> Target:
     return Target(config, {}, tokenizer, name, "", stop_tokens(path, tokenizer))
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
+def load_tokenizer(name: str, chat_template: Path | None = None) -> PreTrainedTokenizerFast:
     """The tokenizer of the target `name`, without its weights. Errors as in `load_target`."""
-    return _read_tokenizer(locate_target(name, weights=False))
+    return _read_tokenizer(locate_target(name, weights=False), chat_template)
 
 
 def read_architecture(name: str) -> DecoderConfig:
@@ -165,8 +184,13 @@ def _read_config(path: Path) -> DecoderConfig:
     return (huggingface if path.is_dir() else gguf).read_config(path)
 
 
-def _read_tokenizer(path: Path) -> PreTrainedTokenizerFast:
-    return tokenizer_from_directory(path) if path.is_dir() else tokenizer_from_gguf(path)
+def _read_tokenizer(path: Path, chat_template: Path | None) -> PreTrainedTokenizerFast:
+    tokenizer = tokenizer_from_directory(path) if path.is_dir() else tokenizer_from_gguf(path)
+    if chat_template is not None:
+        tokenizer.chat_template = read_chat_template(chat_template)
+    elif isinstance(tokenizer.chat_template, dict):  # several under names; "default" is for chats without tools
+        tokenizer.chat_template = tokenizer.chat_template.get("default")
+    return tokenizer
 
 
 def _packaged_smollm2() -> Path:

@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jinja2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from jsfdd.weights.gguf_file import read_header
@@ -53,6 +54,30 @@ def tokenizer_from_directory(directory: str | Path) -> PreTrainedTokenizerFast:
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"{directory}: only a slow tokenizer ({type(tokenizer).__name__}); a tokenizer.json is needed")
     return tokenizer
+
+
+def read_chat_template(path: Path) -> str:
+    """A chat template from a file of its own, as Jinja text.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: empty, not UTF-8, or no Jinja template; the message names the line.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; check --chat-template")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error}); --chat-template takes a Jinja template as plain text") from error
+    if not text.strip():
+        raise ValueError(f"{path}: empty; --chat-template takes a Jinja template")
+    try:
+        render_jinja_template([], chat_template=text)  # compiles it, and renders nothing
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(f"{path}:{error.lineno}: not a Jinja template: {error.message}") from error
+    return text
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
