@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType, GGUFWriter, dequantize, quantize
 from safetensors.numpy import load_file
 
 from jsfdd.models.architecture import Rope
-from jsfdd.weights import gguf, huggingface
+from jsfdd.weights import gguf, gguf_file, huggingface, layout
 from jsfdd.weights.gguf_file import read_header, read_tensor
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -31,13 +31,13 @@ def write(tmp_path, architecture, family=None, **options):
 )
 def test_same_params_as_the_directory(tmp_path, architecture, family):
     path, directory, config = write(tmp_path, architecture, family)
-    stored = gguf.read_config(path)
+    stored = gguf.read_config(read_header(path))
     assert stored.tie_embeddings == config.tie_embeddings
     # A GGUF file holds neither Gemma's query scale nor its local rope; `test_gemma_windows_and_scales` looks at those.
     not_stored = {"family", "rope", "rms_norm_eps", "query_scale", "local_rope", "sliding_layers"}
     for key, value in dataclasses.asdict(config).items():
         assert key in not_stored or getattr(stored, key) == value, key
-    got, expected = gguf.read_params(path, stored), huggingface.read_params(directory, config)
+    got, expected = gguf.read_params(read_header(path), stored), huggingface.read_params(directory, config)
     assert jax.tree.structure(got) == jax.tree.structure(expected)
     for (where, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(expected), strict=True):
         assert np.array_equal(a, b), where
@@ -48,7 +48,7 @@ def test_quantised_types(tmp_path, kind):
     kind = GGMLQuantizationType[kind]
     kinds = {"blk.1.ffn_gate.weight": kind, "blk.0.attn_q.weight": kind, "token_embd.weight": kind}
     path, directory, config = write(tmp_path, "llama", kinds=kinds)
-    params = gguf.read_params(path, gguf.read_config(path))
+    params = gguf.read_params(read_header(path), gguf.read_config(read_header(path)))
     raw = load_file(directory / "model.safetensors")
 
     def rounded(name, permute=lambda weight: weight):
@@ -65,11 +65,26 @@ def test_quantised_types(tmp_path, kind):
     np.testing.assert_allclose(got, raw["model.layers.0.self_attn.q_proj.weight"], atol=0.15)
 
 
+def test_in_whatever_pieces_the_same_parameters(tmp_path, monkeypatch):
+    """Pieces of 64 rows on several threads, dequantised one block at a time, against each tensor at once."""
+    kinds = dict.fromkeys(("blk.1.ffn_gate.weight", "blk.0.attn_q.weight", "token_embd.weight"), GGMLQuantizationType.Q8_0)
+    file = read_header(write(tmp_path, "llama", kinds=kinds)[0])
+    config = gguf.read_config(file)
+    expected = gguf.read_params(file, config)
+    monkeypatch.setattr(layout, "_PIECE", 1)
+    monkeypatch.setattr(gguf_file, "_CHUNK", 32)
+    got = gguf.read_params(file, config)
+    assert jax.tree.all(jax.tree.map(np.array_equal, got, expected))
+    embedding = read_tensor(file, "token_embd.weight")
+    assert len(embedding) == 128 and np.array_equal(read_tensor(file, "token_embd.weight", slice(3, 70)), embedding[3:70])
+
+
+
 def test_rope_divisors_become_config(tmp_path):
     divisors = np.linspace(1, 8, 8, dtype=np.float32)
     path, *_ = write(tmp_path, "llama", edit=lambda w: w.add_tensor("rope_freqs.weight", divisors))
-    assert gguf.read_config(path).rope == Rope(10_000.0, frequency_divisors=tuple(divisors.tolist()))
-    gguf.read_params(path, gguf.read_config(path))  # and it is no unknown tensor
+    assert gguf.read_config(read_header(path)).rope == Rope(10_000.0, frequency_divisors=tuple(divisors.tolist()))
+    gguf.read_params(read_header(path), gguf.read_config(read_header(path)))  # and it is no unknown tensor
 
 
 def test_rope_scaling(tmp_path):
@@ -79,18 +94,18 @@ def test_rope_scaling(tmp_path):
         writer.add_uint32("qwen3.rope.scaling.original_context_length", 64)
 
     path, _, config = write(tmp_path, "qwen3", edit=yarn)
-    assert dataclasses.asdict(gguf.read_config(path).rope) == dataclasses.asdict(config.rope)
+    assert dataclasses.asdict(gguf.read_config(read_header(path)).rope) == dataclasses.asdict(config.rope)
 
 
 def test_gemma_windows_and_scales(tmp_path):
     pattern = "gemma3.attention.sliding_window_pattern"
     path, _, config = write(tmp_path, "gemma3", edit=lambda w: w.add_uint32(pattern, 3))
-    stored = gguf.read_config(path)
+    stored = gguf.read_config(read_header(path))
     assert stored.sliding_layers == (True, True, False, True) == config.sliding_layers
     assert stored.embedding_scale == 32**0.5 and stored.query_scale == 16**-0.5
     assert stored.local_rope == Rope(10_000.0)
     path, *_ = write(tmp_path, "gemma3")
-    assert gguf.read_config(path).sliding_layers == (True,) * 4  # every sixth layer is full
+    assert gguf.read_config(read_header(path)).sliding_layers == (True,) * 4  # every sixth layer is full
 
 
 @pytest.mark.parametrize(
@@ -107,22 +122,22 @@ def test_gemma_windows_and_scales(tmp_path):
 def test_unsupported(tmp_path, edit, message):
     path, *_ = write(tmp_path, "llama", edit=edit)
     with pytest.raises(ValueError, match=message) as error:
-        gguf.read_params(path, gguf.read_config(path))
+        gguf.read_params(read_header(path), gguf.read_config(read_header(path)))
     assert str(path) in str(error.value)
 
 
 def test_unknown_architecture(tmp_path):
     path = gguf_files.finish(GGUFWriter(tmp_path / "a.gguf", "mamba"), lambda w: None)
     with pytest.raises(ValueError, match="'mamba'; supported are llama, qwen2, qwen3, gemma3"):
-        gguf.read_config(path)
+        gguf.read_config(read_header(path))
 
 
 def test_missing_and_misshapen_tensor(tmp_path):
     path, _, config = write(tmp_path, "llama")
     with pytest.raises(ValueError, match=r"tensor blk.2.attn_norm.weight \[32\] is missing"):
-        gguf.read_params(path, dataclasses.replace(config, num_layers=3))
+        gguf.read_params(read_header(path), dataclasses.replace(config, num_layers=3))
     with pytest.raises(ValueError, match=r"blk.0.ffn_gate.weight has shape \[48, 32\], the config says \[64, 32\]"):
-        gguf.read_params(path, dataclasses.replace(config, intermediate_size=64))
+        gguf.read_params(read_header(path), dataclasses.replace(config, intermediate_size=64))
 
 
 def test_truncated_anywhere(tmp_path):
@@ -136,10 +151,10 @@ def test_truncated_anywhere(tmp_path):
     for cut in cuts:
         path.write_bytes(whole[:cut])
         with pytest.raises(ValueError) as error:
-            gguf.read_config(path)
+            gguf.read_config(read_header(path))
         assert str(path) in str(error.value), cut
     path.write_bytes(whole[:end_of_data])
-    gguf.read_config(path)
+    gguf.read_config(read_header(path))
 
 
 def test_flipped_bytes_never_escape(tmp_path):
@@ -153,7 +168,7 @@ def test_flipped_bytes_never_escape(tmp_path):
             damaged[position] = value
             path.write_bytes(damaged)
             try:
-                gguf.read_config(path)
+                gguf.read_config(read_header(path))
             except ValueError as error:
                 assert str(path) in str(error), (position, value)
 

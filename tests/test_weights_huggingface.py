@@ -221,11 +221,11 @@ def test_half_precision_sources_and_targets(copy):
 
 def test_kernels_are_transposed_across_copy_blocks():
     """A kernel wider than the block in which it is copied arrives whole."""
-    from jsfdd.weights.layout import _store
+    from jsfdd.weights.layout import _store_transposed
 
     tensor = np.arange(150 * 70, dtype=np.float32).reshape(150, 70)
     target = np.zeros((70, 150), np.float32)
-    _store(target, tensor, transposed=True)
+    _store_transposed(target, tensor)
     assert np.array_equal(target, tensor.T)
 
 

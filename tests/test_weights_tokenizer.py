@@ -7,6 +7,7 @@ import gguf_files
 import pytest
 from toy import toy_tokenizer
 
+from jsfdd.weights.gguf_file import read_header
 from jsfdd.weights.target import load_tokenizer
 from jsfdd.weights.tokenizer import tokenizer_digest, tokenizer_from_directory, tokenizer_from_gguf
 
@@ -75,7 +76,7 @@ def test_smollm2_round_trip_and_specials(smollm2):
 
 @pytest.mark.parametrize("pre, reference", [("qwen2", "qwen2"), ("llama-bpe", "llama3")])
 def test_byte_level_splits(tmp_path, pre, reference):
-    tokenizer = tokenizer_from_gguf(byte_level(tmp_path, pre))
+    tokenizer = tokenizer_from_gguf(read_header(byte_level(tmp_path, pre)))
     for text, ids in zip(TEXTS, FIXTURE["byte_level"][reference], strict=True):
         assert encode(tokenizer, text) == ids, text
 
@@ -90,26 +91,26 @@ def test_byte_level_splits(tmp_path, pre, reference):
     ],
 )
 def test_number_splits(tmp_path, pre, expected):
-    tokenizer = tokenizer_from_gguf(byte_level(tmp_path, pre)).backend_tokenizer
+    tokenizer = tokenizer_from_gguf(read_header(byte_level(tmp_path, pre))).backend_tokenizer
     assert [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str("in 12345'll")] == expected
 
 
 def test_only_llama3_takes_whole_tokens_that_merges_do_not_reach(tmp_path):
     for pre, whole in (("llama-bpe", True), ("qwen2", False)):
-        tokenizer = tokenizer_from_gguf(byte_level(tmp_path, pre))
+        tokenizer = tokenizer_from_gguf(read_header(byte_level(tmp_path, pre)))
         assert ("Ġstrawberry" in tokenizer.convert_ids_to_tokens(encode(tokenizer, "a strawberry"))) is whole
 
 
 @pytest.mark.parametrize("name", ["llama2", "gemma"])
 def test_sentencepiece(tmp_path, name):
-    tokenizer = tokenizer_from_gguf(sentencepiece(tmp_path, FIXTURE[name]))
+    tokenizer = tokenizer_from_gguf(read_header(sentencepiece(tmp_path, FIXTURE[name])))
     for text, ids in zip(TEXTS, FIXTURE[name]["ids"], strict=True):
         assert encode(tokenizer, text) == ids, text
         assert tokenizer.decode(ids) == text
 
 
 def test_begin_of_sequence_and_padding(tmp_path):
-    tokenizer = tokenizer_from_gguf(sentencepiece(tmp_path, FIXTURE["llama2"]))
+    tokenizer = tokenizer_from_gguf(read_header(sentencepiece(tmp_path, FIXTURE["llama2"])))
     assert tokenizer("x").input_ids == [1, *encode(tokenizer, "x")]  # the default of SentencePiece models
     assert tokenizer.pad_token == tokenizer.eos_token == "</s>"
 
@@ -117,7 +118,7 @@ def test_begin_of_sequence_and_padding(tmp_path):
         writer.add_add_bos_token(False)
         writer.add_add_eos_token(True)
 
-    tokenizer = tokenizer_from_gguf(sentencepiece(tmp_path, FIXTURE["llama2"], only_eos))
+    tokenizer = tokenizer_from_gguf(read_header(sentencepiece(tmp_path, FIXTURE["llama2"], only_eos)))
     assert tokenizer("x").input_ids == [*encode(tokenizer, "x"), 2]
 
 
@@ -135,7 +136,7 @@ def test_begin_of_sequence_and_padding(tmp_path):
 def test_errors(tmp_path, pre, options, message):
     path = byte_level(tmp_path, pre, **options)
     with pytest.raises(ValueError, match=message) as error:
-        tokenizer_from_gguf(path)
+        tokenizer_from_gguf(read_header(path))
     assert str(path) in str(error.value)
 
 
@@ -144,13 +145,13 @@ def test_malformed_vocabularies(tmp_path):
         return gguf_files.write_vocabulary(tmp_path / "v.gguf", tokens, kinds, lambda w: w.add_tokenizer_model(model))
 
     with pytest.raises(ValueError, match="token_type does not have one entry for each of 2"):
-        tokenizer_from_gguf(write(["a", "b"], [1]))
+        tokenizer_from_gguf(read_header(write(["a", "b"], [1])))
     with pytest.raises(ValueError, match="the same token twice"):
-        tokenizer_from_gguf(write(["a", "a"], [1, 1]))
+        tokenizer_from_gguf(read_header(write(["a", "a"], [1, 1])))
     with pytest.raises(ValueError, match="tokenizer.ggml.model is 'bert'; supported are gpt2 and llama"):
-        tokenizer_from_gguf(write(["a", "b"], [1, 1], "bert"))
+        tokenizer_from_gguf(read_header(write(["a", "b"], [1, 1], "bert")))
     with pytest.raises(ValueError, match="tokenizer.ggml.scores"):
-        tokenizer_from_gguf(write(["a", "b"], [1, 1], "llama"))
+        tokenizer_from_gguf(read_header(write(["a", "b"], [1, 1], "llama")))
 
 
 def test_directory_round_trip(tmp_path, smollm2):

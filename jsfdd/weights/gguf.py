@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
 from jsfdd.models.architecture import DecoderConfig, Rope
-from jsfdd.weights.gguf_file import GGUFFile, read_header, read_tensor
+from jsfdd.weights.gguf_file import GGUFFile, read_tensor
 from jsfdd.weights.layout import Index, Source, fill_params
 
 _FAMILIES = ("llama", "qwen2", "qwen3", "gemma3")
@@ -41,52 +40,12 @@ _NAMES = {
 }
 
 
-def read_config(path: str | Path) -> DecoderConfig:
+def read_config(file: GGUFFile) -> DecoderConfig:
     """The decoder that a GGUF file's metadata describes.
 
     Raises:
-      FileNotFoundError: no such file.
-      ValueError: truncated or corrupt, or an architecture or setting that is not supported.
+      ValueError: an architecture or setting that is not supported.
     """
-    return _config(read_header(path))
-
-
-def read_params(path: str | Path, config: DecoderConfig, dtype=np.float32, mesh: Mesh | None = None) -> dict:
-    """The params tree of a GGUF file's weights, dequantised, as JAX arrays of `dtype` (layout: `layout.fill_params`).
-
-    With a `mesh` each device is given its share, for which tensors are read and dequantised whole, one at a time.
-
-    Raises:
-      FileNotFoundError: no such file.
-      ValueError: truncated or corrupt; a tensor is missing, unknown, misshapen or of a type that cannot be dequantised.
-    """
-    file = read_header(path)
-    sources = {
-        name: Source(file.path, tensor.shape, functools.partial(_read, file, name))
-        for name, tensor in file.tensors.items()
-        if name != _ROPE_DIVISORS  # part of the config
-    }
-    transforms = {}
-    if file.metadata["general.architecture"] == "llama":
-        # llama.cpp rotates neighbouring pairs in this architecture, so its files hold q's and k's rows interleaved.
-        transforms = {
-            "layers/attention/q_proj/kernel": functools.partial(_deinterleave, heads=config.num_heads),
-            "layers/attention/k_proj/kernel": functools.partial(_deinterleave, heads=config.num_kv_heads),
-        }
-    return fill_params(config, _NAMES, sources, dtype, file.path, transforms, mesh)
-
-
-def _read(file: GGUFFile, name: str, index: Index) -> np.ndarray:
-    return read_tensor(file, name)[index]
-
-
-def _deinterleave(weight: np.ndarray, heads: int) -> np.ndarray:
-    """[N·H, D] with each head's rows as pairs (0, H/2), (1, H/2 + 1), … back in order 0 … H−1."""
-    rows, width = weight.shape
-    return weight.reshape(heads, rows // heads // 2, 2, width).swapaxes(1, 2).reshape(rows, width)
-
-
-def _config(file: GGUFFile) -> DecoderConfig:
     family = file.metadata.get("general.architecture")
     if family not in _FAMILIES:
         raise ValueError(f"{file.path}: general.architecture is {family!r}; supported are {', '.join(_FAMILIES)}")
@@ -142,6 +101,40 @@ def _config(file: GGUFFile) -> DecoderConfig:
     except ValueError as error:
         # DecoderConfig checks what must hold between fields, but does not know the file.
         raise ValueError(f"{file.path}: {error}") from error
+
+
+def read_params(file: GGUFFile, config: DecoderConfig, dtype=np.float32, mesh: Mesh | None = None) -> dict:
+    """The params tree of a GGUF file's weights, dequantised, as JAX arrays of `dtype` (layout: `layout.fill_params`).
+
+    With a `mesh` each device is given its share.
+
+    Raises:
+      ValueError: a tensor is missing, unknown, misshapen or of a type that cannot be dequantised.
+    """
+    sources = {
+        name: Source(file.path, tensor.shape, functools.partial(_read, file, name))
+        for name, tensor in file.tensors.items()
+        if name != _ROPE_DIVISORS  # part of the config
+    }
+    transforms = {}
+    if file.metadata["general.architecture"] == "llama":
+        # llama.cpp rotates neighbouring pairs in this architecture, so its files hold q's and k's rows interleaved.
+        transforms = {
+            "layers/attention/q_proj/kernel": functools.partial(_deinterleave, heads=config.num_heads),
+            "layers/attention/k_proj/kernel": functools.partial(_deinterleave, heads=config.num_kv_heads),
+        }
+    return fill_params(config, _NAMES, sources, dtype, file.path, transforms, mesh)
+
+
+def _read(file: GGUFFile, name: str, index: Index) -> np.ndarray:
+    rows, *rest = index
+    return read_tensor(file, name, rows)[(slice(None), *rest)]
+
+
+def _deinterleave(weight: np.ndarray, heads: int) -> np.ndarray:
+    """[N·H, D] with each head's rows as pairs (0, H/2), (1, H/2 + 1), … back in order 0 … H−1."""
+    rows, width = weight.shape
+    return weight.reshape(heads, rows // heads // 2, 2, width).swapaxes(1, 2).reshape(rows, width)
 
 
 def _sliding(file: GGUFFile, layers: int) -> tuple[int | None, tuple[bool, ...]]:

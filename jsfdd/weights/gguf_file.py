@@ -24,7 +24,9 @@ _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _SCALARS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
 _STRING, _ARRAY = 8, 9
+_LENGTH = struct.Struct("<Q")
 _MAX_DIMENSIONS = 4
+_CHUNK = 1 << 16  # numbers dequantised at once
 
 
 class GGUFTensor(NamedTuple):
@@ -60,25 +62,40 @@ def read_header(path: str | Path) -> GGUFFile:
         return _Cursor(path, data).header()
 
 
-def read_tensor(file: GGUFFile, name: str) -> np.ndarray:
-    """A tensor dequantised to float32.
+def read_tensor(file: GGUFFile, name: str, rows: slice = slice(None)) -> np.ndarray:  # noqa: B008 (immutable)
+    """A tensor dequantised to float32, or these rows of it.
 
     Raises:
-      ValueError: its type is one that the gguf package cannot dequantise.
+      ValueError: its type is one that the gguf package cannot dequantise, or the file has shrunk since.
     """
     tensor = file.tensors[name]
-    rows = int(np.prod(tensor.shape[:-1], dtype=np.int64))
-    data = np.fromfile(file.path, np.uint8, tensor.num_bytes, offset=tensor.offset)
-    if data.size != tensor.num_bytes:
-        raise ValueError(f"{file.path}: tensor {name} ends before its {tensor.num_bytes} bytes: the file has shrunk")
-    try:
-        values = dequantize(data.reshape(rows, -1), tensor.kind)
-    except NotImplementedError as error:
-        raise ValueError(
-            f"{file.path}: tensor {name} has type {tensor.kind.name}, which the gguf package cannot dequantise; "
-            "requantise the model, for example to Q8_0"
-        ) from error
-    return values.reshape(tensor.shape)
+    if len(tensor.shape) == 1:  # its blocks need not end where the rows do
+        return _dequantized(file, name, tensor.offset, tensor.num_bytes)[rows]
+    start, stop, _ = rows.indices(tensor.shape[0])
+    row_bytes = tensor.num_bytes // tensor.shape[0]
+    values = _dequantized(file, name, tensor.offset + start * row_bytes, (stop - start) * row_bytes)
+    return values.reshape(stop - start, *tensor.shape[1:])
+
+
+def _dequantized(file: GGUFFile, name: str, offset: int, num_bytes: int) -> np.ndarray:
+    kind = file.tensors[name].kind
+    data = np.fromfile(file.path, np.uint8, num_bytes, offset=offset)
+    if data.size != num_bytes:
+        raise ValueError(f"{file.path}: tensor {name} ends before its last bytes: the file has shrunk")
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    values = np.empty(num_bytes // block_bytes * block, np.float32)
+    size = _CHUNK // block
+    for first in range(0, num_bytes // block_bytes, size):
+        # One row of as many blocks as stay in the cache: the package works through 16 rows at a time, however short.
+        blocks = data[first * block_bytes : (first + size) * block_bytes].reshape(1, -1)
+        try:
+            values[first * block : (first + size) * block] = dequantize(blocks, kind)[0]
+        except NotImplementedError as error:
+            raise ValueError(
+                f"{file.path}: tensor {name} has type {kind.name}, which the gguf package cannot dequantise; "
+                "requantise the model, for example to Q8_0"
+            ) from error
+    return values
 
 
 class _Cursor:
@@ -113,13 +130,30 @@ class _Cursor:
         except UnicodeDecodeError as error:
             raise self.error(f"{what} at byte {self.position - length} is not UTF-8") from error
 
+    def strings(self, count: int, what: str) -> list[str]:
+        """As `string` would read them one by one, but a vocabulary has a hundred thousand."""
+        data, position, values = self.data, self.position, []
+        try:
+            for _ in range(count):
+                (length,) = _LENGTH.unpack_from(data, position)
+                text = data[position + 8 : position + 8 + length]
+                if len(text) != length:
+                    break
+                values.append(text.decode("utf-8"))
+                position += 8 + length
+        except (struct.error, OverflowError, UnicodeDecodeError):
+            pass
+        self.position = position
+        # What could not be read is read again, for the error that says why.
+        return values + [self.string(what) for _ in range(count - len(values))]
+
     def value(self, kind: int, what: str) -> Any:
         if kind == _STRING:
             return self.string(what)
         if kind == _ARRAY:
             element = self.integer("I", what)
             if element == _STRING:
-                return [self.string(what) for _ in range(self.count(8, what))]
+                return self.strings(self.count(8, what), what)
             dtype = self.dtype(element, what)
             count = self.count(dtype.itemsize, what)
             return np.frombuffer(self.take(count * dtype.itemsize, what), dtype).tolist()

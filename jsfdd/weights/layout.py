@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,8 +22,9 @@ from jsfdd.base.mesh import make_mesh, place
 from jsfdd.models.architecture import DecoderConfig
 from jsfdd.models.sharding import param_sharding
 
-_BLOCK = 64  # columns copied at once by _store: a transposed copy in blocks misses the cache 4 times less often
-
+_BLOCK = 64  # columns stored at once by _store_transposed
+_PIECE = 1 << 20  # numbers that a thread reads, converts and stores at once
+_THREADS = min(16, os.cpu_count() or 1)
 
 Index = tuple[slice, ...]
 
@@ -85,10 +88,10 @@ def fill_params(
     """The params tree of `config` (layout: `models/target.py`), its layers stacked on a leading axis L.
 
     Each device of `mesh` is given its share (`models/sharding.py`), and of the files only that share is read. Host
-    memory peaks at what its devices keep there (on a CPU: all of it) plus one device's share of one leaf and one tensor:
-    a share is allocated, filled tensor by tensor and handed over before the next; the largest leaves come first, when
-    there is most room. Norm scales stay float32 whatever `dtype`: they are tiny, the norm computes in float32, and
-    Gemma's 1 + w would lose bits in bfloat16.
+    memory peaks at what its devices keep there (on a CPU: all of it) plus one device's share of one leaf and a few
+    megabytes a thread: a share is allocated, filled piece by piece and handed over before the next; the largest leaves
+    come first, when there is most room. Norm scales stay float32 whatever `dtype`: they are tiny, the norm computes in
+    float32, and Gemma's 1 + w would lose bits in bfloat16.
 
     Args:
       names: leaf (see `stored_shapes`) -> tensor name, with "{}" for the layer number.
@@ -122,21 +125,44 @@ def _kept_shape(leaf: str, stored: tuple[int, ...], num_layers: int) -> tuple[in
     return (num_layers, *shape) if leaf.startswith("layers/") else shape
 
 
-def _block(
-    leaf: str, sources: Sequence[Source], transform: Callable | None, dtype, index: Index
-) -> np.ndarray:
-    """The part of a leaf at `index`, its layers among it."""
+def _block(leaf: str, sources: Sequence[Source], transform: Callable | None, dtype, index: Index) -> np.ndarray:
+    """The part of a leaf at `index`, its layers among it; read, converted and stored in pieces by several threads."""
     is_kernel, stacked = leaf.endswith("/kernel"), leaf.startswith("layers/")
     layers, part = (sources[index[0]], index[1:]) if stacked else (sources, index)
-    filled = np.empty((len(layers), *(s.stop - s.start for s in part)), dtype)
+    filled = _aligned((len(layers), *(s.stop - s.start for s in part)), dtype)
     stored = part[::-1] if is_kernel else part
-    for row, source in zip(filled, layers, strict=True):
-        if transform:
-            tensor = transform(source.whole())[stored]
+
+    def fill(job):
+        row, source, rows = job
+        here = (rows, *stored[1:])
+        tensor = transform(source.whole())[here] if transform else source.read(here)
+        place = slice(rows.start - stored[0].start, rows.stop - stored[0].start)
+        if is_kernel:
+            _store_transposed(row[:, place], tensor)
         else:
-            tensor = source.read(stored)
-        _store(row, tensor, transposed=is_kernel)
+            row[place] = tensor
+
+    pieces = [stored[0]] if transform else _pieces(stored)
+    jobs = [(row, source, rows) for row, source in zip(filled, layers, strict=True) for rows in pieces]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for _ in pool.map(fill, jobs):  # the first error is raised here
+            pass
     return filled if stacked else filled[0]
+
+
+def _pieces(stored: Index) -> list[slice]:
+    """`stored[0]` cut so that a piece has some `_PIECE` numbers, and rows enough for `_store_transposed`."""
+    first, width = stored[0], math.prod(s.stop - s.start for s in stored[1:])
+    rows = max(_BLOCK, _PIECE // max(width, 1))
+    return [slice(start, min(start + rows, first.stop)) for start in range(first.start, first.stop, rows)]
+
+
+def _aligned(shape: tuple[int, ...], dtype) -> np.ndarray:
+    """An empty array that begins at a multiple of 64 bytes: such a one a CPU device takes as it is, without a copy."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + 64, np.uint8)
+    offset = -memory.ctypes.data % 64
+    return memory[offset : offset + size].view(dtype).reshape(shape)
 
 
 def _tensor_names(leaf: str, template: str, num_layers: int) -> list[str]:
@@ -170,10 +196,8 @@ def _check(
             )
 
 
-def _store(target: np.ndarray, tensor: np.ndarray, transposed: bool) -> None:
-    if not transposed:
-        target[...] = tensor
-        return
+def _store_transposed(target: np.ndarray, tensor: np.ndarray) -> None:
+    """`tensor.T` into `target`, so many columns at a time that it misses the cache four times less often."""
     for start in range(0, len(tensor), _BLOCK):
         target[:, start : start + _BLOCK] = tensor[start : start + _BLOCK].T
 

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from jsfdd.models.architecture import DecoderConfig
 from jsfdd.weights import gguf, huggingface
-from jsfdd.weights.gguf_file import read_header
+from jsfdd.weights.gguf_file import GGUFFile, read_header
 from jsfdd.weights.huggingface_config import read_object
 from jsfdd.weights.tokenizer import read_chat_template, tokenizer_from_directory, tokenizer_from_gguf
 
@@ -71,8 +71,9 @@ def load_target(name: str, dtype=jnp.float32, mesh: Mesh | None = None, chat_tem
       ValueError: a file is corrupt, or the model needs what jsfdd does not compute; the message names file and value.
     """
     path = locate_target(name)
-    target = _without_params(name, path, chat_template)
-    params = (huggingface if path.is_dir() else gguf).read_params(path, target.config, dtype, mesh)
+    model = _opened(path)
+    target = _without_params(name, model, chat_template)
+    params = _format(model).read_params(model, target.config, dtype, mesh)
     return target._replace(params=params, fingerprint=fingerprint(path, target.config))
 
 
@@ -84,7 +85,7 @@ def describe_target(name: str, chat_template: Path | None = None) -> Target:
       ValueError: as in `load_target`; also where there is no chat template, without which no command can read a chat.
     """
     path = locate_target(name, weights=False)
-    target = _without_params(name, path, chat_template)
+    target = _without_params(name, _opened(path), chat_template)
     if not target.tokenizer.chat_template:
         raise ValueError(
             f"{path}: no chat template in it, so chats cannot be read as its model does; give the template of its model's "
@@ -93,27 +94,29 @@ def describe_target(name: str, chat_template: Path | None = None) -> Target:
     return target
 
 
-def _without_params(name: str, path: Path, chat_template: Path | None) -> Target:
-    config = _read_config(path)
-    tokenizer = _read_tokenizer(path, chat_template)
+def _without_params(name: str, model: Path | GGUFFile, chat_template: Path | None) -> Target:
+    config = _format(model).read_config(model)
+    tokenizer = _read_tokenizer(model, chat_template)
     # Added tokens may lie beyond the embedding (Gemma-3 1B's image token does); the vocabulary itself may not, and JAX
     # would clamp such an id without a word.
     if tokenizer.vocab_size > config.vocab_size:
+        path = model if isinstance(model, Path) else model.path
         raise ValueError(
             f"{path}: its tokenizer has {tokenizer.vocab_size} tokens but the model embeds {config.vocab_size}: "
             "they do not belong together"
         )
-    return Target(config, {}, tokenizer, name, "", stop_tokens(path, tokenizer))
+    return Target(config, {}, tokenizer, name, "", stop_tokens(model, tokenizer))
 
 
 def load_tokenizer(name: str, chat_template: Path | None = None) -> PreTrainedTokenizerFast:
     """The tokenizer of the target `name`, without its weights. Errors as in `load_target`."""
-    return _read_tokenizer(locate_target(name, weights=False), chat_template)
+    return _read_tokenizer(_opened(locate_target(name, weights=False)), chat_template)
 
 
 def read_architecture(name: str) -> DecoderConfig:
     """The architecture of the target `name`, without its weights. Errors as in `load_target`."""
-    return _read_config(locate_target(name, weights=False))
+    model = _opened(locate_target(name, weights=False))
+    return _format(model).read_config(model)
 
 
 def locate_target(name: str, weights: bool = True) -> Path:
@@ -160,18 +163,23 @@ def fingerprint(path: Path, config: DecoderConfig) -> str:
     return digest.hexdigest()
 
 
-def stop_tokens(path: Path, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
-    """Sorted ids that end an answer: the end-of-sequence ids that the files name, and special end-of-turn tokens."""
+def stop_tokens(model: Path | GGUFFile, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    """Sorted ids that end an answer: the end-of-sequence ids that the files name, and special end-of-turn tokens.
+
+    Args:
+      model: a Hugging Face directory, or a GGUF file's header.
+      tokenizer: the model's.
+    """
     found = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
-    if path.is_dir():
+    path = model if isinstance(model, Path) else model.path
+    if isinstance(model, Path):
         for file in ("config.json", "generation_config.json"):
             if (path / file).exists():
                 value = read_object(path / file).get("eos_token_id")
                 found.update(value if isinstance(value, list) else [] if value is None else [value])
     else:
-        metadata = read_header(path).metadata
         keys = ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
-        found.update(metadata[key] for key in keys if key in metadata)
+        found.update(model.metadata[key] for key in keys if key in model.metadata)
     for token_id, token in tokenizer.added_tokens_decoder.items():
         if token.special and token.content in _END_OF_TURN:
             found.add(token_id)
@@ -180,12 +188,17 @@ def stop_tokens(path: Path, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ..
     return tuple(sorted(found))
 
 
-def _read_config(path: Path) -> DecoderConfig:
-    return (huggingface if path.is_dir() else gguf).read_config(path)
+def _opened(path: Path) -> Path | GGUFFile:
+    """A directory as it is; of a GGUF file the header, which holds a vocabulary and is read once."""
+    return path if path.is_dir() else read_header(path)
 
 
-def _read_tokenizer(path: Path, chat_template: Path | None) -> PreTrainedTokenizerFast:
-    tokenizer = tokenizer_from_directory(path) if path.is_dir() else tokenizer_from_gguf(path)
+def _format(model: Path | GGUFFile):
+    return huggingface if isinstance(model, Path) else gguf
+
+
+def _read_tokenizer(model: Path | GGUFFile, chat_template: Path | None) -> PreTrainedTokenizerFast:
+    tokenizer = tokenizer_from_directory(model) if isinstance(model, Path) else tokenizer_from_gguf(model)
     if chat_template is not None:
         tokenizer.chat_template = read_chat_template(chat_template)
     elif isinstance(tokenizer.chat_template, dict):  # several under names; "default" is for chats without tools

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from jsfdd.weights.gguf_file import read_header
+from jsfdd.weights.gguf_file import GGUFFile
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -88,17 +88,15 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def tokenizer_from_gguf(path: str | Path) -> PreTrainedTokenizerFast:
+def tokenizer_from_gguf(file: GGUFFile) -> PreTrainedTokenizerFast:
     """The fast tokenizer that a GGUF file's metadata describes, with its chat template; no weights are read.
 
     Raises:
-      FileNotFoundError: no such file.
-      ValueError: truncated or corrupt, or a tokenizer model or pre-tokenizer that is not supported.
+      ValueError: a tokenizer model or pre-tokenizer that is not supported, or a vocabulary that contradicts itself.
     """
     from transformers import PreTrainedTokenizerFast  # most of a second of CPU time
 
-    path = Path(path)
-    metadata = read_header(path).metadata
+    path, metadata = file.path, file.metadata
     tokens, kinds = _vocabulary(metadata, path)
     model, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     if model == "gpt2":
@@ -107,9 +105,8 @@ def tokenizer_from_gguf(path: str | Path) -> PreTrainedTokenizerFast:
         tokenizer = _sentencepiece(metadata, tokens, kinds, path)
     else:
         raise ValueError(f"{path}: tokenizer.ggml.model is {model!r}; supported are gpt2 and llama: {_REMEDY}")
-    added = [(AddedToken(token, normalized=False), kind) for token, kind in zip(tokens, kinds, strict=True)]
-    tokenizer.add_special_tokens([token for token, kind in added if kind == _CONTROL])
-    tokenizer.add_tokens([token for token, kind in added if kind == _USER_DEFINED])
+    for wanted, add in ((_CONTROL, tokenizer.add_special_tokens), (_USER_DEFINED, tokenizer.add_tokens)):
+        add([AddedToken(token, normalized=False) for token, kind in zip(tokens, kinds, strict=True) if kind == wanted])
     named = {role: _named_token(metadata, tokens, key, path) for role, key in _ROLES.items()}
     named["pad_token"] = named["pad_token"] or named["eos_token"]
     # llama.cpp's defaults where the file is silent.
