@@ -30,6 +30,7 @@ _PUBLIC = {
     "jsfdd.selection.sfdd": ("select",),
     "jsfdd.training.recipe": ("Recipe",),
     "jsfdd.decoding.verify": ("verify",),
+    "jsfdd.decoding.answers": ("generate",),
     "jsfdd.api": ("draft_logits", "head_logits", "hidden_states", "init_draft", "score"),
 }  # fmt: skip
 _ROOM = {name: room for room, names in _PUBLIC.items() for name in names}

@@ -13,10 +13,12 @@ import jax
 import numpy as np
 from toy import as_target, toy_draft, toy_target
 
-from jsfdd.base.mesh import make_mesh, put, replicate, shard_rows, to_host
+from jsfdd.base.mesh import make_mesh, put, shard_rows, to_host
 from jsfdd.base.records import DraftBatch, Sample
 from jsfdd.data.batches import Shape, choose_shapes, make_batches, pad_batch, pad_rows
-from jsfdd.decoding.generate import DecodeSetup, PromptBatch, make_generate, prepare_params
+from jsfdd.decoding.generate import make_generate, prepare_params
+from jsfdd.decoding.settings import DecodeSetup
+from jsfdd.decoding.state import PromptBatch
 from jsfdd.models.sharding import place_params, split_vocabulary
 from jsfdd.models.target import hidden_states
 from jsfdd.scoring.passes import group_plans
@@ -89,9 +91,8 @@ def bytes_on_first(tree):
 
 
 def generate(mesh):
-    setup = DecodeSetup(CONFIG, DRAFT, 3, 24, ())
-    params = prepare_params(place_params(PARAMS, mesh), replicate(DRAFT_PARAMS, mesh))
-    return make_generate(setup, mesh), ((params, np.float32(0)), prompts(mesh))
+    setup = DecodeSetup(target=CONFIG, drafts=(DRAFT,), num_draft_tokens=3, max_new_tokens=24)
+    return make_generate(setup, mesh), (prepare_params(PARAMS, [DRAFT_PARAMS], mesh), prompts(mesh), np.float32(0))
 
 
 def prompts(mesh):
@@ -148,7 +149,8 @@ def main(out: Path) -> None:
     calls = {n: sum(1 for _ in group_plans(plans, n)) for n in (1, 2, 4, 8)}
     np.savez(out / "results.npz", **results)
     mesh = make_mesh(8, 1)
-    texts = {"score": score_step(mesh), "train": train_step(mesh), "generate": generate(mesh)}
+    decode, arguments = generate(mesh)
+    texts = {"score": score_step(mesh), "train": train_step(mesh), "generate": (jax.jit(decode), arguments)}
     texts["train sharded"] = train_step(mesh, shard_optimizer=True)
     texts["train 2x4"] = train_step(make_mesh(*MESHES["2x4"]))
     texts = {name: compiled_text(*step) for name, step in texts.items()}

@@ -10,7 +10,6 @@ from toy import good_draft, toy_draft, toy_prompts, toy_target
 
 from jsfdd.decoding.ensemble import (
     Choices,
-    Combine,
     average_drafts,
     certainty,
     check_one_target,
@@ -19,8 +18,9 @@ from jsfdd.decoding.ensemble import (
     route,
     still_needed,
 )
-from jsfdd.decoding.generate import DecodeSetup, generate, make_stream, prepare_params
-from jsfdd.decoding.tree import Proposals, TreeShape
+from jsfdd.decoding.generate import generate, make_stream, prepare_params
+from jsfdd.decoding.settings import Combine, DecodeSetup, TreeShape
+from jsfdd.decoding.tree import Proposals
 from jsfdd.models.architecture import Rope
 from jsfdd.models.draft import Draft
 
@@ -41,18 +41,19 @@ class Models:
         self.target, target_params = toy_target()
         self.draft, _ = toy_draft(self.target)
         self.params = prepare_params(target_params)
-        self.good, self.other = good_draft(self.target, self.params), toy_draft(self.target, seed=1)[1]
+        self.good, self.other = good_draft(self.target, target_params), toy_draft(self.target, seed=1)[1]
         self.halves = tuple(dataclasses.replace(self.draft, vocabulary=tuple(range(odd, 64, 2))) for odd in (0, 1))
 
-    def setup(self, draft, combine=None, **changes):
-        values = dict(target=self.target, draft=draft, num_draft_tokens=3, max_new_tokens=24, stop_tokens=(), tree=TREE)
-        return DecodeSetup(**values | changes, combine=combine)
+    def setup(self, *drafts, combine=None, **changes):
+        values = dict(target=self.target, drafts=drafts, num_draft_tokens=3, max_new_tokens=24, tree=TREE, combine=combine)
+        return DecodeSetup(**values | changes)
 
-    def decode(self, setup, draft_params, temperature=0.0, prompts=None):
-        return _compiled(setup, self.params | {"draft": draft_params}, prompts or toy_prompts(), jnp.float32(temperature))
+    def decode(self, setup, *draft_params, temperature=0.0, prompts=None):
+        params = self.params._replace(drafts=draft_params)
+        return _compiled(setup, params, prompts or toy_prompts(), jnp.float32(temperature))
 
     def plain(self, temperature):
-        return self.decode(self.setup(None, num_draft_tokens=0, tree=None), None, temperature).tokens
+        return self.decode(self.setup(num_draft_tokens=0, tree=None), temperature=temperature).tokens
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +65,10 @@ def models():
 def test_two_equal_drafts_are_one(models, combine):
     """Token for token and count for count; of equals the earlier proposes."""
     for temperature in (0.0, 0.8):
-        one = models.decode(models.setup(models.draft), models.good, temperature)
-        two = models.decode(models.setup((models.draft,) * 2, combine), (models.good,) * 2, temperature)
-        assert jax.tree.all(jax.tree.map(np.array_equal, one, two._replace(shares=None)))
+        one = models.decode(models.setup(models.draft), models.good, temperature=temperature)
+        setup = models.setup(models.draft, models.draft, combine=combine)
+        two = models.decode(setup, models.good, models.good, temperature=temperature)
+        assert jax.tree.all(jax.tree.map(np.array_equal, one[:3], two[:3]))
         assert np.asarray(one.stats.accepted).sum() > 0
         assert np.array_equal(two.shares.offered[:, 0], TREE.nodes * one.stats.accept_counts.sum(1))
         assert np.array_equal(two.shares.accepted[:, 0], one.stats.accepted.sum(1))
@@ -76,7 +78,8 @@ def test_two_equal_drafts_are_one(models, combine):
 @pytest.mark.parametrize("combine", RULES.values(), ids=RULES)
 def test_text_is_plain_decodings_whoever_proposes(models, combine):
     for temperature in (0.0, 0.8):
-        out = models.decode(models.setup((models.draft,) * 2, combine), (models.other, models.good), temperature)
+        setup = models.setup(models.draft, models.draft, combine=combine)
+        out = models.decode(setup, models.other, models.good, temperature=temperature)
         assert np.array_equal(out.tokens, models.plain(temperature))
         assert np.all(np.asarray(out.shares.offered).sum(0) > 0)
         assert np.array_equal(out.shares.offered.sum(1), TREE.nodes * out.stats.accept_counts.sum(1))
@@ -86,7 +89,7 @@ def test_text_is_plain_decodings_whoever_proposes(models, combine):
 def test_drafts_with_vocabularies_of_their_own_merge(models):
     """Each is right in places where the other cannot be."""
     wide = dict(tree=TreeShape(2, 16, 100), num_draft_tokens=2)
-    out = models.decode(models.setup(models.halves, Combine("merge"), **wide), (models.good,) * 2)
+    out = models.decode(models.setup(*models.halves, combine=Combine("merge"), **wide), models.good, models.good)
     assert np.array_equal(out.tokens, models.plain(0.0))
     assert np.all(np.asarray(out.shares.accepted).sum(0) > 0)
 
@@ -94,18 +97,18 @@ def test_drafts_with_vocabularies_of_their_own_merge(models):
 def test_every_cache_holds_what_its_draft_alone_would(models):
     """Whichever draft won a step, both have observed the same true pairs."""
 
-    def decoded(draft, draft_params, combine=None):
-        start, step = make_stream(models.setup(draft, combine))
-        params = models.params | {"draft": draft_params}
+    def decoded(*draft_params, combine=None):
+        start, step = make_stream(models.setup(*[models.draft] * len(draft_params), combine=combine))
+        params = models.params._replace(drafts=draft_params)
         state = start(params, toy_prompts(), jnp.float32(0))
         while not np.all(state.done):
             state, _ = step(params, state, jnp.float32(0))
-        return state.draft_cache
+        return state.draft_caches
 
     both = models.other, models.good
-    together = decoded((models.draft,) * 2, both, Combine("route"))
+    together = decoded(*both, combine=Combine("route"))
     for cache, own in zip(together, both, strict=True):
-        expected = decoded(models.draft, own)
+        (expected,) = decoded(own)
         for row in range(4):
             held = min(int(cache.length[row]), int(expected.length[row]))  # a last step may overshoot by more or less
             assert held >= toy_prompts().lengths[row] + 22
@@ -157,15 +160,15 @@ def test_a_draft_is_needed_while_a_row_may_still_choose_it():
 
 def test_a_routed_prompt_stays_with_its_draft_and_the_other_rests(models):
     """One prompt: three steps by both, then the draft that was surest in them; the other one's cache is not touched again."""
-    setup = models.setup((models.draft,) * 2, Combine("route", route_steps=3))
+    setup = models.setup(models.draft, models.draft, combine=Combine("route", route_steps=3))
     start, step = make_stream(setup)
-    params = models.params | {"draft": (models.other, models.good)}
+    params = models.params._replace(drafts=(models.other, models.good))
     prompt = jax.tree.map(lambda x: x[1:2], toy_prompts())
     state, won, lengths = start(params, prompt, jnp.float32(0)), [], []
     while not np.all(state.done):
         state, emitted = step(params, state, jnp.float32(0))
         won.append(int(np.argmax(emitted.offered[0])))
-        lengths.append([int(cache.length[0]) for cache in state.draft_cache])
+        lengths.append([int(cache.length[0]) for cache in state.draft_caches])
     chosen = int(np.argmax(state.choices.sureness[0]))
     assert state.choices.steps.tolist() == [3] and set(won[3:]) == {chosen} and len(won) > 5
     read = np.array(lengths)
@@ -174,10 +177,10 @@ def test_a_routed_prompt_stays_with_its_draft_and_the_other_rests(models):
 
 
 def test_what_a_row_is_given_does_not_depend_on_the_batch(models):
-    setup, both = models.setup((models.draft,) * 2, RULES["route prompts"]), (models.other, models.good)
-    whole = models.decode(setup, both)
+    setup, both = models.setup(models.draft, models.draft, combine=RULES["route prompts"]), (models.other, models.good)
+    whole = models.decode(setup, *both)
     for row in range(4):
-        alone = models.decode(setup, both, prompts=jax.tree.map(lambda x, row=row: x[row : row + 1], toy_prompts()))
+        alone = models.decode(setup, *both, prompts=jax.tree.map(lambda x, row=row: x[row : row + 1], toy_prompts()))
         assert jax.tree.all(jax.tree.map(lambda a, b, row=row: np.array_equal(a[0], b[row]), alone, whole))
 
 
@@ -220,7 +223,9 @@ def test_drafts_of_other_vocabularies_are_not_averaged(models):
 
 def test_setups_that_cannot_be(models):
     with pytest.raises(ValueError, match="route needs a tree: chains are drawn"):
-        models.setup(models.halves, Combine("route"), tree=None)
+        models.setup(*models.halves, combine=Combine("route"), tree=None)
+    with pytest.raises(ValueError, match="2 drafts, but `combine` does not say"):
+        models.setup(*models.halves)
     small = dataclasses.replace(models.draft, vocabulary=(1, 2))
     with pytest.raises(ValueError, match="tree's top-k 3 exceeds the draft's vocabulary of 2"):
-        models.setup((models.draft, small), Combine("merge"))
+        models.setup(models.draft, small, combine=Combine("merge"))

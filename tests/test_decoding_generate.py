@@ -12,18 +12,10 @@ from toy import TOY_LENGTHS, good_draft, toy_draft, toy_prompts, toy_target
 from jsfdd.base.mesh import make_mesh
 from jsfdd.base.records import DecodeStats
 from jsfdd.decoding import generate as generate_module
-from jsfdd.decoding.ensemble import Combine
-from jsfdd.decoding.generate import (
-    DecodeSetup,
-    PromptBatch,
-    count_step,
-    generate,
-    make_generate,
-    make_stream,
-    prepare_params,
-)
-from jsfdd.decoding.tree import TreeShape
-from jsfdd.decoding.verify import Cutoff, warp
+from jsfdd.decoding.generate import count_step, generate, make_generate, make_stream, prepare_params
+from jsfdd.decoding.settings import Combine, Cutoff, DecodeSetup, TreeShape
+from jsfdd.decoding.state import PromptBatch
+from jsfdd.decoding.verify import warp
 from jsfdd.models.target import head_logits, hidden_states
 
 GREEDY = jnp.float32(0)
@@ -50,24 +42,33 @@ def _run(setup, params, prompts, temperature=GREEDY):
     return _compiled(setup, params, prompts, temperature)
 
 
-def _two(draft, params, combine):
-    """The models with this draft or, where drafts are to be combined, this one and another."""
-    return ((draft, draft), params | {"draft": (params["draft"], params["draft"])}) if combine else (draft, params)
+def _setup(config, *drafts, depth=0, longest=24, **changes):
+    return DecodeSetup(target=config, drafts=drafts, num_draft_tokens=depth, max_new_tokens=longest, **changes)
+
+
+def _good(config, params):
+    """The models with a draft that is often right."""
+    return params._replace(drafts=(good_draft(config, params.target),))
+
+
+def _twice(params, combine):
+    """The models as often as drafts are needed: twice where they are to be combined."""
+    return params._replace(drafts=params.drafts * 2) if combine else params
 
 
 @pytest.fixture(scope="module")
 def models():
     config, target = toy_target()
     draft, draft_params = toy_draft(config)
-    return config, draft, prepare_params(target, draft_params)
+    return config, draft, prepare_params(target, [draft_params])
 
 
 def test_autoregressive_equals_the_slow_decoder(models):
     config, _, params = models
     prompts = toy_prompts()
-    out = _run(DecodeSetup(config, None, 0, 10, ()), params, prompts)
+    out = _run(_setup(config, longest=10), params, prompts)
     for row, length in enumerate(TOY_LENGTHS):
-        slow, gaps = _slow_greedy(config, params["target"], np.asarray(prompts.tokens[row, :length]), 10)
+        slow, gaps = _slow_greedy(config, params.target, np.asarray(prompts.tokens[row, :length]), 10)
         assert min(gaps) > 1e-3, "a near-tie would make the comparison meaningless"
         assert slow == out.tokens[row].tolist()
 
@@ -78,10 +79,10 @@ def test_greedy_speculative_equals_autoregressive(models, depth, which):
     config, draft, params = models
     if which == "good draft":
         # A target that repeats its input's argmax chain often: layers damped, so that h_{t+1} ≈ embedding of x_{t+1}.
-        params = params | {"draft": good_draft(config, params)}
+        params = _good(config, params)
     prompts = toy_prompts()
-    plain = _run(DecodeSetup(config, None, 0, 24, ()), params, prompts)
-    fast = _run(DecodeSetup(config, draft, depth, 24, ()), params, prompts)
+    plain = _run(_setup(config), params, prompts)
+    fast = _run(_setup(config, draft, depth=depth), params, prompts)
     assert np.array_equal(plain.tokens, fast.tokens)
     assert np.array_equal(plain.lengths, fast.lengths)
     # The counts tell the same story as the text: steps and accepted tokens make up all tokens but each row's first.
@@ -99,10 +100,10 @@ TREES = [TreeShape(1, 3, 3), TreeShape(4, 1, 4), TreeShape(3, 3, 9)]
 def test_a_trees_text_is_plain_decodings_at_every_temperature(models, tree, cutoff):
     """Sampled too: both draw the token at a position with that position's key, from the same distribution."""
     config, draft, params = models
-    params, prompts = params | {"draft": good_draft(config, params)}, toy_prompts()
+    params, prompts = _good(config, params), toy_prompts()
     for temperature in (0.0, 0.7, 1.0):
-        plain = _run(DecodeSetup(config, None, 0, 24, (), cutoff=cutoff), params, prompts, jnp.float32(temperature))
-        fast = _run(DecodeSetup(config, draft, tree.depth, 24, (), tree, cutoff), params, prompts, jnp.float32(temperature))
+        plain = _run(_setup(config, cutoff=cutoff), params, prompts, jnp.float32(temperature))
+        fast = _run(_setup(config, draft, depth=tree.depth, tree=tree, cutoff=cutoff), params, prompts, jnp.float32(temperature))
         assert np.array_equal(plain.tokens, fast.tokens)
         assert np.asarray(fast.stats.accepted).sum() > 0, "a draft that is never right would prove nothing"
         emitted = np.asarray(fast.stats.accept_counts.sum(1) + fast.stats.accepted.sum(1))
@@ -112,15 +113,15 @@ def test_a_trees_text_is_plain_decodings_at_every_temperature(models, tree, cuto
 @pytest.mark.parametrize("tree", [None, TreeShape(3, 3, 9)], ids=["chain", "tree"])
 def test_a_draft_vocabulary_bounds_what_is_accepted_and_not_what_is_said(models, tree):
     config, draft, params = models
-    params, prompts = params | {"draft": good_draft(config, params)}, toy_prompts()
-    plain = _run(DecodeSetup(config, None, 0, 24, ()), params, prompts)
+    params, prompts = _good(config, params), toy_prompts()
+    plain = _run(_setup(config), params, prompts)
     said, times = np.unique(plain.tokens, return_counts=True)
     few = tuple(np.sort(said[np.argsort(-times)[:4]]).tolist())
     unsaid = tuple(np.setdiff1d(np.arange(config.vocab_size), said).tolist())
     accepted = {}
     for vocabulary in (few, unsaid):
         own = dataclasses.replace(draft, vocabulary=vocabulary)
-        fast = _run(DecodeSetup(config, own, 3, 24, (), tree), params, prompts)
+        fast = _run(_setup(config, own, depth=3, tree=tree), params, prompts)
         assert np.array_equal(plain.tokens, fast.tokens)
         accepted[vocabulary] = int(np.asarray(fast.stats.accepted).sum())
     assert 0 < accepted[few] <= np.isin(np.asarray(plain.tokens), few).sum()
@@ -129,18 +130,18 @@ def test_a_draft_vocabulary_bounds_what_is_accepted_and_not_what_is_said(models,
 
 def test_a_chain_is_a_tree_with_one_branch(models):
     config, draft, params = models
-    params = params | {"draft": good_draft(config, params)}
-    chain = _run(DecodeSetup(config, draft, 4, 24, ()), params, toy_prompts())
-    branch = _run(DecodeSetup(config, draft, 4, 24, (), TreeShape(4, 1, 4)), params, toy_prompts())
+    params = _good(config, params)
+    chain = _run(_setup(config, draft, depth=4), params, toy_prompts())
+    branch = _run(_setup(config, draft, depth=4, tree=TreeShape(4, 1, 4)), params, toy_prompts())
     assert jax.tree.all(jax.tree.map(np.array_equal, chain, branch))
 
 
 def test_a_wider_tree_accepts_more(models):
     """The same draft, three levels deep: each added branch can only find more of the target's choices."""
     config, draft, params = models
-    params = params | {"draft": good_draft(config, params)}
+    params = _good(config, params)
     shapes = [TreeShape(3, 1, 3), TreeShape(3, 4, 12), TreeShape(3, 8, 60)]
-    outs = [_run(DecodeSetup(config, draft, 3, 48, (), shape), params, toy_prompts()) for shape in shapes]
+    outs = [_run(_setup(config, draft, depth=3, longest=48, tree=shape), params, toy_prompts()) for shape in shapes]
     steps = [int(out.stats.accept_counts.sum()) for out in outs]
     assert steps[0] > steps[1] > steps[2]
 
@@ -156,7 +157,7 @@ def test_a_perfect_draft_is_always_accepted():
     draft, draft_params = toy_draft(config)
     draft_params = jax.tree.map(jnp.zeros_like, draft_params)
     draft_params["fc"]["kernel"] = draft_params["fc"]["kernel"].at[: config.hidden_size].set(jnp.eye(config.hidden_size))
-    out = _run(DecodeSetup(config, draft, 4, 21, ()), prepare_params(target, draft_params), toy_prompts())
+    out = _run(_setup(config, draft, depth=4, longest=21), prepare_params(target, [draft_params]), toy_prompts())
     assert np.array_equal(out.stats.accept_counts[:, 4], [4] * 4)  # 20 tokens after the first: 4 steps of 5
     assert np.asarray(out.stats.accept_counts[:, :4]).sum() == 0
     assert np.array_equal(out.stats.accepted, out.stats.reached)
@@ -165,9 +166,9 @@ def test_a_perfect_draft_is_always_accepted():
 def test_stop_token_ends_a_row_and_only_that_row(models):
     config, draft, params = models
     prompts = toy_prompts()
-    free = np.asarray(_run(DecodeSetup(config, None, 0, 24, ()), params, prompts).tokens)
+    free = np.asarray(_run(_setup(config), params, prompts).tokens)
     stop = int(free[1, 7])  # row 1 stops here at the latest
-    for setup in (DecodeSetup(config, None, 0, 24, (stop,)), DecodeSetup(config, draft, 3, 24, (stop,))):
+    for setup in (_setup(config, stop_tokens=(stop,)), _setup(config, draft, depth=3, stop_tokens=(stop,))):
         out = _run(setup, params, prompts)
         for row in range(4):
             where = np.flatnonzero(free[row] == stop)
@@ -178,13 +179,13 @@ def test_stop_token_ends_a_row_and_only_that_row(models):
 
 def test_text_does_not_depend_on_batch_or_devices(models):
     config, draft, params = models
-    setup, prompts = DecodeSetup(config, draft, 3, 16, ()), toy_prompts()
+    setup, prompts = _setup(config, draft, depth=3, longest=16), toy_prompts()
     temperature = jnp.float32(1.0)
     whole = _run(setup, params, prompts, temperature)
     for row in range(4):
         alone = _run(setup, params, jax.tree.map(lambda x, row=row: x[row : row + 1], prompts), temperature)
         assert np.array_equal(alone.tokens[0], whole.tokens[row])
-    spread = make_generate(setup, make_mesh())((params, temperature), prompts)
+    spread = make_generate(setup, make_mesh())(params, prompts, temperature)
     assert np.array_equal(spread.tokens, whole.tokens)
     assert np.array_equal(spread.stats.accept_counts, whole.stats.accept_counts)
 
@@ -197,10 +198,10 @@ def test_filler_rows_emit_nothing(models):
         jnp.concatenate([prompts.lengths, jnp.zeros(2, jnp.int32)]),
         jax.random.split(jax.random.key(5), 6),
     )
-    out = _run(DecodeSetup(config, draft, 3, 16, ()), params, padded)
+    out = _run(_setup(config, draft, depth=3, longest=16), params, padded)
     assert np.array_equal(out.lengths, [16] * 4 + [0] * 2)
     assert np.asarray(out.stats.accept_counts[4:]).sum() == 0
-    assert np.array_equal(out.tokens[:4], _run(DecodeSetup(config, draft, 3, 16, ()), params, prompts).tokens)
+    assert np.array_equal(out.tokens[:4], _run(_setup(config, draft, depth=3, longest=16), params, prompts).tokens)
 
 
 STREAMED = {"chain": (None, None), "tree": (TreeShape(3, 3, 9), None), "merge": (TreeShape(3, 3, 9), Combine("merge"))}
@@ -209,8 +210,8 @@ STREAMED = {"chain": (None, None), "tree": (TreeShape(3, 3, 9), None), "merge": 
 @pytest.mark.parametrize("tree, combine", STREAMED.values(), ids=STREAMED.keys())
 def test_streaming_equals_generate(models, tree, combine):
     config, draft, params = models
-    draft, params = _two(draft, params | {"draft": good_draft(config, params)}, combine)
-    setup, prompts = DecodeSetup(config, draft, 3, 16, (), tree, combine=combine), toy_prompts()
+    params, prompts = _twice(_good(config, params), combine), toy_prompts()
+    setup = _setup(config, *[draft] * len(params.drafts), depth=3, longest=16, tree=tree, combine=combine)
     start, step = make_stream(setup)
     state = start(params, prompts, GREEDY)
     pieces = [[int(t)] for t in state.last_token]
@@ -226,27 +227,20 @@ def test_streaming_equals_generate(models, tree, combine):
     assert jax.tree.all(jax.tree.map(np.array_equal, stats, whole.stats))
 
 
-SAMPLED = {
-    "plain": (0, None, Cutoff()),
-    "chain": (2, None, Cutoff()),
-    "tree": (2, TreeShape(2, 2, 4), Cutoff()),
-    "chain, top-k and top-p": (2, None, Cutoff(top_k=4, top_p=0.85)),
-    "tree, top-k and top-p": (2, TreeShape(2, 2, 4), Cutoff(top_k=4, top_p=0.85)),
-    "routed trees": (2, TreeShape(2, 2, 4), Cutoff(), Combine("route")),
-    "merged trees": (2, TreeShape(2, 2, 4), Cutoff(), Combine("merge")),
-}
+SAMPLED = {"plain": (0, Cutoff()), "chain": (2, Cutoff()), "chain, top-k and top-p": (2, Cutoff(top_k=4, top_p=0.85))}
 
 
-@pytest.mark.parametrize("depth, tree, cutoff, combine", [(*x, None)[:4] for x in SAMPLED.values()], ids=SAMPLED.keys())
-def test_sampled_text_has_the_targets_distribution(depth, tree, cutoff, combine):
-    """Three tokens, over 100k sampled continuations of one prompt, against the exact joint of the warped target."""
+@pytest.mark.parametrize("depth, cutoff", SAMPLED.values(), ids=SAMPLED)
+def test_sampled_text_has_the_targets_distribution(depth, cutoff):
+    """Three tokens, over 100k sampled continuations of one prompt, against the exact joint of the warped target.
+
+    A tree's text, of one draft or several, is plain decoding's token for token, which other tests show.
+    """
     vocab, trials = 5, 100_000
     config, target = toy_target(seed=2, sharpness=1.5, vocab_size=vocab, num_layers=1, hidden_size=16)
     draft, draft_params = toy_draft(config)
-    if combine:
-        draft, draft_params = (draft, draft), (draft_params, toy_draft(config, seed=4)[1])
-    setup = DecodeSetup(config, draft if depth else None, depth, 3, (), tree, cutoff, combine)
-    params, prompt = prepare_params(target, draft_params), [1, 4, 2]
+    setup = _setup(config, *[draft][:depth], depth=depth, longest=3, cutoff=cutoff)
+    params, prompt = prepare_params(target, [draft_params]), [1, 4, 2]
 
     texts = np.array([[*prompt, a, b] for a in range(vocab) for b in range(vocab)], np.int32)
     logits = head_logits(config, target, hidden_states(config, target, texts))
@@ -258,7 +252,7 @@ def test_sampled_text_has_the_targets_distribution(depth, tree, cutoff, combine)
     for chunk in range(trials // rows):
         keys = jax.random.split(jax.random.key(chunk), rows)
         batch = PromptBatch(jnp.tile(jnp.asarray([prompt], jnp.int32), (rows, 1)), jnp.full(rows, 3, jnp.int32), keys)
-        out = np.asarray(decode((params, jnp.float32(1)), batch).tokens)
+        out = np.asarray(decode(params, batch, 1.0).tokens)
         np.add.at(counts, tuple(out.T), 1)
     assert counts[joint == 0].sum() == 0
     cells = joint * trials > 5
@@ -270,15 +264,16 @@ def test_sampled_text_has_the_targets_distribution(depth, tree, cutoff, combine)
 @pytest.mark.parametrize("combine", [None, *TOGETHER.values()], ids=["one draft", *TOGETHER])
 def test_traces_once_per_shape(models, monkeypatch, combine):
     config, draft, params = models
-    draft, params = _two(draft, params, combine)
+    params = _twice(params, combine)
     traces = []
     original = generate_module.decode
     monkeypatch.setattr(generate_module, "decode", lambda *a: traces.append(1) or original(*a))
     tree = TreeShape(2, 2, 4) if combine else None
-    run = make_generate(DecodeSetup(config, draft, 2, 8, (), tree, combine=combine), make_mesh(data=1))
-    run((params, GREEDY), toy_prompts())
+    setup = _setup(config, *[draft] * len(params.drafts), depth=2, longest=8, tree=tree, combine=combine)
+    run = make_generate(setup, make_mesh(data=1))
+    run(params, toy_prompts(), 0)
     before = len(traces)
-    run((params, jnp.float32(0.8)), toy_prompts(seed=6))
+    run(params, toy_prompts(seed=6), 0.8)
     assert len(traces) == before > 0
 
 
@@ -290,9 +285,11 @@ COMPILED |= {name: (2, TreeShape(2, 3, 7), combine) for name, combine in TOGETHE
 def test_the_compiled_loop_never_copies_a_cache(models, depth, tree, combine):
     """Inside the loop's body a cache is only ever updated in place: no copy or transpose of its shape, or of a layer's part."""
     config, draft, params = models
-    draft, params = _two(draft, params, combine)
-    setup = DecodeSetup(config, draft if depth else None, depth, 8, (), tree, combine=combine)
-    text = make_generate(setup, make_mesh(data=1)).lower((params, GREEDY), toy_prompts()).compile().as_text()
+    params = _twice(params, combine)
+    drafts = [draft] * len(params.drafts) if depth else []
+    setup = _setup(config, *drafts, depth=depth, longest=8, tree=tree, combine=combine)
+    decode = jax.jit(make_generate(setup, make_mesh(data=1)))
+    text = decode.lower(params, toy_prompts(), GREEDY).compile().as_text()
     slots = setup.cache_slots(12)
     cache = rf"f32\[(?:[12],)?(?:4,2|8),(?:8,{slots}|{slots},8)\]"
     assert re.search(cache + r".* scatter\(", text)
@@ -306,17 +303,19 @@ def test_the_compiled_loop_never_copies_a_cache(models, depth, tree, combine):
 
 
 def test_setup_refuses_draft_tokens_without_a_draft(models):
-    config, _, _ = models
-    with pytest.raises(ValueError, match="num_draft_tokens=3"):
-        DecodeSetup(config, None, 3, 8, ())
-    assert dataclasses.replace(DecodeSetup(config, None, 0, 8, ()), max_new_tokens=4).cache_slots(10) == 15
+    config, draft, _ = models
+    with pytest.raises(ValueError, match="num_draft_tokens=3 with 0 drafts"):
+        _setup(config, depth=3)
+    with pytest.raises(ValueError, match="num_draft_tokens=0 with 1 drafts"):
+        _setup(config, draft)
+    assert dataclasses.replace(_setup(config), max_new_tokens=4).cache_slots(10) == 15
 
 
 def test_setup_refuses_trees_that_do_not_fit(models):
     config, draft, _ = models
     with pytest.raises(ValueError, match="num_draft_tokens=3 with a tree of depth 2"):
-        DecodeSetup(config, draft, 3, 8, (), TreeShape(2, 2, 4))
+        _setup(config, draft, depth=3, tree=TreeShape(2, 2, 4))
     with pytest.raises(ValueError, match="tree's top-k 65 exceeds the vocabulary of 64"):
-        DecodeSetup(config, draft, 2, 8, (), TreeShape(2, 65, 70))
+        _setup(config, draft, depth=2, tree=TreeShape(2, 65, 70))
     with pytest.raises(ValueError, match="top-k 99 exceeds"):
-        DecodeSetup(config, draft, 2, 8, (), cutoff=Cutoff(top_k=99))
+        _setup(config, draft, depth=2, cutoff=Cutoff(top_k=99))

@@ -14,8 +14,9 @@ import pytest
 
 from jsfdd.base.mesh import make_mesh
 from jsfdd.data.template import render_prompt
-from jsfdd.decoding.generate import DecodeSetup, PromptBatch, make_generate, prepare_params
-from jsfdd.decoding.tree import TreeShape
+from jsfdd.decoding.generate import make_generate, prepare_params
+from jsfdd.decoding.prompts import prompt_batch
+from jsfdd.decoding.settings import TreeShape, decode_setup
 from jsfdd.models.draft import draft_config, init_draft
 from jsfdd.models.target import embed_tokens, head_logits, hidden_states
 from jsfdd.weights.target import load_target
@@ -57,20 +58,16 @@ def _linear_draft(target):
 
 def test_chain_and_tree_write_what_plain_decoding_writes(target):
     draft, draft_params = _linear_draft(target)
-    params = prepare_params(target.params, draft_params)
+    params = prepare_params(target.params, [draft_params])
     ids = [render_prompt(target.tokenizer, [{"role": "user", "content": text}]) for text in PROMPTS]
-    tokens = np.zeros((len(ids), 64), np.int32)
-    for row, prompt in enumerate(ids):
-        tokens[row, : len(prompt)] = prompt
-    lengths = jnp.array([len(prompt) for prompt in ids], jnp.int32)
-    batch = PromptBatch(jnp.asarray(tokens), lengths, jax.random.split(jax.random.key(0), len(ids)))
+    batch = prompt_batch(ids, range(len(ids)), len(ids), seed=0)
 
-    def decode(*shape):
-        setup = DecodeSetup(target.config, *shape[:2], NEW_TOKENS, target.stop_tokens, *shape[2:])
-        return jax.tree.map(np.asarray, make_generate(setup, make_mesh(data=1))((params, jnp.float32(0)), batch))
+    def decode(drafts, tree=None):
+        setup = decode_setup(target, drafts, num_draft_tokens=3, max_new_tokens=NEW_TOKENS, tree=tree)
+        return jax.tree.map(np.asarray, make_generate(setup, make_mesh(data=1))(params, batch, 0.0))
 
-    plain = decode(None, 0)
-    for name, fast in {"chain": decode(draft, 3), "tree": decode(draft, 3, TreeShape(3, 4, 12))}.items():
+    plain = decode([])
+    for name, fast in {"chain": decode([draft]), "tree": decode([draft], TreeShape(3, 4, 12))}.items():
         accepted, steps = fast.stats.accepted.sum(), fast.stats.accept_counts.sum()
         assert accepted > 0.1 * steps, f"{name}: {accepted} draft tokens accepted in {steps} steps prove little"
         assert steps < 0.93 * (plain.lengths.sum() - len(ids))

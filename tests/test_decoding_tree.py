@@ -167,21 +167,21 @@ def test_a_tree_in_one_pass_is_its_paths_one_by_one(family):
 def test_walk_literal():
     """The target chooses 2, then 5, then 4; or 1, then 0 (no child of it); or 3 at once (a child elsewhere only)."""
     cases = {
-        (2, None, 5, None, 4): ([0, 2, 4], [2, 5, 4], 2, False),
-        (1, 0, None, None, None): ([0, 1], [1, 0], 1, True),
-        (3, None, None, None, None): ([0], [3], 0, True),
+        (2, None, 5, None, 4): ([0, 2, 4], [2, 5, 4], 2, 2),
+        (1, 0, None, None, None): ([0, 1], [1, 0], 1, 2),
+        (3, None, None, None, None): ([0], [3], 0, 1),
     }
-    for choices, (nodes, tokens, accepted, went_on) in cases.items():
+    for choices, (nodes, tokens, accepted, judged) in cases.items():
         logits = jax.nn.one_hot(jnp.array([[-1 if c is None else c for c in choices]]), V)
         path = walk(LITERAL, 2, logits, lambda level, z: jnp.argmax(z, -1).astype(jnp.int32))
-        assert int(path.num_accepted[0]) == accepted and bool(path.went_on[0]) == went_on
+        assert (int(path.num_accepted[0]), int(path.num_judged[0])) == (accepted, judged)
         assert path.nodes[0, : accepted + 1].tolist() == nodes and path.tokens[0, : accepted + 1].tolist() == tokens
 
 
 def test_the_root_alone_accepts_nothing():
     tree = root_only(jnp.array([3, 4], jnp.int32))
     path = walk(tree, 0, jax.nn.one_hot(jnp.array([[5], [1]]), V), lambda level, z: jnp.argmax(z, -1).astype(jnp.int32))
-    assert path.tokens.tolist() == [[5], [1]] and path.num_accepted.tolist() == [0, 0] and not np.any(path.went_on)
+    assert path.tokens.tolist() == [[5], [1]] and path.num_accepted.tolist() == path.num_judged.tolist() == [0, 0]
 
 
 # --- Losslessness --------------------------------------------------------------------------------------------------

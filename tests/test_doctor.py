@@ -41,6 +41,7 @@ from jsfdd.doctor.examine import examine
 from jsfdd.doctor.findings import Diagnosis, Finding, Span, print_diagnosis, supervised_spans
 from jsfdd.doctor.reader import Choices, DecodedText, Reader, decode_texts
 from jsfdd.models.architecture import Rope
+from jsfdd.models.draft import Draft
 from jsfdd.models.target import head_logits, hidden_states
 from jsfdd.weights.draft import load_draft
 from jsfdd.weights.target import load_target
@@ -74,7 +75,7 @@ def healthy(inputs):
     samples, _ = tokenize_chats(chats, target.tokenizer, LENGTH)
     config, params, record = load_draft(run)
     prompts = [(chat.id, template.render_prompt(target.tokenizer, chat.messages[:1])) for chat in chats[:4]]
-    texts = decode_texts(target, config, params, prompts, **SHORT)
+    texts = decode_texts(target, Draft(config, params), prompts, **SHORT)
     return target, chats, samples, config, params, record, texts, Reader(target, LENGTH)
 
 
@@ -391,7 +392,7 @@ def test_a_tokenizer_of_another_model_makes_data_that_the_target_does_not_know(h
 def _variants(healthy, kernel):
     """Findings on a draft with another fc kernel, over the same texts: they are the target's own."""
     _, _, _, config, params, _, texts, reader = healthy
-    readings = read_with_draft(reader, config, {**params, "fc": {"kernel": jnp.asarray(kernel)}}, texts)
+    readings = read_with_draft(reader, Draft(config, {**params, "fc": {"kernel": jnp.asarray(kernel)}}), texts)
     return _by_name([check_agreement(readings, texts), *check_variants(readings, texts)])
 
 
@@ -430,7 +431,7 @@ def test_a_useless_draft_is_called_so_without_a_false_cause(healthy):
 def test_the_decoders_verdicts_are_those_of_reading_whole(healthy, monkeypatch):
     """And not where the decoder shows the draft each hidden state with the wrong token, or emits another token."""
     target, chats, _, config, params, _, texts, reader = healthy
-    readings = read_with_draft(reader, config, params, texts)
+    readings = read_with_draft(reader, Draft(config, params), texts)
     found = check_decoded(reader, readings, texts, target.tokenizer)
     assert found.severity == "ok" and found.figures["steps"] > 40
     assert found.figures["decoded"] == found.figures["teacher_forced"] > 0.9
@@ -444,16 +445,16 @@ def test_the_decoders_verdicts_are_those_of_reading_whole(healthy, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(generate, "observe", observe_other_tokens)
-        wrong = decode_texts(target, config, params, prompts, **SHORT)
+        wrong = decode_texts(target, Draft(config, params), prompts, **SHORT)
     assert check_target_text(reader, wrong, target.tokenizer).severity == "ok"
-    found = check_decoded(reader, read_with_draft(reader, config, params, wrong), wrong, target.tokenizer)
+    found = check_decoded(reader, read_with_draft(reader, Draft(config, params), wrong), wrong, target.tokenizer)
     assert found.severity == "error" and found.figures["prompt"] == texts[0].id
     assert found.figures["position"] == texts[0].prompt_length + 1
 
     verify = generate.verify
     with monkeypatch.context() as patch:
         patch.setattr(generate, "verify", lambda *a: verify(*a)._replace(next_token=verify(*a).next_token + 1))
-        wrong = decode_texts(target, config, params, prompts, **SHORT)
+        wrong = decode_texts(target, Draft(config, params), prompts, **SHORT)
     found = check_target_text(reader, wrong, target.tokenizer)
     assert found.severity == "error" and found.figures["prompt"] == texts[0].id
 

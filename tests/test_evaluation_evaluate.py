@@ -9,10 +9,12 @@ from toy import loaded_target, toy_draft
 
 from jsfdd.base.mesh import make_mesh
 from jsfdd.base.records import Prompt
-from jsfdd.decoding.tree import TreeShape
-from jsfdd.decoding.verify import Cutoff
+from jsfdd.decoding.prompts import prompt_batch
+from jsfdd.decoding.settings import Cutoff, TreeShape
+from jsfdd.evaluation import evaluate as evaluate_module
 from jsfdd.evaluation.evaluate import compare, evaluate
 from jsfdd.evaluation.intervals import interval, resample_ratios, tau_difference
+from jsfdd.evaluation.replay import record
 from jsfdd.models.draft import Draft
 
 PROMPTS = [Prompt(f"p{i}", "even" if i % 2 == 0 else "odd", ("hi" * (i + 1),)) for i in range(5)]
@@ -83,6 +85,32 @@ def test_a_tree_accepts_more_than_a_chain_and_writes_the_same(reports):
         **(OPTIONS | {"temperature": 1.0}),
     )["a"]  # fmt: skip
     assert sampled["same_text_share"] == 1.0
+
+
+def test_without_drafts_the_baseline_is_reported():
+    ((name, report),) = evaluate(loaded_target(), {}, PROMPTS[:2], make_mesh(data=2), **OPTIONS).items()
+    assert (name, report["tau"], report["alpha"], report["speedup"]) == ("autoregressive", 1.0, [], 1.0)
+    assert report["tokens_per_second"] == report["baseline_tokens_per_second"] > 0
+
+
+def test_later_turns_go_on_from_the_baselines_answers():
+    """Whatever a sampled draft says, every draft answers the prompts that plain decoding leads to, as `record` keeps them."""
+    target, (prompt,) = loaded_target(), PROMPTS[-1:]
+    asked = []
+
+    def batches(*arguments, **options):
+        asked.append(arguments[0])
+        return prompt_batch(*arguments, **options)
+
+    options = OPTIONS | {"temperature": 1.0}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate_module, "prompt_batch", batches)
+        evaluate(target, {"a": Draft(*toy_draft(target.config))}, [prompt], make_mesh(data=1), **options)
+    recorded = record(
+        target, [prompt], make_mesh(data=1), temperature=1.0, max_new_tokens=12, ahead=0, batch_size=4, seed=0
+    )
+    starts = [sample.tokens[: np.argmax(sample.assistant_mask)].tolist() for sample in recorded.samples]
+    assert [ids for (ids,) in asked] == starts and len(starts) == 2
 
 
 def test_comparison_is_paired(reports):

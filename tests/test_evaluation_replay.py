@@ -1,24 +1,20 @@
 """Judging recorded text is decoding it: the same counts greedily, the same law when sampled."""
 
-import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from toy import loaded_target, toy_draft
+from toy import damped_target, loaded_target, often_right, toy_draft
 
 from jsfdd.base.mesh import make_mesh
 from jsfdd.base.records import Prompt, Sample
 from jsfdd.data.batches import pad_rows
-from jsfdd.decoding.ensemble import Combine, Ensemble
 from jsfdd.decoding.generate import make_generate, prepare_params
-from jsfdd.decoding.prompts import bucket_width, prompt_batch, render_turns
-from jsfdd.decoding.state import DecodeSetup
-from jsfdd.decoding.tree import TreeShape
+from jsfdd.decoding.prompts import first_prompts, prompt_batch
+from jsfdd.decoding.settings import Combine, Team, TreeShape, decode_setup
 from jsfdd.evaluation.acceptance import acceptance_figures
 from jsfdd.evaluation.evaluate import evaluate
-from jsfdd.evaluation.replay import Recorded, _walk_text, make_judge, record, walk
+from jsfdd.evaluation.replay import Recorded, make_judge, record, walk, walk_text
 from jsfdd.evaluation.replay_trees import make_tree_replay
 from jsfdd.models.draft import Draft, DraftConfig
 from jsfdd.models.target import hidden_states
@@ -26,24 +22,6 @@ from jsfdd.models.target import hidden_states
 PROMPTS = [Prompt(f"p{i}", "even" if i % 2 == 0 else "odd", ("hi" * (i + 1),)) for i in range(3)]
 PROMPTS.append(Prompt("two", "odd", ("first turn", "second turn")))
 VOCABULARY = tuple(range(0, 258, 2))
-
-
-def _damped_target(stop_tokens=(257,)):
-    """A target whose hidden state is its last token's embedding, but for a little of its layers."""
-    target = loaded_target()
-    layers = target.params["layers"]
-    for part, name in (("attention", "o_proj"), ("mlp", "down_proj")):
-        layers[part][name]["kernel"] = 0.3 * layers[part][name]["kernel"]
-    return target._replace(stop_tokens=stop_tokens)
-
-
-def _often_right(target, vocabulary=()):
-    """A draft that passes the embedding through, and has a little of its own layer, so that what it attends to matters."""
-    draft, params = toy_draft(target.config)
-    width = target.config.hidden_size
-    params["fc"]["kernel"] = jnp.zeros_like(params["fc"]["kernel"]).at[:width].set(jnp.eye(width))
-    params["layer"] = jax.tree.map(lambda x: 0.5 * x, params["layer"])
-    return dataclasses.replace(draft, vocabulary=vocabulary), params
 
 
 def _hidden(target, recorded):
@@ -63,8 +41,8 @@ def _replay(target, recorded, draft: DraftConfig, params, depth):
     "stop, vocabulary", [((257,), ()), ((257, 27, 92), VOCABULARY)], ids=["whole answers", "stops, a draft vocabulary"]
 )
 def test_greedy_counts_are_the_decoders(stop, vocabulary):
-    target = _damped_target(stop)
-    draft, params = _often_right(target, vocabulary)
+    target = damped_target(stop)
+    draft, params = often_right(target, vocabulary)
     mesh = make_mesh()
     options = dict(temperature=0.0, max_new_tokens=24, batch_size=4, seed=0)
     report = evaluate(target, {"draft": Draft(draft, params)}, PROMPTS, mesh, num_draft_tokens=3, **options)["draft"]
@@ -79,14 +57,13 @@ def test_greedy_counts_are_the_decoders(stop, vocabulary):
 
 def test_sampled_counts_have_the_decoders_law():
     """Over many sampled answers to one prompt, decoding's mean counts and replay's expectations agree."""
-    target = _damped_target()
-    draft, params = _often_right(target)
+    target = damped_target()
+    draft, params = often_right(target)
     mesh, depth, longest, rows = make_mesh(), 3, 10, 1500
     prompts = [Prompt(f"p{i}", "same", ("hi",)) for i in range(rows)]
-    ids = [render_turns(target, prompt, []) for prompt in prompts]
-    batch = prompt_batch(ids, range(rows), rows, bucket_width(len(ids[0])), 1, 0)
-    decode = make_generate(DecodeSetup(target.config, draft, depth, longest, target.stop_tokens), mesh)
-    stats = decode((prepare_params(target.params, params), np.float32(1)), batch).stats
+    batch = prompt_batch(first_prompts(target, prompts, longest), range(rows), rows, seed=1)
+    decode = make_generate(decode_setup(target, [draft], num_draft_tokens=depth, max_new_tokens=longest), mesh)
+    stats = decode(prepare_params(target.params, [params]), batch, 1.0).stats
     recorded = record(
         target, prompts, mesh, temperature=1.0, max_new_tokens=longest, ahead=depth, batch_size=rows, seed=2
     )
@@ -105,20 +82,20 @@ def test_walk_by_hand():
     accept = np.zeros((2, 7))
     accept[0] = [0, 0.5, 0.25, 1.0, 0.5, 0, 0]  # entry t is about token t + 2
     accept[1] = [0, 0, 0.5, 0.5, 0.5, 0, 0]
-    histogram, reached, accepted = _walk_text(accept, 2, np.zeros(5, bool), max_new_tokens=3)
+    histogram, reached, accepted = walk_text(accept, 2, np.zeros(5, bool), max_new_tokens=3)
     # A first step at one token: 1/2 rejects (a second step at two tokens follows), 1/4 accepts one, 1/4 two; both end.
     # The second step: 3/4 rejects at once, 1/8 accepts one, 1/8 two.
     assert np.allclose(histogram, [0.5 + 0.5 * 0.75, 0.25 + 0.5 * 0.125, 0.25 + 0.5 * 0.125])
     assert np.allclose(reached, [1.5, 0.5 + 0.5 * 0.25])
     assert np.allclose(accepted, [0.5 + 0.125, 0.25 + 0.0625])
-    stopped = _walk_text(accept, 2, np.array([False, True]), max_new_tokens=3)
+    stopped = walk_text(accept, 2, np.array([False, True]), max_new_tokens=3)
     assert np.allclose(stopped[0], [0.5, 0.5, 0])
     assert np.allclose(stopped[1], [1, 0])
 
 
 def test_more_depth_than_recorded_is_refused():
     target = loaded_target()
-    draft, _ = _often_right(target)
+    draft, _ = often_right(target)
     tokens = np.arange(6, dtype=np.int32)
     recorded = Recorded([Sample("a/0", "s", tokens, tokens > 2)], np.array([0]), 0.0, 3, 2, (257,))
     with pytest.raises(ValueError, match="recorded for up to 2"):
@@ -128,20 +105,21 @@ def test_more_depth_than_recorded_is_refused():
 @pytest.mark.parametrize("rule, temperature", [(None, 0.0), ("route", 1.0), ("merge", 1.0)])
 def test_tree_counts_are_the_decoders_at_every_temperature(rule, temperature):
     prompts = PROMPTS[:3]
-    target = _damped_target((257, 27, 92))
-    draft, params = _often_right(target)
+    target = damped_target((257, 27, 92))
+    draft, params = often_right(target)
     shape = TreeShape(3, 3, 8)
-    drafts, combine = {"one": Draft(draft, params)}, None
+    drafts, params, combine = {"one": Draft(draft, params)}, [params], None
     if rule:
-        other = jax.tree.map(lambda x, y: 0.8 * x + 0.2 * y, params, toy_draft(target.config, seed=7)[1])
+        other = jax.tree.map(lambda x, y: 0.8 * x + 0.2 * y, params[0], toy_draft(target.config, seed=7)[1])
         combine = Combine(rule)
-        drafts = {"both": Ensemble({"one": Draft(draft, params), "two": Draft(draft, other)}, combine)}
-        params, draft = (params, other), (draft, draft)
+        drafts = {"both": Team({"one": Draft(draft, params[0]), "two": Draft(draft, other)}, combine)}
+        params.append(other)
     mesh = make_mesh()
     options = dict(temperature=temperature, max_new_tokens=24, batch_size=4, seed=0)
     (report,) = evaluate(target, drafts, prompts, mesh, num_draft_tokens=3, tree=shape, **options).values()
     recorded = record(target, prompts, mesh, ahead=4, **options)
-    setup = DecodeSetup(target.config, draft, 3, 24, target.stop_tokens, shape, combine=combine)
+    shapes = [draft] * len(params)
+    setup = decode_setup(target, shapes, num_draft_tokens=3, max_new_tokens=24, tree=shape, combine=combine)
     counts, shares = make_tree_replay(target, _hidden(target, recorded), recorded, setup, mesh, batch_size=4)(params)
     assert min(report["accept_counts"][:3]) > 0, "trees that are never right, or always, would prove nothing"
     for name, value in acceptance_figures(counts, np.ones(len(prompts), bool), seed=0).items():

@@ -1,5 +1,6 @@
 """Toy models for tests: small enough for seconds, odd enough (grouped heads, untied head) to catch mix-ups."""
 
+import dataclasses
 import json
 
 import jax
@@ -10,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from jsfdd.data.chat import Chat
-from jsfdd.decoding.generate import PromptBatch
+from jsfdd.decoding.state import PromptBatch
 from jsfdd.models.architecture import DecoderConfig, Rope
 from jsfdd.models.draft import draft_config, init_draft
 from jsfdd.models.target import init_params
@@ -103,6 +104,24 @@ def toy_chats(answers=("Because it scatters.", "Forty-two, I think.")) -> list[C
         Chat(f"c{i}", "toy", ({"role": "user", "content": "Why?"}, {"role": "assistant", "content": answer}), f"toy:{i + 1}")
         for i, answer in enumerate(answers)
     ]
+
+
+def damped_target(stop_tokens=(257,)):
+    """A target whose hidden state is its last token's embedding, but for a little of its layers."""
+    target = loaded_target()
+    layers = target.params["layers"]
+    for part, name in (("attention", "o_proj"), ("mlp", "down_proj")):
+        layers[part][name]["kernel"] = 0.3 * layers[part][name]["kernel"]
+    return target._replace(stop_tokens=stop_tokens)
+
+
+def often_right(target, vocabulary=()):
+    """A draft that passes the embedding through, and has a little of its own layer, so that what it attends to matters."""
+    draft, params = toy_draft(target.config)
+    width = target.config.hidden_size
+    params["fc"]["kernel"] = jnp.zeros_like(params["fc"]["kernel"]).at[:width].set(jnp.eye(width))
+    params["layer"] = jax.tree.map(lambda x: 0.5 * x, params["layer"])
+    return dataclasses.replace(draft, vocabulary=vocabulary), params
 
 
 def write_target(directory, seed=0, target=None):

@@ -17,7 +17,9 @@ import numpy as np
 from jsfdd.base.mesh import make_mesh
 from jsfdd.data.chat import read_prompts
 from jsfdd.data.template import render_prompt
-from jsfdd.decoding.generate import DecodeSetup, PromptBatch, make_generate, prepare_params
+from jsfdd.decoding.generate import make_generate, prepare_params
+from jsfdd.decoding.settings import decode_setup
+from jsfdd.decoding.state import PromptBatch
 from jsfdd.weights.target import load_target
 
 WIDTHS = (64, 128, 192, 256, 320)
@@ -41,8 +43,7 @@ def main():
 
     target = load_target("smollm2")
     prompts = read_prompts([args.prompts])
-    setup = DecodeSetup(target.config, None, 0, args.max_new_tokens, target.stop_tokens)
-    decode = make_generate(setup, make_mesh(data=1))
+    decode = make_generate(decode_setup(target, max_new_tokens=args.max_new_tokens), make_mesh(data=1))
     params = prepare_params(target.params)
     messages = [[] for _ in prompts]
     start = time.perf_counter()
@@ -62,7 +63,7 @@ def main():
             base = jax.random.fold_in(jax.random.key(args.seed), turn)
             keys = jax.vmap(lambda i, base=base: jax.random.fold_in(base, i))(jnp.arange(args.batch_size) + first)
             batch = PromptBatch(jnp.asarray(tokens), jnp.asarray(lengths), keys)
-            out = decode((params, jnp.float32(args.temperature)), batch)
+            out = decode(params, batch, args.temperature)
             for k, i in enumerate(chosen):
                 answer = np.asarray(out.tokens[k, : out.lengths[k]])
                 text = target.tokenizer.decode(answer, skip_special_tokens=True).strip()

@@ -15,26 +15,23 @@ import numpy as np
 
 from jsfdd.data.chat import read_prompts
 from jsfdd.data.template import render_prompt
-from jsfdd.decoding.generate import DecodeSetup, PromptBatch, make_stream, prepare_params
-from jsfdd.evaluation.evaluate import check_draft
+from jsfdd.decoding.generate import make_stream, prepare_params
+from jsfdd.decoding.prompts import prompt_batch
+from jsfdd.decoding.settings import decode_setup
+from jsfdd.decoding.stream import stream
 from jsfdd.models.draft import EagleLayer
 from jsfdd.models.target import embed_tokens, head_logits, hidden_states
-from jsfdd.weights.draft import load_draft
+from jsfdd.weights.draft import check_draft, load_draft
 from jsfdd.weights.target import load_target
 
 
-def answer(setup, params, start, step, prompt):
+def answer(programs, params, prompt, max_new_tokens):
     """(tokens, accepted draft tokens of each step) of one prompt."""
-    width = max(64, 1 << (len(prompt) - 1).bit_length())
-    tokens = np.zeros((1, width), np.int32)
-    tokens[0, : len(prompt)] = prompt
-    state = start(params, PromptBatch(jnp.asarray(tokens), jnp.array([len(prompt)]), jax.random.key(0)[None]), jnp.float32(0))
-    emitted_tokens, accepted = [int(state.last_token[0])], []
-    while not bool(state.done[0]):
-        state, emitted = step(params, state, jnp.float32(0))
-        emitted_tokens += emitted.tokens[0, : int(emitted.count[0])].tolist()
-        accepted.append(int(emitted.accepted[0]))
-    return emitted_tokens[: setup.max_new_tokens], accepted
+    tokens, accepted = [], []
+    for emitted in stream(programs, params, prompt_batch([prompt], [0], 1, seed=0), temperature=0.0):
+        tokens += emitted.tokens[0, : emitted.count[0]].tolist()
+        accepted += emitted.accepted[emitted.active].tolist()
+    return tokens[:max_new_tokens], accepted
 
 
 def make_twin(target, draft, depth):
@@ -84,11 +81,10 @@ def main() -> None:
     draft, draft_params, _ = load_draft(args.draft)
     target = load_target("smollm2")
     check_draft(target, draft, str(args.draft))
-    params = prepare_params(target.params, draft_params)
+    params = prepare_params(target.params, [draft_params])
     depth, longest = args.num_draft_tokens, args.max_new_tokens
-    speculative = DecodeSetup(target.config, draft, depth, longest, target.stop_tokens)
-    plain = DecodeSetup(target.config, None, 0, longest, target.stop_tokens)
-    programs = {name: (setup, *make_stream(setup)) for name, setup in (("speculative", speculative), ("plain", plain))}
+    speculative = make_stream(decode_setup(target, [draft], num_draft_tokens=depth, max_new_tokens=longest))
+    plain = make_stream(decode_setup(target, max_new_tokens=longest))
     twin = make_twin(target, draft, depth)
 
     # Evenly spread over the files' rows, so that every source is in.
@@ -98,8 +94,8 @@ def main() -> None:
     for prompt in chosen:
         messages = [{"role": "user", "content": prompt.turns[0]}]
         ids = render_prompt(target.tokenizer, messages)
-        tokens, accepted = answer(speculative, params, *programs["speculative"][1:], ids)
-        plain_tokens, _ = answer(plain, params, *programs["plain"][1:], ids)
+        tokens, accepted = answer(speculative, params, ids, longest)
+        plain_tokens, _ = answer(plain, params._replace(drafts=()), ids, longest)
         # Tokens that were there before each step: the prompt, the first token, and what earlier steps emitted.
         lengths = len(ids) + 1 + np.concatenate([[0], np.cumsum(np.array(accepted[:-1]) + 1)]).astype(int)
         row = {"id": prompt.id, "source": prompt.source, "messages": messages, "prompt": list(map(int, ids)), "tokens": tokens}

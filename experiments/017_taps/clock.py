@@ -7,10 +7,8 @@ from pathlib import Path
 from experiments.pool.pool import MAX_NEW_TOKENS, SMOKE, Pool, open_pool, pool_parser
 from experiments.results import read_results, write_results
 from jsfdd.base.hardware import describe_hardware
-from jsfdd.decoding.ensemble import Ensemble
-from jsfdd.decoding.tree import TreeShape
+from jsfdd.decoding.settings import TreeShape
 from jsfdd.evaluation.evaluate import evaluate
-from jsfdd.models.draft import Draft
 
 from .systems import NODES, PROMPTS, System, systems
 
@@ -30,9 +28,9 @@ def decoded(pool: Pool, chosen: dict[str, System], temperature: float, each: int
         prompts += [prompt.__class__(prompt.id, source, prompt.turns[:1]) for prompt in asked]
     found = {}
     for times in sorted({system.nodes // NODES for system in chosen.values()}):
-        own = {name: _as_draft(system) for name, system in chosen.items() if system.nodes == times * NODES}
+        teams = {name: system.team for name, system in chosen.items() if system.nodes == times * NODES}
         reports = evaluate(
-            pool.loaded.target, own, prompts, pool.loaded.mesh, temperature=temperature, num_draft_tokens=tree.depth,
+            pool.loaded.target, teams, prompts, pool.loaded.mesh, temperature=temperature, num_draft_tokens=tree.depth,
             max_new_tokens=MAX_NEW_TOKENS, batch_size=1, seed=0, tree=TreeShape(tree.depth, tree.top_k, times * tree.nodes),
         )  # fmt: skip
         for name, report in reports.items():
@@ -40,12 +38,6 @@ def decoded(pool: Pool, chosen: dict[str, System], temperature: float, each: int
             found[name] = {"nodes": times * tree.nodes} | {figure: report[figure] for figure in FIGURES}
             print(f"{name}: τ {report['tau']:.3f}, speedup {report['speedup']:.3f}", flush=True)
     return found
-
-
-def _as_draft(system: System):
-    if system.combine is None:
-        return Draft(system.shapes, system.params)
-    return Ensemble(dict(zip(("maths", "chat"), map(Draft, system.shapes, system.params))), system.combine)
 
 
 def main() -> None:

@@ -9,8 +9,7 @@ import numpy as np
 from experiments.pool.pool import AHEAD, MAX_NEW_TOKENS, SMOKE, Pool, open_pool, pool_parser
 from experiments.results import read_results, write_results
 from jsfdd.base.hardware import describe_hardware
-from jsfdd.decoding.state import DecodeSetup
-from jsfdd.decoding.tree import TreeShape
+from jsfdd.decoding.settings import TreeShape, decode_setup
 from jsfdd.evaluation.replay_trees import make_tree_replay
 
 from .systems import PROMPTS, System, systems
@@ -23,18 +22,18 @@ def replayed(pool: Pool, system: System, temperature: float, programs: dict) -> 
     """JSON-ready counts of one system: by prompt emitted tokens and steps, by depth, by benchmark who was verified."""
     recorded, (states, _) = pool.recorded[temperature], pool.judges[temperature]
     target = pool.loaded.target
-    tree = TreeShape(AHEAD, 10, system.nodes)
-    setup = DecodeSetup(
-        target.config, system.shapes, AHEAD, MAX_NEW_TOKENS, target.stop_tokens, tree, combine=system.combine
-    )  # fmt: skip
+    tree, team = TreeShape(AHEAD, 10, system.nodes), system.team
+    setup = decode_setup(
+        target, team.configs, num_draft_tokens=AHEAD, max_new_tokens=MAX_NEW_TOKENS, tree=tree, combine=team.combine
+    )
     if (setup, temperature) not in programs:
         programs[setup, temperature] = make_tree_replay(target, states, recorded, setup, pool.loaded.mesh)
-    counts, shares = programs[setup, temperature](system.params)
+    counts, shares = programs[setup, temperature](team.params)
     row = {
         "nodes": system.nodes, "emitted": counts.emitted.tolist(), "steps": counts.steps.tolist(),
         "reached": counts.reached.sum(axis=0).tolist(), "accepted": counts.accepted.sum(axis=0).tolist(),
     }  # fmt: skip
-    if system.combine is not None:
+    if team.combine is not None:
         sources = np.array([prompt.source for prompt in pool.prompts])
         total = {s: [x[sources == s].sum(axis=0) for x in shares] for s in PROMPTS}
         row["shares"] = {

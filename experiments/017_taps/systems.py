@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from experiments.pool.pool import SMOKE, Pool, trained_draft
-from jsfdd.decoding.ensemble import Combine, average_drafts
+from jsfdd.decoding.ensemble import average_drafts
+from jsfdd.decoding.settings import Combine, Team
 
 NODES = 60
 # Spec-Bench's chat part is MT-Bench, prompt for prompt.
@@ -14,11 +15,9 @@ SINGLE = ("maths", "chat", "mixed small", "mixed large")
 
 
 class System(NamedTuple):
-    """One or several drafts, as they decode: shapes, parameters, how they are combined, nodes that are verified."""
+    """One or several drafts as they decode, and the nodes that are verified."""
 
-    shapes: object
-    params: object
-    combine: Combine | None = None
+    team: Team
     nodes: int = NODES
 
 
@@ -29,17 +28,19 @@ def systems(pool: Pool, training: str, seed: int, chosen: str = "", other_seed: 
     started elsewhere.
     """
     drafts = {name: trained_draft(pool, f"{training} {name}{chosen} seed {seed}") for name in SINGLE}
-    found = {f"{name}{chosen}": System(draft.config, draft.params) for name, draft in drafts.items()}
+    teams = {name: Team({name: draft}) for name, draft in drafts.items()}
     both = {name: drafts[name] for name in ("maths", "chat")}
-    found[f"mixed large at 120{chosen}"] = found[f"mixed large{chosen}"]._replace(nodes=2 * NODES)
-    found[f"averaged{chosen}"] = System(*average_drafts(both, (0.5, 0.5))[:2])
+    teams["averaged"] = Team({"averaged": average_drafts(both, (0.5, 0.5))})
     if other_seed is not None:
         unlike = both | {"chat": trained_draft(pool, f"{training} chat{chosen} seed {other_seed}")}
-        found[f"averaged, of two starts{chosen}"] = System(*average_drafts(unlike, (0.5, 0.5))[:2])
-    shapes, params = (tuple(part) for part in zip(*(draft[:2] for draft in both.values())))
-    found[f"routed{chosen}"] = System(shapes, params, Combine("route"))
-    found[f"routed by entropy{chosen}"] = System(shapes, params, Combine("route", "entropy"))
-    found[f"routed per prompt{chosen}"] = System(shapes, params, Combine("route", "confidence", 5))
-    found[f"merged at 60{chosen}"] = System(shapes, params, Combine("merge"))
-    found[f"merged at 120{chosen}"] = System(shapes, params, Combine("merge"), 2 * NODES)
-    return found
+        teams["averaged, of two starts"] = Team({"averaged": average_drafts(unlike, (0.5, 0.5))})
+    teams["routed"] = Team(both, Combine("route"))
+    teams["routed by entropy"] = Team(both, Combine("route", "entropy"))
+    teams["routed per prompt"] = Team(both, Combine("route", "confidence", 5))
+    teams["merged at 60"] = Team(both, Combine("merge"))
+    at_60 = {name: System(team) for name, team in teams.items()}
+    at_120 = {
+        "mixed large at 120": System(teams["mixed large"], 2 * NODES),
+        "merged at 120": System(teams["merged at 60"], 2 * NODES),
+    }
+    return {f"{name}{chosen}": system for name, system in (at_60 | at_120).items()}

@@ -11,8 +11,10 @@ import numpy as np
 from experiments.pool.pool import GAMMA, SMOKE, open_pool, pool_parser, trained_draft
 from experiments.results import write_results
 from jsfdd.base.hardware import describe_hardware
-from jsfdd.evaluation import confidence, replay
+from jsfdd.evaluation import replay
 from jsfdd.evaluation.acceptance import acceptance_figures
+
+from . import confidence
 
 HERE = Path(__file__).parent
 
@@ -29,26 +31,27 @@ def main() -> None:
     judge = replay.make_judge(pool.loaded.target, states, recorded, draft, pool.loaded.mesh, num_draft_tokens=GAMMA)
     judged = judge(params)
     counts = replay.walk(recorded, judged)
-    of = confidence.proposed(recorded, judged)
+    drafted = confidence.proposed(recorded, judged)
     sources = np.array([prompt.source for prompt in pool.prompts])
-    own = {source: confidence.only(of, sources[of.prompt] == source) for source in dict.fromkeys(sources)}
-    depths = {depth: confidence.only(of, of.depth == depth) for depth in range(1, GAMMA + 1)}
+    by_source = {source: confidence.only(drafted, sources[drafted.prompt] == source) for source in dict.fromkeys(sources)}
+    depths = {depth: confidence.only(drafted, drafted.depth == depth) for depth in range(1, GAMMA + 1)}
     results = {
         "hardware": describe_hardware(),
         "draft": options.draft,
-        "all": confidence.figures(of, 0),
-        "by_depth": {depth: confidence.figures(each, 0) for depth, each in depths.items() if each.reached.any()},
-        "by_source": {source: confidence.figures(each, 0) for source, each in own.items()},
-        "decoders_tau": {source: acceptance_figures(counts, sources == source, 0)["tau"] for source in own},
+        "all": confidence.figures(drafted, 0),
+        "by_depth": {depth: confidence.figures(part, 0) for depth, part in depths.items() if part.reached.any()},
+        "by_source": {source: confidence.figures(part, 0) for source, part in by_source.items()},
+        "decoders_tau": {source: acceptance_figures(counts, sources == source, 0)["tau"] for source in by_source},
         "tau": {
             source: {
-                "measured": confidence.measured_tau(each, 0),
-                "as_confident": confidence.expected_tau(each, 0),
+                "measured": confidence.measured_tau(part, 0),
+                "as_confident": confidence.expected_tau(part, 0),
                 "predicted_from": {
-                    other: confidence.predicted_tau(each, confidence.thresholds(labelled), 0) for other, labelled in own.items()
+                    other: confidence.predicted_tau(part, confidence.thresholds(labelled), 0)
+                    for other, labelled in by_source.items()
                 },
             }
-            for source, each in own.items()
+            for source, part in by_source.items()
         },
     }
     errors = {"as_confident": [], "atc": [], "tau_of_the_other": []}
@@ -59,7 +62,7 @@ def main() -> None:
                 errors["as_confident"].append(abs(row["as_confident"]["tau"] - truth))
                 errors["atc"].append(abs(predicted["tau"] - truth))
                 errors["tau_of_the_other"].append(abs(results["tau"][other]["measured"]["tau"] - truth))
-    results["mean_absolute_error"] = {name: float(np.mean(each)) for name, each in errors.items()}
+    results["mean_absolute_error"] = {name: float(np.mean(part)) for name, part in errors.items()}
     out = options.work if SMOKE else HERE
     write_results(out / "results.jsonl", results)
     _plot(results, out / "reliability.png")
@@ -71,7 +74,7 @@ def _plot(results: dict, path: Path) -> None:
     for axis, by in zip(axes, ("source", "depth")):
         axis.plot([0, 1], [0, 1], color="0.6", lw=1, ls=":")
         for number, (name, figures) in enumerate(results[f"by_{by}"].items()):
-            x, y, low, high, count = np.array([list(each.values()) for each in figures["reliability"]]).T
+            x, y, low, high, count = np.array([list(part.values()) for part in figures["reliability"]]).T
             axis.vlines(x, low, high, color=f"C{number}", lw=1.5, alpha=0.4)
             axis.plot(x, y, color=f"C{number}", label=f"depth {name}" if by == "depth" else name)
             axis.scatter(x, y, s=4 + 120 * count / count.sum(), color=f"C{number}", lw=0, zorder=3)

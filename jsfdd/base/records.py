@@ -141,7 +141,7 @@ class DecodeStats(NamedTuple):
 
 
 class DraftShares(NamedTuple):
-    """What each of E drafts that decode together had its part in, per row.
+    """What each of E drafts had its part in, per row.
 
     Attributes:
       offered: int32[B, E], draft tokens that the target verified, each counted for one draft that proposed it.
@@ -153,9 +153,9 @@ class DraftShares(NamedTuple):
 
 
 class Generation(NamedTuple):
-    """Generated tokens of a batch: `tokens[b, :lengths[b]]`, the stopping token included. `shares`: of combined drafts."""
+    """Generated tokens of a batch: `tokens[b, :lengths[b]]`, the stopping token included, and what was counted meanwhile."""
 
     tokens: Int[Array, "B N"]
     lengths: Int[Array, " B"]
     stats: DecodeStats
-    shares: DraftShares | None = None
+    shares: DraftShares

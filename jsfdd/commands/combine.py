@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from jsfdd.commands.evaluate import EvaluateConfig
     from jsfdd.commands.generate import GenerateConfig
-    from jsfdd.decoding.ensemble import Ensemble
+    from jsfdd.decoding.settings import Team
     from jsfdd.models.draft import Draft
 
 
@@ -24,13 +24,15 @@ def names_of(drafts: Sequence[Path]) -> dict[str, Path]:
     raise ValueError(f"--draft: {', '.join(map(str, drafts))} cannot be told apart by name; rename one")
 
 
-def measured_drafts(config: EvaluateConfig) -> dict[str, Draft | Ensemble]:
+def measured_drafts(config: EvaluateConfig) -> dict[str, Team]:
     """All that an evaluation measures, by name: each draft, or what they are together, or both."""
-    from jsfdd.weights.draft import load_draft
+    from jsfdd.decoding.settings import Team
 
+    drafts = _load_drafts(config.draft)
+    alone = {name: Team({name: draft}) for name, draft in drafts.items()}
     if config.combine is None:
-        return {name: load_draft(path) for name, path in names_of(config.draft).items()}
-    together, alone = _together(config)
+        return alone
+    together = _together(config, drafts)
     if not config.each_draft:
         return {config.combine: together}
     if config.combine in alone:
@@ -38,11 +40,12 @@ def measured_drafts(config: EvaluateConfig) -> dict[str, Draft | Ensemble]:
     return alone | {config.combine: together}
 
 
-def answering_draft(config: GenerateConfig) -> Draft | Ensemble:
-    """The one draft that an answer is decoded with, or what several are together."""
-    from jsfdd.weights.draft import load_draft
+def answering_drafts(config: GenerateConfig) -> Team:
+    """What an answer is decoded with: no draft, one, or what several are together."""
+    from jsfdd.decoding.settings import Team
 
-    return load_draft(config.draft[0]) if config.combine is None else _together(config)[0]
+    drafts = _load_drafts(config.draft)
+    return Team(drafts) if config.combine is None else _together(config, drafts)
 
 
 def check_combine(config: EvaluateConfig | GenerateConfig) -> None:
@@ -61,12 +64,17 @@ def check_combine(config: EvaluateConfig | GenerateConfig) -> None:
         )
 
 
-def _together(config: EvaluateConfig | GenerateConfig) -> tuple[Draft | Ensemble, dict[str, Draft]]:
-    """What --combine makes of the drafts, and the drafts by name. ValueError says which of them are not alike, and how."""
-    from jsfdd.decoding.ensemble import Combine, Ensemble, average_drafts, check_one_target
+def _load_drafts(paths: Sequence[Path]) -> dict[str, Draft]:
     from jsfdd.weights.draft import load_draft
 
-    drafts = {name: load_draft(path) for name, path in names_of(config.draft).items()}
+    return {name: load_draft(path) for name, path in names_of(paths).items()} if paths else {}
+
+
+def _together(config: EvaluateConfig | GenerateConfig, drafts: dict[str, Draft]) -> Team:
+    """What --combine makes of the drafts. ValueError says which of them are not alike, and how."""
+    from jsfdd.decoding.ensemble import average_drafts, check_one_target
+    from jsfdd.decoding.settings import Combine, Team
+
     check_one_target({name: draft.config for name, draft in drafts.items()})
     # An exported draft does not say which weights its target had.
     targets = [(name, draft.record["target"]) for name, draft in drafts.items() if draft.record is not None]
@@ -77,5 +85,5 @@ def _together(config: EvaluateConfig | GenerateConfig) -> tuple[Draft | Ensemble
                 f"(fingerprints {targets[0][1][:12]}… and {target[:12]}…)"
             )
     if config.combine == "average":
-        return average_drafts(drafts, config.combine_weights or [1 / len(drafts)] * len(drafts)), drafts
-    return Ensemble(drafts, Combine(config.combine, config.route_by, config.route_steps)), drafts
+        return Team({"average": average_drafts(drafts, config.combine_weights or [1 / len(drafts)] * len(drafts))})
+    return Team(drafts, Combine(config.combine, config.route_by, config.route_steps))

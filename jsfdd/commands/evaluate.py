@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from jsfdd.base.records import Prompt
     from jsfdd.commands.run import RunConfig
-    from jsfdd.decoding.ensemble import Ensemble
+    from jsfdd.decoding.settings import Team
     from jsfdd.models.draft import Draft
     from jsfdd.weights.target import Target
 
@@ -50,23 +50,22 @@ class Prepared(NamedTuple):
     """Prompts, drafts by name, and the target without its weights."""
 
     prompts: list[Prompt]
-    drafts: dict[str, Draft | Ensemble]
+    drafts: dict[str, Team]
     target: Target
 
 
 def prepare(config: EvaluateConfig) -> Prepared:
     from jsfdd.data.chat import read_prompts
-    from jsfdd.decoding.ensemble import members_of
-    from jsfdd.evaluation.evaluate import check_draft
+    from jsfdd.weights.draft import check_draft
     from jsfdd.weights.target import describe_target
 
     tree_shape(config)
     prompts = read_prompts(config.prompts)
     drafts = measured_drafts(config)
     target = describe_target(config.target)
-    for name, draft in drafts.items():
-        for member_name, member in members_of(name, draft).items():
-            check_draft(target, member.config, member_name)
+    for team in drafts.values():
+        for name, draft in team.drafts.items():
+            check_draft(target, draft.config, name)
     check_prompts(config, target, prompts)
     return Prepared(prompts, drafts, target)
 
@@ -138,16 +137,16 @@ def evaluate(config: EvaluateConfig, prepared: Prepared | None = None) -> dict[s
 def measure(
     config: EvaluateConfig | RunConfig,
     target: Target,
-    drafts: Mapping[str, Draft | Ensemble],
+    drafts: Mapping[str, Draft | Team],
     prompts: Sequence[Prompt],
     mesh: Mesh,
 ) -> dict[str, dict]:
     """The reports of drafts that are measured together, so paired."""
     from jsfdd.base.progress import progress
-    from jsfdd.decoding.verify import Cutoff
+    from jsfdd.decoding.settings import Cutoff
     from jsfdd.evaluation import evaluate as evaluation
 
-    with progress("decode", "batches") as bar:
+    with progress("decode", "answers") as bar:
         return evaluation.evaluate(
             target,
             drafts,
@@ -166,24 +165,20 @@ def measure(
 
 def check_prompts(config: EvaluateConfig | RunConfig, target: Target, prompts: Sequence[Prompt]) -> list[int]:
     """Tokens of each prompt's first turn. ValueError names a prompt that leaves no room for an answer."""
-    from jsfdd.decoding.prompts import check_length, render_turns
+    from jsfdd.decoding.prompts import first_prompts
 
-    lengths = [len(render_turns(target, prompt, [])) for prompt in prompts]
-    for prompt, length in zip(prompts, lengths, strict=True):
-        check_length(target, prompt, length, config.max_new_tokens)
-    return lengths
+    return [len(tokens) for tokens in first_prompts(target, prompts, config.max_new_tokens)]
 
 
 def describe_decoding(
     config: EvaluateConfig | RunConfig, target: Target, prompts: Sequence[Prompt]
 ) -> tuple[dict, list[str]]:
     """What decoding the prompts takes: (values, words)."""
-    from jsfdd.base.mesh import make_mesh, num_data_shards
+    from jsfdd.base.mesh import make_mesh, round_up_to_shards
 
     # Prompts of one source and turn are decoded together.
     together = Counter((prompt.source, turn) for prompt in prompts for turn in range(len(prompt.turns)))
-    devices = num_data_shards(make_mesh(model=config.model_shards))
-    batch_size = -(-config.batch_size // devices) * devices
+    batch_size = round_up_to_shards(config.batch_size, make_mesh(model=config.model_shards))
     values = {
         "prompts": len(prompts),
         "turns": together.total(),

@@ -14,14 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from jsfdd.commands.combine import answering_draft, check_combine
+from jsfdd.commands.combine import answering_drafts, check_combine
 from jsfdd.commands.inputs import tree_shape
 from jsfdd.commands.options import CombineOptions, DecodingOptions, Seeded, TargetOptions
 from jsfdd.commands.outcome import Outcome
 
 if TYPE_CHECKING:
-    from jsfdd.decoding.ensemble import Ensemble
-    from jsfdd.models.draft import Draft
+    from jsfdd.decoding.settings import Team
 
 _COLOURS = (32, 33, 36, 35, 34)  # of text on a terminal: green, yellow, cyan, magenta, blue
 
@@ -54,68 +53,61 @@ class GenerateConfig(TargetOptions, DecodingOptions, CombineOptions, Seeded):
 
 
 class Prepared(NamedTuple):
-    """The draft (or what several are together) and the drafts by name; the prompt's tokens."""
+    """The drafts, and the prompt's tokens."""
 
-    draft: Draft | Ensemble | None
-    members: dict[str, Draft]
+    team: Team
     tokens: list[int]
 
 
 def prepare(config: GenerateConfig) -> Prepared:
     from jsfdd.base.records import Prompt
-    from jsfdd.decoding.ensemble import members_of
-    from jsfdd.decoding.prompts import check_length, render_turns
-    from jsfdd.evaluation.evaluate import check_draft
+    from jsfdd.decoding.prompts import first_prompts
+    from jsfdd.weights.draft import check_draft
     from jsfdd.weights.target import describe_target
 
     tree_shape(config)
-    draft = None if config.no_draft else answering_draft(config)
-    members = {} if draft is None else members_of(str(config.draft[0]), draft)
+    team = answering_drafts(config)
     target = describe_target(config.target)
-    for name, member in members.items():
-        check_draft(target, member.config, name)
-    prompt = Prompt("--prompt", "", (config.prompt,))
-    tokens = render_turns(target, prompt, [])
-    check_length(target, prompt, len(tokens), config.max_new_tokens)
-    return Prepared(draft, members, tokens)
+    for name, draft in team.drafts.items():
+        check_draft(target, draft.config, name)
+    (tokens,) = first_prompts(target, [Prompt("--prompt", "", (config.prompt,))], config.max_new_tokens)
+    return Prepared(team, tokens)
 
 
 def run(config: GenerateConfig, prepared: Prepared) -> Outcome:
     """Decode the answer to `config.prompt`, printing as it comes: no words are left for the end."""
     import jax.numpy as jnp
 
-    from jsfdd.base.mesh import make_mesh, replicate
-    from jsfdd.decoding.ensemble import as_decoded
-    from jsfdd.decoding.generate import DecodeSetup, prepare_params
+    from jsfdd.base.mesh import make_mesh
+    from jsfdd.decoding.generate import prepare_params
+    from jsfdd.decoding.settings import Cutoff, decode_setup
     from jsfdd.decoding.stream import stream_answer
-    from jsfdd.decoding.verify import Cutoff
     from jsfdd.weights.target import load_target
 
-    draft, members, tokens = prepared
+    team, tokens = prepared
     mesh = make_mesh(data=1, model=config.model_shards)
     target = load_target(config.target, jnp.dtype(config.dtype), mesh)
-    draft_config, draft_params, combine = (None, None, None) if draft is None else as_decoded(draft)
-    setup = DecodeSetup(
-        target.config,
-        draft_config,
-        config.num_draft_tokens if draft else 0,
-        config.max_new_tokens,
-        target.stop_tokens,
-        tree_shape(config) if draft else None,
-        Cutoff(config.top_k, config.top_p),
-        combine,
+    setup = decode_setup(
+        target,
+        team.configs,
+        num_draft_tokens=config.num_draft_tokens,
+        max_new_tokens=config.max_new_tokens,
+        tree=tree_shape(config),
+        cutoff=Cutoff(config.top_k, config.top_p),
+        combine=team.combine,
     )
-    marks = _marks(len(members)) if config.show_accepted else [("", "")] * len(members)
+    marks = _marks(len(team.drafts)) if config.show_accepted else [("", "")] * len(team.drafts)
     writer = _Writer(target.tokenizer, marks)
-    params = prepare_params(target.params, None if draft is None else replicate(draft_params, mesh))
+    params = prepare_params(target.params, team.params, mesh)
     result = stream_answer(setup, params, tokens, config.seed, config.temperature, writer.show)
     writer.finish()
-    tau = f"τ {result.tau:.2f}, " if draft is not None and result.tau is not None else ""
+    tau = f"τ {result.tau:.2f}, " if team.drafts and result.tau is not None else ""
     rate = len(result.tokens) / result.seconds
     print(f"{tau}{len(result.tokens)} tokens, {rate:.1f} tokens/s", file=sys.stderr)
-    if len(members) > 1:
-        each = [f"{before}{name}{after} {result.accepted[i]}" for i, (name, (before, after)) in enumerate(zip(members, marks))]
-        print(f"draft tokens accepted: {', '.join(each)}", file=sys.stderr)
+    if len(team.drafts) > 1:
+        named = enumerate(zip(team.drafts, marks))
+        counts = [f"{before}{name}{after} {result.accepted[number]}" for number, (name, (before, after)) in named]
+        print(f"draft tokens accepted: {', '.join(counts)}", file=sys.stderr)
     values = {"command": "generate", "tau": result.tau, "tokens": len(result.tokens), "seconds": result.seconds}
     return Outcome(values, "")
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from jsfdd.data.batches import Shape
     from jsfdd.data.counts import FileCounts
     from jsfdd.data.template import TokenizeSummary
-    from jsfdd.decoding.tree import TreeShape
+    from jsfdd.decoding.settings import TreeShape
     from jsfdd.weights.target import Target
 
 _FILES_SHOWN = 40
@@ -111,6 +111,6 @@ def show_counts(files: Sequence[FileCounts]) -> None:
 
 def tree_shape(config: DecodingOptions) -> TreeShape | None:
     """The tree that a config asks for, None for chains. ValueError if its depth cannot hold it."""
-    from jsfdd.decoding.tree import TreeShape
+    from jsfdd.decoding.settings import TreeShape
 
     return TreeShape(config.num_draft_tokens, config.tree_top_k, config.tree_nodes) if config.tree_nodes else None

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from jsfdd.data.spans import MaskSpan
-from jsfdd.decoding.ensemble import CombineBy, RouteBy
+from jsfdd.decoding.settings import CombineBy, RouteBy
 from jsfdd.hidden.rows import HiddenDtype
 from jsfdd.selection.mixture import MixUnit
 from jsfdd.training.recipe import Recipe

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from jsfdd.data.counts import FileCounts
     from jsfdd.data.questions import Questions
     from jsfdd.decoding.conversations import Conversation
-    from jsfdd.decoding.generate import DecodeSetup
+    from jsfdd.decoding.settings import DecodeSetup
     from jsfdd.models.draft import Draft
     from jsfdd.weights.target import Target
 
@@ -109,10 +109,8 @@ def prepare(config: RespondConfig) -> Prepared:
     from jsfdd.data.chat import read_chat_files
     from jsfdd.data.counts import count_questions_by_file
     from jsfdd.data.questions import questions_of
-    from jsfdd.decoding.generate import DecodeSetup
-    from jsfdd.decoding.verify import Cutoff
-    from jsfdd.evaluation.evaluate import check_draft
-    from jsfdd.weights.draft import load_draft
+    from jsfdd.decoding.settings import Cutoff, decode_setup
+    from jsfdd.weights.draft import check_draft, load_draft
     from jsfdd.weights.target import describe_target
 
     tree = tree_shape(config)
@@ -125,14 +123,13 @@ def prepare(config: RespondConfig) -> Prepared:
     target = describe_target(config.target)
     if draft is not None:
         check_draft(target, draft.config, str(config.draft))
-    setup = DecodeSetup(
-        target.config,
-        draft and draft.config,
-        config.num_draft_tokens if draft else 0,
-        config.max_new_tokens,
-        target.stop_tokens,
-        tree if draft else None,
-        Cutoff(config.top_k, config.top_p),
+    setup = decode_setup(
+        target,
+        [] if draft is None else [draft.config],
+        num_draft_tokens=config.num_draft_tokens,
+        max_new_tokens=config.max_new_tokens,
+        tree=tree,
+        cutoff=Cutoff(config.top_k, config.top_p),
     )
     longest_prompt = min(config.max_length, target.config.max_position) - config.max_new_tokens
     questions, summary = questions_of(
@@ -187,17 +184,17 @@ def respond(config: RespondConfig, asked: Prepared | None = None) -> Responses:
     import jax.numpy as jnp
     import numpy as np
 
-    from jsfdd.base.mesh import make_mesh
+    from jsfdd.base.mesh import make_mesh, round_up_to_shards
     from jsfdd.base.processes import agree, agree_on_directory, is_primary, wait_for_all
     from jsfdd.base.progress import progress
     from jsfdd.decoding.conversation_log import append_batch, open_log, read_log
-    from jsfdd.decoding.conversations import answer_all, rows_together
+    from jsfdd.decoding.conversations import answer_all
     from jsfdd.weights.target import load_target
 
     asked = asked or prepare(config)
     mesh = make_mesh(model=config.model_shards)
     target = load_target(config.target, jnp.dtype(config.dtype), mesh)
-    batch_size = rows_together(config.batch_size, mesh)
+    batch_size = round_up_to_shards(config.batch_size, mesh)
     identity = _identity(config, target, asked, batch_size)
     agree({"the options": config.to_json(), **identity})
     agree_on_directory(config.out.parent)
@@ -211,7 +208,7 @@ def respond(config: RespondConfig, asked: Prepared | None = None) -> Responses:
         conversations, accept_counts = answer_all(
             target,
             asked.setup,
-            asked.draft and asked.draft.params,
+            [] if asked.draft is None else [asked.draft.params],
             asked.questions,
             mesh,
             temperature=config.temperature,

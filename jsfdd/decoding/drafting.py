@@ -1,140 +1,169 @@
-"""The drafts' part of a step: propose a tree for the target to verify, and observe what became of it.
+"""The drafts' part of a step: propose tokens for the target to verify, and observe what became of them.
 
-Of several drafts each does its part as if it were the only one (`_each_draft`), with a cache of its own; `ensemble.py` and
-`merge.py` say what their proposals come to.
+A draft reads pairs: the hidden state at a position and the token after it (`read_pairs`). Its output is a guess of the next
+hidden state, which the target's head turns into a distribution (`next_logits`). Several drafts do this one after the other,
+each with a cache of its own; `ensemble.py` and `merge.py` say which of their proposals are verified.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from jsfdd.base.records import KVCache
-from jsfdd.decoding.ensemble import Choices, certainty, confidence, route, still_needed
+from jsfdd.decoding.ensemble import certainty, confidence, route, still_needed
 from jsfdd.decoding.merge import merge
-from jsfdd.decoding.state import DecodeSetup, DecodeState
-from jsfdd.decoding.tree import Proposals, Tree, grow, path_probs, rerank, root_only
+from jsfdd.decoding.settings import DecodeSetup
+from jsfdd.decoding.state import DecodeParams, DecodeState
+from jsfdd.decoding.tree import Proposals, Tree, grow, path_probs, propose_nothing, rerank, root_only
+from jsfdd.decoding.verify import draw, fold_in_rows
 from jsfdd.models.attention import View, cached_view
 from jsfdd.models.draft import EagleLayer
 from jsfdd.models.target import embed_tokens, head_logits
 
 
-class Proposed(NamedTuple):
-    """A tree to verify, and the drafts' caches with what growing it wrote behind their `length`.
+def draft_chain(
+    setup: DecodeSetup, params: DecodeParams, state: DecodeState, keys: Key[Array, " B"], temperature: Float[Array, ""]
+) -> tuple[Int[Array, "B G"], Float[Array, "B G V"], DecodeState]:
+    """G draft tokens, each drawn from the draft's distribution after the one before it.
 
-    Of several drafts also which one proposed each node, and what routing goes on with.
+    Args:
+      keys: one a row; with i folded in they draw draft token i.
+
+    Returns:
+      The tokens, the logits that they were drawn from, and the state, whose draft cache holds what was read behind its length.
     """
 
-    tree: Tree
-    draft_cache: KVCache | tuple[KVCache, ...] | None
-    proposers: Int[Array, "B N"] | None = None
-    choices: Choices | None = None
+    def draw_next(number, hidden):
+        logits = next_logits(setup, params, 0, hidden)
+        return draw(fold_in_rows(keys, number), logits, temperature, setup.cutoff), logits
+
+    def deeper(carry, number):
+        hidden, token, cache = carry
+        hidden, cache = read_pairs(setup, params, 0, cache, cached_view(cache, 1), hidden[:, None], token[:, None])
+        token, logits = draw_next(number, hidden[:, 0])
+        return (hidden[:, 0], token, cache._replace(length=cache.length + 1)), (token, logits)
+
+    (cache,), (hidden,) = state.draft_caches, state.draft_hidden
+    token, logits = draw_next(0, hidden)
+    (_, _, grown), deeper_ones = jax.lax.scan(deeper, (hidden, token, cache), jnp.arange(1, setup.num_draft_tokens))
+    tokens, logits = (jnp.concatenate([a[None], b]).swapaxes(0, 1) for a, b in zip((token, logits), deeper_ones))
+    return tokens, logits, state._replace(draft_caches=(grown._replace(length=cache.length),))
 
 
-def propose(setup: DecodeSetup, params: dict, state: DecodeState) -> Proposed:
-    """The root alone without a draft; the draft's tree; the tree of the surest of several drafts, or all of theirs merged."""
-    if setup.draft is None:
-        return Proposed(root_only(state.last_token), None)
-    if setup.combine is None:
-        proposals, cache = _grow(setup, params, state)
-        return Proposed(rerank(setup.tree, proposals, state.last_token), cache)
-    told, after = _each_draft(setup, params, state, functools.partial(_propose_alone, setup.combine.route_by))
-    proposals, sureness = zip(*told)
+def draft_tree(
+    setup: DecodeSetup, params: DecodeParams, state: DecodeState
+) -> tuple[Tree, Int[Array, "B N"], DecodeState]:
+    """The tree that the target is to verify: the root alone without a draft, one draft's, or what several come to.
+
+    Trees grow by the drafts' own probabilities, without a temperature.
+
+    Returns:
+      The tree, which draft proposed each of its nodes, and the state, whose draft caches hold what was read behind their
+      length.
+    """
+    proposals, caches = [], []
+    for number, (cache, hidden) in enumerate(zip(state.draft_caches, state.draft_hidden, strict=True)):
+        read = partial(read_pairs, setup, params, number)
+        log_probs = partial(next_log_probs, setup, params, number)
+        propose = partial(grow, setup.tree, hidden, forward=read, log_probs=log_probs)
+        skip = partial(propose_nothing, setup.tree)
+        proposed, cache = _unless_idle(setup, state, number, propose, skip, cache)
+        proposals.append(proposed)
+        caches.append(cache)
+    state = state._replace(draft_caches=tuple(caches))
+    if setup.combine is not None:
+        return _combine(setup, params, state, proposals)
+    tree = rerank(setup.tree, proposals[0], state.last_token) if proposals else root_only(state.last_token)
+    return tree, jnp.zeros_like(tree.tokens), state
+
+
+def _combine(
+    setup: DecodeSetup, params: DecodeParams, state: DecodeState, proposals: Sequence[Proposals]
+) -> tuple[Tree, Int[Array, "B N"], DecodeState]:
+    """`draft_tree` of several drafts: their trees merged, or the tree of the one that each row is routed to."""
     if setup.combine.rule == "merge":
-        trees = [rerank(setup.tree, its, state.last_token) for its in proposals]
-        probs = [path_probs(setup.tree, its) for its in proposals]
+        trees = [rerank(setup.tree, proposed, state.last_token) for proposed in proposals]
+        probs = [path_probs(setup.tree, proposed) for proposed in proposals]
         tree, proposers = merge(trees, probs, setup.tree.depth, setup.tree.nodes)
-        return Proposed(tree, after.draft_cache, proposers)
+        return tree, proposers, state
+    if setup.combine.route_by == "entropy":
+        sureness = [certainty(next_log_probs(setup, params, n, hidden)) for n, hidden in enumerate(state.draft_hidden)]
+    else:
+        sureness = [confidence(setup.tree, proposed) for proposed in proposals]
     winner, choices = route(setup.combine, jnp.stack(sureness, axis=1), state.choices, state.done)
     rows = jnp.arange(winner.shape[0])
-    tree = rerank(setup.tree, jax.tree.map(lambda *its: jnp.stack(its)[winner, rows], *proposals), state.last_token)
-    return Proposed(tree, after.draft_cache, jnp.broadcast_to(winner[:, None], tree.tokens.shape), choices)
+    tree = rerank(setup.tree, jax.tree.map(lambda *each: jnp.stack(each)[winner, rows], *proposals), state.last_token)
+    return tree, jnp.broadcast_to(winner[:, None], tree.tokens.shape), state._replace(choices=choices)
 
 
-def observe(setup: DecodeSetup, params: dict, state: DecodeState, hidden, next_tokens, count) -> DecodeState:
-    """Show the draft the true pairs (hidden[:, i], next_tokens[:, i]), i < count; it keeps its output at the last one."""
-    if setup.combine is not None:
-        return _each_draft(setup, params, state, lambda *own: (None, observe(*own, hidden, next_tokens, count)))[1]
-    view = cached_view(state.draft_cache, next_tokens.shape[1])
-    output, cache = draft_forward(setup, params, state.draft_cache, view, hidden, next_tokens)
-    rows = jnp.arange(count.shape[0])
-    last = output[rows, jnp.maximum(count - 1, 0)]
-    if state.draft_hidden is not None:  # after prefill there is nothing older to keep
-        last = jnp.where((count > 0)[:, None], last, state.draft_hidden)
-    return state._replace(draft_cache=cache._replace(length=cache.length + count), draft_hidden=last)
+def observe(
+    setup: DecodeSetup,
+    params: DecodeParams,
+    state: DecodeState,
+    hidden: Float[Array, "B T D"],
+    next_tokens: Int[Array, "B T"],
+    count: Int[Array, " B"],
+) -> DecodeState:
+    """Show every draft the true pairs (hidden[:, i], next_tokens[:, i]), i < count; it keeps its output at the last one."""
+    rows, last = jnp.arange(count.shape[0]), jnp.maximum(count - 1, 0)
+
+    def read(number, cache, kept):
+        view = cached_view(cache, next_tokens.shape[1])
+        outputs, cache = read_pairs(setup, params, number, cache, view, hidden, next_tokens)
+        kept = jnp.where((count > 0)[:, None], outputs[rows, last], kept)
+        return cache._replace(length=cache.length + count), kept
+
+    observed = [
+        _unless_idle(setup, state, number, partial(read, number), lambda *unchanged: unchanged, cache, kept)
+        for number, (cache, kept) in enumerate(zip(state.draft_caches, state.draft_hidden, strict=True))
+    ]
+    caches, outputs = zip(*observed)
+    return state._replace(draft_caches=caches, draft_hidden=outputs)
 
 
-def _each_draft(setup: DecodeSetup, params: dict, state: DecodeState, run: Callable) -> tuple[list, DecodeState]:
-    """`run(setup, params, state) -> (told, state)` for each of several drafts as the only one: what they told, and the state.
-
-    A draft that no row needs any more computes nothing, tells zeros and stays as it is.
-    """
-    needed = None if state.choices is None else still_needed(setup.combine, state.choices, state.done)
-    told, caches, hiddens = [], [], []
-    for number, own in enumerate(zip(state.draft_cache, state.draft_hidden, strict=True)):
-        alone = functools.partial(_run_alone, run, setup, params, state, number)
-        if needed is None:
-            said, cache, hidden = alone(*own)
-        else:
-            nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(alone, *own)[0])
-            said, cache, hidden = jax.lax.cond(needed[number], alone, functools.partial(_stay, nothing), *own)
-        told.append(said)
-        caches.append(cache)
-        hiddens.append(hidden)
-    return told, state._replace(draft_cache=tuple(caches), draft_hidden=tuple(hiddens))
+def read_pairs(
+    setup: DecodeSetup,
+    params: DecodeParams,
+    number: int,
+    cache: KVCache,
+    view: View,
+    hidden: Float[Array, "B T D"],
+    tokens: Int[Array, "B T"],
+) -> tuple[Float[Array, "B T D"], KVCache]:
+    """Draft `number` over pairs that follow what its cache holds, seeing what the view shows: its outputs, and the cache."""
+    embedding = embed_tokens(setup.target, params.target, tokens)
+    layer = EagleLayer(setup.drafts[number])
+    return layer.apply({"params": params.drafts[number]}, embedding, hidden, view, cache, method="decode")
 
 
-def _run_alone(run, setup, params, state, number, cache, hidden):
-    setup = dataclasses.replace(setup, draft=setup.draft[number], combine=None)
-    params = params | {"draft": params["draft"][number]}
-    told, state = run(setup, params, state._replace(draft_cache=cache, draft_hidden=hidden, choices=None))
-    return told, state.draft_cache, state.draft_hidden
-
-
-def _stay(told, cache, hidden):
-    return told, cache, hidden
-
-
-def _propose_alone(route_by, setup: DecodeSetup, params: dict, state: DecodeState):
-    """One of several drafts: ((its proposals, how sure it is), the state with its cache)."""
-    proposals, cache = _grow(setup, params, state)
-    if route_by == "entropy":
-        sureness = certainty(_log_probs(setup, params, state.draft_hidden))
-    else:
-        sureness = confidence(setup.tree, proposals)
-    return (proposals, sureness), state._replace(draft_cache=cache)
-
-
-def _grow(setup: DecodeSetup, params: dict, state: DecodeState) -> tuple[Proposals, KVCache]:
-    """What the draft proposes below the last committed token. Its probabilities are its own, without a temperature."""
-
-    def forward(cache, view, hidden, tokens):
-        return draft_forward(setup, params, cache, view, hidden, tokens)
-
-    return grow(setup.tree, state.draft_hidden, state.draft_cache, forward, functools.partial(_log_probs, setup, params))
-
-
-def _log_probs(setup: DecodeSetup, params: dict, hidden) -> Float[Array, "*shape V"]:
-    return jax.nn.log_softmax(next_logits(setup, params, hidden), axis=-1)
-
-
-def draft_forward(setup: DecodeSetup, params: dict, cache: KVCache, view: View, hidden, tokens):
-    """The draft over pairs (hidden [B,T,D], tokens int[B,T]) that continue its cache, seeing what the view shows."""
-    embedding = embed_tokens(setup.target, params["target"], tokens)
-    return EagleLayer(setup.draft).apply({"params": params["draft"]}, embedding, hidden, view, cache, method="decode")
-
-
-def next_logits(setup: DecodeSetup, params: dict, hidden) -> Float[Array, "*shape V"]:
-    """The draft's logits: the target's head, −inf where the draft has a vocabulary and a token is not in it."""
-    if not setup.draft.vocabulary:
-        return head_logits(setup.target, params["target"], hidden)
-    tokens = np.array(setup.draft.vocabulary)
-    logits = head_logits(setup.target, params["target"], hidden, tokens)
+def next_logits(
+    setup: DecodeSetup, params: DecodeParams, number: int, hidden: Float[Array, "*shape D"]
+) -> Float[Array, "*shape V"]:
+    """Draft `number`'s logits: the target's head, −inf where the draft has a vocabulary that lacks the token."""
+    vocabulary = setup.drafts[number].vocabulary
+    if not vocabulary:
+        return head_logits(setup.target, params.target, hidden)
+    tokens = np.array(vocabulary)
+    logits = head_logits(setup.target, params.target, hidden, tokens)
     return jnp.full((*logits.shape[:-1], setup.target.vocab_size), -jnp.inf).at[..., tokens].set(logits)
+
+
+def next_log_probs(
+    setup: DecodeSetup, params: DecodeParams, number: int, hidden: Float[Array, "*shape D"]
+) -> Float[Array, "*shape V"]:
+    """The logarithms of draft `number`'s probabilities."""
+    return jax.nn.log_softmax(next_logits(setup, params, number, hidden), axis=-1)
+
+
+def _unless_idle(setup: DecodeSetup, state: DecodeState, number: int, run: Callable, idle: Callable, *memory):
+    """`run(*memory)`, or `idle(*memory)` where every row has been given to another draft than `number`."""
+    if state.choices is None:
+        return run(*memory)
+    needed = still_needed(setup.combine, state.choices, state.done)
+    return jax.lax.cond(needed[number], run, idle, *memory)

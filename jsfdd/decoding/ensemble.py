@@ -13,69 +13,28 @@ trees.) Whichever draft wins a step, every draft's cache observes the same true 
 
 from __future__ import annotations
 
-import dataclasses
 import textwrap
-from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jsfdd.decoding.tree import Proposals, TreeShape, path_probs
+from jsfdd.decoding.settings import Combine, TreeShape
+from jsfdd.decoding.tree import Proposals, path_probs
 from jsfdd.models.draft import Draft, DraftConfig
-
-RouteBy = Literal["confidence", "entropy"]
-
-CombineBy = Literal["average", "route", "merge"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Combine:
-    """How drafts decode together, fixed at compile time.
-
-    Attributes:
-      rule: whether one draft's tree is verified in a step, or all of them merged.
-      route_by: what makes a draft the surest: a high mean probability of its tree's paths (TAPS), or a low entropy of its
-        distribution of the first token.
-      route_steps: 0 decides anew in every step; K > 0 does so for K steps of an answer, then gives the rest of it to the draft
-        that was the surest in them, all added up.
-    """
-
-    rule: Literal["route", "merge"]
-    route_by: RouteBy = "confidence"
-    route_steps: int = 0
-
-
-class Ensemble(NamedTuple):
-    """Drafts, as `load_draft` gives them, that decode together; by name, the earlier ones first where they tie."""
-
-    drafts: dict[str, Draft]
-    combine: Combine
-
-
-def members_of(name: str, draft: Draft | Ensemble) -> dict[str, Draft]:
-    """The drafts that one draft or several come to, by name."""
-    return draft.drafts if isinstance(draft, Ensemble) else {name: draft}
-
-
-def as_decoded(draft: Draft | Ensemble):
-    """`DecodeSetup`'s `draft`, its parameters, and `DecodeSetup`'s `combine`."""
-    if not isinstance(draft, Ensemble):
-        return draft.config, draft.params, None
-    drafts = draft.drafts.values()
-    return tuple(d.config for d in drafts), tuple(d.params for d in drafts), draft.combine
 
 
 class Choices(NamedTuple):
-    """How sure each draft E was so far of the answers that one draft is to be chosen for."""
+    """How sure each of the E drafts has been so far, of each row's answer; kept until one of them is given the row for good."""
 
     sureness: Float[Array, "B E"]  # added up over the steps
     steps: Int[Array, " B"]  # how many they were, at most `route_steps`
 
 
 def no_choices(combine: Combine | None, rows: int, drafts: int) -> Choices | None:
-    """What is known before the first step; None where no draft is ever chosen for good."""
+    """The choices before the first step; None where no draft is ever chosen for good."""
     if combine is None or not combine.route_steps:
         return None
     return Choices(jnp.zeros((rows, drafts)), jnp.zeros(rows, jnp.int32))
@@ -106,15 +65,15 @@ def route(
 def still_needed(combine: Combine, choices: Choices, done: Bool[Array, " B"]) -> Bool[Array, " E"]:
     """Which drafts some row that is not done still needs. One that no row needs is never needed again."""
     drafts = jnp.arange(choices.sureness.shape[1])
-    own = jnp.argmax(choices.sureness, axis=1)[:, None] == drafts[None, :]
-    return jnp.any(~done[:, None] & (own | ~_chosen(combine, choices)[:, None]), axis=0)
+    surest = jnp.argmax(choices.sureness, axis=1)[:, None] == drafts[None, :]
+    return jnp.any(~done[:, None] & (surest | ~_chosen(combine, choices)[:, None]), axis=0)
 
 
 def _chosen(combine: Combine, choices: Choices) -> Bool[Array, " B"]:
     return choices.steps >= combine.route_steps
 
 
-def average_drafts(drafts: dict[str, Draft], weights: Sequence[float]) -> Draft:
+def average_drafts(drafts: Mapping[str, Draft], weights: Sequence[float]) -> Draft:
     """The draft whose every parameter is Σ weight · theirs: linear in any weights, taken as they are.
 
     Weights that sum to 1 keep the parameters' scale; (1, 0, …) gives the first draft to the bit.
@@ -130,16 +89,17 @@ def average_drafts(drafts: dict[str, Draft], weights: Sequence[float]) -> Draft:
     return Draft(next(iter(configs.values())), averaged)
 
 
-def check_one_target(drafts: dict[str, DraftConfig]) -> None:
+def check_one_target(drafts: Mapping[str, DraftConfig]) -> None:
     """Raise ValueError where drafts cannot be of one target, naming what differs."""
     _check_equal(drafts, lambda config: {name: getattr(config.decoder, name) for name in ("vocab_size", "hidden_size", "rope")})
 
 
-def _check_equal(drafts: dict[str, DraftConfig], facts: Callable[[DraftConfig], dict]) -> None:
+def _check_equal(drafts: Mapping[str, DraftConfig], facts: Callable[[DraftConfig], dict]) -> None:
     (first, config), *others = drafts.items()
-    for other, its_config in others:
-        for name, value in facts(config).items():
-            if value != (its := facts(its_config)[name]):
-                shown = [textwrap.shorten(str(each), 60, placeholder="…") for each in (value, its)]
+    for name, other in others:
+        other_facts = facts(other)
+        for fact, value in facts(config).items():
+            if value != other_facts[fact]:
+                shown = [textwrap.shorten(str(each), 60, placeholder="…") for each in (value, other_facts[fact])]
                 how = "differs further on" if shown[0] == shown[1] else f"is {' and '.join(shown)}"
-                raise ValueError(f"drafts {first} and {other} cannot be combined: {name} {how}")
+                raise ValueError(f"drafts {first} and {name} cannot be combined: {fact} {how}")

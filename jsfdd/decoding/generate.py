@@ -1,152 +1,185 @@
-"""The decoding loop: prefill, then propose, verify and commit until every row has stopped.
+"""The decoding loop: prefill, then draft, verify and commit until every row has stopped.
 
-The life of a step. A row has committed tokens x_0 … x_c. The target cache holds x_0 … x_{c−1}; the draft cache holds the
-pairs (h_t, x_{t+1}) for t < c; `draft_hidden` is the draft's output at the last pair, its guess of h_c.
+The life of a step. A row has committed tokens x_0 … x_c. The target's cache holds x_0 … x_{c−1}. A draft's cache holds the
+pairs (h_t, x_{t+1}) for t < c, and `draft_hidden` its output at the last of them, its guess of h_c.
 
-    propose  q_1 = head(draft_hidden) gives d_1; the draft then reads its own guesses (ĥ_c, d_1), … for d_2 … d_G
+    draft    q_1 = head(draft_hidden) gives d_1; the draft then reads its own guesses (ĥ_c, d_1), … for d_2 … d_G
     verify   the target reads x_c, d_1 … d_G in one forward pass: hidden h_c … h_{c+G} and p_0 … p_G
     commit   a accepted tokens and one more from the target; both caches keep a+1 of their new slots
     observe  the draft reads the pairs again with the *true* hidden states, ready for the next step
 
-Draft tokens are a chain (`_chain_round`), sampled from q and judged by speculative sampling, or a tree (`_tree_round`), the
-draft's best guesses among which the target's own choice is looked up. Rolling back a rejected tail is lowering a length;
-of a tree the accepted path is first moved together. Without a draft the tree is its root, observe falls away, and the
-same loop is plain autoregressive decoding: the baseline that every speedup is measured against.
-
-Several drafts (`ensemble.py`) are one more way to propose a tree: each does its part of a step as if it were the only one
-(`drafting.py`), with a cache of its own.
+Draft tokens are a chain, sampled from q and judged by speculative sampling (`verify.py`), or a tree of the draft's best
+guesses, among which the target's own choice is looked up (`tree.py`). To roll back a rejected tail is to lower a length; of a
+tree the accepted path is first moved together. Without a draft the tree is its root, there is nothing to observe, and the same
+loop is plain autoregressive decoding: the baseline that every speedup is measured against.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from jsfdd.base.mesh import map_over_devices
+from jsfdd.base.mesh import map_over_devices, replicate
 from jsfdd.base.records import DecodeStats, DraftShares, Generation, KVCache
-from jsfdd.decoding.drafting import Proposed, draft_forward, next_logits, observe, propose
-from jsfdd.decoding.ensemble import Choices, no_choices
-from jsfdd.decoding.state import DecodeSetup, DecodeState, Emitted, PromptBatch
-from jsfdd.decoding.tree import Path, keep_path, tree_view, walk
-from jsfdd.decoding.verify import draw, verify
+from jsfdd.decoding.drafting import draft_chain, draft_tree, observe
+from jsfdd.decoding.ensemble import no_choices
+from jsfdd.decoding.settings import DecodeSetup
+from jsfdd.decoding.state import DecodeParams, DecodeState, Emitted, PromptBatch
+from jsfdd.decoding.tree import Path, keep_path, one_branch, tree_view, walk
+from jsfdd.decoding.verify import draw, fold_in_rows, verify
 from jsfdd.models.attention import cached_view, empty_cache
+from jsfdd.models.sharding import place_params
 from jsfdd.models.target import decode, head_logits, unstack_layers
 
 
-def prepare_params(target_params: dict, draft_params: dict | tuple[dict, ...] | None = None) -> dict:
-    """{"target": for prompts, "stepping": the target again, for steps of few rows, "draft": if there is one or are several}.
+def generate(setup: DecodeSetup, params: DecodeParams, batch: PromptBatch, temperature: Float[Array, ""]) -> Generation:
+    """Whole answers: prefill, then steps until every row is done, as one program."""
+    state = prefill(setup, params, batch, temperature)
+    return until_done(setup, state, lambda state: speculative_step(setup, params, state, temperature))
 
-    Prompts and steps want different layouts on a CPU (see `unstack_layers`); elsewhere both names are one tree.
+
+def speculative_step(
+    setup: DecodeSetup, params: DecodeParams, state: DecodeState, temperature: Float[Array, ""]
+) -> tuple[DecodeState, Emitted]:
+    """One verification: (state) -> (state, what was emitted). Rows that are done stay as they are."""
+    position = state.target_cache.length + 1  # of the next token
+    if setup.is_chain:
+        keys = fold_in_rows(state.keys, position)
+        draft_tokens, draft_logits, state = draft_chain(setup, params, state, keys, temperature)
+        tree = one_branch(state.last_token, draft_tokens)
+        proposers = jnp.zeros_like(tree.tokens)
+    else:
+        tree, proposers, state = draft_tree(setup, params, state)
+
+    view = tree_view(state.target_cache, tree)
+    hidden, target_cache = decode(setup.target, params.stepping, tree.tokens, view, state.target_cache)
+    logits = head_logits(setup.target, params.target, hidden)
+
+    if setup.is_chain:
+        verify_keys = fold_in_rows(keys, setup.num_draft_tokens)
+        verdict = verify(verify_keys, draft_tokens, draft_logits, logits, temperature, setup.cutoff)
+        path = _path_of_chain(draft_tokens, *verdict)
+    else:
+        # The choice at a position is drawn as plain decoding draws it: from p, with the key of that position.
+        def choose(level, logits):
+            return draw(fold_in_rows(state.keys, position + level), logits, temperature, setup.cutoff)
+
+        path = walk(tree, setup.num_draft_tokens, logits, choose)
+        if setup.drafts:
+            hidden = jnp.take_along_axis(hidden, path.nodes[:, :, None], axis=1)
+            target_cache = keep_path(target_cache, path.nodes)
+    return commit(setup, params, state, path, proposers, hidden, target_cache)
+
+
+def commit(
+    setup: DecodeSetup,
+    params: DecodeParams,
+    state: DecodeState,
+    path: Path,
+    proposers: Int[Array, "B N"],
+    hidden: Float[Array, "B G1 D"],
+    target_cache: KVCache,
+) -> tuple[DecodeState, Emitted]:
+    """The state after the target took `path` through what was drafted, and what that emitted.
+
+    Args:
+      proposers: which draft proposed each node that the target read.
+      hidden: the target's, at the last committed token and at the accepted ones.
+      target_cache: of its old length; the slots of the accepted tokens follow it.
     """
-    stepping = unstack_layers(target_params) if jax.default_backend() == "cpu" else target_params
-    params = {"target": target_params, "stepping": stepping}
-    return params if draft_params is None else params | {"draft": draft_params}
-
-
-def prefill(setup: DecodeSetup, params: dict, batch: PromptBatch, temperature: Float[Array, ""]) -> DecodeState:
-    """Read the prompts, draw each row's first token from the target, and show the draft all true pairs."""
-    rows, width = batch.tokens.shape
-    dtype = params["target"]["norm"]["scale"].dtype
-    cache = empty_cache(setup.target, rows, setup.cache_slots(width), dtype)
-    hidden, cache = decode(setup.target, params["target"], batch.tokens, cached_view(cache, width), cache)
-    row, last = jnp.arange(rows), jnp.maximum(batch.lengths - 1, 0)
-    logits = head_logits(setup.target, params["target"], hidden[row, last])
-    first = draw(_keys_at(batch.keys, batch.lengths), logits, temperature, setup.cutoff)
-    generated = jnp.zeros((rows, setup.max_new_tokens + setup.num_draft_tokens + 1), jnp.int32).at[:, 0].set(first)
-    state = DecodeState(
-        generated=generated,
-        num_generated=jnp.minimum(batch.lengths, 1),  # a row that only fills the batch stays empty
-        last_token=first,
-        done=(batch.lengths == 0) | _is_stop(setup, first) | (setup.max_new_tokens <= 1),
-        target_cache=cache._replace(length=batch.lengths),
-        draft_cache=None,
-        draft_hidden=None,
-        keys=batch.keys,
+    row, column = jnp.arange(state.done.shape[0]), jnp.arange(setup.num_draft_tokens + 1)[None, :]
+    # Accepted tokens, then one of the target's own, up to a stop token; what lies behind that was not judged.
+    stops = _is_stop(setup, path.tokens) & (column <= path.num_accepted[:, None])
+    stopped = jnp.any(stops, axis=1)
+    count = jnp.where(stopped, jnp.argmax(stops, axis=1), path.num_accepted) + 1
+    count = jnp.where(state.done, 0, count)
+    accepted = jnp.minimum(path.num_accepted, count)
+    verified = jnp.where(count > path.num_accepted, path.num_judged, accepted)
+    drafts = jnp.arange(len(setup.drafts))
+    emitted = Emitted(
+        tokens=path.tokens,
+        count=count,
+        accepted=accepted,
+        verified=jnp.where(state.done, 0, verified),
+        active=~state.done,
+        proposers=jnp.take_along_axis(proposers, path.nodes[:, 1:], axis=1),
+        offered=jnp.sum(proposers[:, 1:, None] == drafts[None, None, :], axis=1, dtype=jnp.int32),
     )
-    if setup.draft is None:
-        return state
+    num_generated = state.num_generated + count
+    state = state._replace(
+        generated=_write_rows(state.generated, path.tokens, state.num_generated, state.done),
+        num_generated=num_generated,
+        last_token=jnp.where(state.done, state.last_token, path.tokens[row, path.num_accepted]),
+        done=state.done | stopped | (num_generated >= setup.max_new_tokens),
+        target_cache=target_cache._replace(length=state.target_cache.length + count),
+    )
+    return (observe(setup, params, state, hidden, path.tokens, count) if setup.drafts else state), emitted
+
+
+def prefill(setup: DecodeSetup, params: DecodeParams, batch: PromptBatch, temperature: Float[Array, ""]) -> DecodeState:
+    """Read the prompts, draw each row's first token from the target, and show the drafts all true pairs."""
+    rows, width = batch.tokens.shape
+    cache = empty_cache(setup.target, rows, setup.cache_slots(width), _dtype(params))
+    hidden, cache = decode(setup.target, params.target, batch.tokens, cached_view(cache, width), cache)
+    row, last = jnp.arange(rows), jnp.maximum(batch.lengths - 1, 0)
+    logits = head_logits(setup.target, params.target, hidden[row, last])
+    first = draw(fold_in_rows(batch.keys, batch.lengths), logits, temperature, setup.cutoff)
+    state = start(setup, first, batch.lengths, cache._replace(length=batch.lengths), batch.keys)
     next_tokens = jnp.roll(batch.tokens, -1, axis=1).at[row, last].set(first)
     return show_prompt(setup, params, state, hidden, next_tokens, setup.cache_slots(width))
 
 
-def show_prompt(setup: DecodeSetup, params: dict, state: DecodeState, hidden, next_tokens, slots: int) -> DecodeState:
-    """The state with draft caches of so many slots, of drafts that were shown all pairs up to the answer's first token."""
-    rows, dtype = state.done.shape[0], params["target"]["norm"]["scale"].dtype
-    caches = tuple(empty_cache(draft.decoder, rows, slots, dtype) for draft in setup.drafts)
-    if setup.combine is None:
-        state = state._replace(draft_cache=caches[0])
-    else:
-        state = state._replace(draft_cache=caches, draft_hidden=(None,) * len(caches))
-    state = observe(setup, params, state, hidden, next_tokens, state.target_cache.length)
-    return state._replace(choices=no_choices(setup.combine, rows, len(caches)))
-
-
-def speculative_step(
-    setup: DecodeSetup, params: dict, state: DecodeState, temperature: Float[Array, ""]
-) -> tuple[DecodeState, Emitted]:
-    """One verification: (state) -> (state, what was emitted). Rows that are done stay as they are."""
-    chain = setup.draft is not None and setup.tree is None
-    return commit(setup, params, state, (_chain_round if chain else _tree_round)(setup, params, state, temperature))
-
-
-def commit(setup: DecodeSetup, params: dict, state: DecodeState, round_: Round) -> tuple[DecodeState, Emitted]:
-    """The state after a round, and what it emitted. Rows that are done stay as they are."""
-    # The emitted tokens: accepted ones, then the target's own, up to a stop token.
-    row, column = jnp.arange(state.done.shape[0]), jnp.arange(setup.num_draft_tokens + 1)[None, :]
-    tokens, next_token = round_.tokens, round_.tokens[row, round_.num_accepted]
-    stops = _is_stop(setup, tokens) & (column <= round_.num_accepted[:, None])
-    stopped = jnp.any(stops, axis=1)
-    count = jnp.where(stopped, jnp.argmax(stops, axis=1), round_.num_accepted) + 1
-    count = jnp.where(state.done, 0, count)
-    accepted = jnp.minimum(round_.num_accepted, count)
-    # Where a stop token came first, what lies behind it was not judged.
-    verified = jnp.where(count > round_.num_accepted, round_.num_judged, accepted)
-    verified = jnp.where(state.done, 0, verified)
-    emitted = Emitted(tokens, count, accepted, verified, ~state.done, round_.proposers, round_.offered)
-
-    num_generated = state.num_generated + count
-    state = state._replace(
-        generated=_write_rows(state.generated, tokens, state.num_generated, state.done),
-        num_generated=num_generated,
-        last_token=jnp.where(state.done, state.last_token, next_token),
-        done=state.done | stopped | (num_generated >= setup.max_new_tokens),
-        target_cache=round_.target_cache._replace(length=state.target_cache.length + count),
-        draft_cache=round_.draft_cache,
-        choices=round_.choices,
+def start(
+    setup: DecodeSetup, first: Int[Array, " B"], lengths: Int[Array, " B"], target_cache: KVCache, keys: Array
+) -> DecodeState:
+    """The state of rows whose prompts of these lengths the target has read, and answered with a first token each."""
+    generated = jnp.zeros((len(first), setup.max_new_tokens + setup.num_draft_tokens + 1), jnp.int32)
+    return DecodeState(
+        generated=generated.at[:, 0].set(first),
+        num_generated=jnp.minimum(lengths, 1),  # a row that only fills the batch stays empty
+        last_token=first,
+        done=(lengths == 0) | _is_stop(setup, first) | (setup.max_new_tokens <= 1),
+        target_cache=target_cache,
+        keys=keys,
     )
-    if setup.draft is not None:
-        state = observe(setup, params, state, round_.hidden, tokens, count)
-    return state, emitted
 
 
-def generate(setup: DecodeSetup, params: dict, batch: PromptBatch, temperature: Float[Array, ""]) -> Generation:
-    """Whole answers: prefill, then steps until every row is done, as one program."""
-    state = prefill(setup, params, batch, temperature)
-    return until_done(setup, state, lambda state: speculative_step(setup, params, state, temperature))
+def show_prompt(
+    setup: DecodeSetup,
+    params: DecodeParams,
+    state: DecodeState,
+    hidden: Float[Array, "B P D"],
+    next_tokens: Int[Array, "B P"],
+    slots: int,
+) -> DecodeState:
+    """The state with draft caches of so many slots, of drafts that were shown all pairs up to the answer's first token."""
+    if not setup.drafts:
+        return state
+    rows = state.done.shape[0]
+    state = state._replace(
+        draft_caches=tuple(empty_cache(draft.decoder, rows, slots, _dtype(params)) for draft in setup.drafts),
+        draft_hidden=(jnp.zeros_like(hidden[:, 0]),) * len(setup.drafts),
+    )
+    state = observe(setup, params, state, hidden, next_tokens, state.target_cache.length)
+    return state._replace(choices=no_choices(setup.combine, rows, len(setup.drafts)))
 
 
 def until_done(
     setup: DecodeSetup, state: DecodeState, take_step: Callable[[DecodeState], tuple[DecodeState, Emitted]]
 ) -> Generation:
     """Steps until every row is done."""
-    rows, depth = state.done.shape[0], setup.num_draft_tokens
-    stats = DecodeStats(
-        accept_counts=jnp.zeros((rows, depth + 1), jnp.int32),
-        reached=jnp.zeros((rows, depth), jnp.int32),
-        accepted=jnp.zeros((rows, depth), jnp.int32),
-    )
-    nothing = jnp.zeros((rows, len(setup.drafts)), jnp.int32)
-    shares = DraftShares(nothing, nothing) if setup.combine else None
+    rows, depth, drafts = state.done.shape[0], setup.num_draft_tokens, len(setup.drafts)
+    zeros = [jnp.zeros((rows, columns), jnp.int32) for columns in (depth + 1, depth, depth, drafts, drafts)]
+    stats, shares = DecodeStats(*zeros[:3]), DraftShares(*zeros[3:])
 
     def step(carry):
         state, stats, shares = carry
         state, emitted = take_step(state)
-        return state, count_step(stats, emitted), count_shares(shares, emitted) if setup.combine else None
+        return state, count_step(stats, emitted), count_shares(shares, emitted)
 
     carry = (state, stats, shares)
     state, stats, shares = jax.lax.while_loop(lambda carry: ~jnp.all(carry[0].done), step, carry)
@@ -167,7 +200,7 @@ def count_step(stats: DecodeStats, emitted: Emitted) -> DecodeStats:
 
 
 def count_shares(shares: DraftShares, emitted: Emitted) -> DraftShares:
-    """Add one step of several drafts to their shares."""
+    """Add one step to what each draft had its part in."""
     drafts, level = jnp.arange(shares.offered.shape[1]), jnp.arange(emitted.proposers.shape[1])
     accepted = level[None, :, None] < emitted.accepted[:, None, None]
     own = (emitted.proposers[:, :, None] == drafts[None, None, :]) & accepted
@@ -177,130 +210,62 @@ def count_shares(shares: DraftShares, emitted: Emitted) -> DraftShares:
     )
 
 
-def make_generate(setup: DecodeSetup, mesh: Mesh) -> Callable[[tuple[dict, Any], PromptBatch], Generation]:
-    """Compile `generate((params, temperature), batch)`: rows split over devices, each device stopping by itself.
+def prepare_params(target_params: dict, draft_params: Sequence[dict] = (), mesh: Mesh | None = None) -> DecodeParams:
+    """The weights as the loop reads them, of a target and of each draft; on the devices of a mesh, if one is given."""
+    if mesh is not None:
+        target_params, draft_params = place_params(target_params, mesh), replicate(tuple(draft_params), mesh)
+    stepping = unstack_layers(target_params) if jax.default_backend() == "cpu" else target_params
+    return DecodeParams(target_params, stepping, tuple(draft_params))
+
+
+def make_generate(setup: DecodeSetup, mesh: Mesh) -> Callable[[DecodeParams, PromptBatch, float], Generation]:
+    """Compile `generate(params, batch, temperature)`: rows split over devices, each device stopping by itself.
 
     `params` is what `prepare_params` returns. A new (B, P) shape compiles anew.
     """
 
-    def run(everywhere, batch):
-        params, temperature = everywhere
+    def run(whole, batch):
+        params, temperature = whole
         return generate(setup, params, batch, temperature)
 
-    return map_over_devices(run, mesh)
+    compiled = map_over_devices(run, mesh)
+
+    def decode_batch(params: DecodeParams, batch: PromptBatch, temperature: float) -> Generation:
+        return compiled((params, jnp.asarray(temperature, jnp.float32)), batch)
+
+    return decode_batch
 
 
-def make_stream(setup: DecodeSetup):
-    """Compile (prefill, step) for text that is shown while it is decoded: one call a step, the state donated."""
+def make_stream(setup: DecodeSetup) -> tuple[Callable, Callable]:
+    """Compile (prefill, step) for text that is shown while it is decoded: one call a step, the state donated.
 
-    def start(params, batch, temperature):
+    Returns:
+      `prefill(params, batch, temperature) -> state`, and `step(params, state, temperature) -> (state, Emitted)`.
+    """
+
+    def begin(params, batch, temperature):
         return prefill(setup, params, batch, temperature)
 
     def step(params, state, temperature):
         return speculative_step(setup, params, state, temperature)
 
-    return jax.jit(start), jax.jit(step, donate_argnames=("state",))
+    return jax.jit(begin), jax.jit(step, donate_argnames=("state",))
 
 
-class Round(NamedTuple):
-    """One proposal and its verification, chain or tree. `tokens[:, :num_accepted + 1]` are the target's own choice.
-
-    `num_judged` draft depths were judged; `hidden` are the target's at the last committed and the accepted tokens. Both
-    caches have their old length; the accepted tokens' slots follow it. Of several drafts the rest is as in `Emitted`.
-    """
-
-    tokens: Int[Array, "B G1"]
-    num_accepted: Int[Array, " B"]
-    num_judged: Int[Array, " B"]
-    hidden: Float[Array, "B G1 D"]
-    target_cache: KVCache
-    draft_cache: KVCache | tuple[KVCache, ...] | None
-    proposers: Int[Array, "B G"] | None = None
-    offered: Int[Array, "B E"] | None = None
-    choices: Choices | None = None
+def _path_of_chain(draft_tokens: Int[Array, "B G"], num_accepted: Int[Array, " B"], next_token: Int[Array, " B"]) -> Path:
+    """The accepted draft tokens and the next one, as the path down a tree with one branch."""
+    rows, depth = draft_tokens.shape
+    tokens = jnp.concatenate([draft_tokens, next_token[:, None]], axis=1).at[jnp.arange(rows), num_accepted].set(next_token)
+    nodes = jnp.broadcast_to(jnp.arange(depth + 1), tokens.shape)
+    return Path(nodes, tokens, num_accepted, num_judged=jnp.minimum(num_accepted + 1, depth))
 
 
-def _chain_round(setup: DecodeSetup, params: dict, state: DecodeState, temperature) -> Round:
-    """G draft tokens, each drawn from q after the one before it, judged by speculative sampling."""
-    depth = setup.num_draft_tokens
-    keys = _keys_at(state.keys, state.target_cache.length + 1)
-
-    def draw_at(number, hidden):
-        logits = next_logits(setup, params, hidden)
-        return draw(_purpose(keys, number), logits, temperature, setup.cutoff), logits
-
-    def deeper(carry, number):
-        hidden, token, cache = carry
-        view = cached_view(cache, 1)
-        hidden, cache = draft_forward(setup, params, cache, view, hidden[:, None], token[:, None])
-        cache = cache._replace(length=cache.length + 1)
-        token, logits = draw_at(number, hidden[:, 0])
-        return (hidden[:, 0], token, cache), (token, logits)
-
-    first, first_logits = draw_at(0, state.draft_hidden)
-    carry = (state.draft_hidden, first, state.draft_cache)
-    (_, _, draft_cache), (tokens, logits) = jax.lax.scan(deeper, carry, jnp.arange(1, depth))
-    draft_tokens = jnp.concatenate([first[None], tokens]).swapaxes(0, 1)
-    draft_logits = jnp.concatenate([first_logits[None], logits]).swapaxes(0, 1)
-
-    block = jnp.concatenate([state.last_token[:, None], draft_tokens], axis=1)
-    view = cached_view(state.target_cache, depth + 1)
-    hidden, target_cache = decode(setup.target, params["stepping"], block, view, state.target_cache)
-    target_logits = head_logits(setup.target, params["target"], hidden)
-    verdict = verify(_purpose(keys, depth), draft_tokens, draft_logits, target_logits, temperature, setup.cutoff)
-    tokens = jnp.concatenate([draft_tokens, verdict.next_token[:, None]], axis=1)
-    tokens = tokens.at[jnp.arange(tokens.shape[0]), verdict.num_accepted].set(verdict.next_token)
-    judged = jnp.minimum(verdict.num_accepted + 1, depth)
-    return Round(
-        tokens, verdict.num_accepted, judged, hidden, target_cache, draft_cache._replace(length=state.draft_cache.length)
-    )
+def _dtype(params: DecodeParams):
+    return params.target["norm"]["scale"].dtype
 
 
-def _tree_round(setup: DecodeSetup, params: dict, state: DecodeState, temperature) -> Round:
-    """A tree of the draft's best guesses, or without a draft its root alone; the target's own choices lead through it."""
-    proposed = propose(setup, params, state)
-    tree = proposed.tree
-    view = tree_view(state.target_cache, tree)
-    hidden, target_cache = decode(setup.target, params["stepping"], tree.tokens, view, state.target_cache)
-    logits = head_logits(setup.target, params["target"], hidden)
-
-    def choose(level, logits):
-        return draw(_keys_at(state.keys, state.target_cache.length + 1 + level), logits, temperature, setup.cutoff)
-
-    path = walk(tree, setup.num_draft_tokens, logits, choose)
-    if setup.draft is not None:
-        hidden = jnp.take_along_axis(hidden, path.nodes[:, :, None], axis=1)
-        target_cache = keep_path(target_cache, path.nodes)
-    return round_along(setup, proposed, path, hidden, target_cache)
-
-
-def round_along(setup: DecodeSetup, proposed: Proposed, path: Path, hidden, target_cache: KVCache) -> Round:
-    """The round in which the target took `path` through what was proposed."""
-    judged = path.num_accepted + path.went_on
-    round_ = Round(path.tokens, path.num_accepted, judged, hidden, target_cache, proposed.draft_cache)
-    if setup.combine is None:
-        return round_
-    drafts = jnp.arange(len(setup.draft))[None, None, :]
-    return round_._replace(
-        proposers=jnp.take_along_axis(proposed.proposers, path.nodes[:, 1:], axis=1),
-        offered=jnp.sum(proposed.proposers[:, 1:, None] == drafts, axis=1, dtype=jnp.int32),
-        choices=proposed.choices,
-    )
-
-
-def _keys_at(keys, position):
-    """Each row's key for the token at `position`: a chain's step splits it by purpose, all else draws that token with it."""
-    return jax.vmap(jax.random.fold_in)(keys, position)
-
-
-def _purpose(keys, number):
-    """Independent keys within a step: numbers 0 … G−1 draw the draft tokens, G verifies them."""
-    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, number)
-
-
-def _is_stop(setup: DecodeSetup, tokens):
-    stops = jnp.asarray(setup.stop_tokens, jnp.int32)
-    return jnp.any(jnp.expand_dims(tokens, -1) == stops.reshape((1,) * tokens.ndim + (-1,)), axis=-1)
+def _is_stop(setup: DecodeSetup, tokens: Int[Array, "*shape"]) -> Bool[Array, "*shape"]:
+    return jnp.isin(tokens, jnp.asarray(setup.stop_tokens, jnp.int32))
 
 
 def _write_rows(buffer, block, start, keep):

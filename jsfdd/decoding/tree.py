@@ -17,7 +17,6 @@ committed token; a parent's number is below its children's.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -26,38 +25,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jsfdd.base.records import KVCache
+from jsfdd.decoding.settings import TreeShape
 from jsfdd.models.attention import View
-
-
-@dataclasses.dataclass(frozen=True)
-class TreeShape:
-    """A tree's fixed measures: at most `depth` tokens deep, `top_k` children a node, `nodes` draft tokens in all.
-
-    EAGLE-2's defaults are depth 5 to 7, top_k 10 and 60 nodes. `top_k=1` with `nodes=depth` is a greedy chain.
-    """
-
-    depth: int
-    top_k: int
-    nodes: int
-
-    def __post_init__(self):
-        if min(self.depth, self.top_k, self.nodes) < 1:
-            raise ValueError(f"a tree of depth {self.depth}, top-k {self.top_k} and {self.nodes} nodes: all must be 1 or more")
-        if self.nodes > self.num_proposals:
-            raise ValueError(
-                f"a tree of {self.nodes} nodes is larger than its depth allows: depth {self.depth} with top-k {self.top_k} "
-                f"proposes {self.num_proposals} tokens; take fewer nodes, or a greater depth or top-k"
-            )
-
-    @property
-    def num_proposals(self) -> int:
-        """P: n at the first level, n² at each deeper one."""
-        return self.top_k + (self.depth - 1) * self.top_k**2
-
-    @property
-    def draft_slots(self) -> int:
-        """Slots of the draft's cache that growing needs: one for each node it reads."""
-        return (self.depth - 1) * self.top_k
 
 
 class Proposals(NamedTuple):
@@ -78,21 +47,31 @@ class Tree(NamedTuple):
 
 
 class Path(NamedTuple):
-    """The target's way down a tree: `tokens[:, i]` is its choice at `nodes[:, i]`, for i ≤ `num_accepted`.
+    """The target's way down a tree, or along a chain.
 
-    `went_on` is whether the last node had children at all, so that a draft token was judged there and rejected.
+    Attributes:
+      nodes, tokens: `tokens[:, i]` is the target's choice at `nodes[:, i]`, for i ≤ `num_accepted`.
+      num_accepted: draft tokens that are the target's choice, 0 … G.
+      num_judged: draft depths that had a token to judge: one more than were accepted, unless the path ended at a leaf.
     """
 
     nodes: Int[Array, "B G1"]
     tokens: Int[Array, "B G1"]
     num_accepted: Int[Array, " B"]
-    went_on: Bool[Array, " B"]
+    num_judged: Int[Array, " B"]
 
 
 def root_only(tokens: Int[Array, " B"]) -> Tree:
     """The tree without draft tokens: what plain decoding verifies."""
-    ones = tokens[:, None]
-    return Tree(ones, jnp.zeros_like(ones), jnp.zeros_like(ones), jnp.ones((*ones.shape, 1), bool))
+    return one_branch(tokens, jnp.zeros((tokens.shape[0], 0), jnp.int32))
+
+
+def one_branch(root_tokens: Int[Array, " B"], draft_tokens: Int[Array, "B G"]) -> Tree:
+    """The tree of a chain: every node has one child, the last none."""
+    tokens = jnp.concatenate([root_tokens[:, None], draft_tokens], axis=1)
+    numbers = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    ancestors = jnp.broadcast_to(jnp.tri(tokens.shape[1], dtype=bool), (*tokens.shape, tokens.shape[1]))
+    return Tree(tokens, jnp.maximum(numbers - 1, 0), numbers, ancestors)
 
 
 def grow(
@@ -149,6 +128,12 @@ def grow(
     deeper = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(rows, -1), deeper)
     proposals = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), first, deeper)
     return proposals, cache._replace(length=start)
+
+
+def propose_nothing(shape: TreeShape, cache: KVCache) -> tuple[Proposals, KVCache]:
+    """What `grow` returns, without the work: proposals of probability 0."""
+    numbers = jnp.zeros((cache.length.shape[0], shape.num_proposals), jnp.int32)
+    return Proposals(numbers, jnp.full(numbers.shape, -jnp.inf), numbers), cache
 
 
 def rerank(shape: TreeShape, proposals: Proposals, root_tokens: Int[Array, " B"]) -> Tree:
@@ -208,7 +193,7 @@ def walk(
     start = jnp.zeros(rows.shape, jnp.int32)
     carry = (start, jnp.ones(rows.shape, bool), start, jnp.zeros(rows.shape, bool))
     (_, _, num_accepted, went_on), (nodes, tokens) = jax.lax.scan(level, carry, jnp.arange(depth + 1))
-    return Path(nodes.swapaxes(0, 1), tokens.swapaxes(0, 1), num_accepted, went_on)
+    return Path(nodes.swapaxes(0, 1), tokens.swapaxes(0, 1), num_accepted, num_accepted + went_on)
 
 
 def keep_path(cache: KVCache, nodes: Int[Array, "B G1"]) -> KVCache:

@@ -10,25 +10,13 @@ p and q are what is sampled from: after temperature, top-k and top-p. Text is th
 
 from __future__ import annotations
 
-import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-
-@dataclasses.dataclass(frozen=True)
-class Cutoff:
-    """Which tokens may be sampled at all, fixed at compile time; the defaults leave every token in."""
-
-    top_k: int = 0
-    """The k most probable, and all as probable as the k-th; 0 for all."""
-    top_p: float = 1.0
-    """Of those the fewest that together have this share of the probability, and all as probable as the last of them."""
-
-
-EVERY_TOKEN = Cutoff()
+from jsfdd.decoding.settings import EVERY_TOKEN, Cutoff
 
 
 class Verdict(NamedTuple):
@@ -89,6 +77,11 @@ def draw(
 
     # A branch, not a select: the random bits of a whole vocabulary cost more than the head at temperature 0.
     return jax.lax.cond(temperature > 0, sample, lambda: jnp.argmax(logits, axis=-1)).astype(jnp.int32)
+
+
+def fold_in_rows(keys: Key[Array, " B"], number: Int[Array, "*B"]) -> Key[Array, " B"]:
+    """Each row's key for `number`: its own number or one for all. A position's key draws the token there."""
+    return jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(number, keys.shape))
 
 
 def verify(

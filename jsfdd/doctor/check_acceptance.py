@@ -19,7 +19,7 @@ from jsfdd.doctor.check_draft import describe_rope, ropes_agree
 from jsfdd.doctor.findings import Finding
 from jsfdd.doctor.reader import Choices, DecodedText, Reader, draft_choices
 from jsfdd.models.architecture import DecoderConfig
-from jsfdd.models.draft import DraftConfig
+from jsfdd.models.draft import Draft
 
 _CLEAR = 4.0  # standard deviations between two ways of reading, over the positions where they differ
 _WORTH_IT = 0.03  # and at least so many more of all positions
@@ -38,29 +38,32 @@ class Readings(NamedTuple):
     variants: dict[str, list[Choices]]
 
 
-def read_with_draft(reader: Reader, draft: DraftConfig, params: dict, texts: Sequence[DecodedText]) -> Readings:
+def read_with_draft(reader: Reader, draft: Draft, texts: Sequence[DecodedText]) -> Readings:
     """The draft over the true pairs of each text, as it is and with each fault undone."""
-    kernel = params["fc"]["kernel"]
+    kernel, rope = draft.params["fc"]["kernel"], reader.target.config.rope
     width = kernel.shape[0] // 2
-    exchanged = {**params, "fc": {**params["fc"], "kernel": jnp.concatenate([kernel[width:], kernel[:width]])}}
-    target_rope = dataclasses.replace(draft, decoder=dataclasses.replace(draft.decoder, rope=reader.target.config.rope))
+    fc = {**draft.params["fc"], "kernel": jnp.concatenate([kernel[width:], kernel[:width]])}
+    exchanged = draft._replace(params={**draft.params, "fc": fc})
+    target_rope = draft._replace(
+        config=dataclasses.replace(draft.config, decoder=dataclasses.replace(draft.config.decoder, rope=rope))
+    )
     given: list[Choices] = []
     variants: dict[str, list[Choices]] = {SWAPPED: [], BEFORE_NORM: [], OWN_TOKEN: []}
-    if not ropes_agree(reader.target.config, draft.decoder):
+    if not ropes_agree(reader.target.config, draft.config.decoder):
         variants[TARGET_ROPE] = []
     for text in texts:
         whole = reader.read(text.tokens)
         following = jnp.roll(whole.embedding, -1, axis=0)
-        given.append(draft_choices(reader, draft, params, text.tokens, following, whole.hidden))
+        given.append(draft_choices(reader, draft, text.tokens, following, whole.hidden))
         inputs = {
-            SWAPPED: (draft, exchanged, following, whole.hidden),
-            BEFORE_NORM: (draft, params, following, whole.stream),
-            OWN_TOKEN: (draft, params, whole.embedding, whole.hidden),
-            TARGET_ROPE: (target_rope, params, following, whole.hidden),
+            SWAPPED: (exchanged, following, whole.hidden),
+            BEFORE_NORM: (draft, following, whole.stream),
+            OWN_TOKEN: (draft, whole.embedding, whole.hidden),
+            TARGET_ROPE: (target_rope, following, whole.hidden),
         }
-        for name, found in variants.items():
-            config, own_params, embedding, hidden = inputs[name]
-            found.append(draft_choices(reader, config, own_params, text.tokens, embedding, hidden))
+        for name, choices in variants.items():
+            variant, embedding, hidden = inputs[name]
+            choices.append(draft_choices(reader, variant, text.tokens, embedding, hidden))
     return Readings(given, variants)
 
 

@@ -82,7 +82,7 @@ def examine(
 
 def _check_draft(target, draft, chats, conversations, num_draft_tokens, max_new_tokens, progress) -> list[Finding]:
     """The checks that run the draft, if it can run on this target at all."""
-    config, params = draft.config, draft.params
+    config = draft.config
     fits = (config.decoder.hidden_size, config.decoder.vocab_size) == (target.config.hidden_size, target.config.vocab_size)
     prompts = _prompts(target, chats, conversations, max_new_tokens) if fits else []
     if not prompts:
@@ -95,7 +95,7 @@ def _check_draft(target, draft, chats, conversations, num_draft_tokens, max_new_
         return [check_rope(target.config, config.decoder, None, []), left_out]
 
     progress(f"decoding {len(prompts)} prompts")
-    texts = decode_texts(target, config, params, prompts, num_draft_tokens, max_new_tokens)
+    texts = decode_texts(target, draft, prompts, num_draft_tokens, max_new_tokens)
     progress("reading the decoded text whole")
     reader = Reader(target, max(len(text.tokens) for text in texts))
     findings = [check_target_text(reader, texts, target.tokenizer)]
@@ -103,7 +103,7 @@ def _check_draft(target, draft, chats, conversations, num_draft_tokens, max_new_
     if not texts:
         left_out = Finding("decoded-acceptance", "note", "Every answer ended with its first token, so nothing was drafted.")
         return [*findings, check_rope(target.config, config.decoder, None, []), left_out]
-    readings = read_with_draft(reader, config, params, texts)
+    readings = read_with_draft(reader, draft, texts)
     return [
         *findings,
         check_agreement(readings, texts),

@@ -20,9 +20,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jsfdd.data.batches import bucket_lengths, pad_rows
-from jsfdd.decoding.generate import DecodeSetup, PromptBatch, make_stream, prepare_params
+from jsfdd.decoding.generate import make_stream, prepare_params
+from jsfdd.decoding.prompts import prompt_batch
+from jsfdd.decoding.settings import decode_setup
+from jsfdd.decoding.stream import stream
 from jsfdd.models.attention import causal_view
-from jsfdd.models.draft import DraftConfig, EagleLayer, allowed_tokens
+from jsfdd.models.draft import Draft, EagleLayer, allowed_tokens
 from jsfdd.models.target import embed_tokens, final_norm, head_logits, residual_stream
 from jsfdd.weights.target import Target
 
@@ -76,30 +79,23 @@ class WholeText(NamedTuple):
 
 def decode_texts(
     target: Target,
-    draft: DraftConfig,
-    draft_params: dict,
+    draft: Draft,
     prompts: Sequence[tuple[str, Sequence[int]]],
     num_draft_tokens: int,
     max_new_tokens: int,
 ) -> list[DecodedText]:
     """Greedy answers to (id, token ids) prompts, decoded together, step by step."""
-    lengths = [len(ids) for _, ids in prompts]
-    setup = DecodeSetup(target.config, draft, num_draft_tokens, max_new_tokens, target.stop_tokens)
-    start, step = make_stream(setup)
-    params, greedy = prepare_params(target.params, draft_params), jnp.float32(0)
-    padded = pad_rows([np.asarray(ids, np.int32) for _, ids in prompts], (len(prompts), bucket_lengths(max(lengths))[-1]))
-    keys = jax.random.split(jax.random.key(0), len(prompts))
-    state = start(params, PromptBatch(jnp.asarray(padded), jnp.asarray(lengths, jnp.int32), keys), greedy)
-    # Copies: the state's own buffers are given away to the next step.
-    answers = [[int(token)] for token in np.array(state.last_token)]
-    texts = [DecodedText(id, np.empty(0, np.int32), length, [], []) for (id, _), length in zip(prompts, lengths)]
-    while not np.all(np.array(state.done)):
-        state, emitted = step(params, state, greedy)
+    setup = decode_setup(target, [draft.config], num_draft_tokens=num_draft_tokens, max_new_tokens=max_new_tokens)
+    params = prepare_params(target.params, [draft.params])
+    batch = prompt_batch([ids for _, ids in prompts], range(len(prompts)), len(prompts), seed=0)
+    answers: list[list[int]] = [[] for _ in prompts]
+    texts = [DecodedText(id, np.empty(0, np.int32), len(ids), [], []) for id, ids in prompts]
+    for emitted in stream(make_stream(setup), params, batch, temperature=0.0):
         for row, text in enumerate(texts):
             if emitted.active[row]:
                 text.step_tokens.append(text.prompt_length + len(answers[row]))
                 text.step_accepted.append(int(emitted.accepted[row]) > 0)
-                answers[row] += np.asarray(emitted.tokens[row, : int(emitted.count[row])]).tolist()
+            answers[row] += emitted.tokens[row, : emitted.count[row]].tolist()
     return [
         dataclasses.replace(text, tokens=np.asarray([*ids, *answer], np.int32))
         for text, (_, ids), answer in zip(texts, prompts, answers)
@@ -139,10 +135,10 @@ class Reader:
         return Choices(*(np.asarray(x)[: len(tokens) - 1] for x in chosen))
 
     def draft_output(
-        self, config: DraftConfig, params: dict, embedding: Float[Array, "T D"], hidden: Float[Array, "T D"]
+        self, draft: Draft, embedding: Float[Array, "T D"], hidden: Float[Array, "T D"]
     ) -> Float[Array, "T D"]:
         """The draft over the pairs (embedding[t], hidden[t])."""
-        return self._draft(config, params, embedding, hidden)
+        return self._draft(draft.config, draft.params, embedding, hidden)
 
     def _pad(self, tokens):
         return pad_rows([np.asarray(tokens, np.int32)], (1, self.width))[0]
@@ -151,8 +147,8 @@ class Reader:
         full = self.target.config
         config = dataclasses.replace(full, num_layers=layers, sliding_layers=full.sliding_layers[:layers])
         params = {**params, "layers": jax.tree.map(lambda x: x[:layers], params["layers"])}
-        stream, _ = residual_stream(config, params, tokens, causal_view(*tokens.shape), None)
-        return WholeText(stream[0], final_norm(config, params, stream)[0], embed_tokens(config, params, tokens)[0])
+        raw, _ = residual_stream(config, params, tokens, causal_view(*tokens.shape), None)
+        return WholeText(raw[0], final_norm(config, params, raw)[0], embed_tokens(config, params, tokens)[0])
 
     def _head_choices(self, params, hidden, asked, allowed):
         # A block at a time: the logits of a long text are the largest thing here by far.
@@ -179,8 +175,7 @@ class Reader:
 
 def draft_choices(
     reader: Reader,
-    config: DraftConfig,
-    params: dict,
+    draft: Draft,
     tokens: Int[np.ndarray, " N"],
     embedding: Float[Array, "T D"],
     hidden: Float[Array, "T D"],
@@ -191,5 +186,5 @@ def draft_choices(
       embedding: row t is what the draft gets as the embedding of x_{t+1}.
       hidden: row t is what it gets as h_t.
     """
-    output = reader.draft_output(config, params, embedding, hidden)
-    return Choices(*(x[: len(tokens) - 2] for x in reader.choices(output, tokens[1:], allowed_tokens(config))))
+    output = reader.draft_output(draft, embedding, hidden)
+    return Choices(*(x[: len(tokens) - 2] for x in reader.choices(output, tokens[1:], allowed_tokens(draft.config))))

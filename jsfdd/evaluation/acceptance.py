@@ -28,6 +28,11 @@ class AcceptanceCounts(NamedTuple):
         return self.accept_counts @ np.arange(1, self.accept_counts.shape[1] + 1)
 
 
+def no_counts(num_prompts: int, depth: int, dtype: type = np.int64) -> AcceptanceCounts:
+    """Zeros, for drafts that reach `depth` tokens far."""
+    return AcceptanceCounts(*(np.zeros((num_prompts, columns), dtype) for columns in (depth + 1, depth, depth)))
+
+
 def acceptance_figures(counts: AcceptanceCounts, rows: Bool[np.ndarray, " N"], seed: int) -> dict:
     """Everything that a report says about acceptance, over the prompts that `rows` picks, with 95% bounds over prompts."""
     emitted, steps = counts.emitted[rows], counts.steps[rows]

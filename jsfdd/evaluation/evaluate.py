@@ -1,8 +1,9 @@
 """`evaluate`: acceptance and speed by real speculative decoding of real prompts.
 
 Every batch of prompts is answered by the autoregressive baseline and by each draft, one right after the other, so that a
-machine that slows down slows all of them. Programs are compiled and run once on nothing before they are timed. A batch
-holds prompts of one source, so that a source has a speed of its own.
+machine that slows down slows all of them. Later turns go on from the baseline's answers, so that all are asked the same.
+Programs are compiled and run once on nothing before they are timed. A batch holds prompts of one source, so that a source
+has a speed of its own.
 
     τ (tau)   tokens emitted per target verification, the correction or bonus token included: total over total.
               `tau_macro` is the mean over prompts; `l` is τ − 1, the SFDD paper's measure.
@@ -16,27 +17,29 @@ stop token do not count; a last step that overshoots max_new_tokens counts in fu
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Float
 
 from jsfdd.base.hardware import describe_hardware
-from jsfdd.base.mesh import num_data_shards, replicate, shard_rows, to_host
-from jsfdd.base.records import DraftShares, Prompt
-from jsfdd.decoding.ensemble import Ensemble, as_decoded, members_of
-from jsfdd.decoding.generate import DecodeSetup, make_generate, prepare_params
-from jsfdd.decoding.prompts import bucket_width, check_length, prompt_batch, render_turns
-from jsfdd.decoding.tree import TreeShape
-from jsfdd.decoding.verify import EVERY_TOKEN, Cutoff
-from jsfdd.evaluation.acceptance import AcceptanceCounts, acceptance_figures, with_interval
+from jsfdd.base.mesh import replicate, round_up_to_shards, shard_rows, to_host
+from jsfdd.base.records import DraftShares, Generation, Prompt
+from jsfdd.decoding.conversation_log import Answer
+from jsfdd.decoding.conversations import Asked, Batches, hold, read_answer
+from jsfdd.decoding.generate import make_generate, prepare_params
+from jsfdd.decoding.prompts import prompt_batch, questions_in
+from jsfdd.decoding.settings import EVERY_TOKEN, Cutoff, DecodeSetup, Team, TreeShape, decode_setup
+from jsfdd.decoding.state import DecodeParams, PromptBatch
+from jsfdd.evaluation.acceptance import AcceptanceCounts, acceptance_figures, no_counts, with_interval
 from jsfdd.evaluation.intervals import resample_ratios, tau_difference
 from jsfdd.evaluation.shares import no_shares, with_shares
-from jsfdd.models.draft import Draft, DraftConfig
-from jsfdd.models.sharding import place_params
+from jsfdd.models.draft import Draft
+from jsfdd.weights.draft import check_draft
 from jsfdd.weights.target import Target
 
 BASELINE = "autoregressive"
@@ -46,14 +49,14 @@ class Answers(NamedTuple):
     """All that was decoded by one system, per prompt (its turns added up) and per batch.
 
     Attributes:
-      texts: [N][turns] answers as text.
-      tokens: [N][turns] answers as int32 ids.
+      answers: [N][turns].
+      tokens: [N][turns] the answers as int32 ids.
       counts: int64.
-      shares: int64[N, E] each; E is 0 where no drafts decode together.
-      batch_tokens, batch_seconds: float64[batches], of each timed call; batch_sources, whose prompts they were.
+      shares: int64[N, E] each, of E drafts.
+      batch_tokens, batch_seconds: of each timed call; batch_sources, whose prompts they were.
     """
 
-    texts: list[list[str]]
+    answers: list[list[Answer]]
     tokens: list[list[np.ndarray]]
     counts: AcceptanceCounts
     shares: DraftShares
@@ -62,26 +65,25 @@ class Answers(NamedTuple):
     batch_sources: list[str]
 
 
-class _Program(NamedTuple):
-    """A system to measure: its parameters and how it decodes."""
+class _System(NamedTuple):
+    """What answers: the baseline, or drafts."""
 
-    params: dict
+    setup: DecodeSetup
+    params: DecodeParams
     decode: Callable
-    num_draft_tokens: int
-    num_combined: int = 0  # drafts that decode together
 
 
 def evaluate(
     target: Target,
-    drafts: dict[str, Draft | Ensemble],
+    drafts: Mapping[str, Draft | Team],
     prompts: Sequence[Prompt],
     mesh: Mesh,
     *,
-    temperature: float,
-    num_draft_tokens: int,
-    max_new_tokens: int,
-    batch_size: int,
-    seed: int,
+    temperature: float = 0.0,
+    num_draft_tokens: int = 4,
+    max_new_tokens: int = 128,
+    batch_size: int = 8,
+    seed: int = 0,
     tree: TreeShape | None = None,
     cutoff: Cutoff = EVERY_TOKEN,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -90,47 +92,67 @@ def evaluate(
 
     Args:
       target: from `load_target`.
-      drafts: name -> as `load_draft` gives them; those of one config are one program. Or several drafts that
-        decode together.
+      drafts: name -> a draft, as `load_draft` gives it, or several that decode together. Those of one shape are one program.
+        Without any the one report is of the baseline.
       prompts: from `read_prompts`.
       mesh: rows are split over its "data" axis.
       batch_size: prompts decoded together, rounded up to the devices that share them.
       tree: verify trees of this shape, of depth `num_draft_tokens`; chains otherwise.
       cutoff: top-k and top-p, for drafts and baseline alike.
-      progress: called with (batches done, batches in all).
+      progress: called with (answers done, answers in all); one answer is by the baseline and by every draft.
 
     Raises:
       ValueError: a prompt with its answer is longer than the target's context, or a draft is of another target.
-    """
-    for name, draft in drafts.items():
-        for member_name, member in members_of(name, draft).items():
-            check_draft(target, member.config, member_name)
-    shards = num_data_shards(mesh)
-    batch_size = -(-batch_size // shards) * shards
-    plain = make_generate(DecodeSetup(target.config, None, 0, max_new_tokens, target.stop_tokens, cutoff=cutoff), mesh)
-    target_params = prepare_params(place_params(target.params, mesh))
-    programs = {BASELINE: _Program(target_params, plain, 0)}
-    decoders = {}
-    for name, draft in drafts.items():
-        configs, params, combine = as_decoded(draft)
-        setup = DecodeSetup(target.config, configs, num_draft_tokens, max_new_tokens, target.stop_tokens, tree, cutoff, combine)
-        if setup not in decoders:
-            decoders[setup] = make_generate(setup, mesh)
-        params = target_params | {"draft": replicate(params, mesh)}
-        programs[name] = _Program(params, decoders[setup], num_draft_tokens, len(configs) if combine else 0)
 
-    answers = {name: _no_answers(len(prompts), program) for name, program in programs.items()}
-    compile_seconds = _answer_all(
-        target, programs, answers, prompts, mesh, temperature, max_new_tokens, batch_size, seed, progress
+    Example:
+      >>> prompts = [Prompt("1", "chat", ("Hello!", "How are you?"))]
+      >>> reports = evaluate(target, {"mine": draft}, prompts, jsfdd.make_mesh(), max_new_tokens=8)
+      >>> reports["mine"]["same_text_share"]
+      1.0
+    """
+    teams = {name: team if isinstance(team, Team) else Team({name: team}) for name, team in drafts.items()}
+    for team in teams.values():
+        for name, draft in team.drafts.items():
+            check_draft(target, draft.config, name)
+    batch_size = round_up_to_shards(batch_size, mesh)
+    systems = _systems(
+        target, teams, mesh, num_draft_tokens=num_draft_tokens, max_new_tokens=max_new_tokens, tree=tree, cutoff=cutoff
     )
-    # Trees draw with plain decoding's own keys, so their text is its text at any temperature; sampled chains' need not be.
-    same_text = temperature == 0 or tree is not None
-    reports = {name: _report(prompts, answers[name], answers[BASELINE], compile_seconds, same_text, seed) for name in drafts}
+    answers = {name: _no_answers(len(prompts), system.setup) for name, system in systems.items()}
+    clock = _Clock()
+
+    def answer(asked: Asked) -> list[Answer]:
+        batch = shard_rows(prompt_batch(asked.prompts, asked.numbers, batch_size, seed=seed, turn=asked.turn), mesh)
+        for name, system in systems.items():
+            out, seconds = clock.decode(system, batch, temperature)
+            _add(target, answers[name], asked.rows, out, seconds, prompts[asked.rows[0]].source)
+        return [answers[BASELINE].answers[row][-1] for row in asked.rows]
+
     sources = [prompt.source for prompt in prompts]
-    for name, draft in drafts.items():
-        if isinstance(draft, Ensemble):
-            reports[name] = with_shares(reports[name], sources, answers[name].shares, draft, tree)
+    batches = by_source(sources, batch_size)
+    hold(target, questions_in(prompts), answer, batches, max_new_tokens=max_new_tokens, progress=progress)
+    # A sampled chain's text has the target's distribution, but is another draw from it than the baseline's.
+    same_text = temperature == 0 or tree is not None
+    if not teams:
+        return {BASELINE: _report(prompts, answers[BASELINE], answers[BASELINE], clock.compile_seconds, True, seed)}
+    reports = {}
+    for name, team in teams.items():
+        reports[name] = _report(prompts, answers[name], answers[BASELINE], clock.compile_seconds, same_text, seed)
+        if team.combine is not None:
+            shares = answers[name].shares
+            reports[name] = with_shares(reports[name], sources, shares, list(team.drafts), team.combine, tree)
     return reports
+
+
+def by_source(sources: Sequence[str], batch_size: int) -> Batches:
+    """Batches of prompts of one source, short ones together."""
+
+    def batches(lengths: Mapping[int, int]) -> Iterator[list[int]]:
+        for source in dict.fromkeys(sources):
+            rows = sorted((i for i in lengths if sources[i] == source), key=lengths.__getitem__)
+            yield from (rows[start : start + batch_size] for start in range(0, len(rows), batch_size))
+
+    return batches
 
 
 def compare(reports: dict[str, dict], seed: int) -> list[dict]:
@@ -145,71 +167,50 @@ def compare(reports: dict[str, dict], seed: int) -> list[dict]:
     ]
 
 
-def check_draft(target: Target, draft: DraftConfig, name: str) -> None:
-    """Raise ValueError where a draft cannot be of this target, naming what differs."""
-    own, wanted = draft.decoder, target.config
-    for field in ("vocab_size", "hidden_size", "rope"):
-        if getattr(own, field) != getattr(wanted, field):
-            raise ValueError(
-                f"draft {name}: {field} is {getattr(own, field)}, but the target {target.name} has "
-                f"{getattr(wanted, field)}; give the target that the draft was trained for"
-            )
+def _systems(target: Target, teams: Mapping[str, Team], mesh: Mesh, **options) -> dict[str, _System]:
+    """The baseline and every draft, ready to decode; those of one setup share a program."""
+    plain = decode_setup(target, max_new_tokens=options["max_new_tokens"], cutoff=options["cutoff"])
+    params = prepare_params(target.params, mesh=mesh)
+    systems = {BASELINE: _System(plain, params, make_generate(plain, mesh))}
+    programs = {}
+    for name, team in teams.items():
+        setup = decode_setup(target, team.configs, combine=team.combine, **options)
+        if setup not in programs:
+            programs[setup] = make_generate(setup, mesh)
+        systems[name] = _System(setup, params._replace(drafts=replicate(team.params, mesh)), programs[setup])
+    return systems
 
 
-def _answer_all(
-    target, programs, answers, prompts, mesh, temperature, max_new_tokens, batch_size, seed, progress
-) -> float:
-    """Fill `answers`, turn by turn and batch by batch, the systems one after the other. Returns seconds spent compiling."""
-    ready: set[tuple] = set()
-    compile_seconds = 0.0
-    turns = max(len(prompt.turns) for prompt in prompts)
-    plan = [
-        (turn, source, [i for i, prompt in enumerate(prompts) if prompt.source == source and len(prompt.turns) > turn])
-        for turn in range(turns)
-        for source in dict.fromkeys(prompt.source for prompt in prompts)
-    ]
-    total = sum(-(-len(rows) // batch_size) for _, _, rows in plan)
-    done = 0
-    # What is known to be too long is refused before anything is decoded; later turns are known as they come.
-    for prompt in prompts:
-        check_length(target, prompt, len(render_turns(target, prompt, [])), max_new_tokens)
-    for turn, source, rows in plan:
-        ids = {name: [render_turns(target, prompts[i], answers[name].texts[i]) for i in rows] for name in programs}
-        longest = [max(len(ids[name][k]) for name in programs) for k in range(len(rows))]
-        for k, length in enumerate(longest):
-            check_length(target, prompts[rows[k]], length, max_new_tokens)
-        order = np.argsort(longest, kind="stable")
-        for start in range(0, len(rows), batch_size):
-            chosen = order[start : start + batch_size]
-            width = bucket_width(max(longest[k] for k in chosen))
-            for name, program in programs.items():
-                batch = prompt_batch([ids[name][k] for k in chosen], [rows[k] for k in chosen], batch_size, width, seed, turn)
-                batch = shard_rows(batch, mesh)
-                arguments = ((program.params, np.float32(temperature)), batch)
-                if (program.decode, width) not in ready:
-                    begin = time.perf_counter()
-                    # Rows of length 0 are done at once: everything is compiled and loaded, hardly anything computed.
-                    nothing = batch._replace(lengths=jnp.zeros_like(batch.lengths))
-                    jax.block_until_ready(program.decode(arguments[0], nothing))
-                    compile_seconds += time.perf_counter() - begin
-                    ready.add((program.decode, width))
-                begin = time.perf_counter()
-                out = to_host(program.decode(*arguments))
-                seconds = time.perf_counter() - begin
-                _keep(target, answers[name], [rows[k] for k in chosen], out, seconds, source)
-            done += 1
-            progress(done, total)
-    return compile_seconds
+class _Clock:
+    """Times decoding without compiling."""
+
+    def __init__(self):
+        self.compile_seconds = 0.0
+        self._ready: set[tuple] = set()
+
+    def decode(self, system: _System, batch: PromptBatch, temperature: float) -> tuple[Generation, float]:
+        """What a batch comes to, on the host, and the seconds that it took."""
+        program = system.decode, batch.tokens.shape
+        if program not in self._ready:
+            begin = time.perf_counter()
+            # Rows of length 0 are done at once: everything is compiled and loaded, hardly anything computed.
+            nothing = batch._replace(lengths=jnp.zeros_like(batch.lengths))
+            jax.block_until_ready(system.decode(system.params, nothing, temperature))
+            self.compile_seconds += time.perf_counter() - begin
+            self._ready.add(program)
+        begin = time.perf_counter()
+        out = to_host(system.decode(system.params, batch, temperature))
+        return out, time.perf_counter() - begin
 
 
-def _keep(target: Target, answers: Answers, rows: Sequence[int], out, seconds: float, source: str) -> None:
+def _add(target: Target, answers: Answers, rows: Sequence[int], out: Generation, seconds: float, source: str) -> None:
     """Add one batch's outcome to the answers of `rows`; the batch's filler rows come after them."""
     for k, row in enumerate(rows):
         tokens = out.tokens[k, : out.lengths[k]]
         answers.tokens[row].append(tokens)
-        answers.texts[row].append(target.tokenizer.decode(tokens, skip_special_tokens=True))
-        for total, own in zip((*answers.counts, *answers.shares), (*out.stats, *(out.shares or ()))):
-            total[row] += own[k]
+        answers.answers[row].append(read_answer(target, tokens, out.tokens.shape[1]))
+        for total, counted in zip((*answers.counts, *answers.shares), (*out.stats, *out.shares)):
+            total[row] += counted[k]
     answers.batch_tokens.append(float(out.lengths.sum()))
     answers.batch_seconds.append(seconds)
     answers.batch_sources.append(source)
@@ -217,7 +218,7 @@ def _keep(target: Target, answers: Answers, rows: Sequence[int], out, seconds: f
 
 def _report(prompts, answers: Answers, baseline: Answers, compile_seconds: float, same_text: bool, seed: int) -> dict:
     same = [
-        all(np.array_equal(a, b) for a, b in zip(own, plain)) for own, plain in zip(answers.tokens, baseline.tokens)
+        all(np.array_equal(a, b) for a, b in zip(tokens, plain)) for tokens, plain in zip(answers.tokens, baseline.tokens)
     ]
     everywhere = np.ones(len(prompts), bool)
     rate, rate_values = _rate(answers, seed)
@@ -228,7 +229,7 @@ def _report(prompts, answers: Answers, baseline: Answers, compile_seconds: float
         **with_interval("baseline_tokens_per_second", base_rate, base_values),
         **with_interval("speedup", rate / base_rate, rate_values / base_values),
         "n_tokens": int(sum(answers.batch_tokens)),
-        # But where two logits tie within rounding, and where sampling has keys of its own.
+        # 1.0 unless logits tie within rounding.
         "same_text_share": float(np.mean(same)) if same_text else None,
         "compile_seconds": compile_seconds,
         "per_source": {
@@ -245,23 +246,22 @@ def _report(prompts, answers: Answers, baseline: Answers, compile_seconds: float
             for prompt, e, s, t in zip(prompts, answers.counts.emitted, answers.counts.steps, same)
         ],
         "examples": [
-            {"id": prompt.id, "source": prompt.source, "prompt": prompt.turns[0], "text": texts[0]}
-            for prompt, texts in list(zip(prompts, answers.texts))[:8]
+            {"id": prompt.id, "source": prompt.source, "prompt": prompt.turns[0], "text": said[0].text}
+            for prompt, said in list(zip(prompts, answers.answers))[:8]
         ],
         "hardware": describe_hardware(),
     }
 
 
-def _rate(answers: Answers, seed: int, source: str | None = None):
+def _rate(answers: Answers, seed: int, source: str | None = None) -> tuple[float, Float[np.ndarray, " R"]]:
     """tokens/s of all batches (of one source), and of resampled ones: a batch is what was timed, so it is resampled."""
-    picked = [source is None or own == source for own in answers.batch_sources]
+    picked = [source is None or each == source for each in answers.batch_sources]
     tokens, seconds = np.array(answers.batch_tokens)[picked, None], np.array(answers.batch_seconds)[picked, None]
     return float(tokens.sum() / seconds.sum()), resample_ratios(tokens, seconds, seed)[:, 0]
 
 
-def _no_answers(num_prompts: int, program: _Program) -> Answers:
+def _no_answers(num_prompts: int, setup: DecodeSetup) -> Answers:
     """What the answers are added to."""
-    depth = program.num_draft_tokens
-    counts = AcceptanceCounts(*(np.zeros((num_prompts, columns), np.int64) for columns in (depth + 1, depth, depth)))
-    shares = no_shares(num_prompts, program.num_combined)
-    return Answers([[] for _ in range(num_prompts)], [[] for _ in range(num_prompts)], counts, shares, [], [], [])
+    answers, tokens = ([[] for _ in range(num_prompts)] for _ in range(2))
+    counts, shares = no_counts(num_prompts, setup.num_draft_tokens), no_shares(num_prompts, len(setup.drafts))
+    return Answers(answers, tokens, counts, shares, [], [], [])

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jax.sharding import Mesh
 
-from jsfdd.base.mesh import num_data_shards, replicate, shard_rows, to_host
+from jsfdd.base.mesh import replicate, round_up_to_shards, shard_rows, to_host
 from jsfdd.base.records import Prompt
-from jsfdd.decoding.generate import DecodeSetup, make_generate, prepare_params
-from jsfdd.decoding.prompts import bucket_width, check_length, prompt_batch, render_turns
+from jsfdd.decoding.generate import make_generate, prepare_params
+from jsfdd.decoding.prompts import first_prompts, prompt_batch
+from jsfdd.decoding.settings import decode_setup
 from jsfdd.models.draft import DraftConfig
-from jsfdd.models.sharding import place_params
 from jsfdd.weights.target import Target
 
 
@@ -26,20 +26,16 @@ def make_probe(
     Raises:
       ValueError: a prompt with its answer is longer than the target's context.
     """
-    ids = [render_turns(target, prompt, []) for prompt in prompts]
-    for prompt, tokens in zip(prompts, ids, strict=True):
-        check_length(target, prompt, len(tokens), max_new_tokens)
-    shards = num_data_shards(mesh)
-    rows = -(-len(ids) // shards) * shards
-    width = bucket_width(max(len(tokens) for tokens in ids))
-    batch = shard_rows(prompt_batch(ids, range(len(ids)), rows, width, seed=0, turn=0), mesh)
-    setup = DecodeSetup(target.config, draft, num_draft_tokens, max_new_tokens, target.stop_tokens)
-    decode = make_generate(setup, mesh)
-    target_params = prepare_params(place_params(target.params, mesh))
+    rendered = first_prompts(target, prompts, max_new_tokens)
+    rows = round_up_to_shards(len(rendered), mesh)
+    batch = shard_rows(prompt_batch(rendered, range(len(rendered)), rows, seed=0), mesh)
+    decode = make_generate(
+        decode_setup(target, [draft], num_draft_tokens=num_draft_tokens, max_new_tokens=max_new_tokens), mesh
+    )
+    params = prepare_params(target.params, mesh=mesh)
 
     def probe(draft_params: dict) -> dict:
-        params = target_params | {"draft": replicate(draft_params, mesh)}
-        out = to_host(decode((params, np.float32(0)), batch))
+        out = to_host(decode(params._replace(drafts=(replicate(draft_params, mesh),)), batch, 0.0))
         counts = out.stats.accept_counts.sum(axis=0, dtype=np.int64)
         steps = int(counts.sum())
         if not steps:

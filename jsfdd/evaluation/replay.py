@@ -29,16 +29,18 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
-from jsfdd.base.mesh import map_over_devices, num_data_shards, own_rows, replicate, shard_rows, to_host
+from jsfdd.base.mesh import map_over_devices, own_rows, replicate, round_up_to_shards, shard_rows, to_host
 from jsfdd.base.records import DraftBatch, Prompt, Sample
 from jsfdd.base.tuning import vocabulary_block
-from jsfdd.data.batches import choose_shapes, make_batches
-from jsfdd.decoding.generate import DecodeSetup, make_generate, prepare_params
-from jsfdd.decoding.prompts import bucket_width, check_length, prompt_batch, render_turns
-from jsfdd.evaluation.acceptance import AcceptanceCounts
+from jsfdd.data.batches import choose_shapes, make_batches, next_power_of_two
+from jsfdd.decoding.conversation_log import Answer
+from jsfdd.decoding.conversations import Asked, by_width, hold, read_answer
+from jsfdd.decoding.generate import make_generate, prepare_params
+from jsfdd.decoding.prompts import prompt_batch, questions_in
+from jsfdd.decoding.settings import decode_setup
+from jsfdd.evaluation.acceptance import AcceptanceCounts, no_counts
 from jsfdd.models.counted import fold_counted
 from jsfdd.models.draft import DraftConfig, draft_steps
-from jsfdd.models.sharding import place_params
 from jsfdd.models.target import embed_tokens
 from jsfdd.training.batch import PerToken, TrainingData, device_batch
 from jsfdd.training.loss import Borrowed, borrow, restrict
@@ -101,37 +103,26 @@ def record(
     Raises:
       ValueError: a prompt with its answer is longer than the target's context.
     """
-    longest = max_new_tokens + ahead
-    shards = num_data_shards(mesh)
-    decode = make_generate(DecodeSetup(target.config, None, 0, longest, target.stop_tokens), mesh)
-    params = prepare_params(place_params(target.params, mesh))
-    texts: list[list[str]] = [[] for _ in prompts]
-    found: dict[tuple[int, int], Sample] = {}
-    for turn in range(max(len(prompt.turns) for prompt in prompts)):
-        asked = {i: render_turns(target, prompt, texts[i]) for i, prompt in enumerate(prompts) if len(prompt.turns) > turn}
-        for i, ids in asked.items():
-            check_length(target, prompts[i], len(ids), longest)
-        widths = {i: bucket_width(len(ids)) for i, ids in asked.items()}
-        for width in sorted(set(widths.values())):
-            rows = [i for i in asked if widths[i] == width]
-            # Rows that only fill a batch up are read like any other.
-            size = -(-min(batch_size, len(rows)) // shards) * shards
-            for start in range(0, len(rows), size):
-                own = rows[start : start + size]
-                batch = shard_rows(prompt_batch([asked[i] for i in own], own, size, width, seed, turn), mesh)
-                out = to_host(decode((params, np.float32(temperature)), batch))
-                for i, tokens, length in zip(own, out.tokens, out.lengths):
-                    answer = tokens[:length]
-                    texts[i].append(target.tokenizer.decode(answer[:max_new_tokens], skip_special_tokens=True))
-                    found[i, turn] = _sample(prompts[i], turn, asked[i], answer)
-    order = sorted(found)
+    decode = make_generate(decode_setup(target, max_new_tokens=max_new_tokens + ahead), mesh)
+    params = prepare_params(target.params, mesh=mesh)
+    samples: dict[tuple[int, int], Sample] = {}
+
+    def answer(asked: Asked) -> list[Answer]:
+        # Rows that only fill a batch up are read like any other.
+        rows = round_up_to_shards(min(batch_size, next_power_of_two(len(asked.rows))), mesh)
+        batch = prompt_batch(asked.prompts, asked.numbers, rows, seed=seed, turn=asked.turn)
+        out = to_host(decode(params, shard_rows(batch, mesh), temperature))
+        answers = [tokens[:length] for tokens, length, _ in zip(out.tokens, out.lengths, asked.rows)]
+        for i, ids, tokens in zip(asked.rows, asked.prompts, answers):
+            text = np.concatenate([ids, tokens]).astype(np.int32)
+            answered = np.arange(len(text)) >= len(ids)
+            samples[i, asked.turn] = Sample(f"{prompts[i].id}/{asked.turn}", prompts[i].source, text, answered)
+        return [read_answer(target, tokens[:max_new_tokens], max_new_tokens) for tokens in answers]
+
+    hold(target, questions_in(prompts), answer, by_width(batch_size), max_new_tokens=max_new_tokens + ahead)
+    order = sorted(samples)
     numbers = np.array([i for i, _ in order])
-    return Recorded([found[key] for key in order], numbers, temperature, max_new_tokens, ahead, target.stop_tokens)
-
-
-def _sample(prompt: Prompt, turn: int, asked: list[int], answer: np.ndarray) -> Sample:
-    tokens = np.concatenate([asked, answer]).astype(np.int32)
-    return Sample(f"{prompt.id}/{turn}", prompt.source, tokens, np.arange(len(tokens)) >= len(asked))
+    return Recorded([samples[key] for key in order], numbers, temperature, max_new_tokens, ahead, target.stop_tokens)
 
 
 def make_judge(
@@ -165,13 +156,13 @@ def make_judge(
     plans = make_batches(lengths, choose_shapes(lengths, batch_tokens))
 
     def judge(draft_params: dict) -> list[Judged]:
-        everywhere = (*frozen, replicate(draft_params, mesh))
-        found: dict[int, Judged] = {}
+        params = (*frozen, replicate(draft_params, mesh))
+        by_text: dict[int, Judged] = {}
         for plan in plans:
-            judged = step(everywhere, device_batch(data, plan.indices, plan.shape, mesh))
+            judged = step(params, device_batch(data, plan.indices, plan.shape, mesh))
             for row, i in zip(np.concatenate(list(own_rows(judged, mesh).values())), plan.indices):
-                found[i] = Judged(*row[:, :, : lengths[i]])
-        return [found[i] for i in range(len(lengths))]
+                by_text[i] = Judged(*row[:, :, : lengths[i]])
+        return [by_text[i] for i in range(len(lengths))]
 
     return judge
 
@@ -184,26 +175,28 @@ def _make_judge_step(target: Target, draft: DraftConfig, mesh: Mesh, depth: int,
         slots[list(draft.vocabulary)] = np.arange(len(draft.vocabulary))
     block = vocabulary_block(mesh.devices.flat[0].platform)
 
-    def step(everywhere: tuple[Borrowed, Borrowed, dict], batch: DraftBatch) -> Float[Array, "B three G T"]:
-        whole, restricted, draft_params = everywhere
+    def step(params: tuple[Borrowed, Borrowed, dict], batch: DraftBatch) -> Float[Array, "B three G T"]:
+        whole, restricted, draft_params = params
         rows, length = batch.tokens.shape
         hidden = batch.hidden.astype(jnp.float32)
         embedding = embed_tokens(target.config, {"embed": {"embedding": whole.embedding}}, batch.tokens[:, 1:])
         text = jnp.pad(batch.tokens[:, 2:], ((0, 0), (0, 1))).reshape(-1)
         reached = batch.counted[:, 1:]
-        own = jnp.zeros(0)
+        log_p = jnp.zeros(0)
         if temperature > 0:
-            own = _text_log_probs(whole.output, hidden[:, 1:], reached, text, temperature, block)
+            log_p = _text_log_probs(whole.output, hidden[:, 1:], reached, text, temperature, block)
         depths = []
         for predicted in draft_steps(draft, draft_params, embedding, hidden[:, :-1], depth):
-            said = _said(restricted.output, predicted.reshape(-1, hidden.shape[2]), reached, text, own)
-            depths.append(jnp.pad(said.reshape(3, rows, length - 1), ((0, 0), (0, 0), (0, 1))))
+            verdicts = judge_depth(restricted.output, predicted.reshape(-1, hidden.shape[2]), reached, text, log_p)
+            depths.append(jnp.pad(verdicts.reshape(3, rows, length - 1), ((0, 0), (0, 0), (0, 1))))
             # A step never starts before the answer's first token, so depth i is not reached before its i-th.
             reached = batch.counted[:, 1:] & jnp.pad(reached[:, :-1], ((0, 0), (1, 0)))
         return jnp.stack(depths).transpose(2, 1, 0, 3)
 
-    def _said(head, predicted, reached, text, own):
-        def visit(numbers, said):
+    def judge_depth(head, predicted, reached, text, log_p):
+        """The three of `Judged` at one depth, [3, positions]; 0 where it is not reached."""
+
+        def visit(numbers, verdicts):
             z = vocabulary_logits(head, block_rows(predicted, numbers))
             token = text.at[numbers].get(mode="fill", fill_value=0)
             slot = token if slots is None else jnp.asarray(slots)[token]
@@ -214,10 +207,10 @@ def _make_judge_step(target: Target, draft: DraftConfig, mesh: Mesh, depth: int,
             entropy = jnp.log(total) - jnp.sum((z - top[None]) * above, axis=0) / total
             if temperature > 0:
                 log_q = (of_text - top) / temperature - jnp.log(jnp.sum(jnp.exp((z - top[None]) / temperature), axis=0))
-                accept = jnp.exp(jnp.minimum(log_q - own.at[numbers].get(mode="fill", fill_value=0.0), 0.0))
+                accept = jnp.exp(jnp.minimum(log_q - log_p.at[numbers].get(mode="fill", fill_value=0.0), 0.0))
             else:
                 accept = (of_text == top).astype(jnp.float32)
-            return said.at[:, numbers].set(jnp.stack([accept, 1 / total, entropy]), mode="drop")
+            return verdicts.at[:, numbers].set(jnp.stack([accept, 1 / total, entropy]), mode="drop")
 
         return fold_counted(reached.reshape(-1), block, visit, jnp.zeros((3, reached.size)))
 
@@ -228,11 +221,11 @@ def _text_log_probs(head, hidden, counted: Bool[Array, "B T1"], text, temperatur
     """log p of each text token at the temperature, flat."""
     rows = hidden.reshape(-1, hidden.shape[2])
 
-    def visit(numbers, found):
+    def visit(numbers, log_p):
         z = vocabulary_logits(head, block_rows(rows, numbers)) / temperature
         token = text.at[numbers].get(mode="fill", fill_value=0)
-        own = jnp.take_along_axis(z, token[None], axis=0)[0] - jax.nn.logsumexp(z, axis=0)
-        return found.at[numbers].set(own, mode="drop")
+        of_text = jnp.take_along_axis(z, token[None], axis=0)[0] - jax.nn.logsumexp(z, axis=0)
+        return log_p.at[numbers].set(of_text, mode="drop")
 
     return fold_counted(counted.reshape(-1), block, visit, jnp.zeros(counted.size))
 
@@ -240,18 +233,24 @@ def _text_log_probs(head, hidden, counted: Bool[Array, "B T1"], text, temperatur
 def walk(recorded: Recorded, judged: Sequence[Judged]) -> AcceptanceCounts:
     """The counts that decoding would have, per prompt (its turns added up); above temperature 0 their expectation."""
     depth = judged[0].accept.shape[0]
-    size = int(recorded.prompts.max()) + 1
-    counts = AcceptanceCounts(np.zeros((size, depth + 1)), np.zeros((size, depth)), np.zeros((size, depth)))
-    for sample, number, each in zip(recorded.samples, recorded.prompts, judged):
+    counts = no_counts(int(recorded.prompts.max()) + 1, depth, float)
+    for sample, number, verdicts in zip(recorded.samples, recorded.prompts, judged):
         start = int(np.argmax(sample.assistant_mask))
         stops = np.isin(sample.tokens[start:], recorded.stop_tokens)
-        for total, own in zip(counts, _walk_text(each.accept, start, stops, recorded.max_new_tokens)):
-            total[number] += own
+        for total, counted in zip(counts, walk_text(verdicts.accept, start, stops, recorded.max_new_tokens)):
+            total[number] += counted
     return counts
 
 
-def _walk_text(accept: Float[np.ndarray, "G T"], start: int, stops: Bool[np.ndarray, " N"], max_new_tokens: int):
-    """Expected counts of one answer, which begins at token `start`; `stops`: where it holds a stop token."""
+def walk_text(
+    accept: Float[np.ndarray, "G T"], start: int, stops: Bool[np.ndarray, " N"], max_new_tokens: int
+) -> tuple[Float[np.ndarray, " G1"], Float[np.ndarray, " G"], Float[np.ndarray, " G"]]:
+    """Expected counts of one answer, which begins at token `start`, as in `AcceptanceCounts`.
+
+    Args:
+      accept: of `Judged`.
+      stops: where the answer holds a stop token.
+    """
     depth = len(accept)
     histogram, reached, accepted = np.zeros(depth + 1), np.zeros(depth), np.zeros(depth)
     begins = np.zeros(len(stops) + depth + 2)  # begins[n]: chance that a step starts when n tokens are there

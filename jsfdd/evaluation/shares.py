@@ -13,10 +13,10 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Bool, Int
 
 from jsfdd.base.records import DraftShares
-from jsfdd.decoding.ensemble import Ensemble
-from jsfdd.decoding.tree import TreeShape
+from jsfdd.decoding.settings import Combine, TreeShape
 
 
 def no_shares(num_prompts: int, num_drafts: int) -> DraftShares:
@@ -24,32 +24,35 @@ def no_shares(num_prompts: int, num_drafts: int) -> DraftShares:
     return DraftShares(*(np.zeros((num_prompts, num_drafts), np.int64) for _ in DraftShares._fields))
 
 
-def with_shares(report: dict, sources: Sequence[str], shares: DraftShares, ensemble: Ensemble, tree: TreeShape) -> dict:
+def with_shares(
+    report: dict, sources: Sequence[str], shares: DraftShares, names: Sequence[str], combine: Combine, tree: TreeShape
+) -> dict:
     """A report with how its drafts were combined, and each draft's shares, over all prompts and by source.
 
     Args:
       report: of `evaluate`.
       sources: of each prompt.
       shares: [N, E] each, by prompt.
+      names: of the drafts.
     """
+    sources = np.array(sources)
     by_source = {
-        source: figures | {"drafts": _of_each(ensemble, shares, [own == source for own in sources])}
+        source: figures | {"drafts": _by_draft(names, shares, sources == source)}
         for source, figures in report["per_source"].items()
     }
     return report | {
-        "combined": dataclasses.asdict(ensemble.combine) | {"tree_nodes": tree.nodes},
-        "drafts": _of_each(ensemble, shares, [True] * len(sources)),
+        "combined": dataclasses.asdict(combine) | {"tree_nodes": tree.nodes},
+        "drafts": _by_draft(names, shares, np.ones(len(sources), bool)),
         "per_source": by_source,
     }
 
 
-def _of_each(ensemble: Ensemble, shares: DraftShares, rows: Sequence[bool]) -> dict[str, dict]:
-    offered, accepted = (counts[np.array(rows)].sum(axis=0) for counts in shares)
+def _by_draft(names: Sequence[str], shares: DraftShares, rows: Bool[np.ndarray, " N"]) -> dict[str, dict]:
+    offered, accepted = (counts[rows].sum(axis=0) for counts in shares)
     return {
-        name: {"verified_share": _share(offered, i), "accepted_share": _share(accepted, i)}
-        for i, name in enumerate(ensemble.drafts)
+        name: {"verified_share": _share(offered, i), "accepted_share": _share(accepted, i)} for i, name in enumerate(names)
     }
 
 
-def _share(counts: np.ndarray, i: int) -> float | None:
+def _share(counts: Int[np.ndarray, " E"], i: int) -> float | None:
     return float(counts[i] / counts.sum()) if counts.sum() else None

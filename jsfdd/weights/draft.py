@@ -1,12 +1,13 @@
-"""A draft from wherever it is: exported for an engine, or in the directory of a training run."""
+"""A draft from wherever it is, exported for an engine or in the directory of a training run; and whose draft it can be."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from jsfdd.models.draft import Draft
+from jsfdd.models.draft import Draft, DraftConfig
 from jsfdd.weights.checkpoint import read_trained_draft
 from jsfdd.weights.eagle import is_exported, read_draft
+from jsfdd.weights.target import Target
 
 
 def load_draft(path: str | Path) -> Draft:
@@ -21,3 +22,14 @@ def load_draft(path: str | Path) -> Draft:
       ValueError: the files are damaged, or hold what this version does not compute; the message names it.
     """
     return read_draft(path) if is_exported(path) else read_trained_draft(path)
+
+
+def check_draft(target: Target, draft: DraftConfig, name: str) -> None:
+    """Raise ValueError where a draft cannot be of this target, naming what differs."""
+    for field in ("vocab_size", "hidden_size", "rope"):
+        found, wanted = getattr(draft.decoder, field), getattr(target.config, field)
+        if found != wanted:
+            raise ValueError(
+                f"draft {name}: {field} is {found}, but the target {target.name} has {wanted}; give the target that the draft "
+                "was trained for"
+            )

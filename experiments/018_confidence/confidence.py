@@ -1,9 +1,9 @@
 """Does a draft know when it is right? Acceptance against the draft's own confidence, and τ predicted from confidence alone.
 
-    of = proposed(recorded, judge(draft_params))           # replay: every token that the draft would propose, and its fate
-    bins = reliability(of, of.probability, seed=0)         # accepted share by confidence
-    calibration_error(bins), auroc(of, -of.entropy, seed=0)
-    predicted_tau(elsewhere, thresholds(of), seed=0)       # of a workload whose acceptance is not looked at
+    drafted = proposed(recorded, judge(draft_params))          # replay: every token that the draft would propose, and its fate
+    bins = reliability(drafted, drafted.probability, seed=0)   # accepted share by confidence
+    calibration_error(bins), auroc(drafted, -drafted.entropy, seed=0)
+    predicted_tau(elsewhere, thresholds(drafted), seed=0)      # of a workload whose acceptance is not looked at
 
 A step is taken to begin at every position of the target's answers, each as likely as any other, so that all of a text
 speaks; a decoder begins where its last step ended, and its τ (`replay.walk`) differs by that. An entry weighs as much as it
@@ -71,11 +71,11 @@ class Bin(NamedTuple):
 def proposed(recorded: Recorded, judged: Sequence[Judged]) -> DraftTokens:
     """What a draft would propose in a step that begins at any position of the answers, of `replay.make_judge`'s verdicts."""
     texts = zip(recorded.samples, recorded.prompts, judged, strict=True)
-    found = [_of_text(sample, number, each, recorded.max_new_tokens) for sample, number, each in texts]
-    return DraftTokens(*(np.concatenate(fields) for fields in zip(*found, strict=True)))
+    per_text = [_in_text(sample, number, verdicts, recorded.max_new_tokens) for sample, number, verdicts in texts]
+    return DraftTokens(*(np.concatenate(fields) for fields in zip(*per_text, strict=True)))
 
 
-def _of_text(sample: Sample, prompt: int, judged: Judged, max_new_tokens: int) -> DraftTokens:
+def _in_text(sample: Sample, prompt: int, judged: Judged, max_new_tokens: int) -> DraftTokens:
     start = int(np.argmax(sample.assistant_mask))
     length = len(sample.tokens) - start
     depth = np.arange(1, len(judged.accept) + 1)
@@ -90,19 +90,19 @@ def _of_text(sample: Sample, prompt: int, judged: Judged, max_new_tokens: int) -
     return DraftTokens(*(field[there] for field in wide))
 
 
-def only(of: DraftTokens, rows: Bool[np.ndarray, " n"]) -> DraftTokens:
+def only(drafted: DraftTokens, rows: Bool[np.ndarray, " n"]) -> DraftTokens:
     """The entries that `rows` picks: those of one depth, or of some prompts."""
-    return DraftTokens(*(field[rows] for field in of))
+    return DraftTokens(*(field[rows] for field in drafted))
 
 
 # --- Is it calibrated, and does it tell right from wrong? ----------------------------------------------------------
 
 
-def reliability(of: DraftTokens, confidence: Float[np.ndarray, " n"], seed: int, bins: int = 10) -> list[Bin]:
+def reliability(drafted: DraftTokens, confidence: Float[np.ndarray, " n"], seed: int, bins: int = 10) -> list[Bin]:
     """Accepted share by confidence in [0, 1], in so many bins of equal width; those that nothing reaches are left out."""
     which = np.minimum((confidence * bins).astype(int), bins - 1)
-    sums = (of.reached, of.reached * confidence, of.reached * of.accepted)
-    count, mean, accepted = (_by_prompt(of, values, which, bins) for values in sums)
+    sums = (drafted.reached, drafted.reached * confidence, drafted.reached * drafted.accepted)
+    count, mean, accepted = (_by_prompt(drafted, values, which, bins) for values in sums)
     resampled = resample_ratios(accepted, count, seed)
     count, mean, accepted = (values.sum(axis=0) for values in (count, mean, accepted))
     return [
@@ -113,27 +113,27 @@ def reliability(of: DraftTokens, confidence: Float[np.ndarray, " n"], seed: int,
 
 def calibration_error(bins: Sequence[Bin]) -> float:
     """Expected calibration error: the mean distance of a bin's accepted share from its confidence (Guo et al., 1706.04599)."""
-    counts = [each.count for each in bins]
-    return float(np.average([abs(each.accepted - each.confidence) for each in bins], weights=counts))
+    counts = [bin_.count for bin_ in bins]
+    return float(np.average([abs(bin_.accepted - bin_.confidence) for bin_ in bins], weights=counts))
 
 
-def auroc(of: DraftTokens, confidence: Float[np.ndarray, " n"], seed: int) -> dict:
+def auroc(drafted: DraftTokens, confidence: Float[np.ndarray, " n"], seed: int) -> dict:
     """Chance that an accepted token has more confidence than a refused one, equal ones counting half; exact.
 
     Returns:
       {"auroc", "auroc_low", "auroc_high"}; None where all are accepted, or none is.
     """
-    _, prompt = np.unique(of.prompt, return_inverse=True)
-    right, wrong = of.reached * of.accepted, of.reached * (1 - of.accepted)
+    _, prompt = np.unique(drafted.prompt, return_inverse=True)
+    right, wrong = drafted.reached * drafted.accepted, drafted.reached * (1 - drafted.accepted)
     size = prompt.max() + 1
     # wins[a, b]: pairs of an accepted token of prompt a and a refused one of b that the former wins. A resample, in which each
     # prompt occurs so many times, is then two products.
     wins = np.empty((size, size))
     for b in range(size):
-        own = np.flatnonzero(prompt == b)
-        own = own[np.argsort(confidence[own], kind="stable")]
-        below = np.concatenate([[0.0], np.cumsum(wrong[own])])
-        less, no_more = (below[np.searchsorted(confidence[own], confidence, side)] for side in ("left", "right"))
+        rows = np.flatnonzero(prompt == b)
+        rows = rows[np.argsort(confidence[rows], kind="stable")]
+        below = np.concatenate([[0.0], np.cumsum(wrong[rows])])
+        less, no_more = (below[np.searchsorted(confidence[rows], confidence, side)] for side in ("left", "right"))
         wins[:, b] = np.bincount(prompt, right * (less + no_more) / 2, size)
     right, wrong = (np.bincount(prompt, values, size) for values in (right, wrong))
     areas = []
@@ -144,7 +144,7 @@ def auroc(of: DraftTokens, confidence: Float[np.ndarray, " n"], seed: int) -> di
     return with_interval("auroc", None if np.isnan(value) else value, areas[1])
 
 
-def figures(of: DraftTokens, seed: int) -> dict:
+def figures(drafted: DraftTokens, seed: int) -> dict:
     """What can be said of a draft's confidence; JSON-ready.
 
     Returns:
@@ -152,59 +152,59 @@ def figures(of: DraftTokens, seed: int) -> dict:
       "calibration_error" and "reliability" of the probability; "auroc" of the probability and "auroc_entropy" of the negative
       entropy, with their bounds.
     """
-    bins = reliability(of, of.probability, seed)
-    by_entropy = auroc(of, -of.entropy, seed)
+    bins = reliability(drafted, drafted.probability, seed)
+    by_entropy = auroc(drafted, -drafted.entropy, seed)
     return {
-        "count": float(of.reached.sum()),
-        "accepted": float(np.average(of.accepted, weights=of.reached)),
-        "confidence": float(np.average(of.probability, weights=of.reached)),
+        "count": float(drafted.reached.sum()),
+        "accepted": float(np.average(drafted.accepted, weights=drafted.reached)),
+        "confidence": float(np.average(drafted.probability, weights=drafted.reached)),
         "calibration_error": calibration_error(bins),
-        **auroc(of, of.probability, seed),
+        **auroc(drafted, drafted.probability, seed),
         **{name.replace("auroc", "auroc_entropy"): value for name, value in by_entropy.items()},
-        "reliability": [each._asdict() for each in bins],
+        "reliability": [bin_._asdict() for bin_ in bins],
     }
 
 
 # --- τ from confidence ---------------------------------------------------------------------------------------------
 
 
-def thresholds(of: DraftTokens) -> Float[np.ndarray, " G"]:
+def thresholds(drafted: DraftTokens) -> Float[np.ndarray, " G"]:
     """The path's probability, at each depth, from which on there are as many draft tokens as whole paths are accepted."""
-    found = []
-    for depth in range(1, of.depth.max() + 1):
-        own = of.depth == depth
-        right = round(float(np.sum(of.reached[own] * of.accepted[own])))
-        found.append(np.sort(of.path[own])[-right] if right else np.inf)
-    return np.array(found)
+    edges = []
+    for depth in range(1, drafted.depth.max() + 1):
+        at_depth = drafted.depth == depth
+        right = round(float(np.sum(drafted.reached[at_depth] * drafted.accepted[at_depth])))
+        edges.append(np.sort(drafted.path[at_depth])[-right] if right else np.inf)
+    return np.array(edges)
 
 
-def measured_tau(of: DraftTokens, seed: int) -> dict:
+def measured_tau(drafted: DraftTokens, seed: int) -> dict:
     """τ of steps that begin everywhere: {"tau", "tau_low", "tau_high"}."""
-    return _tau(of, of.reached * of.accepted, seed)
+    return _tau(drafted, drafted.reached * drafted.accepted, seed)
 
 
-def expected_tau(of: DraftTokens, seed: int) -> dict:
+def expected_tau(drafted: DraftTokens, seed: int) -> dict:
     """The same if every path were accepted as often as its probability says; no acceptance is looked at."""
-    return _tau(of, of.path, seed)
+    return _tau(drafted, drafted.path, seed)
 
 
-def predicted_tau(of: DraftTokens, at: Float[np.ndarray, " G"], seed: int) -> dict:
+def predicted_tau(drafted: DraftTokens, at: Float[np.ndarray, " G"], seed: int) -> dict:
     """The same by ATC, if the paths from the `thresholds` on are those that are accepted; no acceptance is looked at."""
-    return _tau(of, (of.path >= at[of.depth - 1]).astype(float), seed)
+    return _tau(drafted, (drafted.path >= at[drafted.depth - 1]).astype(float), seed)
 
 
-def _tau(of: DraftTokens, through: Float[np.ndarray, " n"], seed: int) -> dict:
+def _tau(drafted: DraftTokens, through: Float[np.ndarray, " n"], seed: int) -> dict:
     """1 and the draft tokens a step that are accepted with all before them, which is `through` of each."""
     one = np.zeros(len(through), int)
-    accepted, steps = _by_prompt(of, through, one, 1), _by_prompt(of, (of.depth == 1).astype(float), one, 1)
+    accepted, steps = _by_prompt(drafted, through, one, 1), _by_prompt(drafted, (drafted.depth == 1).astype(float), one, 1)
     return with_interval("tau", 1 + float(accepted.sum() / steps.sum()), 1 + resample_ratios(accepted, steps, seed)[:, 0])
 
 
 def _by_prompt(
-    of: DraftTokens, values: Float[np.ndarray, " n"], column: Int[np.ndarray, " n"], columns: int
+    drafted: DraftTokens, values: Float[np.ndarray, " n"], column: Int[np.ndarray, " n"], columns: int
 ) -> Float[np.ndarray, "prompts columns"]:
     """Sums of values, a row a prompt that has entries."""
-    prompts, row = np.unique(of.prompt, return_inverse=True)
+    prompts, row = np.unique(drafted.prompt, return_inverse=True)
     table = np.zeros((len(prompts), columns))
     np.add.at(table, (row, column), values)
     return table

@@ -2,9 +2,7 @@
 
 import numpy as np
 import pytest
-
-from jsfdd.base.records import Sample
-from jsfdd.evaluation.confidence import (
+from confidence import (
     DraftTokens,
     auroc,
     calibration_error,
@@ -17,8 +15,10 @@ from jsfdd.evaluation.confidence import (
     reliability,
     thresholds,
 )
+
+from jsfdd.base.records import Sample
 from jsfdd.evaluation.intervals import interval, resample_times
-from jsfdd.evaluation.replay import Judged, Recorded, _walk_text
+from jsfdd.evaluation.replay import Judged, Recorded, walk_text
 
 
 def steps(accepted, probability, prompt):
@@ -44,8 +44,8 @@ def calibrated(n=60_000, prompts=150, seed=0):
 
 
 def test_a_calibrated_draft_is_found_to_be_one():
-    of = calibrated()
-    bins = reliability(of, of.probability, seed=0)
+    drafted = calibrated()
+    bins = reliability(drafted, drafted.probability, seed=0)
     assert len(bins) == 10 and sum(each.count for each in bins) == 60_000
     # 6000 a bin: the standard error is at most 0.0065, and ten bins must lie within four.
     assert all(abs(each.accepted - each.confidence) < 0.026 for each in bins)
@@ -53,14 +53,14 @@ def test_a_calibrated_draft_is_found_to_be_one():
     assert all(each.accepted_low < each.accepted < each.accepted_high < each.accepted_low + 0.04 for each in bins)
     assert calibration_error(bins) < 0.013
     # Densities of accepted and refused are 2c and 2(1 − c): ∫ 2c ∫₀ᶜ 2(1 − b) db dc = 5/6.
-    area = auroc(of, of.probability, seed=0)
+    area = auroc(drafted, drafted.probability, seed=0)
     assert area["auroc"] == pytest.approx(5 / 6, abs=0.008)
     assert area["auroc_low"] < area["auroc"] < area["auroc_high"] < area["auroc_low"] + 0.02
 
 
 def test_what_is_not_calibrated_is_off_by_as_much():
-    of = single([1, 0] * 50 + [1, 1, 0, 0, 0] * 40, [0.7] * 100 + [1.0] * 200)
-    bins = reliability(of, of.probability, seed=0)
+    drafted = single([1, 0] * 50 + [1, 1, 0, 0, 0] * 40, [0.7] * 100 + [1.0] * 200)
+    bins = reliability(drafted, drafted.probability, seed=0)
     assert [(each.count, each.confidence, each.accepted) for each in bins] == [
         (100, pytest.approx(0.7), 0.5), (200, 1.0, pytest.approx(0.4)),
     ]  # fmt: skip
@@ -82,45 +82,47 @@ def ragged(seed, whole):
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_auroc_and_its_interval_are_the_definitions(whole):
-    of = ragged(0, whole)
-    right, wrong = of.reached * of.accepted, of.reached * (1 - of.accepted)
-    found = auroc(of, of.probability, seed=3)
-    assert found["auroc"] == pytest.approx(area_by_definition(of.probability, right, wrong))
-    _, row = np.unique(of.prompt, return_inverse=True)
+    drafted = ragged(0, whole)
+    right, wrong = drafted.reached * drafted.accepted, drafted.reached * (1 - drafted.accepted)
+    found = auroc(drafted, drafted.probability, seed=3)
+    assert found["auroc"] == pytest.approx(area_by_definition(drafted.probability, right, wrong))
+    _, row = np.unique(drafted.prompt, return_inverse=True)
     resampled = [
-        area_by_definition(of.probability, right * times[row], wrong * times[row]) for times in resample_times(row.max() + 1, 3)
+        area_by_definition(drafted.probability, right * times[row], wrong * times[row])
+        for times in resample_times(row.max() + 1, 3)
     ]
     assert (found["auroc_low"], found["auroc_high"]) == pytest.approx(interval(np.array(resampled)))
-    assert auroc(of, -of.probability, seed=3)["auroc"] == pytest.approx(1 - found["auroc"])
-    assert auroc(of, np.ones(len(of.path)), seed=3)["auroc"] == pytest.approx(0.5)
+    assert auroc(drafted, -drafted.probability, seed=3)["auroc"] == pytest.approx(1 - found["auroc"])
+    assert auroc(drafted, np.ones(len(drafted.path)), seed=3)["auroc"] == pytest.approx(0.5)
 
 
 def test_auroc_does_not_exist_where_all_are_accepted():
-    of = single([1, 1, 1], [0.2, 0.5, 0.9])
-    assert set(auroc(of, of.probability, seed=0).values()) == {None}
-    assert figures(of, seed=0)["calibration_error"] == pytest.approx((0.8 + 0.5 + 0.1) / 3)
+    drafted = single([1, 1, 1], [0.2, 0.5, 0.9])
+    assert set(auroc(drafted, drafted.probability, seed=0).values()) == {None}
+    assert figures(drafted, seed=0)["calibration_error"] == pytest.approx((0.8 + 0.5 + 0.1) / 3)
 
 
 def test_figures_are_of_what_is_reached():
     """Behind a refused token nothing is looked at, so what stands there must not matter."""
-    of = ragged(1, whole=True)
-    hidden = of.reached == 0
+    drafted = ragged(1, whole=True)
+    hidden = drafted.reached == 0
     assert 20 < hidden.sum() < 200
-    changed = of._replace(**{
-        name: np.where(hidden, 1 - getattr(of, name), getattr(of, name)) for name in ("accepted", "probability", "entropy")
+    changed = drafted._replace(**{
+        name: np.where(hidden, 1 - getattr(drafted, name), getattr(drafted, name))
+        for name in ("accepted", "probability", "entropy")
     })  # fmt: skip
-    found = figures(of, seed=0)
-    assert found == figures(changed, seed=0) == figures(only(of, ~hidden), seed=0)
-    assert found["count"] == (~hidden).sum() and found["accepted"] == of.accepted[~hidden].mean()
+    found = figures(drafted, seed=0)
+    assert found == figures(changed, seed=0) == figures(only(drafted, ~hidden), seed=0)
+    assert found["count"] == (~hidden).sum() and found["accepted"] == drafted.accepted[~hidden].mean()
     assert found["auroc_entropy"] == pytest.approx(found["auroc"])  # entropies here are 1 − probabilities
 
 
 def test_tau_is_the_tokens_of_steps():
     accepted = np.array([[1, 1, 0], [0, 1, 1], [1, 0, 1], [1, 1, 1]], float)
-    of = steps(accepted, np.full(accepted.shape, 0.5), np.arange(4))
-    assert measured_tau(of, seed=0)["tau"] == np.mean([3, 1, 2, 4])
-    assert expected_tau(of, seed=0)["tau"] == 1 + 0.5 + 0.25 + 0.125
-    found = measured_tau(of, seed=0)
+    drafted = steps(accepted, np.full(accepted.shape, 0.5), np.arange(4))
+    assert measured_tau(drafted, seed=0)["tau"] == np.mean([3, 1, 2, 4])
+    assert expected_tau(drafted, seed=0)["tau"] == 1 + 0.5 + 0.25 + 0.125
+    found = measured_tau(drafted, seed=0)
     assert 1 <= found["tau_low"] < found["tau"] < found["tau_high"] <= 4
 
 
@@ -135,29 +137,29 @@ def workload(seed, sure, n=500, noise=0.0):
 
 @pytest.mark.parametrize("noise", [0.0, 0.2])
 def test_thresholds_are_exact_where_they_were_found(noise):
-    of = workload(0, sure=2, noise=noise)
-    predicted, measured = predicted_tau(of, thresholds(of), seed=0), measured_tau(of, seed=0)
+    drafted = workload(0, sure=2, noise=noise)
+    predicted, measured = predicted_tau(drafted, thresholds(drafted), seed=0), measured_tau(drafted, seed=0)
     assert predicted["tau"] == pytest.approx(measured["tau"]) and 1.2 < measured["tau"] < 3.8
-    assert expected_tau(of, seed=0)["tau"] != pytest.approx(measured["tau"], abs=0.05)
+    assert expected_tau(drafted, seed=0)["tau"] != pytest.approx(measured["tau"], abs=0.05)
 
 
 def test_tau_of_another_workload_is_predicted_without_its_labels():
     """Where acceptance is a function of confidence, almost exactly, however much more confident the draft is there."""
     found = thresholds(workload(0, sure=2))
     easy, hard = workload(1, sure=6), workload(2, sure=0.7)
-    for of in (easy, hard):
-        predicted = predicted_tau(of, found, seed=0)
-        assert predicted["tau"] == pytest.approx(measured_tau(of, seed=0)["tau"], abs=0.03)
-        blind = of._replace(accepted=np.zeros_like(of.accepted), reached=np.zeros_like(of.reached))
+    for drafted in (easy, hard):
+        predicted = predicted_tau(drafted, found, seed=0)
+        assert predicted["tau"] == pytest.approx(measured_tau(drafted, seed=0)["tau"], abs=0.03)
+        blind = drafted._replace(accepted=np.zeros_like(drafted.accepted), reached=np.zeros_like(drafted.reached))
         assert predicted_tau(blind, found, seed=0) == predicted
     assert measured_tau(easy, seed=0)["tau"] > measured_tau(hard, seed=0)["tau"] + 1
 
 
 def test_a_depth_at_which_nothing_is_accepted_has_no_threshold():
     accepted = np.array([[1, 0], [1, 0], [0, 0]], float)
-    of = steps(accepted, np.array([[0.9, 0.9], [0.8, 0.9], [0.3, 0.9]]), np.arange(3))
-    assert thresholds(of).tolist() == [0.8, np.inf]
-    assert predicted_tau(of, thresholds(of), seed=0)["tau"] == pytest.approx(1 + 2 / 3)
+    drafted = steps(accepted, np.array([[0.9, 0.9], [0.8, 0.9], [0.3, 0.9]]), np.arange(3))
+    assert thresholds(drafted).tolist() == [0.8, np.inf]
+    assert predicted_tau(drafted, thresholds(drafted), seed=0)["tau"] == pytest.approx(1 + 2 / 3)
 
 
 def recorded_texts(seed=0, depth=3, max_new_tokens=9):
@@ -177,27 +179,27 @@ def recorded_texts(seed=0, depth=3, max_new_tokens=9):
 def test_proposed_tokens_are_those_of_the_walk():
     """A walk that may take one step alone, begun at every position, counts the same."""
     recorded, judged = recorded_texts()
-    of = proposed(recorded, judged)
+    drafted = proposed(recorded, judged)
     accepted, reached, begun = np.zeros((2, 3)), np.zeros((2, 3)), np.zeros(2)
     for sample, prompt, each in zip(recorded.samples, recorded.prompts, judged):
         start = int(np.argmax(sample.assistant_mask))
         stops = sample.tokens[start:] == 0
         for n in range(1, min(recorded.max_new_tokens, len(stops))):
-            _, one_reached, one_accepted = _walk_text(each.accept, start + n - 1, stops[n - 1 :], max_new_tokens=2)
+            _, one_reached, one_accepted = walk_text(each.accept, start + n - 1, stops[n - 1 :], max_new_tokens=2)
             reached[prompt] += one_reached
             accepted[prompt] += one_accepted
             begun[prompt] += 1
     for prompt in (0, 1):
         for depth in (1, 2, 3):
-            own = (of.prompt == prompt) & (of.depth == depth)
-            assert of.reached[own].sum() == pytest.approx(reached[prompt, depth - 1])
-            assert np.sum((of.reached * of.accepted)[own]) == pytest.approx(accepted[prompt, depth - 1])
-    assert measured_tau(of, seed=0)["tau"] == pytest.approx(1 + accepted.sum() / begun.sum())
+            own = (drafted.prompt == prompt) & (drafted.depth == depth)
+            assert drafted.reached[own].sum() == pytest.approx(reached[prompt, depth - 1])
+            assert np.sum((drafted.reached * drafted.accepted)[own]) == pytest.approx(accepted[prompt, depth - 1])
+    assert measured_tau(drafted, seed=0)["tau"] == pytest.approx(1 + accepted.sum() / begun.sum())
 
 
 def test_a_path_is_that_of_its_own_step():
     recorded, judged = recorded_texts()
-    of = proposed(recorded, judged)
+    drafted = proposed(recorded, judged)
     expected = []
     for sample, each in zip(recorded.samples, judged):
         start, length = int(np.argmax(sample.assistant_mask)), int(sample.assistant_mask.sum())
@@ -207,5 +209,5 @@ def test_a_path_is_that_of_its_own_step():
                 probability, entropy = (field[i, start + begin + i - 2] for field in each[1:])
                 path *= float(probability)
                 expected.append((path, probability, entropy, i + 1))
-    found = np.stack([of.path, of.probability, of.entropy, of.depth], axis=1)
+    found = np.stack([drafted.path, drafted.probability, drafted.entropy, drafted.depth], axis=1)
     np.testing.assert_allclose(found, np.array(expected), rtol=1e-6)

@@ -1,0 +1,168 @@
+"""How to decode, fixed when the loop is compiled. Imports nothing heavy, so that a command line can read it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from jsfdd.models.architecture import DecoderConfig
+    from jsfdd.models.draft import Draft, DraftConfig
+    from jsfdd.weights.target import Target
+
+CombineBy = Literal["average", "route", "merge"]
+RouteBy = Literal["confidence", "entropy"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cutoff:
+    """Which tokens may be sampled at all, fixed at compile time; the defaults leave every token in."""
+
+    top_k: int = 0
+    """The k most probable, and all as probable as the k-th; 0 for all."""
+    top_p: float = 1.0
+    """Of those the fewest that together have this share of the probability, and all as probable as the last of them."""
+
+
+EVERY_TOKEN = Cutoff()
+
+
+@dataclasses.dataclass(frozen=True)
+class TreeShape:
+    """A tree's fixed measures: at most `depth` tokens deep, `top_k` children a node, `nodes` draft tokens in all.
+
+    EAGLE-2's defaults are depth 5 to 7, top_k 10 and 60 nodes. `top_k=1` with `nodes=depth` is a greedy chain.
+    """
+
+    depth: int
+    top_k: int
+    nodes: int
+
+    def __post_init__(self):
+        if min(self.depth, self.top_k, self.nodes) < 1:
+            raise ValueError(f"a tree of depth {self.depth}, top-k {self.top_k} and {self.nodes} nodes: all must be 1 or more")
+        if self.nodes > self.num_proposals:
+            raise ValueError(
+                f"a tree of {self.nodes} nodes is larger than its depth allows: depth {self.depth} with top-k {self.top_k} "
+                f"proposes {self.num_proposals} tokens; take fewer nodes, or a greater depth or top-k"
+            )
+
+    @property
+    def num_proposals(self) -> int:
+        """P: n at the first level, n² at each deeper one."""
+        return self.top_k + (self.depth - 1) * self.top_k**2
+
+    @property
+    def draft_slots(self) -> int:
+        """Slots of the draft's cache that growing needs: one for each node it reads."""
+        return (self.depth - 1) * self.top_k
+
+
+@dataclasses.dataclass(frozen=True)
+class Combine:
+    """How drafts decode together, fixed at compile time.
+
+    Attributes:
+      rule: whether one draft's tree is verified in a step, or all of them merged.
+      route_by: what makes a draft the surest: a high mean probability of its tree's paths (TAPS), or a low entropy of its
+        distribution of the first token.
+      route_steps: 0 decides anew in every step; K > 0 does so for K steps of an answer, then gives the rest of it to the draft
+        that was the surest in them, all added up.
+    """
+
+    rule: Literal["route", "merge"]
+    route_by: RouteBy = "confidence"
+    route_steps: int = 0
+
+
+class Team(NamedTuple):
+    """The drafts of one system, by name: none, one, or several that decode together; the earlier ones first where they tie."""
+
+    drafts: Mapping[str, Draft]
+    combine: Combine | None = None
+
+    @property
+    def configs(self) -> tuple[DraftConfig, ...]:
+        """The drafts' shapes, in order."""
+        return tuple(draft.config for draft in self.drafts.values())
+
+    @property
+    def params(self) -> tuple[dict, ...]:
+        """The drafts' parameters, in order."""
+        return tuple(draft.params for draft in self.drafts.values())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeSetup:
+    """All that is fixed at compile time.
+
+    Attributes:
+      target: the target's architecture.
+      drafts: the drafts' shapes. None decodes plainly, token by token; one proposes; several need `combine`.
+      num_draft_tokens: G, the length of a chain or the depth of a tree; 0 without a draft.
+      max_new_tokens: the longest answer.
+      stop_tokens: each ends an answer, and is its last token.
+      tree: verify trees of this shape; chains if None.
+      cutoff: the tokens that may be sampled.
+      combine: how several drafts decode together.
+
+    Raises ValueError for a combination that cannot be decoded.
+    """
+
+    target: DecoderConfig
+    drafts: tuple[DraftConfig, ...] = ()
+    num_draft_tokens: int = 0
+    max_new_tokens: int
+    stop_tokens: tuple[int, ...] = ()
+    tree: TreeShape | None = None
+    cutoff: Cutoff = EVERY_TOKEN
+    combine: Combine | None = None
+
+    def __post_init__(self):
+        if bool(self.drafts) != (self.num_draft_tokens > 0):
+            raise ValueError(f"num_draft_tokens={self.num_draft_tokens} with {len(self.drafts)} drafts: both or neither")
+        if self.tree and self.tree.depth != self.num_draft_tokens:
+            raise ValueError(f"num_draft_tokens={self.num_draft_tokens} with a tree of depth {self.tree.depth}")
+        for name, top_k in (("tree's top-k", self.tree.top_k if self.tree else 0), ("top-k", self.cutoff.top_k)):
+            if top_k > self.target.vocab_size:
+                raise ValueError(f"{name} {top_k} exceeds the vocabulary of {self.target.vocab_size} tokens")
+        if self.combine and not self.tree:
+            raise ValueError(f"{self.combine.rule} needs a tree: chains are drawn, and no choice between them is lossless")
+        if len(self.drafts) > 1 and not self.combine:
+            raise ValueError(f"{len(self.drafts)} drafts, but `combine` does not say how they decode together")
+        for draft in self.drafts if self.tree else ():
+            if draft.vocabulary and self.tree.top_k > (size := len(draft.vocabulary)):
+                raise ValueError(f"tree's top-k {self.tree.top_k} exceeds the draft's vocabulary of {size} tokens")
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether a draft proposes one chain, drawn from its distribution."""
+        return bool(self.drafts) and self.tree is None
+
+    def cache_slots(self, prompt_length: int) -> int:
+        """Slots for a prompt bucket, its answer, and the draft tokens of a last step that starts one token short."""
+        nodes = max(self.tree.nodes + 1, self.tree.draft_slots) if self.tree else self.num_draft_tokens + 1
+        return prompt_length + self.max_new_tokens + nodes
+
+
+def decode_setup(
+    target: Target,
+    drafts: Sequence[DraftConfig] = (),
+    *,
+    max_new_tokens: int,
+    num_draft_tokens: int = 0,
+    tree: TreeShape | None = None,
+    cutoff: Cutoff = EVERY_TOKEN,
+    combine: Combine | None = None,
+) -> DecodeSetup:
+    """How `target` answers with these drafts; what only drafts use is left out where there are none."""
+    proposal = {"num_draft_tokens": num_draft_tokens, "tree": tree, "combine": combine} if drafts else {}
+    return DecodeSetup(
+        target=target.config,
+        drafts=tuple(drafts),
+        max_new_tokens=max_new_tokens,
+        stop_tokens=target.stop_tokens,
+        cutoff=cutoff,
+        **proposal,
+    )
