@@ -31,7 +31,9 @@ _PUBLIC = {
     "jsfdd.training.recipe": ("Recipe",),
     "jsfdd.decoding.verify": ("verify",),
     "jsfdd.decoding.answers": ("generate",),
-    "jsfdd.api": ("draft_logits", "head_logits", "hidden_states", "init_draft", "score"),
+    "jsfdd.api": (
+        "draft_logits", "evaluate", "export", "head_logits", "hidden_states", "init_draft", "score", "train",
+    ),
 }  # fmt: skip
 _ROOM = {name: room for room, names in _PUBLIC.items() for name in names}
 

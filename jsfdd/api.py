@@ -6,8 +6,11 @@ Heavy rooms are imported by the functions that use them, so that looking at logi
 from __future__ import annotations
 
 import functools
+import tempfile
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
 from jsfdd.base.mesh import make_mesh
-from jsfdd.base.records import Sample
+from jsfdd.base.records import Prompt, Sample
 from jsfdd.models import draft as drafts
 from jsfdd.models import target as targets
 from jsfdd.models.draft import Draft
@@ -24,7 +27,13 @@ from jsfdd.models.foreign import ForeignTarget
 
 if TYPE_CHECKING:
     from jsfdd.data.chat import Chat
+    from jsfdd.decoding.tree import TreeShape
     from jsfdd.scoring.table import ScoreTable
+    from jsfdd.selection.sfdd import Selection
+    from jsfdd.training.batch import HiddenStates
+    from jsfdd.training.recipe import Recipe
+    from jsfdd.weights.card import Flavour
+    from jsfdd.weights.export import ExportDtype
     from jsfdd.weights.target import Target
 
 MAX_LENGTH = 2048  # tokens of a chat, as on the command line
@@ -129,6 +138,189 @@ def score(
 
     samples = _tokenized(target, chats, max_length)
     return score_samples(target, samples, mesh or make_mesh(), hidden=hidden, per_token=per_token, progress=progress)
+
+
+def train(
+    target: Target | ForeignTarget,
+    chats: Sequence[Chat] | Sequence[Sample],
+    kept: Selection | None = None,
+    recipe: Recipe | None = None,
+    *,
+    hidden: HiddenStates | None = None,
+    out: str | Path | None = None,
+    seed: int = 0,
+    max_length: int = MAX_LENGTH,
+    mesh: Mesh | None = None,
+    progress: bool = True,
+) -> Draft:
+    """Train an EAGLE draft (arXiv 2401.15077) on the chats that were kept.
+
+    Hidden states are computed once, before the first step, and so is what the recipe stores of the target's distributions.
+
+    Args:
+      chats: from `read_chats`, or samples that are tokenized already.
+      kept: from `select`; None trains on all.
+      recipe: epochs, learning rate and the like; by default as on the command line.
+      hidden: the hidden states by the samples' ids, [T, D] each, if they are there; or a function that computes those of a
+        batch at each step (`jsfdd.hidden.capture.make_recompute`).
+      out: directory for hidden states, checkpoints and metrics.jsonl: an interrupted call with the same arguments continues
+        there. None leaves nothing on disk.
+      seed: of the first weights, the order of the samples and the noise.
+      max_length, mesh, progress: as in `score`.
+
+    Raises:
+      ValueError: nothing to train on, hidden states of other tokens, or `out` holds another run; names it.
+      FloatingPointError: a loss is not finite; names the step.
+
+    Example:
+      >>> trained = jsfdd.train(target, chats, recipe=jsfdd.Recipe(epochs=1, held_out_share=0.0), progress=False)
+      >>> trained.config == draft.config
+      True
+    """
+    from jsfdd.data.held_out import split_held_out
+    from jsfdd.hidden.capture import store_hidden
+    from jsfdd.models.sharding import split_vocabulary
+    from jsfdd.selection.sfdd import selected_samples
+    from jsfdd.training.batch import TrainingData
+    from jsfdd.training.draft_shape import draft_of
+    from jsfdd.training.loss import borrow
+    from jsfdd.training.recipe import Recipe
+    from jsfdd.training.soft_store import store_soft_targets
+    from jsfdd.training.train import train as train_draft
+
+    recipe, mesh = recipe or Recipe(), mesh or make_mesh()
+    if recipe.weighs_tokens:
+        raise ValueError("a recipe that weighs tokens needs their scores: see jsfdd.selection.tokens and jsfdd.training.train")
+    samples = _tokenized(target, chats, max_length)
+    _, held_out = split_held_out(samples, recipe.held_out_share)
+    held_out_ids = {sample.id for sample in held_out}
+    selected = samples if kept is None else selected_samples(kept, samples)
+    learned = [sample for sample in selected if sample.id not in held_out_ids]
+    shared = {"identity": {"target": target.fingerprint}, "progress": progress}
+    with tempfile.TemporaryDirectory() if out is None else nullcontext(out) as folder:
+        folder, draft = Path(folder), draft_of(target.config, recipe, learned)
+        if hidden is None:
+            hidden = store_hidden(target, [*learned, *held_out], mesh, directory=folder / "hidden", **shared)
+        data = TrainingData(learned, hidden)
+        kind = recipe.stored_soft_targets(hidden_is_stored=not callable(hidden))
+        if kind is not None:
+            borrowed = split_vocabulary(borrow(target.config, target.params), mesh)
+            soft_targets = store_soft_targets(
+                kind, data, borrowed, draft, recipe, mesh, directory=folder / "soft_targets", **shared
+            )
+            data = data._replace(soft_targets=soft_targets)
+        result = train_draft(
+            target, data, TrainingData(held_out, hidden), recipe, mesh, out=folder, seed=seed, draft=draft, **shared
+        )
+    return result.draft
+
+
+class Evaluation(NamedTuple):
+    """How well a draft was accepted, and how fast that made decoding.
+
+    Attributes:
+      tau: tokens emitted per verification by the target, the bonus token included; `tau_low` and `tau_high` its 95% interval
+        over prompts.
+      alpha: of each depth, the share of the draft tokens verified there that were accepted; None where none was.
+      same_text_share: prompts whose answers are plain decoding's, token for token; None where sampling cannot tell.
+      speedup: tokens per second over those of plain decoding on the same prompts.
+      report: all figures, as in report.json.
+    """
+
+    tau: float
+    tau_low: float
+    tau_high: float
+    alpha: list[float | None]
+    same_text_share: float | None
+    speedup: float
+    report: dict
+
+
+def evaluate(
+    target: Target,
+    draft: Draft,
+    prompts: Sequence[str] | Sequence[Prompt],
+    *,
+    max_new_tokens: int = 128,
+    num_draft_tokens: int = 4,
+    temperature: float = 0.0,
+    tree: TreeShape | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+    mesh: Mesh | None = None,
+) -> Evaluation:
+    """Measure a draft by real decoding, beside plain decoding of the same prompts (arXiv 2211.17192).
+
+    Args:
+      prompts: one user's message each, or from `read_prompts` with several turns.
+      max_new_tokens: longest answer.
+      num_draft_tokens: what the draft proposes for each verification.
+      temperature: 0 is greedy.
+      tree: verify trees of this shape, of depth `num_draft_tokens`; chains otherwise.
+      batch_size: prompts decoded together.
+      seed: of what is sampled and of the intervals.
+      mesh: devices that share the rows; all by default.
+
+    Raises:
+      ValueError: a prompt with its answer is longer than the target's context, or the draft is of another target.
+
+    Example:
+      >>> result = jsfdd.evaluate(target, draft, ["Why is the sky blue?"], max_new_tokens=8)
+      >>> result.tau >= 1, result.same_text_share
+      (True, 1.0)
+    """
+    from jsfdd.evaluation.evaluate import evaluate as evaluate_drafts
+
+    if isinstance(target, ForeignTarget):
+        raise ValueError(f"{target.name} is a foreign target: decoding needs its layers; load it with `load_target`")
+    asked = [Prompt(f"p{i}", "prompts", (text,)) if isinstance(text, str) else text for i, text in enumerate(prompts)]
+    report = evaluate_drafts(
+        target,
+        {"draft": draft},
+        asked,
+        mesh or make_mesh(),
+        temperature=temperature,
+        num_draft_tokens=num_draft_tokens,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        seed=seed,
+        tree=tree,
+    )["draft"]
+    return Evaluation(**{name: report[name] for name in Evaluation._fields if name != "report"}, report=report)
+
+
+def export(
+    draft: Draft,
+    directory: str | Path,
+    flavour: Flavour = "vllm",
+    *,
+    dtype: ExportDtype = "keep",
+    served_target: str | None = None,
+) -> None:
+    """Write a draft for the engine that serves it: config.json, model.safetensors and a card.
+
+    Args:
+      directory: must not exist yet.
+      flavour: of the engine; see `jsfdd.weights.export`.
+      dtype: of the tensors; "keep" leaves them as they are.
+      served_target: the target's name where it is served, for the card; speculators needs it.
+
+    Raises:
+      FileExistsError: the directory is there already.
+      ValueError: the flavour cannot represent the draft; names what.
+
+    Example:
+      >>> jsfdd.export(draft, "draft-vllm")
+      >>> jsfdd.load_draft("draft-vllm").config == draft.config
+      True
+    """
+    from jsfdd.weights.card import Provenance, Serving
+    from jsfdd.weights.export import write_draft
+
+    provenance = Provenance(training=draft.record)
+    write_draft(
+        directory, draft.config, draft.params, flavour, dtype=dtype, serving=Serving(served_target), provenance=provenance
+    )
 
 
 def _tokenized(target: Target | ForeignTarget, chats: Sequence[Chat] | Sequence[Sample], max_length: int) -> list[Sample]:

@@ -7,13 +7,17 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from toy import loaded_target, toy_chats
 
 import jsfdd
+from jsfdd.base.mesh import make_mesh
+from jsfdd.data.held_out import split_held_out
+from jsfdd.hidden.capture import make_recompute
 from jsfdd.models.draft import EagleLayer
-from jsfdd.models.target import embed_tokens, head_logits
+from jsfdd.models.target import embed_tokens, head_logits, hidden_states
 
 TARGET = loaded_target()
 TOKENS = np.random.default_rng(0).integers(0, 258, (2, 12)).astype(np.int32)
@@ -73,3 +77,82 @@ def test_score_takes_chats_or_samples():
     foreign = jsfdd.foreign_target(None, TARGET.params["embed"]["embedding"], TARGET.params["head"]["kernel"].T, TARGET.config)
     with pytest.raises(ValueError, match="foreign has no tokenizer"):
         jsfdd.score(foreign, chats)
+
+
+@pytest.fixture(scope="module")
+def samples():
+    random = np.random.default_rng(1)
+    lengths = random.integers(12, 60, 20)
+    return [
+        jsfdd.Sample(f"s{i}", "toy", random.integers(0, 258, n).astype(np.int32), np.arange(n) >= n // 3)
+        for i, n in enumerate(lengths)
+    ]
+
+
+RECIPE = jsfdd.Recipe(epochs=2, held_out_share=0.2, soft_targets="none")
+
+
+@pytest.fixture(scope="module")
+def kept(samples):
+    return jsfdd.select(jsfdd.score(TARGET, samples, progress=False), 0.5)
+
+
+@pytest.fixture(scope="module")
+def trained(samples, kept):
+    return jsfdd.train(TARGET, samples, kept, RECIPE, seed=3, progress=False)
+
+
+def assert_same_draft(found, expected, exact=False):
+    assert found.config == expected.config
+    for a, b in zip(jax.tree.leaves(found.params), jax.tree.leaves(expected.params), strict=True):
+        np.testing.assert_array_equal(a, b) if exact else np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4)
+
+
+def test_training_is_a_function_of_its_arguments_and_continues_in_its_directory(samples, kept, trained, tmp_path):
+    fresh = jsfdd.init_draft(TARGET, jax.random.key(0))
+    assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(fresh.params), jax.tree.leaves(trained.params)))
+    again = jsfdd.train(TARGET, samples, kept, RECIPE, seed=3, out=tmp_path / "run", progress=False)
+    assert_same_draft(again, trained, exact=True)
+    assert_same_draft(jsfdd.load_draft(tmp_path / "run"), trained, exact=True)
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    assert_same_draft(jsfdd.train(TARGET, samples, kept, RECIPE, seed=3, out=tmp_path / "run", progress=False), trained, exact=True)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    with pytest.raises(ValueError, match="seed"):
+        jsfdd.train(TARGET, samples, kept, RECIPE, seed=4, out=tmp_path / "run", progress=False)
+
+
+def test_only_what_was_kept_and_not_held_out_is_trained_on(samples, kept, trained):
+    held_out = {sample.id for sample in split_held_out(samples, RECIPE.held_out_share)[1]}
+    others = [sample for sample in samples if sample.id not in kept.ids or sample.id in held_out]
+    changed = {s.id: jsfdd.Sample(s.id, s.source, s.tokens[::-1].copy(), s.assistant_mask) for s in others}
+    assert held_out & set(kept.ids) and set(kept.ids) - held_out and held_out - set(kept.ids)
+    scrambled = [changed.get(sample.id, sample) for sample in samples]
+    assert_same_draft(jsfdd.train(TARGET, scrambled, kept, RECIPE, seed=3, progress=False), trained, exact=True)
+
+
+def test_a_foreign_target_trains_the_same_draft_from_a_function_or_from_arrays(samples, kept, trained):
+    @jax.jit
+    def states(tokens):
+        return hidden_states(TARGET.config, TARGET.params, tokens)
+
+    embedding, head = TARGET.params["embed"]["embedding"], TARGET.params["head"]["kernel"].T
+    foreign = jsfdd.foreign_target(states, embedding, head, TARGET.config)
+    assert_same_draft(jsfdd.train(foreign, samples, kept, RECIPE, seed=3, progress=False), trained)
+    arrays = {s.id: np.asarray(states(s.tokens[None])[0]).astype(ml_dtypes.bfloat16) for s in samples}
+    only_a_head = jsfdd.foreign_target(None, embedding, head, TARGET.config)
+    assert_same_draft(jsfdd.train(only_a_head, samples, kept, RECIPE, hidden=arrays, seed=3, progress=False), trained)
+    hidden_of = make_recompute(foreign, make_mesh(), "bfloat16")
+    assert_same_draft(jsfdd.train(foreign, samples, kept, RECIPE, hidden=hidden_of, seed=3, progress=False), trained)
+    with pytest.raises(ValueError, match="foreign is a foreign target: decoding needs its layers"):
+        jsfdd.evaluate(foreign, trained, ["Why?"])
+
+
+def test_recipes_that_weigh_tokens_are_sent_to_the_room(samples):
+    with pytest.raises(ValueError, match="jsfdd.selection.tokens"):
+        jsfdd.train(TARGET, samples, recipe=jsfdd.Recipe(token_retain_ratio=0.5))
+
+
+def test_evaluate_agrees_with_its_report(trained):
+    result = jsfdd.evaluate(TARGET, trained, ["Why?", "How so?"], max_new_tokens=12)
+    assert result.tau == result.report["tau"] >= 1 and result.tau_low <= result.tau <= result.tau_high
+    assert result.same_text_share == 1.0 and len(result.report["prompts"]) == 2

@@ -58,7 +58,7 @@ def weights_digest(data: TrainingData) -> str:
     return sha.hexdigest()
 
 
-class _Rows(NamedTuple):
+class Rows(NamedTuple):
     """Some rows of a batch as the host knows them; `hidden` is None where the devices compute it."""
 
     batch: Batch
@@ -78,25 +78,31 @@ def device_batch(data: TrainingData, indices: Sequence[int], shape: Shape, mesh:
     """
     samples = [data.samples[i] for i in indices]
 
-    def build(start: int, stop: int) -> _Rows:
+    def build(start: int, stop: int) -> Rows:
         here = samples[start:stop]
         # A device without samples gets one that does not count.
-        rows = _read_rows(data, here or samples[:1], Shape(stop - start, shape.length))
+        rows = read_rows(data, here or samples[:1], Shape(stop - start, shape.length))
         if here:
             return rows
         batch = rows.batch._replace(counted=np.zeros_like(rows.batch.counted))
         return rows._replace(batch=batch, weight=np.zeros_like(rows.weight))
 
-    rows = shard_built_rows(build, round_up_to_shards(shape.rows, mesh), mesh)
+    return on_devices(data, shard_built_rows(build, round_up_to_shards(shape.rows, mesh), mesh))
+
+
+def on_devices(data: TrainingData, rows: Rows) -> DraftBatch:
+    """The batch of rows that are on the devices already, with their hidden states computed if they are not stored."""
     hidden = data.hidden(rows.batch) if callable(data.hidden) else rows.hidden
     return DraftBatch(rows.batch.tokens, rows.batch.counted, rows.weight, hidden, rows.soft_targets)
 
 
-def _read_rows(data: TrainingData, samples: Sequence[Sample], shape: Shape) -> _Rows:
+def read_rows(data: TrainingData, samples: Sequence[Sample], shape: Shape) -> Rows:
+    """The samples' rows, padded to `shape`. ValueError: a store lacks a sample, or has it with another length."""
+
     def stored(store: PerToken, what: str) -> np.ndarray:
         return pad_rows([_stored(store, sample, what) for sample in samples], shape)
 
-    return _Rows(
+    return Rows(
         pad_batch(samples, shape),
         pad_rows([data.weight(sample) for sample in samples], shape),
         None if callable(data.hidden) else stored(data.hidden, "hidden states"),

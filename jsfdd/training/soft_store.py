@@ -9,17 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 from jax.sharding import Mesh
 
-from jsfdd.base.mesh import own_rows, round_up_to_shards
-from jsfdd.base.progress import progress as show_progress
 from jsfdd.base.tuning import vocabulary_block
-from jsfdd.data.batches import choose_shapes, make_batches
 from jsfdd.hidden.store import HiddenStore
-from jsfdd.hidden.writer import HiddenWriter
+from jsfdd.hidden.writer import HiddenWriter, write_missing
 from jsfdd.models.draft import DraftConfig, vocabulary_digest
-from jsfdd.training.batch import TrainingData, device_batch, weights_digest
+from jsfdd.training.batch import TrainingData, on_devices, read_rows, weights_digest
 from jsfdd.training.loss import Borrowed
 from jsfdd.training.recipe import Recipe
 from jsfdd.training.soft_means import MeansDtype, make_means_step
@@ -38,7 +34,7 @@ def store_soft_targets(
     recipe: Recipe,
     mesh: Mesh,
     *,
-    batch_tokens: int,
+    batch_tokens: int = 4096,
     directory: Path,
     identity: dict,
     means_dtype: MeansDtype = "bfloat16",
@@ -55,7 +51,7 @@ def store_soft_targets(
       batch_tokens: tokens of a batch.
       identity: what the hidden states depend on; what else the rows depend on is added.
 
-    Raises: as `HiddenWriter` and `device_batch` do.
+    Raises: as `HiddenWriter` and `read_rows` do.
     """
     platform, settings = mesh.devices.flat[0].platform, {"kind": kind, "vocabulary": vocabulary_digest(draft)}
     if kind == "top_k":
@@ -72,17 +68,16 @@ def store_soft_targets(
         settings |= {"weights": weights_digest(data)}
     identity = {**identity, "soft_targets": settings}
 
-    lengths = [len(sample.tokens) for sample in data.samples]
-    plans = make_batches(lengths, choose_shapes(lengths, batch_tokens))
     with HiddenWriter(directory, width, dtype, identity) as writer:
-        missing = [plan for plan in plans if any(data.samples[i].id not in writer.ids for i in plan.indices)]
-        done = len(plans) - len(missing)
-        with show_progress("soft targets", "batches", len(plans), finished=done, shown=progress) as bar:
-            for number, plan in enumerate(missing, done + 1):
-                computed = step(borrowed, device_batch(data, plan.indices, plan.shape, mesh))
-                per_shard = round_up_to_shards(plan.shape.rows, mesh) // mesh.shape["data"]
-                for shard, rows in own_rows(computed, mesh).items():
-                    indices = plan.indices[shard * per_shard : (shard + 1) * per_shard]
-                    writer.add_missing([data.samples[i] for i in indices], np.asarray(rows))
-                bar.update(number)
+        write_missing(
+            writer,
+            lambda borrowed, rows: step(borrowed, on_devices(data, rows)),
+            borrowed,
+            data.samples,
+            mesh,
+            batch_tokens=batch_tokens,
+            label="soft targets",
+            progress=progress,
+            build=lambda samples, shape: read_rows(data, samples, shape),
+        )
     return HiddenStore.open(directory, identity)
