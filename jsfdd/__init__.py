@@ -29,6 +29,7 @@ _PUBLIC = {
     "jsfdd.scoring.flatness": ("effective_choices", "token_flatness", "token_scores"),
     "jsfdd.selection.sfdd": ("select",),
     "jsfdd.training.recipe": ("Recipe",),
+    "jsfdd.decoding.settings": ("TreeShape",),
     "jsfdd.decoding.verify": ("verify",),
     "jsfdd.decoding.answers": ("generate",),
     "jsfdd.api": (

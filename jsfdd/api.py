@@ -27,7 +27,7 @@ from jsfdd.models.foreign import ForeignTarget
 
 if TYPE_CHECKING:
     from jsfdd.data.chat import Chat
-    from jsfdd.decoding.tree import TreeShape
+    from jsfdd.decoding.settings import TreeShape
     from jsfdd.scoring.table import ScoreTable
     from jsfdd.selection.sfdd import Selection
     from jsfdd.training.batch import HiddenStates
