@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toy import TOY_LENGTHS, good_draft, toy_draft, toy_prompts, toy_target
+from toy import TOY_LENGTHS, USERS_PROGRAM, good_draft, toy_draft, toy_prompts, toy_target
 
 from jsfdd.base.mesh import make_mesh
 from jsfdd.base.records import DecodeStats
@@ -289,7 +289,7 @@ def test_the_compiled_loop_never_copies_a_cache(models, depth, tree, combine):
     drafts = [draft] * len(params.drafts) if depth else []
     setup = _setup(config, *drafts, depth=depth, longest=8, tree=tree, combine=combine)
     decode = jax.jit(make_generate(setup, make_mesh(data=1)))
-    text = decode.lower(params, toy_prompts(), GREEDY).compile().as_text()
+    text = decode.lower(params, toy_prompts(), GREEDY).compile(compiler_options=USERS_PROGRAM).as_text()
     slots = setup.cache_slots(12)
     cache = rf"f32\[(?:[12],)?(?:4,2|8),(?:8,{slots}|{slots},8)\]"
     assert re.search(cache + r".* scatter\(", text)

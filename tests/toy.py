@@ -17,6 +17,10 @@ from jsfdd.models.draft import draft_config, init_draft
 from jsfdd.models.target import init_params
 from jsfdd.weights.target import Target
 
+# One program each, where each of the functions by itself is some forty.
+_init_params = jax.jit(init_params, static_argnums=0)
+_init_draft = jax.jit(init_draft, static_argnums=0)
+
 
 def toy_config(vocab_size=64, **changes) -> DecoderConfig:
     values = dict(
@@ -39,7 +43,7 @@ def toy_config(vocab_size=64, **changes) -> DecoderConfig:
 def toy_target(seed=0, sharpness=3.0, **changes):
     """(config, params) whose logits are spread out by `sharpness`, so that argmaxes are clear and p is not uniform."""
     config = toy_config(**changes)
-    params = init_params(config, jax.random.key(seed))
+    params = _init_params(config, jax.random.key(seed))
     params["norm"]["scale"] = params["norm"]["scale"] * sharpness
     return config, params
 
@@ -51,18 +55,21 @@ def as_target(config, params) -> Target:
 
 def toy_draft(config, seed=1):
     draft = draft_config(config)
-    return draft, init_draft(draft, jax.random.key(seed))
+    return draft, _init_draft(draft, jax.random.key(seed))
 
 
 def good_draft(config, params):
     """A draft that is often right: fc passes the hidden state through and the layer adds nothing."""
     _, draft_params = toy_draft(config)
     width = config.hidden_size
-    draft_params = jax.tree.map(jnp.zeros_like, draft_params)
-    draft_params["fc"]["kernel"] = draft_params["fc"]["kernel"].at[width:].set(jnp.eye(width))
-    draft_params["layer"]["mlp_norm"]["scale"] = jnp.ones(width)
-    return draft_params
+    draft_params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), draft_params)
+    draft_params["fc"]["kernel"][width:] = np.eye(width)
+    draft_params["layer"]["mlp_norm"]["scale"][:] = 1
+    return jax.tree.map(jnp.asarray, draft_params)
 
+
+# For tests that read programs: emitted as users' are, which conftest.py's flags leave out to compile fast.
+USERS_PROGRAM = {"xla_cpu_use_fusion_emitters": True}
 
 TOY_LENGTHS = [3, 9, 5, 12]
 
@@ -122,6 +129,27 @@ def often_right(target, vocabulary=()):
     params["fc"]["kernel"] = jnp.zeros_like(params["fc"]["kernel"]).at[:width].set(jnp.eye(width))
     params["layer"] = jax.tree.map(lambda x: 0.5 * x, params["layer"])
     return dataclasses.replace(draft, vocabulary=vocabulary), params
+
+
+WORDS = "the cat sat on a mat and saw one red bird fly over two green hills".split()
+
+
+def write_chats(path, count=24):
+    """A file of short chats of two sources."""
+    rng = np.random.default_rng(0)
+    with path.open("w") as file:
+        for i in range(count):
+            text = [" ".join(rng.choice(WORDS, 3 + i % 5)) for _ in range(2)]
+            messages = [{"role": "user", "content": text[0]}, {"role": "assistant", "content": text[1]}]
+            file.write(json.dumps({"id": f"c{i}", "source": "ab"[i % 2], "messages": messages}) + "\n")
+    return path
+
+
+def write_prompts(path):
+    """A file of five prompts."""
+    rows = [{"id": f"p{i}", "source": "x", "turns": [WORDS[i]]} for i in range(5)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 def write_target(directory, seed=0, target=None):
