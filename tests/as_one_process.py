@@ -14,22 +14,22 @@ from jsfdd.base.processes import start
 def main(folder: Path, out: Path) -> None:
     from jsfdd.commands import evaluate, score, select, train
     from jsfdd.commands.evaluate import EvaluateConfig
+    from jsfdd.commands.options import from_options
     from jsfdd.commands.score import ScoreConfig
     from jsfdd.commands.select import SelectConfig
     from jsfdd.commands.train import TrainConfig
 
     target = str(folder / "target")
     shared = dict(target=target, data=(folder / "chats.jsonl",), max_length=128)
-    score.score(ScoreConfig(**shared, batch_tokens=256, out=out))
-    select.select(SelectConfig(scores=out / "scores.parquet", retain_ratio=0.5, out=out))
-    train.train(
-        TrainConfig(
-            **shared, batch_tokens=512, epochs=2, held_out_share=0.1, selection=out / "selection.json", out=out / "draft"
-        )
+    score.score(from_options(ScoreConfig, **shared, batch_tokens=256, out=out))
+    select.select(from_options(SelectConfig, scores=out / "scores.parquet", retain_ratio=0.5, out=out))
+    training = from_options(
+        TrainConfig, **shared, batch_tokens=512, epochs=2, held_out_share=0.1, selection=out / "selection.json", out=out / "draft"
     )
+    train.run(training, train.prepare(training))
     evaluate.evaluate(
-        EvaluateConfig(
-            target=target, draft=(out / "draft",), prompts=(folder / "prompts.jsonl",), out=out / "evaluated",
+        from_options(
+            EvaluateConfig, target=target, draft=(out / "draft",), prompts=(folder / "prompts.jsonl",), out=out / "evaluated",
             max_new_tokens=8, num_draft_tokens=2, batch_size=4,
         )  # fmt: skip
     )

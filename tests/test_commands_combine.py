@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from toy import toy_config, toy_draft
 
-from jsfdd.commands import combine
+from jsfdd.commands import evaluate
 from jsfdd.commands.evaluate import EvaluateConfig
+from jsfdd.commands.options import from_options
 from jsfdd.decoding.settings import Combine
 from jsfdd.models.draft import Draft
 from jsfdd.weights import draft as draft_files
@@ -28,7 +29,8 @@ def trained(monkeypatch):
 
 def _measured(*paths, **options):
     names = tuple(map(Path, paths))
-    return combine.measured_drafts(EvaluateConfig(target="t", prompts=(Path("p"),), out=Path("o"), draft=names, **options))
+    config = from_options(EvaluateConfig, target="t", prompts=(Path("p"),), out=Path("o"), draft=names, **options)
+    return evaluate.measured_teams(config.drafts)
 
 
 def test_drafts_trained_for_other_targets_are_refused(trained):
@@ -38,19 +40,16 @@ def test_drafts_trained_for_other_targets_are_refused(trained):
 
 
 def test_what_is_measured(trained):
-    options = dict(combine="route", tree_nodes=9, route_by="entropy", route_steps=2)
-    only = _measured("exported/x", "exported/yy", **options)
-    assert list(only) == ["route"] and list(only["route"].drafts) == ["x", "yy"] and only["route"].combine == Combine("route", "entropy", 2)
-    assert list(_measured("exported/x", "exported/yy", each_draft=True, **options)) == ["x", "yy", "route"]
-    with pytest.raises(ValueError, match="one is named route"):
-        _measured("exported/x", "exported/route", each_draft=True, **options)
+    assert list(_measured("exported/x", "exported/yy")) == ["x", "yy"]
+    only = _measured("exported/x", "exported/yy", combine="route", tree_nodes=9)
+    assert list(only) == ["route"]
+    assert list(only["route"].drafts) == ["x", "yy"] and only["route"].combine == Combine("route")
+    assert list(_measured("a/x", "x")) == ["a-x", "x"]
+    with pytest.raises(ValueError, match="given twice"):
+        _measured("exported/x", "exported/x")
 
 
-def test_equal_weights_unless_given(trained):
-    mean, first = (
-        _measured("exported/x", "exported/yy", combine="average", combine_weights=weights)["average"].params[0]
-        for weights in ((), (1.0, 0.0))
-    )
+def test_an_average_has_equal_weights(trained):
+    mean = _measured("exported/x", "exported/yy", combine="average")["average"].params[0]
     one, two = (toy_draft(toy_config(), seed=length)[1] for length in (1, 2))
-    assert jax.tree.all(jax.tree.map(np.array_equal, first, one))
     assert jax.tree.all(jax.tree.map(lambda m, a, b: np.allclose(m, (a + b) / 2, atol=1e-6), mean, one, two))

@@ -104,8 +104,6 @@ def test_train_on_a_mixture(place, capsys):
     assert values["mix"] == {"a": {"samples": 2, "counted_tokens": 2 * tokens}, "b": {"samples": 1, "counted_tokens": tokens}}
     assert (values["samples"], values["steps"], values["held_out"]) == (3, 3, plain["held_out"]) and "mix" not in plain
     assert f"a mixture of samples: 2 of a ({2 * tokens} counted tokens), 1 of b ({tokens} counted tokens)" in words
-    by_tokens, _ = _dry(capsys, "train", *DATA, *shared, "--mix", "b=1", "--mix-unit", "tokens", "--mix-total", str(2 * tokens))
-    assert by_tokens["mix"] == {"b": {"samples": 2, "counted_tokens": 2 * tokens}}
     for mix, message in (
         (["--mix", "maths=1"], "no sample to train on is of source 'maths'; choose from a ("),
         (["--mix", "a=1", "b=1", "--mix-total", "9"], "for b is to be 0.5 of it"),

@@ -22,6 +22,7 @@ from jsfdd.commands.costs import (
     soft_targets_stage,
     train_stage,
 )
+from jsfdd.commands.options import from_options
 from jsfdd.commands.plan import GB, Devices, PlanConfig, prepare, print_plan, suggest_model_shards
 from jsfdd.data.batches import Shape
 from jsfdd.models.draft import draft_config
@@ -39,7 +40,7 @@ SEVENTY_B = dict(
 
 
 def options(tmp_path, **changes):
-    return PlanConfig(**(dict(target="x", data=(tmp_path / "chats.jsonl",), batch_tokens=4096) | changes))
+    return from_options(PlanConfig, **(dict(target="x", data=(tmp_path / "chats.jsonl",), batch_tokens=4096) | changes))
 
 
 def test_a_70b_config_without_weights_or_tokenizer(tmp_path, capsys):
@@ -59,28 +60,31 @@ def test_a_70b_config_without_weights_or_tokenizer(tmp_path, capsys):
     assert prepare(options(tmp_path, **shared, device_kind="TPU v5 lite")).suggested is None
 
 
-def test_unknown_devices_need_their_figures(tmp_path, capsys):
+def test_unknown_devices_are_refused_and_those_here_are_measured(tmp_path, capsys):
     write_target(tmp_path / "target")
     _chats(tmp_path / "chats.jsonl")
     arguments = ["plan", "--target", str(tmp_path / "target"), "--data", str(tmp_path / "chats.jsonl")]
     arguments += ["--device-kind", "Abacus"]
     assert main(arguments) == 2
-    assert "'Abacus' is not known, so give --device-memory and --device-rate" in capsys.readouterr().err
-    assert main([*arguments, "--device-memory", "1", "--device-rate", "0.5"]) == 0
-    assert "1 GB and 0.5 TFLOP/s each (given)" in capsys.readouterr().out
+    assert "'Abacus' is not known; known are" in capsys.readouterr().err
+    assert main([*arguments[:-2], "--json"]) == 0  # of the devices that are here
+    values = json.loads(capsys.readouterr().out)
+    assert values["devices"]["kind"] == "cpu" and values["devices"]["rate"] > 0
+    assert [stage["name"] for stage in values["stages"]] == ["score", "hidden states", "soft targets", "train", "evaluate"]
+    assert values["stages"][-1]["flops"] is None
 
 
 def test_the_suggested_mesh_is_the_first_that_fits(tmp_path):
     config = toy_config(vocab_size=4096, hidden_size=64, intermediate_size=128, num_heads=8, num_kv_heads=8)
-    lengths = Lengths(np.full(8, 64), np.full(8, 30), "")
+    lengths, asked = Lengths(np.full(8, 64), np.full(8, 30), ""), options(tmp_path, batch_tokens=64)
 
     def suggested(memory):
-        return suggest_model_shards(config, lengths, options(tmp_path, batch_tokens=64), Devices(8, "x", memory, 1.0, ""))
+        return suggest_model_shards(asked, config, lengths, Devices(8, "cpu", memory, 1.0, ""))
 
     peaks = {m: max(
         score_stage(config, lengths, 64, 4, m).peak,
-        train_stage(config, lengths, options(tmp_path, batch_tokens=64), 4, m, 8 // m).peak,
-        evaluate_stage(config, options(tmp_path), 4, m, 8 // m).peak,
+        train_stage(config, lengths, 64, 0.5, Recipe(), 4, m, 8 // m).peak,
+        evaluate_stage(config, 2048 + 128, 8, 4, m, 8 // m).peak,
     ) for m in (1, 2, 4, 8)}  # fmt: skip
     assert peaks[1] > peaks[2] > peaks[4] > peaks[8]
     for m in (1, 2, 4, 8):
@@ -121,9 +125,8 @@ def test_a_scoring_step_is_near_what_is_allocated():
     assert 0.6 < expected / allocated(compiled) < 1.6, (expected, allocated(compiled), compiled.memory_analysis())
 
 
-def test_a_training_step_is_near_what_is_allocated(tmp_path):
+def test_a_training_step_is_near_what_is_allocated():
     mesh, draft = make_mesh(1), draft_config(CHECKED)
-    config = options(tmp_path, batch_tokens=8 * 256)
     recipe = Recipe()
     optimizer = make_optimizer(recipe, 10)
     frozen = jax.eval_shape(lambda: borrow(CHECKED, init_params(CHECKED, jax.random.key(0))))
@@ -137,18 +140,20 @@ def test_a_training_step_is_near_what_is_allocated(tmp_path):
     )
     compiled = make_train_step(draft, optimizer, mesh, recipe).lower(frozen, state, shapes_of(batch)).compile()
     lengths = Lengths(np.full(8, 256), np.full(8, 100), "")
-    stage = train_stage(CHECKED, lengths, config, 4, 1, 1)
+    stage = train_stage(CHECKED, lengths, 8 * 256, 0.5, recipe, 4, 1, 1)
     expected = stage.peak - stage.memory["target"] + frozen.embedding.size * 4  # of the target, a step reads the embedding
     assert 0.6 < expected / allocated(compiled) < 1.6, (expected, allocated(compiled), compiled.memory_analysis())
 
 
-def test_likeliest_tokens_take_disk_by_their_number_alone(tmp_path):
+def test_likeliest_tokens_take_disk_by_their_number_alone():
     lengths = Lengths(np.full(8, 256), np.full(8, 100), "")
     changes = ({}, dict(soft_targets="top_k"), dict(soft_targets="top_k", soft_top_k=256))
-    means, few, many = (soft_targets_stage(CHECKED, lengths, options(tmp_path, **each), 4, 1) for each in changes)
+    means, few, many = (
+        soft_targets_stage(CHECKED, lengths, 4096, 0.5, Recipe(**change), 4, 1) for change in changes
+    )
     kept = 0.5 * 8 * 256
     assert (means.disk, few.disk, many.disk) == (kept * 2 * 257, kept * (4 * 32 + 2), kept * (4 * 256 + 2))
-    assert few.flops == many.flops == means.flops / 2 and few.name == "target top-k"
+    assert few.flops == many.flops == means.flops / 2
 
 
 def test_forward_flops_are_those_of_the_matrices():

@@ -18,6 +18,7 @@ from toy import toy_draft, toy_target, toy_tokenizer, write_target
 
 from jsfdd.commands import respond, score
 from jsfdd.commands.cli import main
+from jsfdd.commands.options import flat, from_options
 from jsfdd.commands.respond import RespondConfig
 from jsfdd.data.chat import read_chats
 from jsfdd.data.template import render_prompt, tokenize_chats
@@ -69,7 +70,11 @@ def config_of(inputs, out, **changes):
     values = dict(
         target=str(inputs / "target"), data=(inputs / "chats.jsonl",), out=Path(out), max_new_tokens=LONGEST, batch_size=4
     )
-    return RespondConfig(**(values | changes))
+    return from_options(RespondConfig, **(values | changes))
+
+
+def replaced(config, **options):
+    return from_options(RespondConfig, **(flat(config) | options))
 
 
 @pytest.fixture(scope="module")
@@ -103,13 +108,13 @@ def test_rows_keep_what_was_asked_and_say_how_they_were_answered(finished):
     assert 0 < counts["truncated_answers"] < counts["answers"] and counts["ended_after_truncated"] > 0  # both occur
     made = rows[0]["answered_by"]
     assert (made["target"], made["temperature"], made["seed"]) == ("target", 0.0, 0)
-    assert made["fingerprint"] == load_target(config.target).fingerprint
+    assert made["fingerprint"] == load_target(config.model.target).fingerprint
 
 
 def test_greedy_answers_are_the_argmax_of_the_whole_text_read_again(finished):
     """The slow obvious way: one token after the other, the target over the whole text each time, one conversation alone."""
     config, _ = finished
-    target = load_target(config.target)
+    target = load_target(config.model.target)
 
     @jax.jit
     def next_token(tokens, length):
@@ -195,7 +200,7 @@ def test_killed_it_continues_to_the_same_file(inputs, finished, tmp_path, monkey
     left = parts.read_bytes()
     assert not out.exists() and left.count(b"\n") == 3 < whole.count(b"\n") and not left.endswith(b"\n")
     decoded = count_batches(monkeypatch)
-    again = respond.respond(dataclasses.replace(config, out=out))
+    again = respond.respond(replaced(config, out=out))
     assert len(decoded) == whole.count(b"\n") - 3
     assert out.read_bytes() == config.out.read_bytes() and parts.read_bytes() == whole
     assert again.counts() == finished[1].counts()
@@ -235,14 +240,14 @@ def test_changed_options_and_inputs_are_refused_by_name(inputs, finished, tmp_pa
         ({"data": (more,)}, "data: found"),
     ]:
         with pytest.raises(ValueError, match=f"{words}.*choose another --out"):
-            respond.respond(dataclasses.replace(config, **change))
+            respond.respond(replaced(config, **change))
     assert respond.parts_of(config.out).read_bytes() == before
     other = tmp_path / "mine.jsonl"
     other.write_text("mine")
     with pytest.raises(FileExistsError, match="already there"):
-        respond.respond(dataclasses.replace(config, out=other))
+        respond.respond(replaced(config, out=other))
     with pytest.raises(ValueError, match="--out: .*ends in .jsonl"):
-        dataclasses.replace(config, out=tmp_path / "answers.json")
+        replaced(config, out=tmp_path / "answers.json")
     assert other.read_text() == "mine"
 
 
@@ -293,7 +298,7 @@ def test_a_conversation_ends_before_a_turn_that_has_become_too_long(inputs, tmp_
 
 def test_every_command_reads_the_answers_and_no_wrong_end_counts(finished):
     config, _ = finished
-    tokenizer = load_target(config.target).tokenizer
+    tokenizer = load_target(config.model.target).tokenizer
     chats = read_chats([config.out])
     samples, _ = tokenize_chats(chats, tokenizer, 2048)
     of_id = {sample.id: sample for sample in samples}
@@ -313,17 +318,17 @@ def test_every_command_reads_the_answers_and_no_wrong_end_counts(finished):
 
 def test_a_draft_changes_nothing_but_the_speed(inputs, finished, tmp_path):
     config, _ = finished
-    draft, params = toy_draft(load_target(config.target).config)
+    draft, params = toy_draft(load_target(config.model.target).config)
     write_draft(tmp_path / "draft", draft, params, "vllm")
-    shared = dict(draft=tmp_path / "draft", num_draft_tokens=2, turns="first")
-    fast = dataclasses.replace(config, out=tmp_path / "fast.jsonl", **shared)
+    shared = dict(draft=(tmp_path / "draft",), num_draft_tokens=2, turns="first")
+    fast = replaced(config, out=tmp_path / "fast.jsonl", **shared)
     responses = respond.respond(fast)
     every = answers_of(config.out)
     assert answers_of(fast.out) == {name: said[:1] for name, said in every.items()}
     assert responses.tau >= 1 and finished[1].tau is None
     write_draft(tmp_path / "other", draft, jax.tree.map(lambda x: x * 0.5, params), "vllm")
-    with pytest.raises(ValueError, match=r"draft\.digest: found"):
-        respond.respond(dataclasses.replace(fast, draft=tmp_path / "other"))
+    with pytest.raises(ValueError, match=r"drafts\.digests"):
+        respond.respond(replaced(fast, draft=(tmp_path / "other",)))
 
 
 def test_the_command_line(inputs, tmp_path, capsys):
@@ -351,7 +356,7 @@ def test_two_processes_answer_as_one(inputs, finished, tmp_path):
     out = tmp_path / "answers.jsonl"
     ends = finish(
         begin_command(
-            "respond", "--target", config.target, "--data", config.data[0], "--max-new-tokens", LONGEST, "--batch-size", 4,
+            "respond", "--target", config.model.target, "--data", config.data[0], "--max-new-tokens", LONGEST, "--batch-size", 4,
             "--turns", "first", "--out", out,
         )  # fmt: skip
     )
@@ -362,9 +367,9 @@ def test_two_processes_answer_as_one(inputs, finished, tmp_path):
 def test_on_its_own_text_the_target_is_surer(inputs, finished, tmp_path):
     """What the command is for: greedy text is likelier than any other, so its perplexity is the lower one."""
     config, _ = finished
-    shared = dict(target=config.target, max_length=512, batch_tokens=512)
+    shared = dict(target=config.model.target, max_length=512, batch_tokens=512)
     ppl = []
     for name, data in (("given", config.data[0]), ("own", config.out)):
-        table = score.score(score.ScoreConfig(data=(data,), out=tmp_path / name, **shared))
+        table = score.score(from_options(score.ScoreConfig, data=(data,), out=tmp_path / name, **shared))
         ppl.append(np.average(np.log(table["ppl"]), weights=table.num_tokens))
     assert ppl[1] < ppl[0] - 1

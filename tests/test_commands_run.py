@@ -1,7 +1,7 @@
 """Every stage on a toy target in seconds: the whole loop, run twice, stage by stage, and from Python."""
 
-import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,6 +13,7 @@ from jsfdd.commands import evaluate, export, run, score, select, train
 from jsfdd.commands import inputs as inputs_module
 from jsfdd.commands.evaluate import EvaluateConfig
 from jsfdd.commands.export import ExportConfig
+from jsfdd.commands.options import flat, from_options, options_of
 from jsfdd.commands.run import RunConfig
 from jsfdd.commands.score import ScoreConfig
 from jsfdd.commands.select import SelectConfig
@@ -20,7 +21,7 @@ from jsfdd.commands.train import TrainConfig
 from jsfdd.data.chat import read_chats
 from jsfdd.data.held_out import split_held_out
 from jsfdd.data.template import tokenize_chats
-from jsfdd.hidden import capture as features
+from jsfdd.hidden import capture
 from jsfdd.scoring.table import read_scores
 from jsfdd.selection.sfdd import read_selection
 from jsfdd.training.journal import METRICS, read_lines
@@ -57,7 +58,18 @@ def _run_config(inputs, out, **changes):
         target=target, data=(data,), prompts=(prompts,), out=out, max_length=128, batch_tokens=512, epochs=2, held_out_share=0.2,
         max_new_tokens=8, num_draft_tokens=2, batch_size=4,
     )  # fmt: skip
-    return RunConfig(**(values | changes))
+    return from_options(RunConfig, **(values | changes))
+
+
+def _replaced(config, **options):
+    """The config with some options changed."""
+    return from_options(type(config), **(flat(config) | options))
+
+
+def _train(config):
+    """`jsfdd train`; returns what its room does."""
+    prepared = train.prepare(config)
+    return train.train(config, inputs_module.load(config, prepared.inputs), prepared.kept, prepared.held_out)
 
 
 def _described(command, config):
@@ -77,9 +89,9 @@ def test_the_summary_tells_what_the_artifacts_hold(finished):
     table = read_scores(config.out / "scores.parquet")
     assert len(table.ids) == 24 == summary["data"]["kept"]
     [counts] = summary["data"]["files"]
-    assert (counts["file"], counts["read"], counts["kept"], counts["duplicates"]) == (str(config.data[0]), 24, 24, 0)
-    samples, _ = tokenize_chats(read_chats(config.data), toy_tokenizer(), 128)
-    held_out = {sample.id for sample in split_held_out(samples, config.held_out_share)[1]}
+    assert (counts["file"], counts["read"], counts["kept"], counts["duplicates"]) == (str(config.chats.data[0]), 24, 24, 0)
+    samples, _ = tokenize_chats(read_chats(config.chats.data), toy_tokenizer(), 128)
+    held_out = {sample.id for sample in split_held_out(samples, config.recipe.held_out_share)[1]}
     assert 0 < len(held_out) < 12
     for row in summary["arms"]:
         arm = config.out / "arms" / row["arm"]
@@ -102,7 +114,7 @@ def test_the_summary_tells_what_the_artifacts_hold(finished):
 
 def test_the_dry_run_foretells_the_run(finished, tmp_path):
     config, summary = finished
-    plan = _described(run, RunConfig.taken_from(config, out=tmp_path / "out")).values
+    plan = _described(run, _replaced(config, out=tmp_path / "out")).values
     full = plan["arms"]["full"]
     ran = summary["arms"][0]
     assert (full["samples"], full["steps"], full["tokens"]) == (ran["samples"], ran["steps"], ran["tokens"])
@@ -120,7 +132,7 @@ def test_results_are_words_and_json(finished, monkeypatch):
     assert values["arms"] == summary["arms"] and values["report"] == str(config.out / "report.html")
     assert all(arm in result.words for arm in config.arms) and "τ of flatness minus full" in result.words
     arm = config.out / "arms" / "full"
-    evaluated = EvaluateConfig.taken_from(config, draft=(arm,), out=arm)
+    evaluated = from_options(EvaluateConfig, target="t", prompts=config.prompts, draft=(arm,), out=arm)
     monkeypatch.setattr(evaluate, "evaluate", lambda *_: {"full": read_json(arm / "report.json")})
     result = evaluate.run(evaluated, None)
     figures = json.loads(json.dumps(result.values, default=str))["drafts"]["full"]
@@ -140,18 +152,18 @@ def test_export_finds_or_takes_what_its_card_tells(finished, tmp_path):
     config, _ = finished
     arm, other = config.out / "arms" / "flatness", config.out / "arms" / "full"
     shared = dict(flavour="speculators", export_dtype="bfloat16", num_draft_tokens=7)
-    export.export(ExportConfig(draft=arm / "checkpoints", out=tmp_path / "a", **shared))
+    export.export(from_options(ExportConfig, draft=arm / "checkpoints", out=tmp_path / "a", **shared))
     settings = read_json(tmp_path / "a" / "config.json")
     assert settings["torch_dtype"] == "bfloat16"
     assert settings["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == 7
     # The report says for which target; an option is stronger.
-    assert settings["speculators_config"]["verifier"] == {"name_or_path": config.target, "architectures": ["LlamaForCausalLM"]}
-    named = ExportConfig(draft=arm, out=tmp_path / "b", report=other / "report.json", served_target="org/toy", **shared)
+    assert settings["speculators_config"]["verifier"] == {"name_or_path": config.model.target, "architectures": ["LlamaForCausalLM"]}
+    named = from_options(ExportConfig, draft=arm, out=tmp_path / "b", report=other / "report.json", target="org/toy", **shared)
     export.export(named)
     card = (tmp_path / "b" / "README.md").read_text()
     assert f"τ = {read_json(other / 'report.json')['tau']:.3f}" in card and "org/toy" in card and "12 conversations" in card
     # From an exported directory: nothing is known but what is named.
-    export.export(ExportConfig(draft=tmp_path / "b", out=tmp_path / "c", selection=arm / "selection.json"))
+    export.export(from_options(ExportConfig, draft=tmp_path / "b", out=tmp_path / "c", selection=arm / "selection.json"))
     card = (tmp_path / "c" / "README.md").read_text()
     assert "Not measured yet" in card and "Not known" in card and "12 conversations" in card
 
@@ -166,7 +178,7 @@ def test_cards_are_not_made_from_other_runs(finished, tmp_path, name, edit, mess
     arm = config.out / "arms" / "flatness"
     values = read_json(arm / f"{name}.json") | edit
     (tmp_path / "file.json").write_text(json.dumps({key: value for key, value in values.items() if value is not ...}))
-    config = ExportConfig(draft=arm, out=tmp_path / "draft", **{name: tmp_path / "file.json"})
+    config = from_options(ExportConfig, draft=arm, out=tmp_path / "draft", **{name: tmp_path / "file.json"})
     if message is None:
         export.export(config)
         return
@@ -193,31 +205,30 @@ def test_a_second_run_computes_nothing(finished, monkeypatch, capsys):
 
 
 def test_a_mixture_is_of_what_was_selected_and_is_recorded(finished, tmp_path):
-    """From features that were stored for all; another mixture in the same directory is refused by name."""
+    """From hidden states that were stored for all; another mixture in the same directory is refused by name."""
     of_run, _ = finished
     selected = of_run.out / "arms" / "flatness" / "selection.json"
-    config = TrainConfig.taken_from(
-        of_run, selection=selected, features=str(of_run.out / "hidden"), epochs=1, out=tmp_path, mix=("a=2", "b=1"), mix_total=3
-    )
-    samples, _ = tokenize_chats(read_chats(config.data), toy_tokenizer(), 128)
-    kept, held_out = train.training_sides(samples, read_selection(selected), config)
+    shared = {name: value for name, value in flat(of_run).items() if name in options_of(TrainConfig)}
+    changes = dict(selection=selected, hidden_from=of_run.out / "hidden", epochs=1, mix=("a=2", "b=1"), mix_total=3)
+    config = from_options(TrainConfig, **(shared | changes | {"out": tmp_path}))
+    samples, _ = tokenize_chats(read_chats(config.chats.data), toy_tokenizer(), 128)
+    kept, held_out = train.training_sides(samples, read_selection(selected), config.recipe, config.mixture, config.seed)
     assert {sample.id for sample in kept} <= set(read_selection(selected).ids) - {sample.id for sample in held_out}
     assert sorted(sample.source for sample in kept) == ["a", "a", "b"] and held_out
 
-    result = train.train(config)
+    result = _train(config)
     assert result.samples == 3 and not (tmp_path / "hidden").exists()
     recorded = load_draft(tmp_path).record["mix"]
     assert recorded["shares"] == {"a": 2 / 3, "b": 1 / 3} and recorded["total"] == 3
     assert {source: found["samples"] for source, found in recorded["contents"].items()} == {"a": 2, "b": 1}
-    assert train.train(dataclasses.replace(config, mix=("b=0.5", "a=1"))).seconds == result.seconds, "the same mixture"
+    assert _train(_replaced(config, mix=("b=0.5", "a=1"))).seconds == result.seconds, "the same mixture"
     for changes, named in (
         ({"mix": ("a=1", "b=1")}, "mix.shares.a: found 0.666"),
         ({"mix_total": 2}, "mix.total: found 3, expected 2"),
-        ({"mix_unit": "tokens", "mix_total": 40}, "mix.unit: found 'samples', expected 'tokens'"),
         ({"mix": (), "mix_total": None}, "mix: found {"),
     ):
         with pytest.raises(ValueError, match="other inputs or options") as error:
-            train.train(dataclasses.replace(config, **changes))
+            _train(_replaced(config, **changes))
         assert named in str(error.value)
 
 
@@ -269,17 +280,17 @@ def test_stage_by_stage(inputs, tmp_path):
     """The README's ten lines; hidden states are stored for the kept and the held-out samples alone."""
     target, data, prompts = inputs
     shared = dict(target=target, data=(data,), max_length=128, batch_tokens=512)
-    score.score(ScoreConfig(**shared, out=tmp_path))
-    chosen = select.select(SelectConfig(scores=tmp_path / "scores.parquet", retain_ratio=0.25, out=tmp_path))
-    result = train.train(
-        TrainConfig(**shared, selection=tmp_path / "selection.json", epochs=1, held_out_share=0.1, out=tmp_path / "draft")
+    score.score(from_options(ScoreConfig, **shared, out=tmp_path))
+    chosen = select.select(from_options(SelectConfig, scores=tmp_path / "scores.parquet", retain_ratio=0.25, out=tmp_path))
+    result = _train(
+        from_options(TrainConfig, **shared, selection=tmp_path / "selection.json", epochs=1, held_out_share=0.1, out=tmp_path / "draft")
     )
     assert len(chosen.ids) == 6 and result.samples <= 6
     stored = {name for shard in read_json(tmp_path / "draft" / "hidden" / "manifest.json")["shards"] for name, _ in shard["samples"]}
     assert set(chosen.ids) <= stored and len(stored) < 14
-    export.export(ExportConfig(draft=tmp_path / "draft", out=tmp_path / "exported"))
-    config = EvaluateConfig(
-        target=target, draft=(tmp_path / "exported",), prompts=(prompts,), out=tmp_path / "eval", max_new_tokens=8, num_draft_tokens=2
+    export.export(from_options(ExportConfig, draft=tmp_path / "draft", out=tmp_path / "exported"))
+    config = from_options(
+        EvaluateConfig, target=target, draft=(tmp_path / "exported",), prompts=(prompts,), out=tmp_path / "eval", max_new_tokens=8, num_draft_tokens=2
     )
     report = evaluate.evaluate(config)["exported"]
     assert report == {k: v for k, v in read_json(tmp_path / "eval" / "report.json").items() if k != "config"}
@@ -289,83 +300,83 @@ def test_a_probe_decodes_while_training_and_its_best_draft_is_the_runs(inputs, t
     """A probe's τ is what `evaluate` says of the same draft, prompts and length, and the draft kept is that of the best."""
     target, data, prompts = inputs
     shared = dict(target=target, data=(data,), max_length=128, batch_tokens=512, held_out_share=0.0)
-    config = TrainConfig(
-        **shared, epochs=4, out=tmp_path / "draft", probe_prompts=(prompts,), probe_every=3, probe_new_tokens=16
+    config = from_options(
+        TrainConfig, **shared, epochs=4, out=tmp_path / "draft", probe_prompts=(prompts,), save_every=3
     )
-    steps = train.train(config).steps
+    steps = _train(config).steps
     probes = {line["step"]: line["probe"] for line in read_lines(config.out / METRICS) if "probe" in line}
     assert set(probes) == {*range(3, steps, 3), steps} and all(figures["tau"] >= 1 for figures in probes.values())
     best = max(figures["tau"] for figures in probes.values())
     first_best = min(step for step, figures in probes.items() if figures["tau"] == best)
     assert [path.name for path in (config.out / "best").iterdir()] == [str(first_best)]
-    measured = EvaluateConfig(
-        target=target, draft=(config.out,), prompts=(prompts,), out=tmp_path / "eval", max_new_tokens=16, num_draft_tokens=4
+    measured = from_options(
+        EvaluateConfig, target=target, draft=(config.out,), prompts=(prompts,), out=tmp_path / "eval", max_new_tokens=64, num_draft_tokens=4
     )
     report = evaluate.evaluate(measured)["draft"]
     assert (report["tau"], report["n_steps"]) == (best, probes[first_best]["n_steps"])
     assert report["alpha"] == probes[first_best]["alpha"]
-    with pytest.raises(ValueError, match="identity.*probe|probe.*new_tokens"):
-        train.train(dataclasses.replace(config, probe_new_tokens=12))
+    with pytest.raises(ValueError, match="probe.every|save_every"):
+        _train(_replaced(config, save_every=4))
 
 
 def _stored_in(directory):
     return {name for shard in read_json(directory / "manifest.json")["shards"] for name, _ in shard["samples"]} - {None}
 
 
-def test_one_pass_scores_and_keeps_features_and_training_reads_them(inputs, tmp_path):
-    """`--keep-features` and `train --features DIR`: the same draft as from features that training computes itself."""
+def test_one_pass_scores_and_keeps_hidden_states_and_training_reads_them(inputs, tmp_path):
+    """`--keep-hidden` and `train --hidden-from DIR`: the same draft as from hidden states that training computes itself."""
     target, data, _ = inputs
     shared = dict(target=target, data=(data,), max_length=128, batch_tokens=512, held_out_share=0.1)
-    kept = ScoreConfig(**shared, out=tmp_path, keep_features=("flatness", "random"), retain_ratio=0.25)
+    kept = from_options(ScoreConfig, **shared, out=tmp_path, keep_hidden=("flatness", "random"), retain_ratio=0.25)
     score.score(kept)
-    features = tmp_path / "hidden"
-    manifest = read_json(features / "manifest.json")
-    rule = {"keep_features": ["flatness", "random"], "retain_ratio": 0.25, "within": "all", "seed": 0, "held_out_share": 0.1}
+    hidden = tmp_path / "hidden"
+    manifest = read_json(hidden / "manifest.json")
+    rule = {"keep_hidden": ["flatness", "random"], "retain_ratio": 0.25, "within": "all", "seed": 0, "held_out_share": 0.1}
     assert manifest["kept_for"] == rule and {"target", "tokenizer", "template"} <= manifest["identity"].keys()
 
     def chosen(metric, **changes):
         options = dict(scores=tmp_path / "scores.parquet", metric=metric, retain_ratio=0.25, out=tmp_path / metric) | changes
-        return set(select.select(SelectConfig(**options)).ids)
+        return set(select.select(from_options(SelectConfig, **options)).ids)
 
     samples, _ = tokenize_chats(read_chats((data,)), toy_tokenizer(), 128)
     held_out = {sample.id for sample in split_held_out(samples, 0.1)[1]}
-    assert _stored_in(features) == chosen("flatness") | chosen("random") | held_out
-    assert len(_stored_in(features)) < len(samples)
+    assert _stored_in(hidden) == chosen("flatness") | chosen("random") | held_out
+    assert len(_stored_in(hidden)) < len(samples)
 
     def trained(name, **changes):
-        options = dict(selection=tmp_path / "flatness" / "selection.json", epochs=1, out=tmp_path / name, features=str(features))
-        return TrainConfig(**(shared | options | changes))
+        options = dict(selection=tmp_path / "flatness" / "selection.json", epochs=1, out=tmp_path / name, hidden_from=hidden)
+        return from_options(TrainConfig, **(shared | options | changes))
 
-    read = train.train(trained("read"))
+    read = _train(trained("read"))
     assert not (tmp_path / "read" / "hidden").exists()
-    computed = train.train(trained("computed", features="store"))
+    computed = _train(trained("computed", hidden_from=None))
     for a, b in zip(jax.tree.leaves(read.state.params), jax.tree.leaves(computed.state.params), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)  # other batches, so hidden states that round otherwise
 
     chosen("entropy", retain_ratio=0.75)
     wrong = tmp_path / "entropy" / "selection.json"
     message = (
-        r"hidden: lacks \d+ of \d+ samples.*Wanted: --metric entropy --retain-ratio 0.75 .*; kept for: --keep-features flatness "
-        r"random --retain-ratio 0.25.*--features store"
+        r"hidden: lacks \d+ of \d+ samples.*Wanted: --metric entropy --retain-ratio 0.75 .*; kept for: --keep-hidden flatness "
+        r"random --retain-ratio 0.25.*leave --hidden-from out"
     )
     with pytest.raises(ValueError, match=message):
-        train.train(trained("wrong", selection=wrong))
+        _train(trained("wrong", selection=wrong))
     with pytest.raises(ValueError, match="lacks .* --held-out-share 0.3; kept for: .* --held-out-share 0.1"):
-        train.train(trained("wrong", held_out_share=0.3))
-    with pytest.raises(ValueError, match="holds bfloat16; give --feature-dtype bfloat16"):
-        train.train(trained("wrong", feature_dtype="int8"))
-    with pytest.raises(FileNotFoundError, match="--features none: no such directory; give one that .* or store or recompute"):
-        train.train(trained("wrong", features="none"))
+        _train(trained("wrong", held_out_share=0.3))
+    with pytest.raises(ValueError, match="holds bfloat16; give --hidden-dtype bfloat16"):
+        _train(trained("wrong", hidden_dtype="int8"))
+    with pytest.raises(FileNotFoundError, match="--hidden-from none: no such directory"):
+        _train(trained("wrong", hidden_from=Path("none")))
     with pytest.raises(ValueError, match="hidden states of another run .*identity.max_length"):
-        train.train(trained("wrong", max_length=64))
+        _train(trained("wrong", max_length=64))
     with pytest.raises(ValueError, match="kept_for.retain_ratio: found 0.25, expected 0.5"):
-        score.score(dataclasses.replace(kept, retain_ratio=0.5))
+        score.score(_replaced(kept, retain_ratio=0.5))
     assert not (tmp_path / "wrong" / "checkpoints").exists()
     plan = _described(train, trained("read"))
-    assert plan.values["hidden_bytes"] == 0 and f"read hidden states from {features}" in plan.words
+    assert plan.values["hidden_bytes"] == 0 and f"read hidden states from {hidden}" in plan.words
     with pytest.raises(ValueError, match="lacks"):
         train.prepare(trained("wrong", selection=wrong))
-    plan = _described(score, dataclasses.replace(kept, out=tmp_path / "other"))
+    plan = _described(score, _replaced(kept, out=tmp_path / "other"))
     assert "keep about" in plan.words and f"{tmp_path / 'other' / 'hidden'}/" in plan.values["would_write"]
     assert plan.values["hidden_bytes"] > 0
 
@@ -373,24 +384,24 @@ def test_one_pass_scores_and_keeps_features_and_training_reads_them(inputs, tmp_
 @pytest.mark.parametrize("changes, stored", [
     (dict(arms=("flatness", "random")), "in one pass"),
     (dict(arms=("flatness", "random"), within="source"), "in one pass"),
-    (dict(arms=("flatness",), features="recompute"), "none"),
-    (dict(arms=("flatness",), feature_dtype="int8"), "in one pass"),
+    (dict(arms=("flatness",), no_hidden_store=True), "none"),
+    (dict(arms=("flatness",), hidden_dtype="int8"), "in one pass"),
     (dict(arms=("flatness",), soft_targets="top_k", soft_top_k=8, token_loss="total_variation"), "in one pass"),
 ])  # fmt: skip
 def test_a_run_stores_what_its_arms_train_on_and_no_more(inputs, tmp_path, monkeypatch, changes, stored):
     config = _run_config(inputs, tmp_path / "out", epochs=1, **changes)
-    second_passes, original = [], features.store_hidden
-    monkeypatch.setattr(features, "store_hidden", lambda *a, **b: second_passes.append(1) or original(*a, **b))
+    second_passes, original = [], capture.store_hidden
+    monkeypatch.setattr(capture, "store_hidden", lambda *a, **b: second_passes.append(1) or original(*a, **b))
     planned = _described(run, config).values["hidden_bytes"]
     summary = run.run_stages(config)
     assert [row["arm"] for row in summary["arms"]] == list(config.arms) and all(row["tau"] >= 1 for row in summary["arms"])
     assert not second_passes
-    assert (config.out / "soft_targets").exists() == (config.features != "recompute")
+    assert (config.out / "soft_targets").exists() == (stored != "none")
     assert (planned > 0) == (config.out / "hidden").exists() == (stored != "none")
     if stored == "none":
         return
-    samples, _ = tokenize_chats(read_chats(config.data), toy_tokenizer(), 128)
-    held_out = {sample.id for sample in split_held_out(samples, config.held_out_share)[1]}
+    samples, _ = tokenize_chats(read_chats(config.chats.data), toy_tokenizer(), 128)
+    held_out = {sample.id for sample in split_held_out(samples, config.recipe.held_out_share)[1]}
     kept = [read_selection(config.out / "arms" / arm / "selection.json").ids for arm in config.arms]
     assert _stored_in(config.out / "hidden") == held_out.union(*kept) != {sample.id for sample in samples}
 
@@ -398,8 +409,8 @@ def test_a_run_stores_what_its_arms_train_on_and_no_more(inputs, tmp_path, monke
 def test_a_selection_of_other_data_is_refused(inputs, tmp_path):
     target, data, _ = inputs
     shared = dict(target=target, data=(data,), max_length=128, batch_tokens=512)
-    score.score(ScoreConfig(**shared, out=tmp_path))
-    select.select(SelectConfig(scores=tmp_path / "scores.parquet", out=tmp_path))
+    score.score(from_options(ScoreConfig, **shared, out=tmp_path))
+    select.select(from_options(SelectConfig, scores=tmp_path / "scores.parquet", out=tmp_path))
     other = _chats(tmp_path / "other.jsonl", count=4)
     with pytest.raises(ValueError, match="the data lacks .* of the samples"):
-        train.train(TrainConfig(**(shared | {"data": (other,)}), selection=tmp_path / "selection.json", out=tmp_path / "draft"))
+        _train(from_options(TrainConfig, **(shared | {"data": (other,)}), selection=tmp_path / "selection.json", out=tmp_path / "draft"))

@@ -20,6 +20,7 @@ from jsfdd.commands.cli import main
 from jsfdd.commands.doctor import DoctorConfig, doctor
 from jsfdd.commands.export import ExportConfig
 from jsfdd.commands.inputs import identity_of
+from jsfdd.commands.options import from_options
 from jsfdd.commands.train import TrainConfig
 from jsfdd.data import template
 from jsfdd.data.chat import Chat, Message, read_chats
@@ -57,12 +58,11 @@ def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alphabet")
     target = write_target(folder / "target", target=alphabet_target(rope=ROPE))
     data = alphabet_chats(folder / "chats.jsonl")
-    train.train(
-        TrainConfig(
-            target=str(target), data=(data,), out=folder / "run", max_length=LENGTH, batch_tokens=1024, epochs=16,
-            learning_rate=3e-3, hidden_noise=0.0, held_out_share=0.1,
-        )  # fmt: skip
-    )
+    config = from_options(
+        TrainConfig, target=str(target), data=(data,), out=folder / "run", max_length=LENGTH, batch_tokens=1024, epochs=16,
+        learning_rate=3e-3, hidden_noise=0.0, held_out_share=0.1,
+    )  # fmt: skip
+    train.run(config, train.prepare(config))
     return target, data, folder / "run"
 
 
@@ -94,12 +94,12 @@ def _severities(findings):
 
 def test_a_healthy_draft_has_no_finding(inputs, tmp_path, capsys):
     directory, data, run = inputs
-    arguments = ["doctor", "--target", str(directory), "--data", str(data), "--draft", str(run), "--conversations", "3"]
+    arguments = ["doctor", "--target", str(directory), "--data", str(data), "--draft", str(run)]
     assert main([*arguments, "--max-new-tokens", "40", "--out", str(tmp_path)]) == 0
     report = read_json(tmp_path / "doctor.json")
     assert report["worst"] == "ok", [finding for finding in report["findings"] if finding["severity"] != "ok"]
     assert len(report["findings"]) == 26
-    assert report["config"]["conversations"] == 3
+    assert report["config"]["max_new_tokens"] == 40
     assert all(finding["seen"].endswith(".") and not finding["remedy"] for finding in report["findings"])
     printed = capsys.readouterr().out
     assert "⟦abcdefghij" in printed and "<|im_end|>⟧" in printed and "\x1b" not in printed
@@ -119,7 +119,7 @@ def test_an_exported_draft_with_faults_in_its_config(inputs, tmp_path, capsys):
     settings = json.loads((tmp_path / "draft" / "config.json").read_text())
     settings |= {"rope_scaling": None, "max_position_embeddings": 128, "rms_norm_eps": 1e-6}
     (tmp_path / "draft" / "config.json").write_text(json.dumps(settings))
-    config = ["--target", str(directory), "--data", str(data), "--draft", str(tmp_path / "draft"), "--conversations", "3"]
+    config = ["--target", str(directory), "--data", str(data), "--draft", str(tmp_path / "draft")]
     assert main(["doctor", *config, "--max-new-tokens", "40", "--out", str(tmp_path)]) == 1
     found = {finding["name"]: finding for finding in read_json(tmp_path / "doctor.json")["findings"]}
     bad = {name: finding["severity"] for name, finding in found.items() if finding["severity"] in ("warning", "error")}
@@ -140,7 +140,7 @@ def test_a_draft_of_another_target_is_not_run(inputs, tmp_path):
     }
     other = other._replace(config=dataclasses.replace(other.config, vocab_size=300), params=params)
     target = write_target(tmp_path / "target", target=other)
-    diagnosis = doctor(DoctorConfig(target=str(target), data=(data,), draft=tmp_path / "draft", conversations=2))
+    diagnosis = doctor(from_options(DoctorConfig, target=str(target), data=(data,), draft=(tmp_path / "draft",)))
     found = _by_name(diagnosis.findings)
     assert found["vocabulary"].severity == "error" and "300" in found["vocabulary"].seen and "258" in found["vocabulary"].seen
     assert found["rope"].severity == "error"

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jsfdd.commands.options import from_options, to_json
 from jsfdd.commands.run import RunConfig
 from jsfdd.report import panel, plots
 from jsfdd.report.report import costs, rank_correlation, render, verdict, write_report
@@ -32,8 +33,8 @@ def write_run(run: Path, *, num_samples: int = 60, num_prompts: int = 20, seed: 
     """A run directory with every file that a report reads; its figures are plausible and mean nothing."""
     rng = np.random.default_rng(seed)
     run.mkdir(parents=True)
-    config = RunConfig(target="smollm2", data=(Path("chat.jsonl"),), prompts=(Path("prompts.jsonl"),), out=run)
-    _write_json(run / "config.json", config.to_json())
+    config = from_options(RunConfig, target="smollm2", data=(Path("chat.jsonl"),), prompts=(Path("prompts.jsonl"),), out=run)
+    _write_json(run / "config.json", to_json(config))
     samples = _write_scores(run, num_samples, rng)
     ranked = sorted(samples, key=lambda name: -samples[name]["mean"])
     half = num_samples // 2

@@ -1,115 +1,57 @@
 """The `jsfdd` command: one sub-command per stage, its options generated from the stage's config.
 
-Exit codes: 0 done; 1 `jsfdd doctor` found an error; 2 wrong input (one line says which file, line or value, and the
-remedy; nothing half-written stays); 3 another process of the run ended, so this one did too; 130 interrupted; 141 who read
-the output has closed it (`jsfdd … | head`); anything else is a fault of jsfdd and comes with its traceback.
+Exit codes: 0 done; 1 `jsfdd doctor` found an error; 2 wrong input or options (the message says which file, line or
+value, and the remedy; nothing half-written stays); 3 another process of the run ended, so this one did too; 130 interrupted;
+141 the reader of the output has closed it (`jsfdd … | head`); anything else is a fault of jsfdd and comes with its traceback.
 """
 
 from __future__ import annotations
 
+import difflib
 import importlib
+import inspect
 import os
 import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from jsfdd.commands.options import ProcessOptions
+if os.environ.get("NO_COLOR"):
+    os.environ.setdefault("PYTHON_TYRO_ANSI_CODES", "False")  # tyro knows the variable by this name alone, and reads it once
+
 from jsfdd.commands.outcome import show
-from jsfdd.commands.parser import Command, Help, parse
+from jsfdd.commands.parser import Asked, Command, parse
 
 # Wrong input reaches the command line as one of these; library code raises them with the remedy in the message.
 _INPUT_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 _BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell reports of other tools
 
-# `jsfdd X` is commands/x.py, with XConfig, prepare, run and, for those that take --dry-run and --json, describe.
+# `jsfdd X` is commands/x.py with XConfig, EXAMPLES, prepare, run and describe.
 COMMANDS = (
     "respond", "score", "select", "train", "evaluate", "export", "generate", "doctor", "report", "plan", "run", "demo",
     "completion",
 )  # fmt: skip
-STAGES = ("respond", "score", "select", "train", "evaluate", "export", "run", "demo")
-
-_EXAMPLES = {
-    "respond": """
-        jsfdd respond --target smollm2 --data chats.jsonl --max-new-tokens 512 --out answers.jsonl
-        jsfdd respond --target DIR --data chats/ --temperature 0.7 --out answers.jsonl --dry-run
-    """,
-    "score": """
-        jsfdd score --target smollm2 --data chats.jsonl --out scored
-        jsfdd score --target DIR --data 'chats/*.jsonl.zst' more/ hf:ORG/NAME:train --out scored --dry-run
-        jsfdd score --target DIR --data chats/ --keep-features flatness --retain-ratio 0.5 --out scored
-    """,
-    "select": """
-        jsfdd select --scores scored/scores.parquet --retain-ratio 0.5 --out scored
-        jsfdd select --scores scored/scores.parquet --metric random --seed 1 --out chance --json
-    """,
-    "train": """
-        jsfdd train --target smollm2 --data chats.jsonl --selection scored/selection.json --out draft
-        jsfdd train --target DIR --data chats/ --mask-spans thinking tool_calls --out draft --dry-run
-        jsfdd train --target DIR --data chats/ --selection S --features scored/hidden --out draft
-        jsfdd train --target DIR --data math.jsonl chat.jsonl --mix math=0.5 chat=0.5 --out draft
-    """,
-    "evaluate": """
-        jsfdd evaluate --target smollm2 --draft draft --prompts prompts.jsonl --out evaluated
-        jsfdd evaluate --target DIR --draft draft-a draft-b --prompts prompts/ --out compared --json
-        jsfdd evaluate --target DIR --draft draft --tree-nodes 60 --prompts p.jsonl --out evaluated
-        jsfdd evaluate --target DIR --draft a b --combine merge --tree-nodes 60 --prompts p.jsonl --out o
-    """,
-    "export": """
-        jsfdd export --draft draft --flavour vllm --out draft-vllm
-    """,
-    "generate": """
-        jsfdd generate --target smollm2 --draft draft --prompt "Why is the sky blue?"
-        jsfdd generate --target smollm2 --draft draft --show-accepted --prompt "Write a limerick."
-        jsfdd generate --target DIR --draft a b --combine route --tree-nodes 60 --prompt "What is 2 + 2?"
-        jsfdd generate --target smollm2 --no-draft --prompt "Why is the sky blue?" > answer.txt
-    """,
-    "doctor": """
-        jsfdd doctor --target smollm2 --data chats.jsonl --draft draft
-        jsfdd doctor --target DIR --data chats.jsonl --draft draft-vllm && vllm serve …
-    """,
-    "report": """
-        jsfdd report --run run
-    """,
-    "plan": """
-        jsfdd plan --target smollm2 --data chats.jsonl
-        jsfdd plan --target DIR --data chats.jsonl --dtype bfloat16 --devices 16 --device-kind "TPU v5"
-    """,
-    "run": """
-        jsfdd run --target smollm2 --data chats.jsonl --prompts prompts.jsonl --out run --dry-run
-        jsfdd run --target smollm2 --data chats.jsonl --prompts prompts.jsonl --arms full --out run
-    """,
-    "demo": """
-        jsfdd demo
-        jsfdd demo --seed 1 --out demo-seed-1
-    """,
-    "completion": """
-        jsfdd completion bash > ~/.local/share/bash-completion/completions/jsfdd
-        jsfdd completion zsh  > ~/.zfunc/_jsfdd      # a directory of your $fpath
-        jsfdd completion fish > ~/.config/fish/completions/jsfdd.fish
-    """,
-}
 
 _DESCRIPTION = "Cheap training of draft models for speculative decoding."
 
 _EPILOGUE = """
-The stages, in order: score chats by the flatness of the target's distributions, select the most
-valuable share, train a draft on it, evaluate its acceptance, export it for serving. All of them in
-one directory, for several selections at once: run. Before them, respond lets the target answer
-the chats itself.
+The stages in order: score chats by the flatness of the target's distributions, select the most
+valuable share, train a draft on it, evaluate its acceptance, export it for serving; run does all
+of them in one directory, for several selections at once. Before them, respond lets the target
+answer the chats itself.
 
 start here:
   jsfdd demo                  all of it on a small model, on a CPU, in minutes
   jsfdd COMMAND --help        options and examples of a command
-  jsfdd COMMAND … --dry-run   what a stage would do with these inputs
+  jsfdd COMMAND … --dry-run   what a command would do with these inputs
 
 exit codes:
   0    done
   1    doctor found an error
-  2    wrong input or options; one line on stderr says which, and the remedy
+  2    wrong input or options; stderr says which, and the remedy
   3    another process of the run ended, so this one did too
   130  interrupted; the same command continues where it stopped
-  141  who read the output has closed it
+  141  the reader of the output has closed it
   Anything else is a fault of jsfdd and comes with a traceback.
 
 environment:
@@ -137,9 +79,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _answer(arguments: Sequence[str] | None) -> int:
-    examples = {name: f"example:\n{_indented(text)}\n" for name, text in _EXAMPLES.items()}
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return _run(parse(configs(), STAGES, Help(_DESCRIPTION, _EPILOGUE, examples), arguments))
+        match words:
+            case [] | ["-h" | "--help"]:
+                print(overview())
+                return 0
+            case ["--version"]:
+                print(importlib.import_module("jsfdd").__version__)
+                return 0
+            case [name, *rest]:
+                return _run(name, parse(name, command(name), rest))
     except _INPUT_ERRORS as error:
         if os.environ.get("JSFDD_TRACEBACK"):
             raise
@@ -159,6 +109,23 @@ def _answer(arguments: Sequence[str] | None) -> int:
         return _leave(130)
 
 
+def overview() -> str:
+    """What `jsfdd --help` prints."""
+    width = max(map(len, COMMANDS)) + 2
+    first_sentences = (inspect.getdoc(command(name).config).splitlines()[0].split(". ")[0].rstrip(".") for name in COMMANDS)
+    lines = [f"  {name:{width}}{sentence}" for name, sentence in zip(COMMANDS, first_sentences, strict=True)]
+    return "\n".join(["usage: jsfdd COMMAND [OPTIONS]", "", _DESCRIPTION, "", "commands:", *lines, _EPILOGUE.rstrip("\n")])
+
+
+def command(name: str) -> Command:
+    """A command by its name. ValueError for one that there is not."""
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, 1)
+        raise ValueError(f"no command {name!r}; " + (f"did you mean {close[0]}?" if close else f"take {', '.join(COMMANDS)}"))
+    module = _module(name)
+    return Command(getattr(module, f"{name.capitalize()}Config"), textwrap.indent(module.EXAMPLES.strip("\n"), "  "))
+
+
 def _needed_other_processes(error: RuntimeError) -> bool:
     import jax
 
@@ -166,44 +133,29 @@ def _needed_other_processes(error: RuntimeError) -> bool:
 
 
 def _leave(code: int) -> int:
-    """The exit code; but one of several processes ends here and now, for else it would wait for the others, and they for it."""
-    import jax
-
-    if jax.distributed.is_initialized():
+    """The exit code. One of several processes ends here and now: it would wait for the others, and they for it."""
+    if (jax := sys.modules.get("jax")) and jax.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     return code
 
 
-def _indented(text: str) -> str:
-    return textwrap.indent(textwrap.dedent(text).strip(), "  ")
-
-
-def configs() -> dict[str, type]:
-    """The config class of every command, by its name."""
-    return {name: getattr(_module(name), f"{name.capitalize()}Config") for name in COMMANDS}
-
-
 def _module(name: str):
     return importlib.import_module(f"jsfdd.commands.{name}")
 
 
-def _run(command: Command) -> int:
-    """Carry a command out; returns the exit code.
-
-    JAX and the rooms are only imported here, so that --help answers at once.
-    """
-    name, config, output = command
-    module = _module(name)
+def _run(name: str, asked: Asked) -> int:
+    """Carry a command out; returns the exit code. JAX and the rooms are only imported here, so that --help answers at once."""
+    module, config, output = _module(name), asked.config, asked.output
     if name == "completion":
-        show(module.run(config, None), as_json=False)
+        show(module.run(config, module.prepare(config)), output.json)
         return 0
     _prepare_jax()
     from jsfdd.base import processes
 
-    if isinstance(config, ProcessOptions) and not output.dry_run:
-        processes.start(config.coordinator, config.num_processes, config.process_id)
+    if (place := getattr(config, "processes", None)) and not output.dry_run:
+        processes.start(place.coordinator, place.num_processes, place.process_id)
     prepared = module.prepare(config)
     outcome = (module.describe if output.dry_run else module.run)(config, prepared)
     if processes.is_primary():

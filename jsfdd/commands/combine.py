@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from jsfdd.commands.evaluate import EvaluateConfig
-    from jsfdd.commands.generate import GenerateConfig
+    from jsfdd.commands.options import DecodingOptions, DraftOptions
     from jsfdd.decoding.settings import Team
     from jsfdd.models.draft import Draft
 
 
+def load_drafts(paths: Sequence[Path]) -> dict[str, Draft]:
+    """The drafts, each under as much of its path's end as tells it from the others."""
+    from jsfdd.weights.draft import load_draft
+
+    return {name: load_draft(path) for name, path in names_of(paths).items()}
+
+
 def names_of(drafts: Sequence[Path]) -> dict[str, Path]:
-    """Each draft under as much of its path's end as tells it from the others."""
+    """Paths by names. ValueError where they cannot be told apart."""
+    if not drafts:
+        return {}
     if len(set(drafts)) < len(drafts):
         raise ValueError(f"--draft: one draft is given twice: {', '.join(map(str, drafts))}")
     for length in range(1, max(len(path.parts) for path in drafts) + 1):
@@ -24,53 +32,33 @@ def names_of(drafts: Sequence[Path]) -> dict[str, Path]:
     raise ValueError(f"--draft: {', '.join(map(str, drafts))} cannot be told apart by name; rename one")
 
 
-def measured_drafts(config: EvaluateConfig) -> dict[str, Team]:
-    """All that an evaluation measures, by name: each draft, or what they are together, or both."""
-    from jsfdd.decoding.settings import Team
-
-    drafts = _load_drafts(config.draft)
-    alone = {name: Team({name: draft}) for name, draft in drafts.items()}
-    if config.combine is None:
-        return alone
-    together = _together(config, drafts)
-    if not config.each_draft:
-        return {config.combine: together}
-    if config.combine in alone:
-        raise ValueError(f"--draft: one is named {config.combine}, as --combine's result; rename it")
-    return alone | {config.combine: together}
-
-
-def answering_drafts(config: GenerateConfig) -> Team:
-    """What an answer is decoded with: no draft, one, or what several are together."""
-    from jsfdd.decoding.settings import Team
-
-    drafts = _load_drafts(config.draft)
-    return Team(drafts) if config.combine is None else _together(config, drafts)
-
-
-def check_combine(config: EvaluateConfig | GenerateConfig) -> None:
-    """ValueError where the options of --combine and --draft do not go together."""
-    if config.combine is None:
+def check_combine(drafts: DraftOptions, decoding: DecodingOptions) -> None:
+    """ValueError where --combine does not go with --draft or --tree-nodes."""
+    combine, count = drafts.combine, len(drafts.draft)
+    if decoding.tree_nodes and not count:
+        raise ValueError("--tree-nodes is about a draft's tokens; give --draft DIR or leave it out")
+    if combine is None:
         return
-    count = len(config.draft)
     if count < 2:
-        raise ValueError(f"--combine {config.combine}: needs two drafts or more, but --draft gives {count}")
-    if config.combine_weights and len(config.combine_weights) != count:
-        raise ValueError(f"--combine-weights: got {len(config.combine_weights)} of them for {count} drafts; give one for each")
-    if config.combine != "average" and not config.tree_nodes:
+        raise ValueError(f"--combine {combine}: needs two drafts or more, but --draft gives {count}")
+    if combine != "average" and not decoding.tree_nodes:
         raise ValueError(
-            f"--combine {config.combine} works on trees, since a choice between sampled chains would change what is sampled; "
+            f"--combine {combine} works on trees, since a choice between sampled chains would change what is sampled; "
             "give --tree-nodes, with --tree-top-k 1 for a tree that is a chain"
         )
 
 
-def _load_drafts(paths: Sequence[Path]) -> dict[str, Draft]:
-    from jsfdd.weights.draft import load_draft
+def one_team(options: DraftOptions) -> Team:
+    """What decodes together: no draft, one, or several as --combine says. ValueError for several without it."""
+    from jsfdd.decoding.settings import Team
 
-    return {name: load_draft(path) for name, path in names_of(paths).items()} if paths else {}
+    if len(options.draft) > 1 and options.combine is None:
+        raise ValueError(f"--draft: got {len(options.draft)}, but without --combine one draft decodes")
+    drafts = load_drafts(options.draft)
+    return Team(drafts) if options.combine is None else combined(drafts, options.combine)
 
 
-def _together(config: EvaluateConfig | GenerateConfig, drafts: dict[str, Draft]) -> Team:
+def combined(drafts: Mapping[str, Draft], combine: str) -> Team:
     """What --combine makes of the drafts. ValueError says which of them are not alike, and how."""
     from jsfdd.decoding.ensemble import average_drafts, check_one_target
     from jsfdd.decoding.settings import Combine, Team
@@ -84,6 +72,6 @@ def _together(config: EvaluateConfig | GenerateConfig, drafts: dict[str, Draft])
                 f"drafts {targets[0][0]} and {name} cannot be combined: they were trained for different targets "
                 f"(fingerprints {targets[0][1][:12]}… and {target[:12]}…)"
             )
-    if config.combine == "average":
-        return Team({"average": average_drafts(drafts, config.combine_weights or [1 / len(drafts)] * len(drafts))})
-    return Team(drafts, Combine(config.combine, config.route_by, config.route_steps))
+    if combine == "average":
+        return Team({"average": average_drafts(drafts, [1 / len(drafts)] * len(drafts))})
+    return Team(drafts, Combine(combine))

@@ -7,9 +7,15 @@ import typing
 
 import tyro
 
-from jsfdd.commands.outcome import Outcome
+from jsfdd.commands.outcome import Outcome, described
 
 _SHELLS = ("bash", "zsh", "fish")
+
+EXAMPLES = """
+jsfdd completion bash > ~/.local/share/bash-completion/completions/jsfdd
+jsfdd completion zsh  > ~/.zfunc/_jsfdd      # a directory of your $fpath
+jsfdd completion fish > ~/.config/fish/completions/jsfdd.fish
+"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,7 +31,12 @@ def prepare(config: CompletionConfig) -> None:
 
 
 def run(config: CompletionConfig, _: None) -> Outcome:
-    from jsfdd.commands.cli import STAGES, configs
+    from jsfdd.commands.cli import COMMANDS, command
     from jsfdd.commands.parser import completion_script
 
-    return Outcome({"command": "completion"}, completion_script(configs(), STAGES, config.shell))
+    script = completion_script({name: command(name) for name in COMMANDS}, config.shell)
+    return Outcome({"command": "completion", "script": script}, script)
+
+
+def describe(config: CompletionConfig, _: None) -> Outcome:
+    return described("completion", {}, [f"print a script for {config.shell}"])

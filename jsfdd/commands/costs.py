@@ -9,23 +9,21 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jsfdd.base.tuning import scoring_block, vocabulary_block
+from jsfdd.commands.score import hidden_bytes
+from jsfdd.commands.train import soft_target_bytes
 from jsfdd.data.batches import Shape, choose_shapes, make_batches
 from jsfdd.models.architecture import DecoderConfig
 from jsfdd.models.draft import DraftConfig, draft_config, init_draft
 from jsfdd.models.flops import forward_flops, step_flops
 from jsfdd.models.sharding import shard_shape
 from jsfdd.models.target import init_params
-from jsfdd.training.soft_rows import row_words
-
-if TYPE_CHECKING:
-    from jsfdd.commands.plan import PlanConfig
+from jsfdd.training.recipe import Recipe
 
 
 class Lengths(NamedTuple):
@@ -99,62 +97,75 @@ def score_stage(config: DecoderConfig, lengths: Lengths, batch_tokens: int, item
     )
 
 
-def hidden_stage(config: DecoderConfig, lengths: Lengths, options: PlanConfig, itemsize: int, model_shards: int) -> Stage:
+def hidden_stage(
+    config: DecoderConfig, lengths: Lengths, batch_tokens: int, retain_ratio: float, itemsize: int, model_shards: int
+) -> Stage:
     """The same without the head, over what is kept; the hidden states go to disk as bfloat16."""
-    score = score_stage(config, lengths, options.batch_tokens, itemsize, model_shards)
-    shapes = _batch_shapes(lengths.tokens, options.batch_tokens)
-    kept = options.retain_ratio * float(lengths.tokens.sum())
+    score = score_stage(config, lengths, batch_tokens, itemsize, model_shards)
+    kept = retain_ratio * float(lengths.tokens.sum())
     return Stage(
         "hidden states",
         score.memory,
-        options.retain_ratio * forward_flops(config, shapes),
-        disk=kept * config.hidden_size * 2,
+        retain_ratio * forward_flops(config, _batch_shapes(lengths.tokens, batch_tokens)),
+        disk=hidden_bytes("bfloat16", config.hidden_size, kept),
     )
 
 
-def soft_targets_stage(config: DecoderConfig, lengths: Lengths, options: PlanConfig, itemsize: int, model_shards: int) -> Stage:
-    """Storing soft targets for the kept samples: the head over the hidden states that count, and for means back."""
-    kept = options.retain_ratio * float(lengths.tokens.sum())
-    largest = max(_batch_shapes(lengths.tokens, options.batch_tokens), key=lambda shape: shape.rows * shape.length)
+def soft_targets_stage(
+    config: DecoderConfig,
+    lengths: Lengths,
+    batch_tokens: int,
+    retain_ratio: float,
+    recipe: Recipe,
+    itemsize: int,
+    model_shards: int,
+) -> Stage:
+    """Soft targets of the kept samples, once: the head over the stored hidden states that count, and for means back."""
+    kept = retain_ratio * float(lengths.tokens.sum())
+    largest = max(_batch_shapes(lengths.tokens, batch_tokens), key=lambda shape: shape.rows * shape.length)
     head = 0 if config.tie_embeddings else config.vocab_size * config.hidden_size * itemsize / model_shards
-    if options.soft_targets == "top_k":
-        name, products, words = "target top-k", 1, row_words(options.soft_top_k, config.vocab_size, draft_vocab=0)
-    else:
-        name, products, words = "target means", 2, config.hidden_size + 1
+    products = {"means": 2, "top_k": 1, None: 0}[recipe.stored_soft_targets(hidden_is_stored=True)]
     return Stage(
-        name,
+        "soft targets",
         {
             "target": param_bytes(config, itemsize, model_shards),
             "head": head,
             "batch": 3 * largest.rows * largest.length * config.hidden_size * 4,
             "temporaries": head_temporaries(config, vocabulary_block(jax.default_backend()), model_shards, 2),
         },
-        products * 2 * config.hidden_size * config.vocab_size * options.retain_ratio * float(lengths.counted.sum()),
-        disk=kept * words * 2,
+        products * 2 * config.hidden_size * config.vocab_size * retain_ratio * float(lengths.counted.sum()),
+        disk=soft_target_bytes(recipe, True, config, kept),
     )
 
 
 def train_stage(
-    config: DecoderConfig, lengths: Lengths, options: PlanConfig, itemsize: int, model_shards: int, data_shards: int
+    config: DecoderConfig,
+    lengths: Lengths,
+    batch_tokens: int,
+    retain_ratio: float,
+    recipe: Recipe,
+    itemsize: int,
+    model_shards: int,
+    data_shards: int,
 ) -> Stage:
     """The draft, its gradient and two moments in float32 on every device; the batch is split over the data shards.
 
-    The target stays where it is, and a head of its own is copied the other way round (`loss.borrow`). With what is stored of
-    the target a token meets the head twice: for q's logits, and back.
+    The target stays where it is, and a head of its own is copied the other way round (`loss.borrow`). With soft targets a token
+    meets the head twice, for q's logits and back; without them once more, for the target's.
     """
     draft = draft_config(config)
-    shapes = _batch_shapes(lengths.tokens, options.batch_tokens)
-    own = [Shape(-(-shape.rows // data_shards), shape.length) for shape in shapes]
-    largest = max(own, key=lambda shape: layer_temporaries(draft.decoder, shape, 4, 1))
+    shapes = _batch_shapes(lengths.tokens, batch_tokens)
+    on_device = [Shape(-(-shape.rows // data_shards), shape.length) for shape in shapes]
+    largest = max(on_device, key=lambda shape: layer_temporaries(draft.decoder, shape, 4, 1))
     tokens, width = largest.rows * largest.length, config.hidden_size
     head = 0 if config.tie_embeddings else config.vocab_size * width * itemsize / model_shards
     size = draft_params(draft) * 4
     # What the backward pass needs of the forward pass is kept; with it, each kept array's gradient for a while.
     kept = tokens * 4 * (2 * width + 6 * width + 4 * config.intermediate_size)
     kept += layer_temporaries(draft.decoder, largest, 4, 1)
-    steps = options.epochs * options.retain_ratio
     counted = float(lengths.counted.sum())
-    flops = step_flops(draft, shapes, counted, products=2)
+    products = 2 if recipe.stored_soft_targets(hidden_is_stored=True) else 3
+    flops = step_flops(draft, shapes, counted, products=products)
     return Stage(
         "train",
         {
@@ -165,15 +176,16 @@ def train_stage(
             "activations": 2 * kept,
             "temporaries": head_temporaries(config, vocabulary_block(jax.default_backend()), model_shards, 2),
         },
-        steps * flops,
+        recipe.epochs * retain_ratio * flops,
         disk=2 * 3 * size,  # two checkpoints of the draft and its moments
     )
 
 
-def evaluate_stage(config: DecoderConfig, options: PlanConfig, itemsize: int, model_shards: int, data_shards: int) -> Stage:
-    """Decoding: the target, the draft, and both caches at the longest prompt. Its arithmetic depends on τ, so none is given."""
-    slots = options.max_length + 128
-    rows = -(-8 // data_shards)
+def evaluate_stage(
+    config: DecoderConfig, slots: int, batch_size: int, itemsize: int, model_shards: int, data_shards: int
+) -> Stage:
+    """Decoding: the target, the draft, and both caches of so many slots. The arithmetic depends on τ, so none is given."""
+    rows = -(-batch_size // data_shards)
     cache = 2 * (config.num_layers + 1) * rows * config.num_kv_heads * config.head_dim * slots * itemsize
     draft = draft_params(draft_config(config)) * 4
     return Stage(
@@ -182,18 +194,6 @@ def evaluate_stage(config: DecoderConfig, options: PlanConfig, itemsize: int, mo
         math.nan,
         disk=0.0,
     )
-
-
-def plan_stages(config: DecoderConfig, lengths: Lengths, options: PlanConfig, devices: int, model_shards: int) -> list[Stage]:
-    """All stages on a mesh of `devices` of which `model_shards` share a copy of the target."""
-    itemsize, data_shards = jnp.dtype(options.dtype).itemsize, devices // model_shards
-    return [
-        score_stage(config, lengths, options.batch_tokens, itemsize, model_shards),
-        hidden_stage(config, lengths, options, itemsize, model_shards),
-        soft_targets_stage(config, lengths, options, itemsize, model_shards),
-        train_stage(config, lengths, options, itemsize, model_shards, data_shards),
-        evaluate_stage(config, options, itemsize, model_shards, data_shards),
-    ]
 
 
 def _batch_shapes(tokens: np.ndarray, batch_tokens: int) -> list[Shape]:

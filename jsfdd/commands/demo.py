@@ -6,18 +6,24 @@ import dataclasses
 from pathlib import Path
 
 from jsfdd.commands import run as stages
+from jsfdd.commands.options import ChatOptions, DecodingOptions, ModelOptions, RecipeOptions
 from jsfdd.commands.outcome import Outcome
 from jsfdd.commands.run import Prepared, RunConfig
+
+EXAMPLES = """
+jsfdd demo
+jsfdd demo --seed 1 --out demo-seed-1
+"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """The whole loop on SmolLM2-135M with the packaged conversations, on a CPU, in minutes."""
+    """The whole loop on SmolLM2-135M and packaged chats, on a CPU, in minutes."""
 
     out: Path = Path("demo-run")
     """Directory of the run; a second call continues it and repeats nothing."""
     seed: int = 0
-    """Seeds every random choice."""
+    """Seeds every random choice of the command."""
 
 
 def prepare(config: DemoConfig) -> Prepared:
@@ -38,16 +44,11 @@ def demo_run(config: DemoConfig) -> RunConfig:
 
     folder = Path(str(files("jsfdd.data.demo")))
     return RunConfig(
-        target="smollm2",
-        data=(folder / "chats.jsonl",),
+        model=ModelOptions(target="smollm2"),
+        chats=ChatOptions(data=(folder / "chats.jsonl",), max_length=384, batch_tokens=1024),
+        recipe=RecipeOptions(epochs=3, learning_rate=1e-3, held_out_share=0.08),
+        decoding=DecodingOptions(num_draft_tokens=3, max_new_tokens=32),
         prompts=(folder / "eval_prompts.jsonl",),
         out=config.out,
         seed=config.seed,
-        max_length=384,
-        batch_tokens=1024,
-        epochs=3,
-        learning_rate=1e-3,
-        held_out_share=0.08,
-        num_draft_tokens=3,
-        max_new_tokens=32,
     )

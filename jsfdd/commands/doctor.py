@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from jsfdd.commands.inputs import identity_of
-from jsfdd.commands.options import ChainOptions, ChatFiles, DataOptions, TargetOptions
-from jsfdd.commands.outcome import Outcome, rendered
+from jsfdd.commands.inputs import describe_target, identity_of, load_weights, target_dtype
+from jsfdd.commands.options import (
+    ChatOptions,
+    DecodingOptions,
+    MaskSpans,
+    ModelOptions,
+    OptionalPath,
+    Paths,
+    check,
+    check_at_least,
+    check_num_draft_tokens,
+    to_json,
+)
+from jsfdd.commands.outcome import Outcome, described, many, rendered
 
 if TYPE_CHECKING:
     from jsfdd.base.records import Sample
@@ -18,19 +28,43 @@ if TYPE_CHECKING:
     from jsfdd.hidden.store import HiddenStore
     from jsfdd.models.draft import Draft
 
+_READ = 6  # conversations that the target reads, and whose prompts it answers; template and mask are checked on more
+
+EXAMPLES = """
+jsfdd doctor --target smollm2 --data chats.jsonl --draft draft
+jsfdd doctor --target DIR --data chats.jsonl --draft draft-vllm && vllm serve …
+"""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DoctorConfig(TargetOptions, ChatFiles, ChainOptions):
-    """Find what would make a draft's served acceptance differ from its training. Exits with 1 on an error."""
+class DoctorConfig:
+    """Find what would make a draft accept less when served than in training.
 
-    draft: Path | None = None
-    """A training run's directory, its checkpoints/, or an exported draft; without one, target and data alone are examined."""
-    hidden: Path | None = None
+    Exits with 1 on an error."""
+
+    model: ModelOptions
+    data: Paths
+    """Chats, as for `jsfdd score`."""
+    mask_spans: MaskSpans = ()
+    """Parts of answers that are read but neither scored nor trained on, as for `jsfdd train`."""
+    draft: Paths = ()
+    """A training run's directory, its checkpoints/, or an exported draft. Without one, target and data alone are examined."""
+    hidden_from: OptionalPath = None
     """A store of hidden states to compare with fresh ones; hidden/ in the training run's directory unless given."""
-    conversations: int = 6
-    """So many are read by the target, and so many of their prompts decoded; template and mask are checked on more."""
-    out: Path | None = None
+    num_draft_tokens: int = DecodingOptions.num_draft_tokens
+    """Draft tokens in a row (γ)."""
+    max_new_tokens: int = DecodingOptions.max_new_tokens
+    """Longest answer, in tokens."""
+    out: OptionalPath = None
     """Directory for doctor.json; without it the findings are only printed."""
+
+    def __post_init__(self):
+        check("--data", self.data, len(self.data) > 0, "at least one chat file")
+        check("--draft", list(map(str, self.draft)), len(self.draft) < 2, "one draft or none")
+        check_num_draft_tokens(self.num_draft_tokens)
+        check_at_least(1, max_new_tokens=self.max_new_tokens)
+        if self.model.model_shards > 1:
+            raise ValueError("--model-shards: doctor examines on one device; leave the option out")
 
 
 class Prepared(NamedTuple):
@@ -49,16 +83,13 @@ def prepare(config: DoctorConfig) -> Prepared:
     from jsfdd.data.chat import read_chat_files
     from jsfdd.data.template import tokenize_chats
     from jsfdd.weights.draft import load_draft
-    from jsfdd.weights.target import describe_target
 
-    if config.model_shards > 1:
-        raise ValueError("--model-shards: doctor examines on one device; leave the option out")
     chats = read_chat_files(config.data).chats
-    draft = None if config.draft is None else load_draft(config.draft)
+    draft = load_draft(config.draft[0]) if config.draft else None
     record = (draft and draft.record) or {}
     store = _find_store(config)
-    max_length = record.get("max_length", DataOptions.max_length)
-    samples, summary = tokenize_chats(chats, describe_target(config.target).tokenizer, max_length, config.mask_spans)
+    max_length = record.get("max_length", ChatOptions.max_length)
+    samples, summary = tokenize_chats(chats, describe_target(config.model).tokenizer, max_length, config.mask_spans)
     return Prepared(chats, draft, store, max_length, samples, summary)
 
 
@@ -70,28 +101,32 @@ def run(config: DoctorConfig, prepared: Prepared) -> Outcome:
     return Outcome({"command": "doctor"} | diagnosis.to_json(), words, 1 if diagnosis.worst == "error" else 0)
 
 
+def describe(config: DoctorConfig, prepared: Prepared) -> Outcome:
+    values = {"samples": len(prepared.samples), "draft": list(map(str, config.draft)), "hidden": prepared.store is not None}
+    parts = ["target and data", *map(str, config.draft), *["stored hidden states"] * (prepared.store is not None)]
+    return described("doctor", values, [f"examine {', '.join(parts)}, on {many(len(prepared.samples), 'conversation')}"])
+
+
 def doctor(config: DoctorConfig, prepared: Prepared | None = None) -> Diagnosis:
     """Examine and, with --out, write doctor.json; returns the findings."""
-    import jax.numpy as jnp
-
     from jsfdd.base.files import write_json
     from jsfdd.base.progress import console
     from jsfdd.doctor.examine import examine
-    from jsfdd.weights.target import load_target, locate_target
+    from jsfdd.weights.target import locate_target
 
     chats, draft, store, max_length, samples, summary = prepared or prepare(config)
-    target = load_target(config.target, jnp.dtype(config.dtype))
+    target = load_weights(config.model)
     with console.status("examining") as status:
         diagnosis = examine(
             target,
-            locate_target(config.target),
+            locate_target(config.model.target),
             chats,
             samples,
             summary,
-            identity_of(target, config.data, max_length, config.dtype),
+            identity_of(target, config.data, max_length, target_dtype(config.model)),
             draft,
             store,
-            conversations=config.conversations,
+            conversations=_READ,
             num_draft_tokens=config.num_draft_tokens,
             max_new_tokens=config.max_new_tokens,
             masks_spans=bool(config.mask_spans),
@@ -99,7 +134,7 @@ def doctor(config: DoctorConfig, prepared: Prepared | None = None) -> Diagnosis:
         )
     if config.out is not None:
         config.out.mkdir(parents=True, exist_ok=True)
-        write_json(config.out / "doctor.json", diagnosis.to_json() | {"config": config.to_json()})
+        write_json(config.out / "doctor.json", diagnosis.to_json() | {"config": to_json(config)})
     return diagnosis
 
 
@@ -107,7 +142,7 @@ def _find_store(config: DoctorConfig) -> HiddenStore | None:
     """The store that is asked for, or the one beside the draft if there is one; whatever it belongs to."""
     from jsfdd.hidden.store import HiddenStore
 
-    if config.hidden is not None:
-        return HiddenStore.open(config.hidden, identity=None)
-    beside = None if config.draft is None else config.draft / "hidden"
+    if config.hidden_from is not None:
+        return HiddenStore.open(config.hidden_from, identity=None)
+    beside = config.draft[0] / "hidden" if config.draft else None
     return HiddenStore.open(beside, identity=None) if beside is not None and beside.is_dir() else None

@@ -8,66 +8,80 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from jsfdd.commands.combine import check_combine, measured_drafts, names_of
-from jsfdd.commands.inputs import tree_shape
-from jsfdd.commands.options import Batched, CombineOptions, DecodingOptions, ProcessOptions, Seeded, TargetOptions
+from jsfdd.commands.combine import check_combine, combined, load_drafts, names_of
+from jsfdd.commands.inputs import describe_target, load_weights, tree_shape
+from jsfdd.commands.options import (
+    DecodingOptions,
+    DraftOptions,
+    ModelOptions,
+    Paths,
+    ProcessOptions,
+    check,
+    check_at_least,
+    to_json,
+)
 from jsfdd.commands.outcome import Outcome, many, planned, rendered
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from jsfdd.base.records import Prompt
-    from jsfdd.commands.run import RunConfig
-    from jsfdd.decoding.settings import Team
     from jsfdd.models.draft import Draft
     from jsfdd.weights.target import Target
 
+EXAMPLES = """
+jsfdd evaluate --target smollm2 --draft draft --prompts prompts.jsonl --out evaluated
+jsfdd evaluate --target DIR --draft draft-a draft-b --prompts prompts/ --out compared --json
+jsfdd evaluate --target DIR --draft draft --tree-nodes 60 --prompts p.jsonl --out evaluated
+jsfdd evaluate --target DIR --draft a b --combine merge --tree-nodes 60 --prompts p.jsonl --out o
+"""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(TargetOptions, DecodingOptions, CombineOptions, Batched, Seeded, ProcessOptions):
+class EvaluateConfig:
     """Measure acceptance and speed by real speculative decoding."""
 
-    draft: tuple[Path, ...]
-    """Drafts, each a training run's directory, its checkpoints/, or an exported draft. Several are compared in pairs, unless
-    --combine makes one of them."""
-    prompts: tuple[Path, ...]
+    model: ModelOptions
+    decoding: DecodingOptions = DecodingOptions()
+    drafts: DraftOptions = DraftOptions()
+    processes: ProcessOptions = ProcessOptions()
+    prompts: Paths
     """Prompts: files, directories or patterns as for --data; rows with "turns"; each turn's own answer feeds the next."""
+    batch_size: int = 8
+    """Prompts decoded together."""
     out: Path
     """Directory for report.json, or where several drafts are compared for a directory of each and differences.json."""
-    each_draft: bool = False
-    """With --combine: also measure each draft alone, and compare them all on the same prompts, with the same --tree-nodes."""
+    seed: int = 0
+    """Seeds every random choice of the command."""
 
     def __post_init__(self):
-        super().__post_init__()
-        if not self.draft:
-            raise ValueError("--draft: got none, but it must be at least one draft")
-        check_combine(self)
-        if self.each_draft and self.combine is None:
-            raise ValueError("--each-draft does nothing without --combine: drafts are measured alone anyway")
+        check("--draft", self.drafts.draft, len(self.drafts.draft) > 0, "at least one draft")
+        check("--prompts", self.prompts, len(self.prompts) > 0, "at least one prompt file")
+        check_at_least(1, batch_size=self.batch_size)
+        check_combine(self.drafts, self.decoding)
 
 
 class Prepared(NamedTuple):
-    """Prompts, drafts by name, and the target without its weights."""
+    """Prompts, what decodes them by name, and the target without its weights."""
 
     prompts: list[Prompt]
-    drafts: dict[str, Team]
+    teams: dict[str, Team]
     target: Target
 
 
 def prepare(config: EvaluateConfig) -> Prepared:
     from jsfdd.data.chat import read_prompts
     from jsfdd.weights.draft import check_draft
-    from jsfdd.weights.target import describe_target
 
-    tree_shape(config)
+    tree_shape(config.decoding)
     prompts = read_prompts(config.prompts)
-    drafts = measured_drafts(config)
-    target = describe_target(config.target)
-    for team in drafts.values():
+    teams = measured_teams(config.drafts)
+    target = describe_target(config.model)
+    for team in teams.values():
         for name, draft in team.drafts.items():
             check_draft(target, draft.config, name)
-    check_prompts(config, target, prompts)
-    return Prepared(prompts, drafts, target)
+    check_prompts(target, prompts, config.decoding.max_new_tokens)
+    return Prepared(prompts, teams, target)
 
 
 def run(config: EvaluateConfig, prepared: Prepared) -> Outcome:
@@ -92,16 +106,17 @@ def run(config: EvaluateConfig, prepared: Prepared) -> Outcome:
 
 
 def describe(config: EvaluateConfig, prepared: Prepared) -> Outcome:
-    prompts, drafts, target = prepared
-    values, words = describe_decoding(config, target, prompts)
-    words = [f"{line}, for {many(len(drafts), 'draft')}" for line in words]
-    if config.combine is not None:
+    prompts, teams, target = prepared
+    combine, nodes = config.drafts.combine, config.decoding.tree_nodes
+    values, words = describe_decoding(config.decoding, config.batch_size, config.model.model_shards, target, prompts)
+    words = [f"{line}, for {many(len(teams), 'draft')}" for line in words]
+    if combine is not None:
         how = {"average": "their average", "route": "each step routed to one of them", "merge": "their trees merged"}
-        nodes = f", {many(config.tree_nodes, 'node')} a tree" if config.tree_nodes else ""
-        words.append(f"{config.combine}: {' and '.join(names_of(config.draft))}, {how[config.combine]}{nodes}")
-    several = [*(f"{name}/report.json" for name in drafts), "differences.json"]
-    files = several if len(drafts) > 1 else ["report.json"]
-    return planned("evaluate", values | {"drafts": list(drafts), "combine": config.combine}, words, config.out, files)
+        size = f", {many(nodes, 'node')} a tree" if nodes else ""
+        words.append(f"{combine}: {' and '.join(names_of(config.drafts.draft))}, {how[combine]}{size}")
+    several = [*(f"{name}/report.json" for name in teams), "differences.json"]
+    files = several if len(teams) > 1 else ["report.json"]
+    return planned("evaluate", values | {"drafts": list(teams), "combine": combine}, words, config.out, files)
 
 
 def evaluate(config: EvaluateConfig, prepared: Prepared | None = None) -> dict[str, dict]:
@@ -109,33 +124,42 @@ def evaluate(config: EvaluateConfig, prepared: Prepared | None = None) -> dict[s
 
     Drafts that are combined are one, named as what combines them.
     """
-    import jax.numpy as jnp
-
     from jsfdd.base.files import write_json
     from jsfdd.base.mesh import make_mesh
     from jsfdd.base.processes import agree, is_primary, wait_for_all
     from jsfdd.evaluation.evaluate import compare
-    from jsfdd.weights.target import load_target
 
-    prompts, drafts, _ = prepared or prepare(config)
-    mesh = make_mesh(model=config.model_shards)
-    target = load_target(config.target, jnp.dtype(config.dtype), mesh)
-    agree({"the options": config.to_json(), "the prompts": [dataclasses.asdict(prompt) for prompt in prompts]})
+    prompts, teams, _ = prepared or prepare(config)
+    mesh = make_mesh(model=config.model.model_shards)
+    target = load_weights(config.model, mesh)
+    agree({"the options": to_json(config), "the prompts": [dataclasses.asdict(prompt) for prompt in prompts]})
     agree({"the target": target.fingerprint})
-    reports = measure(config, target, drafts, prompts, mesh)
+    reports = measure(config.decoding, config.batch_size, config.seed, target, teams, prompts, mesh)
     if is_primary():
         for name, report in reports.items():
             out = config.out / name if len(reports) > 1 else config.out
             out.mkdir(parents=True, exist_ok=True)
-            write_json(out / "report.json", report | {"config": config.to_json()})
+            write_json(out / "report.json", report | {"config": to_json(config)})
         if len(reports) > 1:
             write_json(config.out / "differences.json", compare(reports, config.seed))
     wait_for_all("reports written")
     return reports
 
 
+def measured_teams(options: DraftOptions) -> dict[str, Team]:
+    """All that is measured, by name: each draft, or what they are together."""
+    from jsfdd.decoding.settings import Team
+
+    drafts = load_drafts(options.draft)
+    if options.combine is not None:
+        return {options.combine: combined(drafts, options.combine)}
+    return {name: Team({name: draft}) for name, draft in drafts.items()}
+
+
 def measure(
-    config: EvaluateConfig | RunConfig,
+    decoding: DecodingOptions,
+    batch_size: int,
+    seed: int,
     target: Target,
     drafts: Mapping[str, Draft | Team],
     prompts: Sequence[Prompt],
@@ -152,41 +176,41 @@ def measure(
             drafts,
             prompts,
             mesh,
-            temperature=config.temperature,
-            num_draft_tokens=config.num_draft_tokens,
-            max_new_tokens=config.max_new_tokens,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            tree=tree_shape(config),
-            cutoff=Cutoff(config.top_k, config.top_p),
+            temperature=decoding.temperature,
+            num_draft_tokens=decoding.num_draft_tokens,
+            max_new_tokens=decoding.max_new_tokens,
+            batch_size=batch_size,
+            seed=seed,
+            tree=tree_shape(decoding),
+            cutoff=Cutoff(decoding.top_k, decoding.top_p),
             progress=bar.update,
         )
 
 
-def check_prompts(config: EvaluateConfig | RunConfig, target: Target, prompts: Sequence[Prompt]) -> list[int]:
+def check_prompts(target: Target, prompts: Sequence[Prompt], max_new_tokens: int) -> list[int]:
     """Tokens of each prompt's first turn. ValueError names a prompt that leaves no room for an answer."""
     from jsfdd.decoding.prompts import first_prompts
 
-    return [len(tokens) for tokens in first_prompts(target, prompts, config.max_new_tokens)]
+    return [len(tokens) for tokens in first_prompts(target, prompts, max_new_tokens)]
 
 
 def describe_decoding(
-    config: EvaluateConfig | RunConfig, target: Target, prompts: Sequence[Prompt]
+    decoding: DecodingOptions, batch_size: int, model_shards: int, target: Target, prompts: Sequence[Prompt]
 ) -> tuple[dict, list[str]]:
     """What decoding the prompts takes: (values, words)."""
     from jsfdd.base.mesh import make_mesh, round_up_to_shards
 
     # Prompts of one source and turn are decoded together.
     together = Counter((prompt.source, turn) for prompt in prompts for turn in range(len(prompt.turns)))
-    batch_size = round_up_to_shards(config.batch_size, make_mesh(model=config.model_shards))
+    batch_size = round_up_to_shards(batch_size, make_mesh(model=model_shards))
     values = {
         "prompts": len(prompts),
         "turns": together.total(),
         "batches": sum(-(-count // batch_size) for count in together.values()),
-        "longest_prompt": max(check_prompts(config, target, prompts)),
-        "max_new_tokens": config.max_new_tokens,
+        "longest_prompt": max(check_prompts(target, prompts, decoding.max_new_tokens)),
+        "max_new_tokens": decoding.max_new_tokens,
     }
-    batches, longest = many(values["batches"], "batch", "es"), many(config.max_new_tokens, "new token")
+    batches, longest = many(values["batches"], "batch", "es"), many(decoding.max_new_tokens, "new token")
     return values, [
         f"decode {many(len(prompts), 'prompt')} ({many(values['turns'], 'turn')}) in {batches}, up to {longest} each, "
         "with and without a draft"

@@ -6,26 +6,38 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from jsfdd.commands.options import ExportOptions, ProposalOptions
+from jsfdd.commands.options import DecodingOptions, ExportOptions, OptionalPath, OptionalText, check_num_draft_tokens
 from jsfdd.commands.outcome import Outcome, planned
 
 if TYPE_CHECKING:
     from jsfdd.models.draft import Draft
     from jsfdd.weights.card import Provenance, Serving
 
+EXAMPLES = """
+jsfdd export --draft draft --flavour vllm --out draft-vllm
+"""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExportConfig(ExportOptions, ProposalOptions):
-    """Write a draft in the layout that a serving engine loads, with a model card."""
+class ExportConfig:
+    """Write a draft, with a model card, as a serving engine loads it."""
 
+    export: ExportOptions = ExportOptions()
     draft: Path
     """A training run's directory, its checkpoints/, or an exported draft."""
     out: Path
     """Directory to write; must not exist yet."""
-    report: Path | None = None
+    target: OptionalText = None
+    """Hub name or directory by which a server finds the target, for the model card; what the report says unless given."""
+    report: OptionalPath = None
     """report.json of `jsfdd evaluate`, for the model card; the one in the training run's directory unless given."""
-    selection: Path | None = None
+    selection: OptionalPath = None
     """selection.json, as `jsfdd select` wrote it; the one in the training run's directory unless given."""
+    num_draft_tokens: int = DecodingOptions.num_draft_tokens
+    """Draft tokens in a row (γ) that the model card and config recommend."""
+
+    def __post_init__(self):
+        check_num_draft_tokens(self.num_draft_tokens)
 
 
 class Prepared(NamedTuple):
@@ -45,24 +57,24 @@ def prepare(config: ExportConfig) -> Prepared:
     draft = load_draft(config.draft)
     provenance = _provenance(config, draft.record)
     named = None if provenance.report is None else provenance.report["config"]["target"]
-    serving = Serving(config.served_target or named, config.num_draft_tokens)
-    check_flavour(draft.config, config.flavour, serving)
+    serving = Serving(config.target or named, config.num_draft_tokens)
+    check_flavour(draft.config, config.export.flavour, serving)
     return Prepared(draft, serving, provenance)
 
 
 def run(config: ExportConfig, prepared: Prepared) -> Outcome:
     export(config, prepared)
-    values = {"command": "export", "flavour": config.flavour, "draft": config.out}
+    values = {"command": "export", "flavour": config.export.flavour, "draft": config.out}
     values["files"] = sorted(file.name for file in config.out.iterdir())
-    return Outcome(values, f"{config.flavour} draft: {config.out}")
+    return Outcome(values, f"{config.export.flavour} draft: {config.out}")
 
 
 def describe(config: ExportConfig, prepared: Prepared) -> Outcome:
     if config.out.exists():
         raise FileExistsError(f"{config.out}: already there; choose another --out or remove it")
     decoder = prepared.draft.config.decoder
-    values = {"flavour": config.flavour, "hidden_size": decoder.hidden_size, "vocab_size": decoder.vocab_size}
-    words = [f"write a draft of width {decoder.hidden_size:,} in the layout of {config.flavour}"]
+    values = {"flavour": config.export.flavour, "hidden_size": decoder.hidden_size, "vocab_size": decoder.vocab_size}
+    words = [f"write a draft of width {decoder.hidden_size:,} in the layout of {config.export.flavour}"]
     return planned("export", values, words, config.out, ["config.json", "model.safetensors", "README.md"])
 
 
@@ -72,7 +84,7 @@ def export(config: ExportConfig, prepared: Prepared | None = None) -> None:
 
     draft, serving, provenance = prepared or prepare(config)
     write_draft(
-        config.out, *draft[:2], config.flavour, dtype=config.export_dtype, serving=serving, provenance=provenance
+        config.out, *draft[:2], config.export.flavour, dtype=config.export.export_dtype, serving=serving, provenance=provenance
     )
 
 

@@ -11,43 +11,45 @@ import itertools
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from jsfdd.commands.combine import answering_drafts, check_combine
-from jsfdd.commands.inputs import tree_shape
-from jsfdd.commands.options import CombineOptions, DecodingOptions, Seeded, TargetOptions
-from jsfdd.commands.outcome import Outcome
+from jsfdd.commands.combine import check_combine, one_team
+from jsfdd.commands.inputs import describe_target, load_weights, setup_of, tree_shape
+from jsfdd.commands.options import DecodingOptions, DraftOptions, Flag, ModelOptions
+from jsfdd.commands.outcome import Outcome, described, many
 
 if TYPE_CHECKING:
     from jsfdd.decoding.settings import Team
 
 _COLOURS = (32, 33, 36, 35, 34)  # of text on a terminal: green, yellow, cyan, magenta, blue
 
+EXAMPLES = """
+jsfdd generate --target smollm2 --draft draft --prompt "Why is the sky blue?"
+jsfdd generate --target smollm2 --draft draft --show-accepted --prompt "Write a limerick."
+jsfdd generate --target DIR --draft a b --combine merge --tree-nodes 60 --prompt "What is 2 + 2?"
+jsfdd generate --target smollm2 --prompt "Why is the sky blue?" > answer.txt
+"""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerateConfig(TargetOptions, DecodingOptions, CombineOptions, Seeded):
+class GenerateConfig:
     """Answer one prompt and print the text as it is decoded."""
 
+    model: ModelOptions
+    decoding: DecodingOptions = DecodingOptions()
+    drafts: DraftOptions = DraftOptions()
     prompt: str
     """The user's message."""
-    draft: tuple[Path, ...] = ()
-    """A training run's directory, its checkpoints/, or an exported draft; several with --combine."""
-    no_draft: bool = False
-    """Decode without a draft, one token a step."""
-    show_accepted: bool = False
-    """Mark the tokens that the draft proposed: green on a terminal, in [brackets] elsewhere. Of several drafts each has a
-    colour of its own, or its number: [1:…] [2:…]."""
+    show_accepted: Flag = False
+    """Mark the tokens that the draft proposed: green on a terminal, in [brackets] elsewhere. Of several drafts each has its
+    colour, or its number: [1:…] [2:…]."""
+    seed: int = 0
+    """Seeds every random choice of the command."""
 
     def __post_init__(self):
-        super().__post_init__()
-        if bool(self.draft) == self.no_draft:
-            raise ValueError("give either --draft DIR or --no-draft")
-        check_combine(self)
-        if len(self.draft) > 1 and self.combine is None:
-            raise ValueError(f"--draft: got {len(self.draft)}, but without --combine one draft decodes")
-        if self.no_draft and self.show_accepted:
-            raise ValueError("--show-accepted marks a draft's tokens, and there are none with --no-draft")
+        check_combine(self.drafts, self.decoding)
+        if self.show_accepted and not self.drafts.draft:
+            raise ValueError("--show-accepted marks a draft's tokens; give --draft DIR or leave it out")
         if not self.prompt.strip():
             raise ValueError("--prompt is empty; give the user's message")
 
@@ -63,43 +65,30 @@ def prepare(config: GenerateConfig) -> Prepared:
     from jsfdd.base.records import Prompt
     from jsfdd.decoding.prompts import first_prompts
     from jsfdd.weights.draft import check_draft
-    from jsfdd.weights.target import describe_target
 
-    tree_shape(config)
-    team = answering_drafts(config)
-    target = describe_target(config.target)
+    tree_shape(config.decoding)
+    team = one_team(config.drafts)
+    target = describe_target(config.model)
     for name, draft in team.drafts.items():
         check_draft(target, draft.config, name)
-    (tokens,) = first_prompts(target, [Prompt("--prompt", "", (config.prompt,))], config.max_new_tokens)
+    (tokens,) = first_prompts(target, [Prompt("--prompt", "", (config.prompt,))], config.decoding.max_new_tokens)
     return Prepared(team, tokens)
 
 
 def run(config: GenerateConfig, prepared: Prepared) -> Outcome:
     """Decode the answer to `config.prompt`, printing as it comes: no words are left for the end."""
-    import jax.numpy as jnp
-
     from jsfdd.base.mesh import make_mesh
     from jsfdd.decoding.generate import prepare_params
-    from jsfdd.decoding.settings import Cutoff, decode_setup
     from jsfdd.decoding.stream import stream_answer
-    from jsfdd.weights.target import load_target
 
     team, tokens = prepared
-    mesh = make_mesh(data=1, model=config.model_shards)
-    target = load_target(config.target, jnp.dtype(config.dtype), mesh)
-    setup = decode_setup(
-        target,
-        team.configs,
-        num_draft_tokens=config.num_draft_tokens,
-        max_new_tokens=config.max_new_tokens,
-        tree=tree_shape(config),
-        cutoff=Cutoff(config.top_k, config.top_p),
-        combine=team.combine,
-    )
+    mesh = make_mesh(data=1, model=config.model.model_shards)
+    target = load_weights(config.model, mesh)
     marks = _marks(len(team.drafts)) if config.show_accepted else [("", "")] * len(team.drafts)
     writer = _Writer(target.tokenizer, marks)
     params = prepare_params(target.params, team.params, mesh)
-    result = stream_answer(setup, params, tokens, config.seed, config.temperature, writer.show)
+    setup, temperature = setup_of(target, team, config.decoding), config.decoding.temperature
+    result = stream_answer(setup, params, tokens, config.seed, temperature, writer.show)
     writer.finish()
     tau = f"τ {result.tau:.2f}, " if team.drafts and result.tau is not None else ""
     rate = len(result.tokens) / result.seconds
@@ -110,6 +99,13 @@ def run(config: GenerateConfig, prepared: Prepared) -> Outcome:
         print(f"draft tokens accepted: {', '.join(counts)}", file=sys.stderr)
     values = {"command": "generate", "tau": result.tau, "tokens": len(result.tokens), "seconds": result.seconds}
     return Outcome(values, "")
+
+
+def describe(config: GenerateConfig, prepared: Prepared) -> Outcome:
+    team, tokens = prepared
+    how = " and ".join(team.drafts) or "no draft, a token a step"
+    words = f"answer {many(len(tokens), 'token')} with up to {config.decoding.max_new_tokens:,}, by {how}"
+    return described("generate", {"drafts": list(team.drafts), "prompt_tokens": len(tokens)}, [words])
 
 
 class _Writer:

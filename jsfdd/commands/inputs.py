@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from jsfdd.commands.options import DataOptions, DecodingOptions, TargetOptions
+from jsfdd.commands.options import ChatOptions, DecodingOptions, ModelOptions, to_json
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from jsfdd.data.batches import Shape
     from jsfdd.data.counts import FileCounts
     from jsfdd.data.template import TokenizeSummary
-    from jsfdd.decoding.settings import TreeShape
+    from jsfdd.decoding.settings import DecodeSetup, Team, TreeShape
     from jsfdd.weights.target import Target
 
 _FILES_SHOWN = 40
@@ -45,40 +45,61 @@ class Loaded(NamedTuple):
     identity: dict  # what every result from them depends on; JSON-ready
 
 
-def read_inputs(config: TargetOptions | DataOptions) -> Inputs:
-    """The tokenized chats that a config names, and the target without its weights: a bad line should not cost a minute."""
+def read_inputs(model: ModelOptions, chats: ChatOptions) -> Inputs:
+    """The tokenized chats, and the target without its weights: a bad line should not cost a minute."""
     from jsfdd.base.mesh import make_mesh
     from jsfdd.base.processes import is_primary
     from jsfdd.data.batches import choose_shapes
     from jsfdd.data.chat import read_chat_files
     from jsfdd.data.counts import count_by_file
     from jsfdd.data.template import tokenize_chats
-    from jsfdd.weights.target import describe_target
 
-    found = read_chat_files(config.data)
-    mesh = make_mesh(model=config.model_shards)
-    target = describe_target(config.target)
-    samples, summary = tokenize_chats(found.chats, target.tokenizer, config.max_length, config.mask_spans)
+    found = read_chat_files(chats.data)
+    mesh = make_mesh(model=model.model_shards)
+    target = describe_target(model)
+    samples, summary = tokenize_chats(found.chats, target.tokenizer, chats.max_length, chats.mask_spans)
     files = count_by_file(found, summary)
     if is_primary():
         show_counts(files)
-    shapes = choose_shapes([len(sample.tokens) for sample in samples], config.batch_tokens)
+    shapes = choose_shapes([len(sample.tokens) for sample in samples], chats.batch_tokens)
     return Inputs(target, mesh, samples, summary, files, shapes)
 
 
-def load(config: TargetOptions | DataOptions, inputs: Inputs | None = None) -> Loaded:
-    """The inputs (those that the config names unless given) with the target's weights."""
-    import jax.numpy as jnp
-
+def load(config, inputs: Inputs | None = None) -> Loaded:
+    """The inputs (those that `config.model` and `config.chats` name unless given) with the target's weights."""
     from jsfdd.base.processes import agree
     from jsfdd.base.records import samples_digest
+
+    inputs = inputs or read_inputs(config.model, config.chats)
+    target = load_weights(config.model, inputs.mesh)
+    identity = identity_of(target, config.chats.data, config.chats.max_length, target_dtype(config.model))
+    agree({"the options": to_json(config), "the tokenized chats": samples_digest(inputs.samples), **identity})
+    return Loaded(*inputs._replace(target=target), identity)
+
+
+def load_weights(model: ModelOptions, mesh: Mesh | None = None) -> Target:
+    """The target with its weights, on the devices of a mesh or whole on the first device."""
+    import jax.numpy as jnp
+
     from jsfdd.weights.target import load_target
 
-    inputs = inputs or read_inputs(config)
-    target = load_target(config.target, jnp.dtype(config.dtype), inputs.mesh)
-    identity = identity_of(target, config.data, config.max_length, config.dtype)
-    agree({"the options": config.to_json(), "the tokenized chats": samples_digest(inputs.samples), **identity})
-    return Loaded(*inputs._replace(target=target), identity)
+    return load_target(model.target, jnp.dtype(target_dtype(model)), mesh)
+
+
+def describe_target(model: ModelOptions) -> Target:
+    """The target without its weights."""
+    from jsfdd.weights.target import describe_target
+
+    return describe_target(model.target)
+
+
+def target_dtype(model: ModelOptions) -> str:
+    """What --dtype comes to on the devices that are here."""
+    import jax
+
+    if model.dtype != "auto":
+        return model.dtype
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def identity_of(target: Target, data: Sequence[Path], max_length: int, dtype: str) -> dict:
@@ -109,8 +130,25 @@ def show_counts(files: Sequence[FileCounts]) -> None:
         console.print(str(total(files)), soft_wrap=True)
 
 
-def tree_shape(config: DecodingOptions) -> TreeShape | None:
-    """The tree that a config asks for, None for chains. ValueError if its depth cannot hold it."""
+def tree_shape(decoding: DecodingOptions) -> TreeShape | None:
+    """The tree that is asked for, None for chains. ValueError if its depth cannot hold it."""
     from jsfdd.decoding.settings import TreeShape
 
-    return TreeShape(config.num_draft_tokens, config.tree_top_k, config.tree_nodes) if config.tree_nodes else None
+    if not decoding.tree_nodes:
+        return None
+    return TreeShape(decoding.num_draft_tokens, decoding.tree_top_k, decoding.tree_nodes)
+
+
+def setup_of(target: Target, team: Team, decoding: DecodingOptions) -> DecodeSetup:
+    """How the target answers with these drafts."""
+    from jsfdd.decoding.settings import Cutoff, decode_setup
+
+    return decode_setup(
+        target,
+        team.configs,
+        num_draft_tokens=decoding.num_draft_tokens,
+        max_new_tokens=decoding.max_new_tokens,
+        tree=tree_shape(decoding),
+        cutoff=Cutoff(decoding.top_k, decoding.top_p),
+        combine=team.combine,
+    )

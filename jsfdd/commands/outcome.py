@@ -38,7 +38,7 @@ def show(outcome: Outcome, as_json: bool) -> None:
 def planned(
     command: str, values: dict, words: Sequence[str], out: Path, files: Sequence[str], continues: Path | None = None
 ) -> Outcome:
-    """The outcome of a dry run; `continues` is what an earlier start would have left.
+    """The outcome of a dry run that would write files; `continues` is what an earlier start would have left.
 
     Raises NotADirectoryError if `out` is a file.
     """
@@ -46,10 +46,15 @@ def planned(
         raise NotADirectoryError(f"{out}: not a directory; choose another --out")
     started = continues is not None and continues.exists()
     paths = [f"{out / file}{'/' if file.endswith('/') else ''}" for file in files]
-    values = {"command": command, "dry_run": True} | values | {"continues": started, "would_write": paths}
     begin = "continue what was begun in" if started else "write to"
-    lines = [f"dry run of {command}: nothing was computed or written", *words, f"{begin} {out}: {', '.join(files)}"]
-    return Outcome(values, "\n  ".join(lines))
+    values = values | {"continues": started, "would_write": paths}
+    return described(command, values, [*words, f"{begin} {out}: {', '.join(files)}"])
+
+
+def described(command: str, values: dict, words: Sequence[str]) -> Outcome:
+    """The outcome of a dry run that would write no file."""
+    lines = [f"dry run of {command}: nothing was computed or written", *words]
+    return Outcome({"command": command, "dry_run": True} | values, "\n  ".join(lines))
 
 
 def rendered(draw: Callable[[Console], None], **settings) -> str:

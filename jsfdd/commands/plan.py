@@ -10,10 +10,21 @@ import dataclasses
 import math
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from jsfdd.commands.options import DataOptions, TargetOptions, TrainingOptions
+from jsfdd.commands.options import (
+    ChatOptions,
+    DecodingOptions,
+    ModelOptions,
+    OptionalInt,
+    OptionalText,
+    RecipeOptions,
+    SelectionOptions,
+    check_at_least,
+    check_share,
+)
 from jsfdd.commands.outcome import Outcome, rendered
+from jsfdd.training.recipe import SoftTargets
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,27 +39,39 @@ _CHARACTERS_PER_TOKEN = 4  # where there is no tokenizer to ask
 _TEMPLATE_TOKENS = 5  # per message, where there is none
 _USABLE = 0.9  # of a device's memory: the runtime and fragmentation take the rest
 
+EXAMPLES = """
+jsfdd plan --target smollm2 --data chats.jsonl
+jsfdd plan --target DIR --data chats.jsonl --devices 16 --device-kind "TPU v5"
+"""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PlanConfig(TargetOptions, DataOptions):
-    """Estimate memory, arithmetic and disk of every stage from shapes alone; no weights are read."""
+class PlanConfig:
+    """Estimate memory, time and disk of every stage from shapes alone."""
 
-    retain_ratio: float = 0.5
+    model: ModelOptions
+    chats: ChatOptions
+    retain_ratio: float = SelectionOptions.retain_ratio
     """Share of the samples that are trained on."""
-    epochs: int = 10
+    epochs: int = RecipeOptions.epochs
     """Passes over the kept samples."""
-    soft_targets: Literal["means", "top_k"] = "means"
-    """As of `train`."""
-    soft_top_k: int = TrainingOptions.soft_top_k
-    """As of `train`."""
-    devices: int | None = None
+    soft_targets: SoftTargets = RecipeOptions.soft_targets
+    """What is stored of the target's distributions, as for `jsfdd train`."""
+    soft_top_k: int = RecipeOptions.soft_top_k
+    """Tokens that --soft-targets top_k stores of each distribution."""
+    max_new_tokens: int = DecodingOptions.max_new_tokens
+    """Longest answer of an evaluation, in tokens."""
+    batch_size: int = 8
+    """Prompts decoded together."""
+    devices: OptionalInt = None
     """How many devices; those that are here unless given."""
-    device_kind: str | None = None
+    device_kind: OptionalText = None
     """Which, as JAX names them: "TPU v5 lite", "NVIDIA H200", …; those that are here unless given."""
-    device_memory: float | None = None
-    """Memory of one in GB, where the kind is not known or not all of it is free."""
-    device_rate: float | None = None
-    """TFLOP/s of one in matrix products; unless given, the maker's bfloat16 peak or, for an unknown one here, measured."""
+
+    def __post_init__(self):
+        check_share("--retain-ratio", self.retain_ratio)
+        check_at_least(1, epochs=self.epochs, soft_top_k=self.soft_top_k, devices=self.devices)
+        check_at_least(1, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size)
 
 
 class Devices(NamedTuple):
@@ -79,39 +102,89 @@ class Plan(NamedTuple):
 
 
 def prepare(config: PlanConfig) -> Plan:
-    """The plan of all stages for what `config` names.
+    """The plan of all stages for what `config` names: all of the work, which is arithmetic.
+
     Raises:
       ValueError: --model-shards does not divide the devices or a parameter, or a device is not known; and what reading
         the config and the chats raises.
     """
+    devices, model_shards = find_devices(config.devices, config.device_kind), config.model.model_shards
+    if devices.count % model_shards:
+        raise ValueError(f"--model-shards: {model_shards} does not divide the {devices.count} devices")
+    target, lengths = _read(config)
+    stages = plan_stages(config, target, lengths, devices, model_shards)
+    return Plan(stages, devices, model_shards, suggest_model_shards(config, target, lengths, devices), lengths)
+
+
+def _read(config: PlanConfig) -> tuple[DecoderConfig, Lengths]:
+    """The target's architecture, and how long the conversations are."""
     import numpy as np
 
-    from jsfdd.commands.costs import Lengths, plan_stages
+    from jsfdd.commands.costs import Lengths
     from jsfdd.data.chat import read_chats
     from jsfdd.data.template import tokenize_chats
     from jsfdd.weights.target import load_tokenizer, locate_target, read_architecture
 
-    chats = read_chats(config.data)
-    target = read_architecture(config.target)
-    devices = find_devices(config)
-    if devices.count % config.model_shards:
-        raise ValueError(f"--model-shards: {config.model_shards} does not divide the {devices.count} devices")
-    path = locate_target(config.target, weights=False)
-    if path.is_dir() and not any((path / name).exists() for name in _TOKENIZER_FILES):
-        lengths = estimate_lengths(chats, config.max_length)
-    else:
-        samples, _ = tokenize_chats(chats, load_tokenizer(config.target), config.max_length, config.mask_spans)
-        counted = np.array([sample.counted.sum() for sample in samples])
-        lengths = Lengths(np.array([len(sample.tokens) for sample in samples]), counted, "tokenized")
-    stages = plan_stages(target, lengths, config, devices.count, config.model_shards)
-    return Plan(stages, devices, config.model_shards, suggest_model_shards(target, lengths, config, devices), lengths)
+    chats, name = read_chats(config.chats.data), config.model.target
+    target, path = read_architecture(name), locate_target(name, weights=False)
+    if path.is_dir() and not any((path / file).exists() for file in _TOKENIZER_FILES):
+        return target, estimate_lengths(chats, config.chats.max_length)
+    samples, _ = tokenize_chats(chats, load_tokenizer(name), config.chats.max_length, config.chats.mask_spans)
+    counted = np.array([sample.counted.sum() for sample in samples])
+    return target, Lengths(np.array([len(sample.tokens) for sample in samples]), counted, "tokenized")
+
+
+def suggest_model_shards(config: PlanConfig, target: DecoderConfig, lengths: Lengths, devices: Devices) -> int | None:
+    """The fewest model shards with which every stage fits in 90% of a device's memory; None if no number does."""
+    for shards in range(1, devices.count + 1):
+        if devices.count % shards == 0 and _divides(target, shards):
+            stages = plan_stages(config, target, lengths, devices, shards)
+            if max(stage.peak for stage in stages) <= _USABLE * devices.memory:
+                return shards
+    return None
+
+
+def plan_stages(
+    config: PlanConfig, target: DecoderConfig, lengths: Lengths, devices: Devices, model_shards: int
+) -> list[Stage]:
+    """All stages on a mesh of `devices` of which `model_shards` share a copy of the target."""
+    from jsfdd.commands import costs
+    from jsfdd.training.recipe import Recipe
+
+    recipe = Recipe(epochs=config.epochs, soft_targets=config.soft_targets, soft_top_k=config.soft_top_k)
+    itemsize, data_shards = 2 if _dtype(config, devices) == "bfloat16" else 4, devices.count // model_shards
+    batch_tokens, kept, slots = config.chats.batch_tokens, config.retain_ratio, config.chats.max_length + config.max_new_tokens
+    return [
+        costs.score_stage(target, lengths, batch_tokens, itemsize, model_shards),
+        costs.hidden_stage(target, lengths, batch_tokens, kept, itemsize, model_shards),
+        costs.soft_targets_stage(target, lengths, batch_tokens, kept, recipe, itemsize, model_shards),
+        costs.train_stage(target, lengths, batch_tokens, kept, recipe, itemsize, model_shards, data_shards),
+        costs.evaluate_stage(target, slots, config.batch_size, itemsize, model_shards, data_shards),
+    ]
+
+
+def _dtype(config: PlanConfig, devices: Devices) -> str:
+    """The dtype that --dtype comes to on these devices."""
+    if config.model.dtype != "auto":
+        return config.model.dtype
+    return "float32" if devices.kind == "cpu" else "bfloat16"
 
 
 def run(config: PlanConfig, plan: Plan) -> Outcome:
-    stages = [stage._asdict() | {"flops": None if math.isnan(stage.flops) else stage.flops} for stage in plan.stages]
+    stages = [{name: _known(value) for name, value in stage._asdict().items()} for stage in plan.stages]
     values = {"command": "plan", "stages": stages, "devices": plan.devices._asdict()}
     values |= {"model_shards": plan.model_shards, "suggested_model_shards": plan.suggested}
     return Outcome(values, rendered(lambda out: print_plan(plan, out)).rstrip("\n"))
+
+
+def describe(config: PlanConfig, plan: Plan) -> Outcome:
+    """A plan runs no model and writes nothing: its dry run is the plan."""
+    return run(config, plan)
+
+
+def _known(value):
+    """A value for JSON, which has no NaN."""
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def print_plan(plan: Plan, out: Console) -> None:
@@ -149,45 +222,24 @@ def print_plan(plan: Plan, out: Console) -> None:
         )
 
 
-def suggest_model_shards(config: DecoderConfig, lengths: Lengths, options: PlanConfig, devices: Devices) -> int | None:
-    """The fewest model shards with which every stage fits in 90% of a device's memory; None if no number does."""
-    from jsfdd.commands.costs import plan_stages
-
-    for shards in range(1, devices.count + 1):
-        if devices.count % shards or not _divides(config, shards):
-            continue
-        stages = plan_stages(config, lengths, options, devices.count, shards)
-        if max(stage.peak for stage in stages) <= _USABLE * devices.memory:
-            return shards
-    return None
-
-
-def find_devices(options: PlanConfig) -> Devices:
-    """The devices that the options name; what they leave open is taken from those that are here.
+def find_devices(count: int | None, kind: str | None) -> Devices:
+    """So many devices of a kind; what is None is taken from the devices that are here.
 
     Raises:
-      ValueError: a kind that is neither here nor known, without its memory and rate.
+      ValueError: a kind that is neither here nor known.
     """
     import jax
 
     from jsfdd.base.hardware import KNOWN_DEVICES
 
     here = jax.devices()[0]
-    kind = options.device_kind or here.device_kind
-    count = options.devices or jax.device_count()
-    memory, rate = options.device_memory, options.device_rate
-    known = KNOWN_DEVICES.get(kind)
-    if known is None and kind != here.device_kind and (memory is None or rate is None):
-        raise ValueError(
-            f"--device-kind: {kind!r} is not known, so give --device-memory and --device-rate; known are "
-            f"{', '.join(KNOWN_DEVICES)}"
-        )
-    source = "given"
-    if rate is None:
-        rate, source = (known[1], "peak, bfloat16") if known else (_matmul_rate() / 1e12, "measured here")
-    if memory is None:
-        memory = known[0] if known else _memory_here() / GB
-    return Devices(count, kind, memory * GB, rate * 1e12, source)
+    kind, count = kind or here.device_kind, count or jax.device_count()
+    if kind in KNOWN_DEVICES:
+        gigabytes, teraflops = KNOWN_DEVICES[kind]
+        return Devices(count, kind, gigabytes * GB, teraflops * 1e12, "peak, bfloat16")
+    if kind != here.device_kind:
+        raise ValueError(f"--device-kind: {kind!r} is not known; known are {', '.join(KNOWN_DEVICES)}")
+    return Devices(count, kind, _memory_here(), _matmul_rate(), "measured here")
 
 
 def estimate_lengths(chats: Sequence[Chat], max_length: int) -> Lengths:

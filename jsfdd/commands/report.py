@@ -5,17 +5,23 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from jsfdd.commands.options import _Options
-from jsfdd.commands.outcome import Outcome
+import tyro
+
+from jsfdd.commands.options import OptionalPath
+from jsfdd.commands.outcome import Outcome, described
+
+EXAMPLES = """
+jsfdd report demo-run
+"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ReportConfig(_Options):
+class ReportConfig:
     """Draw one self-contained HTML page from a run's artifacts."""
 
-    run: Path
+    run: tyro.conf.Positional[Path]
     """Directory of `jsfdd run` or `jsfdd demo`."""
-    out: Path | None = None
+    out: OptionalPath = None
     """Where to write the page; report.html in the run's directory unless given."""
 
 
@@ -28,3 +34,11 @@ def run(config: ReportConfig, _: None) -> Outcome:
 
     page = write_report(config.run, config.out)
     return Outcome({"command": "report", "report": page}, str(page))
+
+
+def describe(config: ReportConfig, _: None) -> Outcome:
+    from jsfdd.report.run_files import read_run
+
+    read_run(config.run)
+    page = config.out or config.run / "report.html"
+    return described("report", {"would_write": [str(page)]}, [f"write {page}"])

@@ -17,15 +17,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from jsfdd.commands.inputs import identity_of, show_counts, tree_shape
+from jsfdd.commands.combine import check_combine, one_team
+from jsfdd.commands.inputs import (
+    describe_target,
+    identity_of,
+    load_weights,
+    setup_of,
+    show_counts,
+    target_dtype,
+    tree_shape,
+)
 from jsfdd.commands.options import (
-    Batched,
-    ChatNames,
-    ConversationLength,
+    ChatOptions,
     DecodingOptions,
+    DraftOptions,
+    ModelOptions,
+    Paths,
     ProcessOptions,
-    Seeded,
-    TargetOptions,
+    check,
+    check_at_least,
+    to_json,
 )
 from jsfdd.commands.outcome import Outcome, counts_to_json, many, planned
 
@@ -33,28 +44,43 @@ if TYPE_CHECKING:
     from jsfdd.data.counts import FileCounts
     from jsfdd.data.questions import Questions
     from jsfdd.decoding.conversations import Conversation
-    from jsfdd.decoding.settings import DecodeSetup
+    from jsfdd.decoding.settings import DecodeSetup, Team
     from jsfdd.models.draft import Draft
     from jsfdd.weights.target import Target
 
+EXAMPLES = """
+jsfdd respond --target smollm2 --data chats.jsonl --max-new-tokens 512 --out answers.jsonl
+jsfdd respond --target DIR --data chats/ --temperature 0.7 --out answers.jsonl --dry-run
+"""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RespondConfig(TargetOptions, ChatNames, ConversationLength, DecodingOptions, Batched, Seeded, ProcessOptions):
-    """Let the target answer the users' turns of chats: its own text is what a draft learns best from."""
+class RespondConfig:
+    """Let the target answer the users' turns of chats. A draft learns best from the target's words."""
 
+    model: ModelOptions
+    decoding: DecodingOptions = DecodingOptions()
+    drafts: DraftOptions = DraftOptions()
+    processes: ProcessOptions = ProcessOptions()
+    data: Paths
+    """Chats, as for `jsfdd score`; of their answers nothing is read."""
     out: Path
     """File of chats to write, ending in .jsonl; an interrupted run continues it, with what is in FILE.parts."""
     turns: Literal["all", "first"] = "all"
-    """Answer every turn of the user's, each after the target's own earlier answers, or only the first one."""
-    draft: Path | None = None
-    """A training run's directory, its checkpoints/, or an exported draft, to decode with; without one, a token a step."""
+    """Answer every turn of the user, each after the target's earlier answers, or only the first one."""
+    max_length: int = ChatOptions.max_length
+    """Conversations end before a turn that would make them longer than this many tokens."""
+    batch_size: int = 8
+    """Prompts decoded together."""
+    seed: int = 0
+    """Seeds every random choice of the command."""
 
     def __post_init__(self):
-        super().__post_init__()
-        if self.out.suffix != ".jsonl":
-            raise ValueError(f"--out: got {str(self.out)!r}, but it must be a file that ends in .jsonl")
-        if self.tree_nodes and self.draft is None:
-            raise ValueError("--tree-nodes is about a draft's tokens; give --draft DIR or leave it out")
+        check("--data", self.data, len(self.data) > 0, "at least one chat file")
+        check("--max-length", self.max_length, self.max_length >= 8, "8 tokens or more")
+        check("--out", str(self.out), self.out.suffix == ".jsonl", "a file that ends in .jsonl")
+        check_at_least(1, batch_size=self.batch_size)
+        check_combine(self.drafts, self.decoding)
 
 
 class Prepared(NamedTuple):
@@ -63,14 +89,14 @@ class Prepared(NamedTuple):
     Attributes:
       questions: in the order of the input.
       files: what became of each input file's rows.
-      draft: None without one.
+      team: the drafts, if any.
       setup: how to decode.
       longest_prompt: tokens of a prompt that still has an answer.
     """
 
     questions: list[Questions]
     files: list[FileCounts]
-    draft: Draft | None
+    team: Team
     setup: DecodeSetup
     longest_prompt: int
 
@@ -109,36 +135,27 @@ def prepare(config: RespondConfig) -> Prepared:
     from jsfdd.data.chat import read_chat_files
     from jsfdd.data.counts import count_questions_by_file
     from jsfdd.data.questions import questions_of
-    from jsfdd.decoding.settings import Cutoff, decode_setup
-    from jsfdd.weights.draft import check_draft, load_draft
-    from jsfdd.weights.target import describe_target
+    from jsfdd.weights.draft import check_draft
 
-    tree = tree_shape(config)
+    tree_shape(config.decoding)
     if config.out.is_dir():
         raise IsADirectoryError(f"{config.out}: a directory; give --out the name of a file")
     if config.out.exists() and not parts_of(config.out).exists():
         raise FileExistsError(f"{config.out}: already there, without {parts_of(config.out).name}; choose another --out")
     found = read_chat_files(config.data, answered=False)
-    draft = None if config.draft is None else load_draft(config.draft)
-    target = describe_target(config.target)
-    if draft is not None:
-        check_draft(target, draft.config, str(config.draft))
-    setup = decode_setup(
-        target,
-        [] if draft is None else [draft.config],
-        num_draft_tokens=config.num_draft_tokens,
-        max_new_tokens=config.max_new_tokens,
-        tree=tree,
-        cutoff=Cutoff(config.top_k, config.top_p),
-    )
-    longest_prompt = min(config.max_length, target.config.max_position) - config.max_new_tokens
+    team = one_team(config.drafts)
+    target = describe_target(config.model)
+    for name, draft in team.drafts.items():
+        check_draft(target, draft.config, name)
+    setup = setup_of(target, team, config.decoding)
+    longest_prompt = min(config.max_length, target.config.max_position) - config.decoding.max_new_tokens
     questions, summary = questions_of(
         found.chats, target.tokenizer, longest_prompt=longest_prompt, first_turn_only=config.turns == "first"
     )
     files = count_questions_by_file(found, summary)
     if is_primary():
         show_counts(files)
-    return Prepared(questions, files, draft, setup, longest_prompt)
+    return Prepared(questions, files, team, setup, longest_prompt)
 
 
 def run(config: RespondConfig, prepared: Prepared) -> Outcome:
@@ -146,7 +163,7 @@ def run(config: RespondConfig, prepared: Prepared) -> Outcome:
     counts = responses.counts()
     words = f"{counts['conversations']:,} conversations, {counts['answers']:,} answers of {counts['tokens']:,} tokens"
     if counts["truncated_answers"]:
-        words += f", {counts['truncated_answers']:,} of them cut at --max-new-tokens {config.max_new_tokens}"
+        words += f", {counts['truncated_answers']:,} of them cut at --max-new-tokens {config.decoding.max_new_tokens}"
     early = {
         "after such an answer": counts["ended_after_truncated"],
         "for their length": counts["ended_too_long"],
@@ -168,12 +185,12 @@ def describe(config: RespondConfig, prepared: Prepared) -> Outcome:
         "conversations": len(prepared.questions),
         "skipped": total(prepared.files).read - len(prepared.questions),
         "answers": answers,
-        "max_new_tokens": config.max_new_tokens,
+        "max_new_tokens": config.decoding.max_new_tokens,
     }
     words = [
         f"answer {many(values['conversations'], 'conversation')} ({many(values['skipped'], 'row')} skipped): "
-        f"{many(answers, 'answer')} of up to {many(config.max_new_tokens, 'token')}",
-        f"{config.batch_size} at a time, {'with a draft' if config.draft else 'a token a step'}",
+        f"{many(answers, 'answer')} of up to {many(config.decoding.max_new_tokens, 'token')}",
+        f"{config.batch_size} at a time, {' and '.join(prepared.team.drafts) or 'a token a step'}",
     ]
     parts = parts_of(config.out)
     return planned("respond", values, words, config.out.parent, [config.out.name, parts.name], continues=parts)
@@ -181,7 +198,6 @@ def describe(config: RespondConfig, prepared: Prepared) -> Outcome:
 
 def respond(config: RespondConfig, asked: Prepared | None = None) -> Responses:
     """Write a file of chats; returns what it holds. A second call continues, never decodes again."""
-    import jax.numpy as jnp
     import numpy as np
 
     from jsfdd.base.mesh import make_mesh, round_up_to_shards
@@ -189,14 +205,13 @@ def respond(config: RespondConfig, asked: Prepared | None = None) -> Responses:
     from jsfdd.base.progress import progress
     from jsfdd.decoding.conversation_log import append_batch, open_log, read_log
     from jsfdd.decoding.conversations import answer_all
-    from jsfdd.weights.target import load_target
 
     asked = asked or prepare(config)
-    mesh = make_mesh(model=config.model_shards)
-    target = load_target(config.target, jnp.dtype(config.dtype), mesh)
+    mesh = make_mesh(model=config.model.model_shards)
+    target = load_weights(config.model, mesh)
     batch_size = round_up_to_shards(config.batch_size, mesh)
     identity = _identity(config, target, asked, batch_size)
-    agree({"the options": config.to_json(), **identity})
+    agree({"the options": to_json(config), **identity})
     agree_on_directory(config.out.parent)
     log = parts_of(config.out)
     finished = read_log(log, identity)
@@ -208,10 +223,10 @@ def respond(config: RespondConfig, asked: Prepared | None = None) -> Responses:
         conversations, accept_counts = answer_all(
             target,
             asked.setup,
-            [] if asked.draft is None else [asked.draft.params],
+            asked.team.params,
             asked.questions,
             mesh,
-            temperature=config.temperature,
+            temperature=config.decoding.temperature,
             batch_size=batch_size,
             longest_prompt=asked.longest_prompt,
             seed=config.seed,
@@ -224,7 +239,7 @@ def respond(config: RespondConfig, asked: Prepared | None = None) -> Responses:
     wait_for_all("answers written")
     steps = accept_counts.sum()
     emitted = accept_counts @ np.arange(1, len(accept_counts) + 1)
-    return Responses(conversations, asked.files, float(emitted / steps) if asked.draft and steps else None)
+    return Responses(conversations, asked.files, float(emitted / steps) if asked.team.drafts and steps else None)
 
 
 def parts_of(out: Path) -> Path:
@@ -235,14 +250,14 @@ def parts_of(out: Path) -> Path:
 def _identity(config: RespondConfig, target: Target, asked: Prepared, batch_size: int) -> dict:
     """What the answers depend on; JSON-ready."""
     names = ("model_shards", "turns", "max_new_tokens", "temperature", "top_k", "top_p", "seed")
-    reach = ("num_draft_tokens", "tree_nodes", "tree_top_k")
-    draft = None
-    if asked.draft is not None:
-        draft = {"digest": _digest(asked.draft)} | {name: getattr(config, name) for name in reach}
+    options, drafts = to_json(config), {}
+    if asked.team.drafts:
+        drafts = {name: options[name] for name in ("combine", "num_draft_tokens", "tree_nodes", "tree_top_k")}
+        drafts["digests"] = [_digest(draft) for draft in asked.team.drafts.values()]
     return (
-        identity_of(target, config.data, config.max_length, config.dtype)
-        | {name: getattr(config, name) for name in names}
-        | {"stop_tokens": target.stop_tokens, "batch_size": batch_size, "draft": draft}
+        identity_of(target, config.data, config.max_length, target_dtype(config.model))
+        | {name: options[name] for name in names}
+        | {"stop_tokens": target.stop_tokens, "batch_size": batch_size, "drafts": drafts}
     )
 
 
@@ -263,8 +278,9 @@ def _write(config: RespondConfig, target: Target, conversations: Sequence[Conver
     """The rows, whole or not at all. Each says how it was made, since rows outlive the files they were written to."""
     from jsfdd.base.files import written_whole
 
-    made = {"target": Path(config.target).name, "fingerprint": target.fingerprint}
-    made |= {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "seed")}
+    made = {"target": Path(config.model.target).name, "fingerprint": target.fingerprint}
+    options = to_json(config)
+    made |= {name: options[name] for name in ("temperature", "top_k", "top_p", "seed")}
     with written_whole(config.out) as aside, aside.open("w", encoding="utf-8") as file:
         for conversation in conversations:
             questions = conversation.questions

@@ -12,66 +12,73 @@ import time
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
+
+import tyro
 
 from jsfdd.commands import evaluate, export, inputs, score, select, train
 from jsfdd.commands.evaluate import EvaluateConfig
 from jsfdd.commands.export import ExportConfig
 from jsfdd.commands.inputs import Inputs, Loaded, tree_shape
 from jsfdd.commands.options import (
-    Batched,
-    DataOptions,
+    ChatOptions,
     DecodingOptions,
     ExportOptions,
-    FeatureFormat,
-    MixOptions,
-    Seeded,
+    HiddenOptions,
+    MixtureOptions,
+    ModelOptions,
+    Paths,
+    RecipeOptions,
     SelectionOptions,
-    TargetOptions,
-    TrainingOptions,
+    check,
+    check_at_least,
+    to_json,
 )
 from jsfdd.commands.outcome import Outcome, many, planned
 from jsfdd.commands.score import HIDDEN, ScoreConfig, check_arms
 from jsfdd.commands.select import SelectConfig
 from jsfdd.commands.summary import example_texts, summarise, summary_words
-from jsfdd.commands.train import RECOMPUTE, RECOMPUTED, SOFT_TARGETS, STORE, TrainConfig, check_features
+from jsfdd.commands.train import RECOMPUTED, SOFT_TARGETS, TrainConfig, check_vocabulary
 
 if TYPE_CHECKING:
-    from jsfdd.base.records import Prompt
+    from jsfdd.base.records import Prompt, Sample
+    from jsfdd.selection.sfdd import Selection
+
+EXAMPLES = """
+jsfdd run --target smollm2 --data chats.jsonl --prompts prompts.jsonl --out run --dry-run
+jsfdd run --target smollm2 --data chats.jsonl --prompts prompts.jsonl --arms full --out run
+"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RunConfig(
-    TargetOptions,
-    DataOptions,
-    SelectionOptions,
-    MixOptions,
-    TrainingOptions,
-    FeatureFormat,
-    DecodingOptions,
-    ExportOptions,
-    Batched,
-    Seeded,
-):
-    """Score, select, train, evaluate, export and report: the whole loop in one resumable directory."""
+class RunConfig:
+    """Score, select, train, evaluate, export and report in one directory."""
 
-    prompts: tuple[Path, ...]
-    """Prompt files to evaluate on."""
+    model: ModelOptions
+    chats: ChatOptions
+    selection: SelectionOptions = SelectionOptions()
+    mixture: MixtureOptions = MixtureOptions()
+    recipe: RecipeOptions = RecipeOptions()
+    hidden: HiddenOptions = HiddenOptions()
+    decoding: DecodingOptions = DecodingOptions()
+    export: ExportOptions = ExportOptions()
+    prompts: Paths
+    """Prompts to evaluate on: files, directories or patterns as for --data; rows with "turns"."""
     out: Path
     """Directory of the run; a second call continues it and repeats nothing."""
-    arms: tuple[str, ...] = ("full", "flatness", "random")
+    arms: Annotated[tuple[str, ...], tyro.conf.arg(metavar="ARM …")] = ("full", "flatness", "random")
     """Drafts to train and compare: `full` (every sample) or the name of a metric, at --retain-ratio."""
-
-    features: str = "store"
-    """Hidden states: `store` keeps, while scoring, those of what an arm can still select; `recompute` lets the target compute
-    each batch's anew in every epoch and needs no disk."""
+    batch_size: int = 8
+    """Prompts decoded together."""
+    seed: int = 0
+    """Seeds every random choice of the command."""
 
     def __post_init__(self):
-        super().__post_init__()
+        check("--prompts", self.prompts, len(self.prompts) > 0, "at least one prompt file")
+        check("--arms", self.arms, len(self.arms) > 0, "one or more arms")
         check_arms("--arms", self.arms)
-        check_features(self)
-        if self.features not in ("store", "recompute"):
-            raise ValueError(f"--features: got {self.features!r}; a run stores its own (`store`) or none (`recompute`)")
+        check_at_least(1, batch_size=self.batch_size)
+        check_vocabulary(self.recipe, self.hidden)
 
 
 class Prepared(NamedTuple):
@@ -88,19 +95,19 @@ def prepare(config: RunConfig) -> Prepared:
     from jsfdd.weights.card import Serving
     from jsfdd.weights.export import check_flavour
 
-    tree_shape(config)
+    tree_shape(config.decoding)
     if several():
         raise ValueError("`jsfdd run` works in one process; start score, select, train and evaluate one after the other")
     check_claim(config)
     if (config.out / "summary.json").exists():
         return Prepared(None, None)
     prompts = read_prompts(config.prompts)
-    found = inputs.read_inputs(config)
+    found = inputs.read_inputs(config.model, config.chats)
     # Before hours of training: the drafts will have this shape.
-    serving = Serving(config.served_target or config.target)
-    check_flavour(draft_of(found.target.config, config, found.samples), config.flavour, serving)
-    train.training_sides(found.samples, None, config)  # a mixture that not even all samples allow is no arm's
-    evaluate.check_prompts(config, found.target, prompts)
+    draft = draft_of(found.target.config, config.recipe, found.samples)
+    check_flavour(draft, config.export.flavour, Serving(config.model.target))
+    _sides(config, found.samples)  # a mixture that not even all samples allow is no arm's
+    evaluate.check_prompts(found.target, prompts, config.decoding.max_new_tokens)
     return Prepared(prompts, found)
 
 
@@ -119,28 +126,29 @@ def describe(config: RunConfig, prepared: Prepared) -> Outcome:
     prompts, found = prepared
     scoring, scoring_words = score.describe_scoring(found)
     words = list(scoring_words)
-    kept, held_out = train.training_sides(found.samples, None, config)
+    kept, held_out = _sides(config, found.samples)
     arms = {}
     for arm in config.arms:
         # Which samples an arm keeps is known when they are scored; how many, and so about how many steps, is known now.
-        share = 1.0 if arm == "full" or config.mix_total else config.retain_ratio
-        values, said = train.describe_training(config, found, kept, held_out, share, estimated=arm != "full")
+        share = 1.0 if arm == "full" or config.mixture.mix_total else config.selection.retain_ratio
+        values, said = train.describe_training(
+            config.recipe, config.mixture, config.seed, found, kept, held_out, share, estimated=arm != "full"
+        )
         arms[arm] = values
         words += [f"{arm}: {line}" for line in said]
     scoring_config, hidden_bytes, said = scoring_of_run(config), 0, RECOMPUTED
-    if scoring_config.keep_features:
+    if scoring_config.keep_hidden:
         hidden_bytes, said = score.describe_kept(scoring_config, found)
-    elif config.features == STORE:
-        tokens = sum(len(sample.tokens) for sample in found.samples)
-        hidden_bytes, said = score.describe_hidden(config, found, tokens)
-        said = f"store at most {said}, once it is selected"
     # Arms mix what they selected, so together they may train on more than one mixture.
-    soft_target_bytes, also = train.describe_soft_targets(config, found, found.samples if config.mix else kept)
+    trained_on = found.samples if config.mixture.mix else kept
+    soft_target_bytes, also = train.describe_soft_targets(config.recipe, config.hidden, found, trained_on)
     words[len(scoring_words) : len(scoring_words)] = [said, *also]
-    decoding, said = evaluate.describe_decoding(config, found.target, prompts)
+    decoding, said = evaluate.describe_decoding(
+        config.decoding, config.batch_size, config.model.model_shards, found.target, prompts
+    )
     words += [f"{line}, for {many(len(arms), 'draft')}" for line in said]
     stores = [f"{HIDDEN}/"] * bool(hidden_bytes)
-    stores += [f"{SOFT_TARGETS}/"] * bool(soft_target_bytes and not config.draft_vocab)
+    stores += [f"{SOFT_TARGETS}/"] * bool(soft_target_bytes and not config.recipe.draft_vocab)
     files = ["scores.parquet", "token_scores.parquet", *stores, *(f"arms/{arm}/" for arm in arms)]
     files += ["summary.json", "report.html"]
     values = {"scoring": scoring, "hidden_bytes": hidden_bytes, "arms": arms, "decoding": decoding}
@@ -169,11 +177,42 @@ def run_stages(config: RunConfig, prepared: Prepared | None = None) -> dict:
 
 
 def scoring_of_run(config: RunConfig) -> ScoreConfig:
-    """The scoring stage of a run: it keeps the hidden states of all that an arm can select; `full` has every arm's samples."""
-    keep = ("full",) if "full" in config.arms else config.arms
-    if config.features == RECOMPUTE:
-        keep = ()
-    return ScoreConfig.taken_from(config, per_token=True, keep_features=keep)
+    """The scoring stage of a run: it keeps the hidden states of all that an arm can select. Every arm's samples are among those
+    of `full`."""
+    keep = () if config.hidden.no_hidden_store else ("full",) if "full" in config.arms else config.arms
+    return ScoreConfig(
+        model=config.model,
+        chats=config.chats,
+        out=config.out,
+        per_token=True,
+        keep_hidden=keep,
+        retain_ratio=config.selection.retain_ratio,
+        within=config.selection.within,
+        held_out_share=config.recipe.held_out_share,
+        hidden_dtype=config.hidden.hidden_dtype,
+        seed=config.seed,
+    )
+
+
+def _training_of_arm(config: RunConfig, directory: Path) -> TrainConfig:
+    return TrainConfig(
+        model=config.model,
+        chats=config.chats,
+        mixture=config.mixture,
+        recipe=config.recipe,
+        hidden=config.hidden,
+        out=directory,
+        selection=directory / "selection.json",
+        hidden_from=None if config.hidden.no_hidden_store else config.out / HIDDEN,
+        token_scores=config.out / "token_scores.parquet" if config.recipe.weighs_tokens else None,
+        seed=config.seed,
+    )
+
+
+def _sides(
+    config: RunConfig, samples: Sequence[Sample], selection: Selection | None = None
+) -> tuple[list[Sample], list[Sample]]:
+    return train.training_sides(samples, selection, config.recipe, config.mixture, config.seed)
 
 
 def _compute(config: RunConfig, prompts: Sequence[Prompt], found: Inputs) -> None:
@@ -191,45 +230,54 @@ def _compute(config: RunConfig, prompts: Sequence[Prompt], found: Inputs) -> Non
         table = score.score(scoring, loaded)
 
     arms = {arm: config.out / "arms" / arm for arm in config.arms}
-    selections = {}
-    for arm, directory in arms.items():
-        metric, ratio = ("flatness", 1.0) if arm == "full" else (arm, config.retain_ratio)
-        selections[arm] = select.select(
-            SelectConfig.taken_from(
-                config, scores=config.out / "scores.parquet", metric=metric, retain_ratio=ratio, out=directory
-            )
-        )
-    sides = {arm: train.training_sides(loaded.samples, selection, config) for arm, selection in selections.items()}
+    selections = {arm: _select_arm(config, arm, directory) for arm, directory in arms.items()}
+    sides = {arm: _sides(config, loaded.samples, selection) for arm, selection in selections.items()}
     needed = {sample.id: sample for kept, held_out in sides.values() for sample in (*kept, *held_out)}
-    kept_at = str(config.out / HIDDEN) if scoring.keep_features else config.features
+    stages = {arm: _training_of_arm(config, directory) for arm, directory in arms.items()}
     with clock.stage("hidden"):
-        source = TrainConfig.taken_from(config, features=kept_at, token_retain_ratio=1.0, token_weighting="hard")
-        store = train.hidden_for_training(source, loaded, list(needed.values()), None)
+        hidden = train.hidden_states_of(next(iter(stages.values())), loaded, list(needed.values()))
     soft_targets = None
-    # A vocabulary belongs to one arm, and so do its soft targets.
-    if config.stored_soft_targets(config.features != RECOMPUTE) and not config.draft_vocab:
-        trained_on = {sample.id: sample for kept, _ in sides.values() for sample in kept}
+    if not config.recipe.draft_vocab:  # a draft vocabulary is counted for each arm, and so are its soft targets
+        data = TrainingData(list({sample.id: sample for kept, _ in sides.values() for sample in kept}.values()), hidden)
         with clock.stage("soft_targets"):
-            soft_targets = train.soft_targets_for_training(config, loaded, TrainingData(list(trained_on.values()), store))
+            soft_targets = train.soft_targets_of(
+                config.recipe, config.hidden, loaded, data, config.chats.batch_tokens, config.out
+            )
 
     trained = {}
-    for arm, directory in arms.items():
+    for arm, stage in stages.items():
         console.print(f"training on {arm}: {len(sides[arm][0])} samples", soft_wrap=True)
-        token_scores = config.out / "token_scores.parquet" if config.weighs_tokens else None
-        train_config = TrainConfig.taken_from(
-            config, out=directory, selection=directory / "selection.json", token_scores=token_scores
-        )
-        trained[arm] = train.train(train_config, loaded, store, soft_targets)
+        trained[arm] = train.train(stage, loaded, *sides[arm], hidden, soft_targets)
 
     with clock.stage("evaluate"):
         reports = _evaluate_arms(config, loaded, arms, prompts)
     for directory in arms.values():
         if not (directory / "draft").exists():
-            export.export(ExportConfig.taken_from(config, draft=directory, out=directory / "draft"))
+            export.export(
+                ExportConfig(
+                    export=config.export,
+                    draft=directory,
+                    out=directory / "draft",
+                    num_draft_tokens=config.decoding.num_draft_tokens,
+                )
+            )
     write_json(config.out / "texts.json", example_texts(loaded, table, selections))
     kept = {arm: side[0] for arm, side in sides.items()}
     summary = summarise(loaded, kept, trained, reports, clock.seconds, compare(reports, config.seed))
     write_json(config.out / "summary.json", summary)
+
+
+def _select_arm(config: RunConfig, arm: str, directory: Path) -> Selection:
+    metric, ratio = ("flatness", 1.0) if arm == "full" else (arm, config.selection.retain_ratio)
+    return select.select(
+        SelectConfig(
+            selection=dataclasses.replace(config.selection, retain_ratio=ratio),
+            scores=config.out / "scores.parquet",
+            metric=metric,
+            out=directory,
+            seed=config.seed,
+        )
+    )
 
 
 def _evaluate_arms(
@@ -242,9 +290,20 @@ def _evaluate_arms(
     paths = {arm: directory / "report.json" for arm, directory in arms.items()}
     if not all(path.exists() for path in paths.values()):
         drafts = {arm: load_draft(directory) for arm, directory in arms.items()}
-        for arm, result in evaluate.measure(config, loaded.target, drafts, prompts, loaded.mesh).items():
-            arm_config = EvaluateConfig.taken_from(config, draft=(arms[arm],), out=arms[arm])
-            write_json(paths[arm], result | {"config": arm_config.to_json()})
+        reports = evaluate.measure(
+            config.decoding, config.batch_size, config.seed, loaded.target, drafts, prompts, loaded.mesh
+        )
+        for arm, report in reports.items():
+            arm_config = EvaluateConfig(
+                model=config.model,
+                decoding=config.decoding,
+                draft=(arms[arm],),
+                prompts=config.prompts,
+                batch_size=config.batch_size,
+                out=arms[arm],
+                seed=config.seed,
+            )
+            write_json(paths[arm], report | {"config": to_json(arm_config)})
     return {arm: read_json(path) for arm, path in paths.items()}
 
 
@@ -256,7 +315,7 @@ def check_claim(config: RunConfig) -> dict:
     from jsfdd.base.files import differences, read_json
     from jsfdd.data.rows import input_digests
 
-    claim = {"config": config.to_json(), "inputs": input_digests((*config.data, *config.prompts))}
+    claim = {"config": to_json(config), "inputs": input_digests((*config.chats.data, *config.prompts))}
     path = config.out / "run.json"
     if path.exists() and (changed := differences(read_json(path), claim)):
         raise ValueError(f"{config.out} holds another run ({changed}); choose another --out")
@@ -270,7 +329,7 @@ def _claim(config: RunConfig) -> None:
     claim = check_claim(config)
     config.out.mkdir(parents=True, exist_ok=True)
     if not (config.out / "run.json").exists():
-        write_json(config.out / "config.json", config.to_json())
+        write_json(config.out / "config.json", to_json(config))
         write_json(config.out / "run.json", claim)
 
 

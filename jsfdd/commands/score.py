@@ -2,7 +2,7 @@
 
     scores.parquet         a row a sample
     token_scores.parquet   with --per-token, the counted tokens' flatness and entropy
-    hidden/                with --keep-features, the hidden states of what can be selected
+    hidden/                with --keep-hidden, the hidden states of what can be selected
     scores.parts/          what is finished of an interrupted run
 """
 
@@ -12,17 +12,23 @@ import dataclasses
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
 
 from jsfdd.commands.inputs import Inputs, Loaded, load, read_inputs
 from jsfdd.commands.options import (
-    DataOptions,
-    FeatureFormat,
+    ChatOptions,
+    Flag,
+    HiddenDtype,
+    HiddenOptions,
+    ModelOptions,
     ProcessOptions,
-    Seeded,
+    RecipeOptions,
     SelectionOptions,
-    TargetOptions,
-    TrainingOptions,
+    Within,
+    check,
+    check_share,
 )
 from jsfdd.commands.outcome import Outcome, counts_to_json, many, planned
 from jsfdd.scoring.metrics import METRICS
@@ -35,32 +41,46 @@ if TYPE_CHECKING:
 
 HIDDEN = "hidden"  # folder of hidden states in a stage's --out
 
+EXAMPLES = """
+jsfdd score --target smollm2 --data chats.jsonl --out scored
+jsfdd score --target DIR --data 'chats/*.jsonl.zst' more/ hf:ORG/NAME:train --out scored --dry-run
+jsfdd score --target DIR --data chats/ --keep-hidden flatness --retain-ratio 0.5 --out scored
+"""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ScoreConfig(TargetOptions, DataOptions, FeatureFormat, Seeded, ProcessOptions):
+class ScoreConfig:
     """Score chats by how flat the target's next-token distributions are."""
 
+    model: ModelOptions
+    chats: ChatOptions
+    processes: ProcessOptions = ProcessOptions()
     out: Path
     """Directory for scores.parquet; an interrupted run continues here."""
-    per_token: bool = False
+    per_token: Flag = False
     """Also write token_scores.parquet, one row a sample with the list of its counted tokens' flatness and entropy."""
-    keep_features: tuple[str, ...] = ()
-    """In the same pass keep the hidden states of what these can select, in OUT/hidden for `jsfdd train --features`: metrics,
+    keep_hidden: Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="", metavar="ARM …")] = ()
+    """In the same pass keep the hidden states of what these can select, in OUT/hidden for `jsfdd train --hidden-from`: metrics,
     at --retain-ratio and, for random, --seed; or `full`, every sample. Others are dropped as soon as that is known."""
     retain_ratio: float = SelectionOptions.retain_ratio
-    """With --keep-features: the share of the samples that the selection will keep."""
-    within: Literal["all", "source"] = SelectionOptions.within
-    """With --keep-features: among which samples the selection will keep that share."""
-    held_out_share: float = TrainingOptions.held_out_share
-    """With --keep-features: the share that training will hold out, of which hidden states are kept too."""
+    """With --keep-hidden: the share of the samples that the selection will keep."""
+    within: Within = SelectionOptions.within
+    """With --keep-hidden: among which samples the selection will keep that share."""
+    held_out_share: float = RecipeOptions.held_out_share
+    """With --keep-hidden: the share that training will hold out, of which hidden states are kept too."""
+    hidden_dtype: HiddenDtype = HiddenOptions.hidden_dtype
+    """With --keep-hidden: how they are stored. int8 has a scale for each token and takes half of bfloat16's disk."""
+    seed: int = 0
+    """Seeds every random choice of the command."""
 
     def __post_init__(self):
-        super().__post_init__()
-        check_arms("--keep-features", self.keep_features)
+        check_share("--retain-ratio", self.retain_ratio)
+        check_held_out_share(self.held_out_share)
+        check_arms("--keep-hidden", self.keep_hidden)
 
 
 def prepare(config: ScoreConfig) -> Inputs:
-    return read_inputs(config)
+    return read_inputs(config.model, config.chats)
 
 
 def run(config: ScoreConfig, inputs: Inputs) -> Outcome:
@@ -68,16 +88,16 @@ def run(config: ScoreConfig, inputs: Inputs) -> Outcome:
     path = config.out / "scores.parquet"
     values = {"command": "score", "samples": len(table.ids), "scores": path, "files": counts_to_json(inputs.files)}
     words = f"{len(table.ids)} samples scored: {path}"
-    if config.keep_features:
-        values["features"] = config.out / HIDDEN
-        words += f"; hidden states kept for {' '.join(config.keep_features)}: {values['features']}"
+    if config.keep_hidden:
+        values["hidden"] = config.out / HIDDEN
+        words += f"; hidden states kept for {' '.join(config.keep_hidden)}: {values['hidden']}"
     return Outcome(values, words)
 
 
 def describe(config: ScoreConfig, inputs: Inputs) -> Outcome:
     values, words = describe_scoring(inputs)
     files = ["scores.parquet", *(["token_scores.parquet"] if config.per_token else []), "scores.parts/"]
-    if config.keep_features:
+    if config.keep_hidden:
         values["hidden_bytes"], said = describe_kept(config, inputs)
         words.append(said)
         files.append(f"{HIDDEN}/")
@@ -92,12 +112,12 @@ def score(config: ScoreConfig, loaded: Loaded | None = None) -> ScoreTable:
 
     loaded = loaded or load(config)
     agree_on_directory(config.out)
-    with keeper(config, loaded) if config.keep_features else nullcontext() as kept:
+    with keeper(config, loaded) if config.keep_hidden else nullcontext() as kept:
         table = score_samples(
             loaded.target,
             loaded.samples,
             loaded.mesh,
-            batch_tokens=config.batch_tokens,
+            batch_tokens=config.chats.batch_tokens,
             identity=loaded.identity,
             parts_dir=config.out / "scores.parts",
             per_token=config.per_token,
@@ -112,35 +132,40 @@ def score(config: ScoreConfig, loaded: Loaded | None = None) -> ScoreTable:
 
 
 def keeper(config: ScoreConfig, loaded: Loaded) -> AbstractContextManager[HiddenKeeper]:
-    """Writes the hidden states that --keep-features asks for, into `out`/hidden."""
+    """Writes the hidden states that --keep-hidden asks for, into `out`/hidden."""
     from jsfdd.hidden.capture import keep_hidden
 
-    names = ("keep_features", "retain_ratio", "within", "seed", "held_out_share")
+    names = ("keep_hidden", "retain_ratio", "within", "seed", "held_out_share")
     return keep_hidden(
         loaded.target,
         still_possible(config, loaded.samples),
         directory=config.out / HIDDEN,
         identity=loaded.identity,
         kept_for={name: getattr(config, name) for name in names},
-        dtype=config.feature_dtype,
+        dtype=config.hidden_dtype,
     )
 
 
 def still_possible(config: ScoreConfig, samples: Sequence[Sample]) -> StillPossible:
-    """What the arms of --keep-features may select, before anything is scored."""
+    """What the arms of --keep-hidden may select, before anything is scored."""
     from jsfdd.data.held_out import split_held_out
     from jsfdd.hidden.best_k import StillPossible
 
     _, held_out = split_held_out(samples, config.held_out_share)
     always = {sample.id for sample in held_out}
-    if "full" in config.keep_features:
+    if "full" in config.keep_hidden:
         always |= {sample.id for sample in samples if sample.counted.any()}
-    metrics = [arm for arm in config.keep_features if arm != "full"]
+    metrics = [arm for arm in config.keep_hidden if arm != "full"]
     return StillPossible(samples, metrics, config.retain_ratio, config.seed, always, config.within)
 
 
+def check_held_out_share(value: float) -> None:
+    check("--held-out-share", value, 0 <= value < 0.5, "a share of the samples in [0, 0.5)")
+
+
 def check_arms(option: str, arms: Sequence[str]) -> None:
-    """ValueError unless every arm is `full` or a metric."""
+    """ValueError unless all arms are different, and each is `full` or a metric."""
+    check(option, arms, len(set(arms)) == len(arms), "different arms")
     known = ("full", *METRICS)
     for arm in arms:
         if arm not in known:
@@ -176,16 +201,21 @@ def describe_scoring(inputs: Inputs) -> tuple[dict, list[str]]:
 
 
 def describe_kept(config: ScoreConfig, inputs: Inputs) -> tuple[int, str]:
-    """For all arms of --keep-features; exact for `full`, else as if every sample were as likely to stay."""
-    size, said = describe_hidden(config, inputs, still_possible(config, inputs.samples).expected_tokens)
-    return size, f"keep {'' if 'full' in config.keep_features else 'about '}{said}, in the same pass"
+    """For all arms of --keep-hidden; exact for `full`, else as if every sample were as likely to stay."""
+    size, said = describe_hidden(config.hidden_dtype, inputs, still_possible(config, inputs.samples).expected_tokens)
+    return size, f"keep {'' if 'full' in config.keep_hidden else 'about '}{said}, in the same pass"
 
 
-def describe_hidden(config: FeatureFormat, inputs: Inputs, tokens: float) -> tuple[int, str]:
+def hidden_bytes(dtype: HiddenDtype, hidden_size: int, tokens: float) -> int:
     """Bytes that the hidden states of so many tokens take on disk."""
     from jsfdd.hidden.rows import row_bytes
 
-    size = round(tokens * row_bytes(config.feature_dtype, inputs.target.config.hidden_size))
+    return round(tokens * row_bytes(dtype, hidden_size))
+
+
+def describe_hidden(dtype: HiddenDtype, inputs: Inputs, tokens: float) -> tuple[int, str]:
+    """The hidden states of so many tokens: (bytes, words)."""
+    size = hidden_bytes(dtype, inputs.target.config.hidden_size, tokens)
     return size, f"{size / 1e6:,.1f} MB of hidden states"
 
 

@@ -6,24 +6,33 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jsfdd.commands.options import ProcessOptions, Seeded, SelectionOptions
+from jsfdd.commands.options import ProcessOptions, SelectionOptions
 from jsfdd.commands.outcome import Outcome, many, planned
 from jsfdd.scoring.metrics import MetricName
 
 if TYPE_CHECKING:
     from jsfdd.selection.sfdd import Selection
 
+EXAMPLES = """
+jsfdd select --scores scored/scores.parquet --retain-ratio 0.5 --out scored
+jsfdd select --scores scored/scores.parquet --metric random --seed 1 --out chance --json
+"""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SelectConfig(SelectionOptions, Seeded, ProcessOptions):
+class SelectConfig:
     """Keep the most valuable share of the scored samples."""
 
+    selection: SelectionOptions = SelectionOptions()
+    processes: ProcessOptions = ProcessOptions()
     scores: Path
     """scores.parquet, as `jsfdd score` wrote it."""
     metric: MetricName = "flatness"
     """Which score decides. Each metric keeps the end that stands for an uncertain target."""
     out: Path
     """Directory for selection.json."""
+    seed: int = 0
+    """Seeds every random choice of the command."""
 
 
 def prepare(config: SelectConfig) -> Selection:
@@ -31,7 +40,8 @@ def prepare(config: SelectConfig) -> Selection:
     from jsfdd.selection import sfdd
 
     table = read_scores(config.scores)
-    return sfdd.select(table, config.retain_ratio, metric=config.metric, within=config.within, seed=config.seed)
+    wanted = config.selection
+    return sfdd.select(table, wanted.retain_ratio, metric=config.metric, within=wanted.within, seed=config.seed)
 
 
 def run(config: SelectConfig, selection: Selection) -> Outcome:

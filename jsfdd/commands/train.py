@@ -1,7 +1,7 @@
 """`jsfdd train`: a draft learns on the selected samples.
 
     checkpoints/      the draft, its optimizer and what it was trained on
-    metrics.jsonl     a line every --log-every steps
+    metrics.jsonl     a line every few steps
     timings.jsonl     seconds of the same steps
     hidden/           the target's hidden states of the samples, unless they are read from elsewhere or not stored
     soft_targets/     what is stored of the target's distributions
@@ -15,70 +15,84 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from jsfdd.commands.inputs import Inputs, Loaded, load, read_inputs
+from jsfdd.commands.inputs import Inputs, Loaded, load, read_inputs, target_dtype
 from jsfdd.commands.options import (
-    DataOptions,
-    FeatureFormat,
-    MixOptions,
-    ProbeOptions,
+    ChatOptions,
+    Flag,
+    HiddenOptions,
+    MixtureOptions,
+    ModelOptions,
+    OptionalPath,
+    Paths,
     ProcessOptions,
-    Seeded,
-    TargetOptions,
-    TrainingOptions,
+    RecipeOptions,
+    option_of,
 )
 from jsfdd.commands.outcome import Outcome, counts_to_json, many, planned
 from jsfdd.commands.score import HIDDEN, counted_tokens, describe_hidden
 
 if TYPE_CHECKING:
     from jsfdd.base.records import Sample
-    from jsfdd.commands.run import RunConfig
     from jsfdd.hidden.store import HiddenStore
+    from jsfdd.models.architecture import DecoderConfig
     from jsfdd.selection.sfdd import Selection
     from jsfdd.training.batch import HiddenStates, PerToken, TrainingData
     from jsfdd.training.recipe import Recipe
     from jsfdd.training.train import Probe, TrainResult
 
-STORE, RECOMPUTE = "store", "recompute"  # values of --features
 SOFT_TARGETS = "soft_targets"  # folder in --out
 RECOMPUTED = "compute the hidden states of each batch at every step; store none"
-_PROBE_DEPTH = 4
+_PROBE_DEPTH, _PROBE_NEW_TOKENS = 4, 64
+
+EXAMPLES = """
+jsfdd train --target smollm2 --data chats.jsonl --selection scored/selection.json --out draft
+jsfdd train --target DIR --data chats/ --mask-spans thinking tool_calls --out draft --dry-run
+jsfdd train --target DIR --data chats/ --selection S --hidden-from scored/hidden --out draft
+jsfdd train --target DIR --data math.jsonl chat.jsonl --mix math=0.5 chat=0.5 --out draft
+"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig(
-    TargetOptions, DataOptions, MixOptions, TrainingOptions, FeatureFormat, ProbeOptions, Seeded, ProcessOptions
-):
+class TrainConfig:
     """Train an EAGLE draft on the selected samples."""
 
+    model: ModelOptions
+    chats: ChatOptions
+    mixture: MixtureOptions = MixtureOptions()
+    recipe: RecipeOptions = RecipeOptions()
+    hidden: HiddenOptions = HiddenOptions()
+    processes: ProcessOptions = ProcessOptions()
     out: Path
     """Directory for checkpoints/ and metrics.jsonl; an interrupted run continues here."""
-    selection: Path | None = None
+    selection: OptionalPath = None
     """selection.json, as `jsfdd select` wrote it; without it every sample is used."""
-    shard_optimizer: bool = False
+    hidden_from: OptionalPath = None
+    """Read hidden states from this directory, which `jsfdd score --keep-hidden` wrote, in place of computing them first and
+    storing them in OUT/hidden."""
+    token_scores: OptionalPath = None
+    """token_scores.parquet, as `jsfdd score --per-token` wrote it: with --token-retain-ratio the flattest tokens stay."""
+    probe_prompts: Paths = ()
+    """Prompt files, apart from those of the final evaluation: decode them at every checkpoint and keep the draft of
+    the best τ."""
+    shard_optimizer: Flag = False
     """Keep Adam's moments in parts, one on each data shard, instead of whole on every device. Costs an exchange a step."""
-    tensorboard: bool = False
+    tensorboard: Flag = False
     """Also write the metrics as TensorBoard's scalars, to OUT/tensorboard; needs `pip install 'jsfdd[tensorboard]'`."""
-    features: str = "store"
-    """Hidden states: `store` computes them first and keeps them in OUT/hidden; `recompute` lets the target compute each batch's
-    anew in every epoch and needs no disk; or a directory that `jsfdd score --keep-features` wrote."""
-    token_scores: Path | None = None
-    """token_scores.parquet, as `jsfdd score --per-token` wrote it; needed where tokens are selected or weighted."""
+    seed: int = 0
+    """Seeds every random choice of the command."""
 
     def __post_init__(self):
-        super().__post_init__()
-        check_features(self)
-        if self.weighs_tokens != (self.token_scores is not None):
-            raise ValueError(
-                "--token-retain-ratio below 1 and --token-weighting soft need --token-scores, which `jsfdd score --per-token` "
-                "writes, and nothing else reads it"
-            )
+        if self.hidden_from is not None and self.hidden.no_hidden_store:
+            raise ValueError("--hidden-from names a store, and --no-hidden-store wants none; choose one")
+        check_vocabulary(self.recipe, self.hidden)
+        if self.token_scores is not None and not self.recipe.weighs_tokens:
+            raise ValueError("--token-scores chooses tokens; say how many with --token-retain-ratio below 1")
 
 
 class Prepared(NamedTuple):
-    """The inputs, the selection (None: all samples), and what is trained on and held out of them."""
+    """The inputs, and the samples to train on and to hold out."""
 
     inputs: Inputs
-    selection: Selection | None
     kept: list[Sample]
     held_out: list[Sample]
 
@@ -90,90 +104,85 @@ def prepare(config: TrainConfig) -> Prepared:
 
     if config.probe_prompts:
         read_prompts(config.probe_prompts)
-    inputs = read_inputs(config)
+    inputs = read_inputs(config.model, config.chats)
     selection = None if config.selection is None else read_selection(config.selection)
-    kept, held_out = training_sides(inputs.samples, selection, config)
-    draft_of(inputs.target.config, config, kept)  # whose errors need no weights
-    if config.features not in (STORE, RECOMPUTE):
-        open_features(config, None, [*kept, *held_out], selection)  # of which target is only known with the weights
-    return Prepared(inputs, selection, kept, held_out)
+    kept, held_out = training_sides(inputs.samples, selection, config.recipe, config.mixture, config.seed)
+    draft_of(inputs.target.config, config.recipe, kept)  # refuses what the target's vocabulary cannot give
+    if config.hidden_from is not None:
+        open_hidden(config, [*kept, *held_out], selection)
+    return Prepared(inputs, kept, held_out)
 
 
 def run(config: TrainConfig, prepared: Prepared) -> Outcome:
-    result = train(config, load(config, prepared.inputs))
+    loaded = load(config, prepared.inputs)
+    result = train(config, loaded, prepared.kept, prepared.held_out)
     names = ("steps", "samples", "tokens", "seconds", "held_out")
     values = {"command": "train"} | {name: getattr(result, name) for name in names}
-    values |= {"draft": config.out, "files": counts_to_json(prepared.inputs.files)}
+    values |= {"draft": config.out, "files": counts_to_json(loaded.files)}
     return Outcome(values, f"{result.steps} steps on {result.samples} samples in {result.seconds:.0f} s: {config.out}")
 
 
 def describe(config: TrainConfig, prepared: Prepared) -> Outcome:
-    inputs, _, kept, held_out = prepared
-    values, words = describe_training(config, inputs, kept, held_out)
+    inputs, kept, held_out = prepared
+    values, words = describe_training(config.recipe, config.mixture, config.seed, inputs, kept, held_out)
     files = ["checkpoints/", "metrics.jsonl", "timings.jsonl"]
     values["hidden_bytes"] = 0
-    if config.features == STORE:
-        tokens = sum(len(sample.tokens) for sample in (*kept, *held_out))
-        values["hidden_bytes"], said = describe_hidden(config, inputs, tokens)
-        words.append(f"store {said}")
-        files.insert(0, f"{HIDDEN}/")
-    elif config.features == RECOMPUTE:
+    if config.hidden_from is not None:
+        words.append(f"read hidden states from {config.hidden_from}")
+    elif config.hidden.no_hidden_store:
         words.append(RECOMPUTED)
     else:
-        words.append(f"read hidden states from {config.features}")
-    values["soft_target_bytes"], said = describe_soft_targets(config, inputs, kept)
+        tokens = sum(len(sample.tokens) for sample in (*kept, *held_out))
+        values["hidden_bytes"], said = describe_hidden(config.hidden.hidden_dtype, inputs, tokens)
+        words.append(f"store {said}")
+        files.append(f"{HIDDEN}/")
+    values["soft_target_bytes"], said = describe_soft_targets(config.recipe, config.hidden, inputs, kept)
     words += said
-    files[:0] = [f"{SOFT_TARGETS}/"] if values["soft_target_bytes"] else []
+    files += [f"{SOFT_TARGETS}/"] if values["soft_target_bytes"] else []
     return planned("train", values, words, config.out, files, continues=config.out / "checkpoints")
 
 
 def train(
     config: TrainConfig,
-    loaded: Loaded | None = None,
-    store: HiddenStates | None = None,
+    loaded: Loaded,
+    kept: Sequence[Sample],
+    held_out: Sequence[Sample],
+    hidden: HiddenStates | None = None,
     soft_targets: PerToken | None = None,
 ) -> TrainResult:
-    """Write checkpoints/ and metrics.jsonl; returns what happened.
-
-    Without a `store` hidden states come from where `config.features` says; without `soft_targets` those that the config asks
-    for are computed first and kept in `out`.
-    """
+    """Write checkpoints/ and metrics.jsonl; returns what happened. Hidden states and soft targets are computed, stored or read
+    as the config asks unless given."""
     from jsfdd.base.processes import agree, agree_on_directory, is_primary
     from jsfdd.base.progress import console
     from jsfdd.selection.mixture import contents, in_words
-    from jsfdd.selection.sfdd import read_selection
     from jsfdd.training import train as training
     from jsfdd.training.batch import TrainingData
-    from jsfdd.training.draft_shape import draft_of
 
-    loaded = loaded or load(config)
     agree_on_directory(config.out)
-    selection = None if config.selection is None else read_selection(config.selection)
-    kept, held_out = training_sides(loaded.samples, selection, config)
     agree({"the selection": [sample.id for sample in kept]})
-    if config.mix and is_primary():
+    if config.mixture.mix and is_primary():
         console.print(f"mixture of {in_words(contents(kept))}", soft_wrap=True)
-    draft_of(loaded.target.config, config, kept)  # refuses what the target's vocabulary cannot give, before any work
-    if store is None:
-        store = hidden_for_training(config, loaded, [*kept, *held_out], selection)
-    data = TrainingData(kept, store, soft_targets, _token_weights(config, kept))
+    if hidden is None:
+        hidden = hidden_states_of(config, loaded, [*kept, *held_out])
+    data = TrainingData(kept, hidden, soft_targets, _token_weights(config, kept))
     if soft_targets is None:
-        data = data._replace(soft_targets=soft_targets_for_training(config, loaded, data))
+        stored = soft_targets_of(config.recipe, config.hidden, loaded, data, config.chats.batch_tokens, config.out)
+        data = data._replace(soft_targets=stored)
     return training.train(
         loaded.target,
         data,
-        TrainingData(held_out, store),
-        recipe_of(config),
+        TrainingData(held_out, hidden),
+        _recipe(config),
         loaded.mesh,
         out=config.out,
         seed=config.seed,
         identity=loaded.identity
-        | {"feature_dtype": config.feature_dtype}
-        | _mix_identity(config, kept)
+        | {"hidden_dtype": config.hidden.hidden_dtype}
+        | _mixture_identity(config, kept)
         | _probe_identity(config),
         shapes=loaded.shapes,
         probe=_make_probe(config, loaded, kept) if config.probe_prompts else None,
-        probe_every=config.probe_every,
+        probe_every=config.recipe.save_every,
         shard_optimizer=config.shard_optimizer,
         tensorboard=config.tensorboard,
     )
@@ -187,93 +196,95 @@ def recipe_of(config: TrainConfig | RunConfig) -> Recipe:
 
 
 def training_sides(
-    samples: Sequence[Sample], selection: Selection | None, config: TrainConfig | RunConfig
+    samples: Sequence[Sample], selection: Selection | None, recipe: Recipe, mixture: MixtureOptions, seed: int
 ) -> tuple[list[Sample], list[Sample]]:
     """(samples to train on, held-out samples): the mixture of the training side's selected ones, the whole held-out side."""
     from jsfdd.data.held_out import split_held_out
-    from jsfdd.selection.mixture import mixture
+    from jsfdd.selection.mixture import mixture as mixed
     from jsfdd.selection.sfdd import selected_samples
 
-    _, held_out = split_held_out(samples, config.held_out_share)
+    _, held_out = split_held_out(samples, recipe.held_out_share)
     out = {sample.id for sample in held_out}
     kept = samples if selection is None else selected_samples(selection, samples)
     kept = [sample for sample in kept if sample.id not in out]
-    if config.mix:
-        kept = mixture(kept, config.mix_shares, config.mix_unit, config.mix_total, config.seed)
+    if mixture.mix:
+        kept = mixed(kept, mixture.shares, "samples", mixture.mix_total, seed)
     return kept, held_out
 
 
 # --- What the target says of the samples -----------------------------------------------------------------------------
 
 
-def hidden_for_training(
-    config: TrainConfig, loaded: Loaded, samples: Sequence[Sample], selection: Selection | None
-) -> HiddenStates:
-    """The hidden states of `samples`, from where --features says.
+def hidden_states_of(config: TrainConfig, loaded: Loaded, samples: Sequence[Sample]) -> HiddenStates:
+    """The hidden states of `samples`, from where the config says: read, computed at each step, or computed once and stored.
 
-    Raises FileNotFoundError or ValueError for a directory that is no store, or not one of these samples.
+    Raises FileNotFoundError or ValueError for a --hidden-from that is no store, or not one of these samples.
     """
     from jsfdd.hidden import capture
+    from jsfdd.selection.sfdd import read_selection
 
-    target = loaded.target
-    if config.features == RECOMPUTE:
-        return capture.make_recompute(target, loaded.mesh, config.feature_dtype)
-    if config.features == STORE:
-        return capture.store_hidden(
-            target,
-            samples,
-            loaded.mesh,
-            batch_tokens=config.batch_tokens,
-            directory=config.out / HIDDEN,
-            identity=loaded.identity,
-            dtype=config.feature_dtype,
-        )
-    return open_features(config, loaded.identity, samples, selection)
+    if config.hidden_from is not None:
+        selection = None if config.selection is None else read_selection(config.selection)
+        return open_hidden(config, samples, selection, loaded.identity)
+    target, dtype = loaded.target, config.hidden.hidden_dtype
+    if config.hidden.no_hidden_store:
+        return capture.make_recompute(target, loaded.mesh, dtype)
+    return capture.store_hidden(
+        target,
+        samples,
+        loaded.mesh,
+        batch_tokens=config.chats.batch_tokens,
+        directory=config.out / HIDDEN,
+        identity=loaded.identity,
+        dtype=dtype,
+    )
 
 
-def open_features(
-    config: TrainConfig, identity: dict | None, samples: Sequence[Sample], selection: Selection | None
+def open_hidden(
+    config: TrainConfig, samples: Sequence[Sample], selection: Selection | None, identity: dict | None = None
 ) -> HiddenStore:
-    """The store in the directory that --features names, after a look whether it has all of `samples` in --feature-dtype."""
+    """The store in --hidden-from, after a look whether it has all of `samples` in --hidden-dtype; without an `identity`, which
+    needs the weights, whichever target it is of."""
     from jsfdd.hidden.store import HiddenStore
 
-    directory = Path(config.features)
+    directory, dtype = config.hidden_from, config.hidden.hidden_dtype
     if not directory.is_dir():
         raise FileNotFoundError(
-            f"--features {directory}: no such directory; give one that `jsfdd score --keep-features` wrote, or {STORE} or "
-            f"{RECOMPUTE}"
+            f"--hidden-from {directory}: no such directory; give one that `jsfdd score --keep-hidden` wrote, or leave the "
+            "option out"
         )
     store = HiddenStore.open(directory, identity)
-    if store.dtype != config.feature_dtype:
-        raise ValueError(f"{directory}: holds {store.dtype}; give --feature-dtype {store.dtype}, or keep features again")
+    if store.dtype != dtype:
+        raise ValueError(f"{directory}: holds {store.dtype}; give --hidden-dtype {store.dtype}, or keep hidden states again")
     missing = [sample.id for sample in samples if sample.id not in store]
     if missing:
-        wanted = {"held_out_share": config.held_out_share}
+        wanted = {"held_out_share": config.recipe.held_out_share}
         if selection is not None:
-            names = ("metric", "retain_ratio", "within", "seed")
-            wanted = {name: getattr(selection, name) for name in names} | wanted
+            wanted = {name: getattr(selection, name) for name in ("metric", "retain_ratio", "within", "seed")} | wanted
         raise ValueError(
-            f"{directory}: lacks {len(missing)} of {len(samples)} samples, {missing[0]} the first. Wanted: {_options(wanted)}; "
-            f"kept for: {_options(store.kept_for or {'selection': 'of an earlier run'})}. Select and hold out what it was kept "
-            f"for, compute the features with --features {STORE}, or score again with other --keep-features and another --out"
+            f"{directory}: lacks {len(missing)} of {len(samples)} samples, {missing[0]} the first. Wanted: {_typed(wanted)}; "
+            f"kept for: {_typed(store.kept_for or {'selection': 'of an earlier run'})}. Select and hold out what it was kept "
+            "for, leave --hidden-from out, or score again with other --keep-hidden and another --out"
         )
     return store
 
 
-def _options(values: dict) -> str:
-    """As one would type them."""
-    shown = {name: " ".join(value) if isinstance(value, list) else value for name, value in values.items()}
-    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in shown.items() if value is not None)
+def _typed(options: dict) -> str:
+    """Options as one would type them."""
+    shown = {name: " ".join(value) if isinstance(value, list) else value for name, value in options.items()}
+    return " ".join(f"{option_of(name)} {value}" for name, value in shown.items() if value is not None)
 
 
-def soft_targets_for_training(config: TrainConfig | RunConfig, loaded: Loaded, data: TrainingData) -> HiddenStore | None:
+def soft_targets_of(
+    recipe: Recipe, hidden: HiddenOptions, loaded: Loaded, data: TrainingData, batch_tokens: int, out: Path
+) -> HiddenStore | None:
     """What the recipe stores of the target's distributions, where `data` weighs them, in `out`/soft_targets."""
     from jsfdd.models.sharding import split_vocabulary
     from jsfdd.training.draft_shape import draft_of
     from jsfdd.training.loss import borrow
     from jsfdd.training.soft_store import store_soft_targets
 
-    kind = config.stored_soft_targets(config.features != RECOMPUTE)
+    kind = recipe.stored_soft_targets(not hidden.no_hidden_store)
     if kind is None:
         return None
     target, mesh = loaded.target, loaded.mesh
@@ -281,24 +292,35 @@ def soft_targets_for_training(config: TrainConfig | RunConfig, loaded: Loaded, d
         kind,
         data,
         split_vocabulary(borrow(target.config, target.params), mesh),
-        draft_of(target.config, config, data.samples),
-        config,
+        draft_of(target.config, recipe, data.samples),
+        recipe,
         mesh,
-        batch_tokens=config.batch_tokens,
-        directory=config.out / SOFT_TARGETS,
-        identity=loaded.identity | {"feature_dtype": config.feature_dtype},
+        batch_tokens=batch_tokens,
+        directory=out / SOFT_TARGETS,
+        identity=loaded.identity | {"hidden_dtype": hidden.hidden_dtype},
     )
 
 
-def check_features(config: TrainConfig | RunConfig) -> None:
-    """ValueError where options ask for what --features does not give."""
-    if config.draft_vocab and not config.stored_soft_targets(config.features != RECOMPUTE):
-        raise ValueError("--draft-vocab trains on soft targets: take --soft-targets top_k, or means with cross_entropy")
-    if config.features == RECOMPUTE and config.feature_dtype == "int8":
-        raise ValueError("--feature-dtype int8 saves disk, and --features recompute needs none; take bfloat16 or float32")
+def check_vocabulary(recipe: Recipe, hidden: HiddenOptions) -> None:
+    """ValueError where a draft vocabulary is asked for and no soft targets are stored."""
+    if recipe.draft_vocab and not recipe.stored_soft_targets(not hidden.no_hidden_store):
+        raise ValueError(
+            "--draft-vocab trains on soft targets: take --soft-targets means and cross_entropy, or --soft-targets top_k"
+        )
 
 
 # --- What else training reads ----------------------------------------------------------------------------------------
+
+
+def _recipe(config: TrainConfig) -> Recipe:
+    """The recipe, with what follows from other options: tokens are drawn at random where there are no scores to choose them by,
+    and on an accelerator the draft computes in the target's dtype. A CPU is fastest in float32."""
+    import jax
+
+    changes = {} if config.token_scores or not config.recipe.weighs_tokens else {"token_metric": "random"}
+    if jax.default_backend() != "cpu":
+        changes["compute_dtype"] = target_dtype(config.model)
+    return dataclasses.replace(config.recipe, **changes)
 
 
 def _token_weights(config: TrainConfig, kept: Sequence[Sample]) -> dict | None:
@@ -306,14 +328,15 @@ def _token_weights(config: TrainConfig, kept: Sequence[Sample]) -> dict | None:
     from jsfdd.scoring.table import read_token_scores
     from jsfdd.selection.tokens import token_weights
 
-    if not config.weighs_tokens:
+    recipe = _recipe(config)
+    if not recipe.weighs_tokens:
         return None
     return token_weights(
         kept,
-        read_token_scores(config.token_scores),
-        metric=config.token_metric,
-        retain_ratio=config.token_retain_ratio,
-        weighting=config.token_weighting,
+        read_token_scores(config.token_scores) if config.token_scores else {},
+        metric=recipe.token_metric,
+        retain_ratio=recipe.token_retain_ratio,
+        weighting=recipe.token_weighting,
         seed=config.seed,
     )
 
@@ -325,18 +348,18 @@ def _make_probe(config: TrainConfig, loaded: Loaded, kept: Sequence[Sample]) -> 
     from jsfdd.training.draft_shape import draft_of
 
     prompts = read_prompts(config.probe_prompts)
-    draft = draft_of(loaded.target.config, config, kept)
+    draft = draft_of(loaded.target.config, config.recipe, kept)
     return make_probe(
-        loaded.target, draft, prompts, loaded.mesh, num_draft_tokens=_PROBE_DEPTH, max_new_tokens=config.probe_new_tokens
+        loaded.target, draft, prompts, loaded.mesh, num_draft_tokens=_PROBE_DEPTH, max_new_tokens=_PROBE_NEW_TOKENS
     )
 
 
-def _mix_identity(config: TrainConfig, kept: Sequence[Sample]) -> dict:
+def _mixture_identity(config: TrainConfig, kept: Sequence[Sample]) -> dict:
     """The mixture that was asked for, and what it came to."""
     from jsfdd.selection.mixture import contents
 
-    asked = {"shares": config.mix_shares, "unit": config.mix_unit, "total": config.mix_total}
-    return {"mix": asked | {"contents": contents(kept)}} if config.mix else {}
+    asked = {"shares": config.mixture.shares, "total": config.mixture.mix_total}
+    return {"mix": asked | {"contents": contents(kept)}} if config.mixture.mix else {}
 
 
 def _probe_identity(config: TrainConfig) -> dict:
@@ -346,14 +369,16 @@ def _probe_identity(config: TrainConfig) -> dict:
     if not config.probe_prompts:
         return {}
     files = list(input_digests(config.probe_prompts).values())
-    return {"probe": {"prompts": files, "every": config.probe_every, "new_tokens": config.probe_new_tokens}}
+    return {"probe": {"prompts": files, "every": config.recipe.save_every, "new_tokens": _PROBE_NEW_TOKENS}}
 
 
 # --- Parts of a description: (values, words) -------------------------------------------------------------------------
 
 
 def describe_training(
-    config: TrainConfig | RunConfig,
+    recipe: Recipe,
+    mixture: MixtureOptions,
+    seed: int,
     inputs: Inputs,
     kept: Sequence[Sample],
     held_out: Sequence[Sample],
@@ -365,42 +390,46 @@ def describe_training(
     from jsfdd.selection.mixture import contents, in_words
 
     lengths = [len(sample.tokens) for sample in kept]
-    steps = config.epochs * math.ceil(len(epoch_batches(lengths, inputs.shapes, config.seed, epoch=0)) / config.accumulate)
+    steps = recipe.epochs * math.ceil(len(epoch_batches(lengths, inputs.shapes, seed, epoch=0)) / recipe.accumulate)
     samples = max(1, math.floor(share * len(kept) + 0.5))
     values = {
         "samples": samples,
         "held_out": len(held_out),
         "tokens": round(share * sum(lengths)),
         "counted_tokens": round(share * counted_tokens(kept)),
-        "epochs": config.epochs,
+        "epochs": recipe.epochs,
         "steps": math.ceil(share * steps),
         "estimated": estimated,
     }
     about = "about " if estimated else ""
     words = [
         f"train on {about}{many(samples, 'sample')} ({len(held_out):,} held out): {about}{many(values['steps'], 'step')} in "
-        f"{many(config.epochs, 'epoch')} of {about}{values['tokens']:,} tokens",
+        f"{many(recipe.epochs, 'epoch')} of {about}{values['tokens']:,} tokens",
     ]
-    if config.mix and not estimated:
+    if mixture.mix and not estimated:
         values["mix"] = contents(kept)
         words.append(f"a mixture of {in_words(values['mix'])}")
     return values, words
 
 
 def describe_soft_targets(
-    config: TrainConfig | RunConfig, inputs: Inputs, samples: Sequence[Sample]
+    recipe: Recipe, hidden: HiddenOptions, inputs: Inputs, samples: Sequence[Sample]
 ) -> tuple[int, list[str]]:
     """What is stored of the target's distributions, for at most these samples: (bytes, words)."""
+    tokens = sum(len(sample.tokens) for sample in samples)
+    size = soft_target_bytes(recipe, not hidden.no_hidden_store, inputs.target.config, tokens)
+    what = f"the target's {recipe.soft_top_k} likeliest tokens" if recipe.soft_targets == "top_k" else "target means"
+    return size, [f"store at most {size / 1e6:,.1f} MB of {what}"] if size else []
+
+
+def soft_target_bytes(recipe: Recipe, hidden_is_stored: bool, target: DecoderConfig, tokens: float) -> int:
+    """Bytes that the soft targets of so many tokens take on disk."""
     from jsfdd.hidden.rows import row_bytes
     from jsfdd.training.soft_rows import row_words
 
-    kind, target = config.stored_soft_targets(config.features != RECOMPUTE), inputs.target.config
+    kind = recipe.stored_soft_targets(hidden_is_stored)
     if kind is None:
-        return 0, []
+        return 0
     if kind == "top_k":
-        words = row_words(config.soft_top_k, target.vocab_size, config.draft_vocab)
-        what, row = f"the target's {config.soft_top_k} likeliest tokens", row_bytes("uint16", words)
-    else:
-        what, row = "target means", row_bytes("bfloat16", target.hidden_size + 1)
-    size = sum(len(sample.tokens) for sample in samples) * row
-    return size, [f"store at most {size / 1e6:,.1f} MB of {what}"]
+        return round(tokens * row_bytes("uint16", row_words(recipe.soft_top_k, target.vocab_size, recipe.draft_vocab)))
+    return round(tokens * row_bytes("bfloat16", target.hidden_size + 1))

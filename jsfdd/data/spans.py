@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from jsfdd.data.messages import Message
+if TYPE_CHECKING:
+    from jsfdd.data.forms import Message
 
 MaskSpan = Literal["thinking", "tool_calls"]
 

@@ -31,14 +31,14 @@ _RULES = {
 
 # Fields for Python alone: by experiments/LOG.md none of them earned a place on the command line.
 PYTHON_ONLY = (
-    "warmup_share", "max_grad_norm", "hidden_weight", "token_weight", "token_weighting", "hass_top_k", "hass_top_k_weight",
-    "fc_bias",
+    "warmup_share", "max_grad_norm", "hidden_weight", "token_weight", "token_metric", "token_weighting", "hass_top_k",
+    "hass_top_k_weight", "compute_dtype", "hidden_noise", "log_every", "fc_bias",
 )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How the draft learns. A value that no training can have is a ValueError."""
+    """How the draft learns. Raises ValueError for values that no training can have."""
 
     epochs: int = 10
     """Passes over the kept samples. The learning-rate schedule is scaled to the run's own number of steps."""
@@ -53,8 +53,8 @@ class Recipe:
     token_weight: float = 0.1
     """Weight of the distance between the target's and the draft's next-token distributions."""
     token_loss: TokenLoss = "cross_entropy"
-    """That distance. `cross_entropy` differs from KL by a constant; `total_variation` is the share of refused tokens; `hybrid`
-    is the sum of both."""
+    """Distance between the target's and the draft's next-token distributions. `cross_entropy` differs from KL by a constant;
+    `total_variation` is the share of refused tokens; `hybrid` is the sum of both."""
     soft_targets: SoftTargets = "auto"
     """What is stored of the target's distributions before training, so that a step needs two products with the head in place
     of three. `means`: the mean head vector of each counted token, for the same cross entropy; as much disk as the hidden
@@ -65,8 +65,8 @@ class Recipe:
     """Tokens that --soft-targets top_k stores of each distribution. All others then are one outcome, so the distance is at
     most the true one."""
     token_retain_ratio: float = 1.0
-    """Share of the kept samples' counted tokens that are trained on: those of the highest `token_metric`. Each costs its part
-    of the vocabulary projection, which is most of a step. Below 1 it needs --token-scores."""
+    """Share of the kept samples' counted tokens that are trained on: the flattest by --token-scores, or drawn at random without
+    them. Each costs its part of the vocabulary projection, which is most of a step."""
     token_metric: TokenMetric = "flatness"
     """What decides which tokens are trained on."""
     token_weighting: Literal["hard", "soft"] = "hard"

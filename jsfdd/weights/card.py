@@ -6,12 +6,15 @@ import json
 import shlex
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from jsfdd.base.files import read_json
-from jsfdd.models.draft import DraftConfig
+
+if TYPE_CHECKING:
+    from jsfdd.models.draft import DraftConfig
 
 Flavour = Literal["eagle", "vllm", "sglang", "speculators"]
+ExportDtype = Literal["keep", "float32", "bfloat16", "float16"]
 
 _REPORT_KEYS = ("config", "tau", "tau_low", "tau_high", "alpha", "n_prompts")
 _PLACEHOLDER = "TARGET"

@@ -16,7 +16,6 @@ import json
 import math
 import shutil
 from pathlib import Path
-from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,11 +24,9 @@ from safetensors.numpy import save_file
 from jsfdd.base.files import sync
 from jsfdd.models.architecture import Rope
 from jsfdd.models.draft import DraftConfig
-from jsfdd.weights.card import Flavour, Provenance, Serving, model_card
+from jsfdd.weights.card import ExportDtype, Flavour, Provenance, Serving, model_card
 from jsfdd.weights.eagle import FLAT, NESTED, draft_tensors
 from jsfdd.weights.huggingface_config import read_object
-
-ExportDtype = Literal["keep", "float32", "bfloat16", "float16"]
 
 _SPECULATORS_VERSION = "0.4.0.1"  # the last release that has EAGLE-1 drafts
 _EAGLE_THETA = 10_000.0  # what EAGLE's scaled rotations use, whatever config.json says
