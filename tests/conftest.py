@@ -15,8 +15,8 @@ SETTINGS = {
     "JAX_PLATFORMS": "cpu",
     "JAX_NUM_CPU_DEVICES": "4",
     "JAX_NUMPY_RANK_PROMOTION": "raise",
-    # Compiling is most of what toys cost, and they gain nothing from LLVM's optimizations (`optimized` sets them back)
-    # nor from the new emitter of fused loops, which takes three times as long.
+    # Compiling is most of what tests cost. They gain nothing from LLVM's optimizations, the 135M model neither, nor from
+    # the new emitter of fused loops, which takes three times as long.
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     # A device that waits for another ends the process after so long: a loaded machine needs more than the usual 40 s.
     "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false --xla_cpu_collective_call_terminate_timeout_seconds=600",
@@ -25,8 +25,9 @@ SETTINGS = {
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
 }
-for name, value in SETTINGS.items():
-    os.environ.setdefault(name, value)
+if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    del SETTINGS["JAX_COMPILATION_CACHE_DIR"]
+os.environ.update(SETTINGS)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -38,17 +39,8 @@ def pytest_runtest_teardown(item, nextitem):
 
         jax.clear_caches()
         gc.collect()
+        if "children" in sys.modules:
+            sys.modules["children"].stop_server()
         if sys.platform == "linux":
             ctypes.CDLL(None).malloc_trim(0)
     return result
-
-
-@pytest.fixture(scope="module")
-def optimized():
-    """For files that run a real model: programs as fast as users get them."""
-    import jax
-
-    jax.config.update("jax_disable_most_optimizations", False)
-    jax.clear_caches()
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)

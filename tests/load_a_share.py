@@ -1,10 +1,6 @@
-"""Load half of a target in one of two processes and print what that took; started by test_models_sharding.py.
-
-    python load_a_share.py DIRECTORY COORDINATOR NUMBER     prints {"share": bytes, "growth": bytes}
-"""
+"""Load half of a target in one of two processes and print what that took; started by test_models_sharding.py."""
 
 import json
-import sys
 from pathlib import Path
 
 from jsfdd.base.processes import start
@@ -18,7 +14,9 @@ def resident(field: str) -> int:
     raise ValueError(field)
 
 
-def main(directory: Path) -> None:
+def load_a_share(directory: Path, coordinator: str, number: int) -> None:
+    """Prints {"share": bytes, "growth": bytes}."""
+    start(coordinator, 2, number)
     import jax
 
     from jsfdd.base.mesh import make_mesh
@@ -32,8 +30,3 @@ def main(directory: Path) -> None:
     growth = resident("VmHWM") - before
     share = sum(part.data.nbytes for leaf in jax.tree.leaves(params) for part in leaf.addressable_shards)
     print(json.dumps({"share": share, "growth": growth}))
-
-
-if __name__ == "__main__":
-    start(sys.argv[2], 2, int(sys.argv[3]))
-    main(Path(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""Greedy identity on real text: SmolLM2, hundreds of tokens, with a draft that is right often enough to matter.
+"""Greedy identity on real text: SmolLM2, three answers, with a draft that is right often enough to matter.
 
 No training: a draft whose layer adds nothing is a linear map from (embedding, hidden) to the next hidden state, and least
 squares over a few of the demo's conversations finds it.
@@ -21,8 +21,9 @@ from jsfdd.models.draft import draft_config, init_draft
 from jsfdd.models.target import embed_tokens, head_logits, hidden_states
 from jsfdd.weights.target import load_target
 
-NEW_TOKENS = 100
+NEW_TOKENS = 50
 PROMPTS = ("Write a short story about a lighthouse.", "List ten facts about the Moon.", "What is 12 times 17? Explain it.")
+pytestmark = pytest.mark.slow
 TIE = 1e-3  # two logits closer than this may change places when a sum is ordered differently
 
 
@@ -32,9 +33,9 @@ def target():
 
 
 def _linear_draft(target):
-    """Ridge regression of h_{t+1} on (embedding of x_{t+1}, h_t) over some two thousand tokens."""
+    """Ridge regression of h_{t+1} on (embedding of x_{t+1}, h_t) over more than a thousand tokens."""
     demo = files("jsfdd.data.demo")
-    texts = [json.loads(line)["messages"] for line in (demo / "chats.jsonl").read_text().splitlines()[:240:24]]
+    texts = [json.loads(line)["messages"] for line in (demo / "chats.jsonl").read_text().splitlines()[:240:40]]
     tokens = [target.tokenizer.apply_chat_template(messages, return_dict=False)[:256] for messages in texts]
     padded = np.zeros((len(tokens), 256), np.int32)
     for row, ids in enumerate(tokens):

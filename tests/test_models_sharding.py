@@ -1,26 +1,25 @@
 """A target in shares: every parameter has a rule, shares are read as they lie, and no host holds more than its own."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
+import gguf_files
 import jax
 import numpy as np
 import pytest
+from children import Child, finish, free_port
+from gguf import GGMLQuantizationType
 from jax.sharding import PartitionSpec as P
+from load_a_share import load_a_share
 from safetensors.numpy import save_file
 
 from jsfdd.base.mesh import make_mesh
 from jsfdd.models.sharding import param_sharding, place_params, shard_shape
-from jsfdd.weights import huggingface
-from jsfdd.weights import target as load
+from jsfdd.weights import gguf, huggingface
+from jsfdd.weights.gguf_file import read_header
 from jsfdd.weights.layout import stored_shapes
 
-HERE = Path(__file__).parent
-GOLDEN = HERE / "golden"
+GOLDEN = Path(__file__).parent / "golden"
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3"])
@@ -41,12 +40,14 @@ def test_shares_are_what_the_whole_is_cut_into(family):
     jax.tree.map(np.testing.assert_array_equal, place_params(whole, mesh), whole)
 
 
-def test_shares_of_a_gguf_file():
-    target = load.load_target("smollm2", mesh=make_mesh(1, 2))
-    kernel = target.params["layers"]["attention"]["q_proj"]["kernel"]
-    assert kernel.sharding.spec == P(None, None, "model")
-    whole = load.load_target("smollm2").params["layers"]["attention"]["q_proj"]["kernel"]
-    np.testing.assert_array_equal(kernel, whole)
+def test_shares_of_a_gguf_file(tmp_path):
+    """Blocks of quantised numbers included, and rows of heads that llama.cpp interleaves."""
+    config = huggingface.read_config(GOLDEN / "llama")
+    kinds = {f"blk.{layer}.attn_q.weight": GGMLQuantizationType.Q8_0 for layer in range(config.num_layers)}
+    file = read_header(gguf_files.write_model(tmp_path / "model.gguf", "llama", GOLDEN / "llama", config, kinds))
+    shares, whole = gguf.read_params(file, config, mesh=make_mesh(1, 2)), gguf.read_params(file, config)
+    assert shares["layers"]["attention"]["q_proj"]["kernel"].sharding.spec == P(None, None, "model")
+    jax.tree.map(np.testing.assert_array_equal, shares, whole)
 
 
 def test_every_parameter_of_every_family_has_a_rule():
@@ -90,18 +91,9 @@ def write_large_target(directory: Path) -> None:
 def test_a_host_takes_its_share_of_memory_and_a_fifth_more_at_most(tmp_path):
     """Two processes of one device each, the model split between them: the peak while loading, over each one's share."""
     write_large_target(tmp_path)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    environment = os.environ | {"PYTHONPATH": str(HERE.parent), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
-    command = [sys.executable, HERE / "load_a_share.py", tmp_path, f"127.0.0.1:{port}"]
-    processes = [
-        subprocess.Popen([*command, str(i)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for i in range(2)
-    ]
-    for process in processes:
-        out, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors[-2000:]
+    coordinator = f"127.0.0.1:{free_port()}"
+    for code, out, errors in finish([Child(load_a_share, tmp_path, coordinator, i, devices=1) for i in range(2)]):
+        assert code == 0, errors[-2000:]
         figures = json.loads(out.splitlines()[-1])
         assert 133e6 < figures["share"] < 137e6
         assert 0.9 * figures["share"] < figures["growth"] <= 1.2 * figures["share"], figures

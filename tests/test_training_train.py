@@ -5,14 +5,13 @@ import functools
 import os
 import secrets
 import signal
-import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from children import Child
 from toy import as_target, toy_config
 
 from jsfdd.base.mesh import make_mesh, replicate, shard_rows
@@ -123,20 +122,14 @@ class KilledAtStep(dict):
 
 
 def train_until_killed(directory, reads):
-    run(directory, store=KilledAtStep(toy_data()[3], int(reads)))
+    run(directory, store=KilledAtStep(toy_data()[3], reads))
 
 
 def killed_child(directory, reads):
     """The exit code of a process that trains on and is killed at its `reads`-th read of hidden states."""
-    code = "import conftest, sys, test_training_train as test; test.train_until_killed(*sys.argv[1:])"
-    child = subprocess.run(
-        [sys.executable, "-c", code, str(directory), str(reads)],
-        cwd=Path(__file__).parent,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
-        capture_output=True,
-    )
-    assert child.returncode in (0, -signal.SIGKILL), child.stderr.decode()
-    return child.returncode
+    code, _, errors = Child(train_until_killed, directory, reads).finish()
+    assert code in (0, -signal.SIGKILL), errors
+    return code
 
 
 def test_killed_run_continues_to_the_same_bits(finished, tmp_path):
