@@ -35,12 +35,12 @@ def names_of(drafts: Sequence[Path]) -> dict[str, Path]:
 def check_combine(drafts: DraftOptions, decoding: DecodingOptions) -> None:
     """ValueError where --combine does not go with --draft or --tree-nodes."""
     combine, count = drafts.combine, len(drafts.draft)
+    if combine is not None and count < 2:
+        raise ValueError(f"--combine {combine}: needs two drafts or more, but --draft gives {count}")
     if decoding.tree_nodes and not count:
         raise ValueError("--tree-nodes is about a draft's tokens; give --draft DIR or leave it out")
     if combine is None:
         return
-    if count < 2:
-        raise ValueError(f"--combine {combine}: needs two drafts or more, but --draft gives {count}")
     if combine != "average" and not decoding.tree_nodes:
         raise ValueError(
             f"--combine {combine} works on trees, since a choice between sampled chains would change what is sampled; "
