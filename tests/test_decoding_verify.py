@@ -7,7 +7,17 @@ import pytest
 from two_tokens import TRIALS, deviation, joint_of_trials
 
 from jsfdd.decoding import verify as verify_module
-from jsfdd.decoding.verify import Cutoff, Verdict, draw, verify, verify_greedy, verify_sampled, warp
+from jsfdd.decoding.verify import (
+    Cutoff,
+    Verdict,
+    draw,
+    fast_nucleus_edge,
+    nucleus_edge,
+    verify,
+    verify_greedy,
+    verify_sampled,
+    warp,
+)
 
 V, G = 6, 2
 
@@ -152,6 +162,15 @@ def test_warp_is_its_definition(top_k, top_p, temperature):
         slow = _slow_warp(logits[row], temperature, top_k, top_p)
         assert np.array_equal(np.asarray(ours[row]) > 0, slow > 0)
         assert np.allclose(ours[row], slow, atol=1e-6)
+
+
+@pytest.mark.parametrize("top_p", [1e-6, 0.1, 0.5, 0.9, 0.999])
+def test_the_fast_edge_is_the_sorted_one(top_p):
+    probs = jnp.concatenate([
+        jax.nn.softmax(3 * jax.random.normal(jax.random.key(3), (20, 50)), axis=-1),
+        jnp.array([[0.25] * 4 + [0.0] * 46, [1.0] + [0.0] * 49]),
+    ])  # fmt: skip
+    assert np.array_equal(fast_nucleus_edge(probs, top_p), nucleus_edge(probs, top_p))
 
 
 def test_tokens_that_tie_at_the_edge_stay_together():

@@ -16,7 +16,7 @@ from jsfdd.decoding import generate as loop
 from jsfdd.decoding.conversation_log import Answer
 from jsfdd.decoding.conversations import Asked, by_width, hold, read_answer
 from jsfdd.decoding.prompts import prompt_batch, questions_in
-from jsfdd.decoding.settings import EVERY_TOKEN, Cutoff, TreeShape, decode_setup
+from jsfdd.decoding.settings import EVERY_TOKEN, Cutoff, Team, TreeShape, decode_setup
 from jsfdd.models.draft import Draft
 from jsfdd.weights.draft import check_draft
 from jsfdd.weights.target import Target
@@ -80,21 +80,21 @@ def generate(
     """
     if isinstance(prompts, str):
         raise TypeError("prompts is one string; give a list of them: [prompt]")
-    drafts = [] if draft is None else [draft]
-    for each in drafts:
-        check_draft(target, each.config, "draft")
+    if draft is not None:
+        check_draft(target, draft.config, "draft")
+    team = Team({} if draft is None else {"draft": draft})
     mesh = mesh or make_mesh()
     rows = round_up_to_shards(max(min(batch_size, len(prompts)), 1), mesh)
     setup = decode_setup(
         target,
-        [each.config for each in drafts],
+        team.configs,
         num_draft_tokens=num_draft_tokens,
         max_new_tokens=max_new_tokens,
         tree=tree,
         cutoff=cutoff,
     )
     decode = _make_generate(setup, mesh)
-    params = loop.prepare_params(target.params, [each.params for each in drafts], mesh)
+    params = loop.prepare_params(target.params, team.params, mesh)
     tokens: dict[int, np.ndarray] = {}
     accept_counts = np.zeros(setup.num_draft_tokens + 1, np.int64)
 
@@ -113,5 +113,5 @@ def generate(
     return Answers(
         text=[conversation.answers[0].text for conversation in held],
         tokens=[tokens[i] for i in range(len(prompts))],
-        tau=float(emitted / steps) if drafts and steps else None,
+        tau=float(emitted / steps) if team.drafts and steps else None,
     )

@@ -90,8 +90,8 @@ def hold(
       ValueError: without `longest_prompt`, a prompt with its answer is longer than the target's context, or the template
         refuses it.
     """
-    held = [Conversation(each, [], None) for each in questions]
-    for turn in range(max(len(each.turns) for each in questions)):
+    held = [Conversation(asked, [], None) for asked in questions]
+    for turn in range(max(len(asked.turns) for asked in questions)):
         prompts: dict[int, list[int]] = {}
         for i, conversation in enumerate(held):
             if conversation.ended is None and turn < len(conversation.questions.turns):
@@ -106,8 +106,8 @@ def hold(
                 held[i].answers.append(given)
                 if longest_prompt is not None and given.truncated and turn + 1 < len(held[i].questions.turns):
                     held[i] = held[i]._replace(ended="truncated")
-            total = sum(len(each.answers) if each.ended else len(each.questions.turns) for each in held)
-            progress(sum(len(each.answers) for each in held), total)
+            total = sum(len(talk.answers) if talk.ended else len(talk.questions.turns) for talk in held)
+            progress(sum(len(talk.answers) for talk in held), total)
     return held
 
 

@@ -98,7 +98,8 @@ def _combine(
         sureness = [confidence(setup.tree, proposed) for proposed in proposals]
     winner, choices = route(setup.combine, jnp.stack(sureness, axis=1), state.choices, state.done)
     rows = jnp.arange(winner.shape[0])
-    tree = rerank(setup.tree, jax.tree.map(lambda *each: jnp.stack(each)[winner, rows], *proposals), state.last_token)
+    verified = jax.tree.map(lambda *of_drafts: jnp.stack(of_drafts)[winner, rows], *proposals)
+    tree = rerank(setup.tree, verified, state.last_token)
     return tree, jnp.broadcast_to(winner[:, None], tree.tokens.shape), state._replace(choices=choices)
 
 

@@ -100,6 +100,6 @@ def _check_equal(drafts: Mapping[str, DraftConfig], facts: Callable[[DraftConfig
         other_facts = facts(other)
         for fact, value in facts(config).items():
             if value != other_facts[fact]:
-                shown = [textwrap.shorten(str(each), 60, placeholder="…") for each in (value, other_facts[fact])]
+                shown = [textwrap.shorten(str(x), 60, placeholder="…") for x in (value, other_facts[fact])]
                 how = "differs further on" if shown[0] == shown[1] else f"is {' and '.join(shown)}"
                 raise ValueError(f"drafts {first} and {name} cannot be combined: {fact} {how}")

@@ -203,10 +203,10 @@ def count_shares(shares: DraftShares, emitted: Emitted) -> DraftShares:
     """Add one step to what each draft had its part in."""
     drafts, level = jnp.arange(shares.offered.shape[1]), jnp.arange(emitted.proposers.shape[1])
     accepted = level[None, :, None] < emitted.accepted[:, None, None]
-    own = (emitted.proposers[:, :, None] == drafts[None, None, :]) & accepted
+    by_draft = (emitted.proposers[:, :, None] == drafts[None, None, :]) & accepted
     return DraftShares(
         offered=shares.offered + jnp.where(emitted.active[:, None], emitted.offered, 0),
-        accepted=shares.accepted + jnp.sum(own, axis=1, dtype=jnp.int32),
+        accepted=shares.accepted + jnp.sum(by_draft, axis=1, dtype=jnp.int32),
     )
 
 

@@ -48,10 +48,10 @@ def merge(
     first = _first_twins(tokens, depths, parents, depth)
 
     rows, nowhere = jnp.arange(tokens.shape[0])[:, None], jnp.zeros(tokens.shape, jnp.float32)
-    owned = [first[:, start:end] for start, end in zip(starts, starts[1:])]
-    each = jnp.stack([nowhere.at[rows, own].set(p) for own, p in zip(owned, probs)])
+    places = [first[:, start:end] for start, end in zip(starts, starts[1:])]
+    by_draft = jnp.stack([nowhere.at[rows, place].set(p) for place, p in zip(places, probs)])
     # Added up in one order for every node, so that rounding cannot lift a child above its parent.
-    score = jnp.where(first == jnp.arange(starts[-1])[None, :], sum(each), -1.0)
+    score = jnp.where(first == jnp.arange(starts[-1])[None, :], sum(by_draft), -1.0)
     _, chosen = jax.lax.top_k(score, budget + 1)  # of equals the earlier, so a parent before its child
     chosen = jnp.sort(chosen, axis=1)
 
@@ -64,7 +64,7 @@ def merge(
         depths=_take(depths, chosen),
         ancestors=ancestors_of(above, depth),
     )
-    return merged, jnp.argmax(jnp.take_along_axis(each, chosen[None], axis=2), axis=0).astype(jnp.int32)
+    return merged, jnp.argmax(jnp.take_along_axis(by_draft, chosen[None], axis=2), axis=0).astype(jnp.int32)
 
 
 def _first_twins(tokens, depths, parents, depth) -> Int[Array, "B U"]:

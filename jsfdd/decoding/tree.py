@@ -99,12 +99,12 @@ def grow(
     def level(carry, number):
         tokens, scores, index, hidden, seen, cache = carry
         # A node sees itself and its ancestors among the nodes read so far, and all that was committed.
-        own = number * width + jnp.arange(width)
-        seen = seen | (jnp.arange(shape.draft_slots)[None, None, :] == own[None, :, None])
+        slot = number * width + jnp.arange(width)
+        seen = seen | (jnp.arange(shape.draft_slots)[None, None, :] == slot[None, :, None])
         view = _view_after(start, slots, jnp.broadcast_to(number, (rows, width)), seen, None)
         hidden, cache = forward(cache._replace(length=start + number * width), view, hidden, tokens)
-        each, children = jax.lax.top_k(log_probs(hidden), width)
-        scores = (scores[:, :, None] + each).reshape(rows, -1)
+        steps, children = jax.lax.top_k(log_probs(hidden), width)
+        scores = (scores[:, :, None] + steps).reshape(rows, -1)
         children = children.astype(jnp.int32).reshape(rows, -1)
         proposals = Proposals(children, scores, jnp.repeat(index, width, axis=1))
         # The best of them, over all parents, are read next.
@@ -185,10 +185,10 @@ def walk(
         token = choose(number, logits[rows, node])
         below = (tree.parents == node[:, None]) & (numbers > 0)[None, :]
         held = below & (tree.tokens == token[:, None])
-        found = walking & jnp.any(held, axis=1)
+        accepted = walking & jnp.any(held, axis=1)
         went_on = jnp.where(walking, jnp.any(below, axis=1), went_on)
-        child = jnp.where(found, jnp.argmax(held, axis=1), node).astype(jnp.int32)
-        return (child, found, num_accepted + found, went_on), (node, token)
+        child = jnp.where(accepted, jnp.argmax(held, axis=1), node).astype(jnp.int32)
+        return (child, accepted, num_accepted + accepted, went_on), (node, token)
 
     start = jnp.zeros(rows.shape, jnp.int32)
     carry = (start, jnp.ones(rows.shape, bool), start, jnp.zeros(rows.shape, bool))

@@ -43,15 +43,21 @@ def warp(logits: Float[Array, "*shape V"], temperature: Float[Array, ""], cutoff
         logits = jnp.where(logits >= edge, logits, -jnp.inf)
     if cutoff.top_p < 1:
         probs = jax.nn.softmax(logits, axis=-1)
-        logits = jnp.where(probs >= _nucleus_edge(probs, cutoff.top_p), logits, -jnp.inf)
+        logits = jnp.where(probs >= fast_nucleus_edge(probs, cutoff.top_p), logits, -jnp.inf)
     return logits
 
 
-def _nucleus_edge(probs, top_p):
-    """The largest probability such that the tokens at or above it have a share of at least `top_p`.
+def nucleus_edge(probs: Float[Array, "*shape V"], top_p: float) -> Float[Array, "*shape 1"]:
+    """The least probability that stays: those at or above it have a share of `top_p`, those above it less (1904.09751 §3.1)."""
+    descending = jnp.sort(probs, axis=-1, descending=True)
+    above = jnp.cumsum(descending, axis=-1) - descending
+    return jnp.min(jnp.where(above < top_p, descending, jnp.inf), axis=-1, keepdims=True)
 
-    Found by bisection over the float32 numbers themselves, which order like their bit patterns: 31 sums over the
-    vocabulary give the exact edge, where sorting 49,152 tokens takes fifty times as long on a CPU.
+
+def fast_nucleus_edge(probs: Float[Array, "*shape V"], top_p: float) -> Float[Array, "*shape 1"]:
+    """`nucleus_edge` by bisection, in 31 sums over the vocabulary: sorting 49,152 tokens takes fifty times as long on a CPU.
+
+    Positive float32 numbers order like their bit patterns read as integers, so bisecting those ends at the exact edge.
     """
 
     def halve(_, bounds):
@@ -89,17 +95,27 @@ def verify(
     draft_tokens: Int[Array, "B G"],
     draft_logits: Float[Array, "B G V"],
     target_logits: Float[Array, "B G1 V"],
-    temperature: Float[Array, ""],
+    temperature: Float[Array, ""] | float = 0.0,
     cutoff: Cutoff = EVERY_TOKEN,
 ) -> Verdict:
-    """Judge a chain of G draft tokens a row.
+    """Judge a chain of G draft tokens a row, by speculative sampling (arXiv 2211.17192, algorithm 1).
 
     Args:
-      keys: one per row, used for nothing else.
-      draft_tokens: what the draft proposed, each drawn by `draw` with the same temperature and cut-off.
+      keys: typed keys, one per row, used for nothing else.
+      draft_tokens: int32, what the draft proposed, each drawn by `draw` with the same temperature and cut-off.
       draft_logits: the draft's float32 logits, of which `draft_tokens` are draws.
       target_logits: float32 logits at the last committed token and at each draft token, G1 = G + 1.
       temperature: scalar; 0 is greedy.
+
+    Returns:
+      How many draft tokens are accepted, and the target's token after them; int32[B] each. Together they are distributed as
+      the target's own text.
+
+    Example:
+      >>> p = jnp.log(jnp.array([[[0.1, 0.9], [0.8, 0.2]]]))  # the target's, at two positions of one row
+      >>> q = jnp.log(jnp.array([[[0.5, 0.5]]]))              # the draft's, at the first of them
+      >>> verify(jax.random.split(jax.random.key(0), 1), jnp.array([[1]]), q, p)
+      Verdict(num_accepted=Array([1], dtype=int32), next_token=Array([0], dtype=int32))
     """
     return jax.lax.cond(
         temperature > 0,

@@ -161,9 +161,9 @@ class Reader:
             first, best = jnp.max(logits, axis=1), jnp.argmax(logits, axis=1)
             others = jnp.where(jnp.arange(logits.shape[1])[None, :] == best[:, None], -jnp.inf, logits)
             second = jnp.max(others, axis=1)
-            own = jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0]
+            asked_about = jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0]
             probability = jnp.exp(first - jax.nn.logsumexp(logits, axis=1))
-            return best, probability, (first - second) / scale, (first - own) / scale
+            return best, probability, (first - second) / scale, (first - asked_about) / scale
 
         blocks = hidden.reshape(-1, 16, hidden.shape[1]), asked.reshape(-1, 16)
         return jax.tree.map(lambda x: x.reshape(-1), jax.lax.map(of_block, blocks))

@@ -40,9 +40,9 @@ def acceptance_figures(counts: AcceptanceCounts, rows: Bool[np.ndarray, " N"], s
     # A prompt whose answer ended with its first token was never verified: it has no τ of its own.
     verified = steps > 0
     per_prompt = emitted[verified] / steps[verified]
-    ones = np.ones((len(per_prompt), 1))
+    once = np.ones((len(per_prompt), 1))
     tau = resample_ratios(emitted[:, None], steps[:, None], seed)[:, 0]
-    tau_macro = resample_ratios(per_prompt[:, None], ones, seed)[:, 0] if len(per_prompt) else np.array([np.nan])
+    tau_macro = resample_ratios(per_prompt[:, None], once, seed)[:, 0] if len(per_prompt) else np.array([np.nan])
     alpha = resample_ratios(accepted, reached, seed)
     depths = range(reached.shape[1])
     return {

@@ -220,11 +220,11 @@ def _report(prompts, answers: Answers, baseline: Answers, compile_seconds: float
     same = [
         all(np.array_equal(a, b) for a, b in zip(tokens, plain)) for tokens, plain in zip(answers.tokens, baseline.tokens)
     ]
-    everywhere = np.ones(len(prompts), bool)
+    all_prompts = np.ones(len(prompts), bool)
     rate, rate_values = _rate(answers, seed)
     base_rate, base_values = _rate(baseline, seed)
     return {
-        **acceptance_figures(answers.counts, everywhere, seed),
+        **acceptance_figures(answers.counts, all_prompts, seed),
         **with_interval("tokens_per_second", rate, rate_values),
         **with_interval("baseline_tokens_per_second", base_rate, base_values),
         **with_interval("speedup", rate / base_rate, rate_values / base_values),
@@ -246,8 +246,8 @@ def _report(prompts, answers: Answers, baseline: Answers, compile_seconds: float
             for prompt, e, s, t in zip(prompts, answers.counts.emitted, answers.counts.steps, same)
         ],
         "examples": [
-            {"id": prompt.id, "source": prompt.source, "prompt": prompt.turns[0], "text": said[0].text}
-            for prompt, said in list(zip(prompts, answers.answers))[:8]
+            {"id": prompt.id, "source": prompt.source, "prompt": prompt.turns[0], "text": turns[0].text}
+            for prompt, turns in list(zip(prompts, answers.answers))[:8]
         ],
         "hardware": describe_hardware(),
     }
@@ -255,7 +255,7 @@ def _report(prompts, answers: Answers, baseline: Answers, compile_seconds: float
 
 def _rate(answers: Answers, seed: int, source: str | None = None) -> tuple[float, Float[np.ndarray, " R"]]:
     """tokens/s of all batches (of one source), and of resampled ones: a batch is what was timed, so it is resampled."""
-    picked = [source is None or each == source for each in answers.batch_sources]
+    picked = [source in (None, batch_source) for batch_source in answers.batch_sources]
     tokens, seconds = np.array(answers.batch_tokens)[picked, None], np.array(answers.batch_seconds)[picked, None]
     return float(tokens.sum() / seconds.sum()), resample_ratios(tokens, seconds, seed)[:, 0]
 
