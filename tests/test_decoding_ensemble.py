@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toy import good_draft, toy_draft, toy_prompts, toy_target
+from toy import compiled_decoder, good_draft, toy_draft, toy_prompts, toy_target
 
 from jsfdd.decoding.ensemble import (
     Choices,
@@ -18,7 +18,7 @@ from jsfdd.decoding.ensemble import (
     route,
     still_needed,
 )
-from jsfdd.decoding.generate import generate, make_stream, prepare_params
+from jsfdd.decoding.generate import make_stream, prepare_params
 from jsfdd.decoding.settings import Combine, DecodeSetup, TreeShape
 from jsfdd.decoding.tree import Proposals
 from jsfdd.models.architecture import Rope
@@ -31,7 +31,6 @@ RULES = {
     "route prompts": Combine("route", route_steps=2),
     "merge": Combine("merge"),
 }
-_compiled = jax.jit(generate, static_argnums=0)
 
 
 class Models:
@@ -50,7 +49,7 @@ class Models:
 
     def decode(self, setup, *draft_params, temperature=0.0, prompts=None):
         params = self.params._replace(drafts=draft_params)
-        return _compiled(setup, params, prompts or toy_prompts(), jnp.float32(temperature))
+        return compiled_decoder(setup)(params, prompts or toy_prompts(), jnp.float32(temperature))
 
     def plain(self, temperature):
         return self.decode(self.setup(num_draft_tokens=0, tree=None), temperature=temperature).tokens

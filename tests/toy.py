@@ -1,6 +1,7 @@
 """Toy models for tests: small enough for seconds, odd enough (grouped heads, untied head) to catch mix-ups."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -10,7 +11,9 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from jsfdd.base.mesh import make_mesh
 from jsfdd.data.chat import Chat
+from jsfdd.decoding.generate import make_generate
 from jsfdd.decoding.state import PromptBatch
 from jsfdd.models.architecture import DecoderConfig, Rope
 from jsfdd.models.draft import draft_config, init_draft
@@ -70,6 +73,13 @@ def good_draft(config, params):
 
 # For tests that read programs: emitted as users' are, which conftest.py's flags leave out to compile fast.
 USERS_PROGRAM = {"xla_cpu_use_fusion_emitters": True}
+
+
+@functools.cache
+def compiled_decoder(setup):
+    """`generate` as one program on one device; tests of one setup share it."""
+    return jax.jit(make_generate(setup, make_mesh(data=1)))
+
 
 TOY_LENGTHS = [3, 9, 5, 12]
 
