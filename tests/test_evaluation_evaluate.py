@@ -78,10 +78,10 @@ def test_sources_add_up_to_the_whole(reports):
 def test_a_tree_accepts_more_than_a_chain_and_writes_the_same(reports):
     target = loaded_target()
     draft, params = toy_draft(target.config)
-    wide = evaluate(target, {"a": Draft(draft, params)}, PROMPTS, make_mesh(data=2), tree=TreeShape(2, 50, 120), **OPTIONS)["a"]
+    wide = evaluate(target, {"a": Draft(draft, params)}, PROMPTS, make_mesh(data=2), tree=TreeShape(2, 20, 60), **OPTIONS)["a"]
     assert wide["tau"] > reports["a"]["tau"] and wide["same_text_share"] == 1.0
     sampled = evaluate(
-        target, {"a": Draft(draft, params)}, PROMPTS, make_mesh(data=2), tree=TreeShape(2, 50, 120), cutoff=Cutoff(top_p=0.9),
+        target, {"a": Draft(draft, params)}, PROMPTS, make_mesh(data=2), tree=TreeShape(2, 20, 60), cutoff=Cutoff(top_p=0.9),
         **(OPTIONS | {"temperature": 1.0}),
     )["a"]  # fmt: skip
     assert sampled["same_text_share"] == 1.0
