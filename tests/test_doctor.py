@@ -196,8 +196,8 @@ def test_a_template_without_end_of_turn(healthy, tokenizer):
 
 @pytest.mark.parametrize("shift", [-1, 1])
 def test_a_shifted_mask(healthy, tokenizer, monkeypatch, shift):
-    right = template._assistant_mask
-    monkeypatch.setattr(template, "_assistant_mask", lambda *arguments: np.roll(right(*arguments), shift))
+    right = template.assistant_mask
+    monkeypatch.setattr(template, "assistant_mask", lambda *arguments: np.roll(right(*arguments), shift))
     found = _data_findings(tokenizer, healthy[1])
     assert found["loss-mask"].severity == "error"
     assert f"in {found['loss-mask'].figures['answers']} of" in found["loss-mask"].seen
@@ -207,8 +207,8 @@ def test_an_answer_that_was_cut_short_has_a_right_mask_without_an_end(tokenizer,
     messages = (Message(role="user", content="a"), Message(role="assistant", content="bcd", truncated=True))
     chats = [Chat("c0", "toy", messages, "file:1")]
     assert _data_findings(tokenizer, chats)["loss-mask"].severity == "ok"
-    right = template._assistant_mask
-    monkeypatch.setattr(template, "_assistant_mask", lambda *arguments: np.roll(right(*arguments), -1))
+    right = template.assistant_mask
+    monkeypatch.setattr(template, "assistant_mask", lambda *arguments: np.roll(right(*arguments), -1))
     assert _data_findings(tokenizer, chats)["loss-mask"].severity == "error"
 
 

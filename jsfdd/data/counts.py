@@ -6,10 +6,10 @@ import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from jsfdd.data.chat import FoundChats
+from jsfdd.data.chat import FoundChats, ReadCounts
 from jsfdd.data.questions import QuestionSummary
 from jsfdd.data.skipped import MEANINGS, check_skipped
-from jsfdd.data.template import TokenizeSummary
+from jsfdd.data.template import Tally, TokenizeSummary
 
 # Rows that are left out by what was asked for, not by what is wrong with them.
 _NO_FAULT = ("duplicates", "no_counted", "no_question", "too_long")
@@ -48,6 +48,11 @@ class FileCounts:
         }  # fmt: skip
 
 
+def counts_of(read: ReadCounts, tally: Tally) -> list[FileCounts]:
+    """The counts of every file, in the order of the files, where `tally` was told the files."""
+    return _count(read, tally.by_file)
+
+
 def count_by_file(found: FoundChats, summary: TokenizeSummary) -> list[FileCounts]:
     """The counts of every file, in the order of the files.
 
@@ -55,12 +60,12 @@ def count_by_file(found: FoundChats, summary: TokenizeSummary) -> list[FileCount
       found: from `read_chat_files`.
       summary: from `tokenize_chats` of found.chats.
     """
-    return _count(found, summary.skipped, summary.truncated)
+    return _count(found, _by_file(found, summary.skipped | {"truncated": summary.truncated}))
 
 
 def count_questions_by_file(found: FoundChats, summary: QuestionSummary) -> list[FileCounts]:
     """As `count_by_file`, with the summary of `questions_of` of found.chats."""
-    return _count(found, summary.skipped, truncated=())
+    return _count(found, _by_file(found, summary.skipped))
 
 
 def total(counts: Sequence[FileCounts]) -> FileCounts:
@@ -84,17 +89,24 @@ def check_too_many_skipped(counts: Sequence[FileCounts], first: Mapping[str, str
     check_skipped(everything.read, faults, first, limit)
 
 
-def _count(found: FoundChats, skipped: Mapping[str, Sequence[str]], truncated: Sequence[str]) -> list[FileCounts]:
-    """Counts from the ids that were skipped for each reason, and those that were cut."""
+def _by_file(found: FoundChats, ids_of: Mapping[str, Sequence[str]]) -> dict[tuple[str, str], int]:
     file_of = {chat.id: chat.file for chat in found.chats}
-    by_file: dict[str, Counter[str]] = {file: Counter(duplicates=found.duplicates[file]) for file in found.read}
-    for (file, reason), count in found.skipped.counts.items():
-        by_file[file][reason] += count
-    for reason, ids in skipped.items():
-        for chat_id in ids:
-            by_file[file_of[chat_id]][reason] += 1
-    cut = Counter(file_of[sample_id if sample_id in file_of else sample_id.rpartition("/")[0]] for sample_id in truncated)
-    return [
-        FileCounts(file, read, read - by_file[file].total(), cut[file], {name: n for name, n in by_file[file].items() if n})
-        for file, read in found.read.items()
-    ]
+    counts: Counter[tuple[str, str]] = Counter()
+    for what, ids in ids_of.items():
+        # A sample of one answer among several is named after its conversation.
+        counts.update((file_of[one if one in file_of else one.rpartition("/")[0]], what) for one in ids)
+    return counts
+
+
+def _count(read: ReadCounts, others: Mapping[tuple[str, str], int]) -> list[FileCounts]:
+    """Counts from those of reading and from others by file and reason ("truncated" among them)."""
+    by_file: dict[str, Counter[str]] = {file: Counter(duplicates=read.duplicates[file]) for file in read.read}
+    for counts in (read.skipped.counts, others):
+        for (file, what), count in counts.items():
+            by_file[file][what] += count
+    files = []
+    for file, rows in read.read.items():
+        cut = by_file[file].pop("truncated", 0)
+        skipped = {what: count for what, count in by_file[file].items() if count}
+        files.append(FileCounts(file, rows, rows - sum(skipped.values()), cut, skipped))
+    return files

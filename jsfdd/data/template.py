@@ -26,16 +26,16 @@ import dataclasses
 import itertools
 import json
 import re
-from collections.abc import Collection, Container, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool
 
 from jsfdd.base.records import Sample
 from jsfdd.data.answers import AnswerSpan, Rewritten, Span, find_answers, find_marked_answers
 from jsfdd.data.chat import Chat
 from jsfdd.data.marks import any_of, learn_marks
+from jsfdd.data.mask import assistant_mask
 from jsfdd.data.messages import Message, text_of_calls
 from jsfdd.data.render import RefusedByTemplate, check_tokenizer, render, render_prompt
 from jsfdd.data.skipped import MEANINGS, BadRow
@@ -75,6 +75,14 @@ class TokenizeSummary:
         more = "".join(f", {len(ids):,} {MEANINGS[reason]}" for reason in _SKIPS[3:] if (ids := self.skipped.get(reason)))
         cut = f"{len(self.truncated)} of them cut to the maximal length"
         return f"{self.read:,} conversations: {self.kept:,} kept ({cut}); skipped: {counts}{more}"
+
+    def left_out_words(self) -> str:
+        """What the template does not write of the conversations, in a sentence; empty if it writes all."""
+        parts = [f"{count:,} conversations have {what}" for what, count in self.left_out.items()]
+        if not parts:
+            return ""
+        remedy = "; --split-answers gives every answer its own sample" if "thoughts" in self.left_out else ""
+        return f"not written by the chat template: {' and '.join(parts)} that it leaves out{remedy}"
 
     def to_json(self) -> dict:
         """Counts, and ids by reason."""
@@ -173,8 +181,8 @@ class ChatTokenizer:
                 ids, mask = row.chat.tokens, np.asarray(row.chat.mask, bool)
             else:
                 encoding = next(encodings)
-                ids = encoding.ids  # builds the list at every access
-                mask = _assistant_mask(ids, encoding.offsets, row, self.added_tokens)
+                ids = encoding.ids
+                mask = assistant_mask(encoding, *row[2:], self.added_tokens)
             tokens = np.asarray(ids[: self.max_length], np.int32)
             sample = Sample(row.id, row.chat.source, tokens, mask[: self.max_length])
             if self.vocab_size is not None and tokens.max(initial=0) >= self.vocab_size:
@@ -324,22 +332,29 @@ class Tally:
     """Counts what becomes of conversations whose samples come one after the other."""
 
     def __init__(self):
-        self.read, self.kept, self.last = 0, 0, None
+        self.read, self.kept = 0, 0
+        self.last = self.last_kept = None
         self.truncated: list[str] = []
         self.skipped: dict[str, list[str]] = {reason: [] for reason in _SKIPS}
         self.first: dict[str, str] = {}
+        self.by_file: dict[tuple[str, str], int] = {}  # of a reason, or "truncated"
 
-    def add(self, chat_id: str, outcome: Sample | BadRow, cut: bool) -> None:
-        new = chat_id != self.last
-        self.read += new
+    def add(self, chat_id: str, outcome: Sample | BadRow, cut: bool, file: str = "") -> None:
+        self.read += chat_id != self.last
         self.last = chat_id
         if isinstance(outcome, BadRow):
             self.skipped[outcome.reason].append(chat_id)
             self.first.setdefault(outcome.reason, str(outcome))
-        else:
-            self.kept += new
-            if cut:
-                self.truncated.append(outcome.id)
+            self._count(file, outcome.reason)
+            return
+        self.kept += chat_id != self.last_kept
+        self.last_kept = chat_id
+        if cut:
+            self.truncated.append(outcome.id)
+            self._count(file, "truncated")
+
+    def _count(self, file: str, what: str) -> None:
+        self.by_file[file, what] = self.by_file.get((file, what), 0) + 1
 
     def summary(self, left_out: dict[str, int]) -> TokenizeSummary:
         skipped = {reason: tuple(ids) for reason, ids in self.skipped.items()}
@@ -379,24 +394,3 @@ def _batched(items: Iterable, size: int) -> Iterator[tuple]:
     iterator = iter(items)
     while chunk := tuple(itertools.islice(iterator, size)):
         yield chunk
-
-
-def _assistant_mask(
-    ids: Sequence[int], offsets: Sequence[Span], row: Rendered, added_tokens: Container[int]
-) -> Bool[np.ndarray, " T"]:
-    """True on the tokens of the spans without those that touch an excluded one, and on the added token that closes each
-    whose end is in `closed`."""
-    starts, ends = np.asarray(offsets, np.int64).reshape(-1, 2).T
-    mask = np.zeros(len(ids), bool)
-    for spans, counts in ((row.spans, True), (row.excluded, False)):
-        for begin, end in spans:
-            if begin < end:  # several byte-level tokens of one character all have that character's offsets
-                mask[np.searchsorted(ends, begin, "right") : np.searchsorted(starts, end, "left")] = counts
-    for end in row.closed:
-        # A token may lie across the end (an end-of-turn token that takes in the spaces before it), so what counts is
-        # what it covers beyond the content.
-        for t in range(np.searchsorted(ends, end, "right"), len(ids)):
-            if row.text[max(starts[t], end) : ends[t]].strip():
-                mask[t] |= ids[t] in added_tokens
-                break
-    return mask

@@ -1,0 +1,177 @@
+"""Chat files as a table of samples: read, tokenized and written down as a stream, so that memory does not grow with the chats.
+
+The rows are read in this process, which also drops duplicates; rendering and tokenizing goes to others once there are many
+chats. What comes out does not depend on how many processes there are.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import NamedTuple
+
+from jsfdd.base.records import Sample
+from jsfdd.data.chat import Chat, ReadCounts, stream_chats
+from jsfdd.data.counts import FileCounts, check_too_many_skipped, counts_of
+from jsfdd.data.samples import SampleTable, SampleWriter
+from jsfdd.data.skipped import BadRow
+from jsfdd.data.spans import MaskSpan
+from jsfdd.data.template import ChatTokenizer, Tally, TokenizeSummary, tokenize_chunk
+
+_CHUNK = 256  # conversations that are tokenized together
+_ALONE = 16  # chunks before other processes are started: that takes them some seconds
+_AHEAD = 3  # chunks that wait for each process
+
+
+class TokenizedChats(NamedTuple):
+    """What `read_samples` found.
+
+    Attributes:
+      samples: in the order of the files and of their rows.
+      summary: what became of the conversations.
+      files: what became of each file's rows.
+      notes: sentences on what was not read or not written by the template.
+    """
+
+    samples: SampleTable
+    summary: TokenizeSummary
+    files: list[FileCounts]
+    notes: list[str]
+
+
+def read_samples(
+    names: Sequence[str | Path],
+    tokenizer,
+    max_length: int,
+    mask_spans: Collection[MaskSpan] = (),
+    *,
+    vocab_size: int | None = None,
+    split_answers: bool = False,
+    strict: bool = False,
+    max_skipped: float | None = None,
+    processes: int = 1,
+) -> TokenizedChats:
+    """Reads and tokenizes chats.
+
+    Args:
+      names: files, directories, patterns or datasets (`data.rows`).
+      tokenizer, max_length, mask_spans, vocab_size, split_answers: as `data.template.ChatTokenizer` takes them.
+      strict: whether the first row that cannot be learned from is an error.
+      max_skipped: the share of all rows above which skipped rows are an error; None for 5%, but never a handful.
+      processes: so many tokenize at the most. Above 1, Python starts new ones, which import the main module: a script that
+        asks for them needs its `if __name__ == "__main__"`.
+
+    Raises FileNotFoundError for a missing file, and ValueError for what cannot be read, for too many skipped rows, or if
+    nothing is left.
+    """
+    counts, tally, writer = ReadCounts(), Tally(), SampleWriter()
+    settings = {"vocab_size": vocab_size, "split_answers": split_answers}
+    tokenize = ChatTokenizer(tokenizer, max_length, mask_spans, **settings)
+    chunks = _chunks(stream_chats(names, counts, strict=strict))
+    others = _Others(lambda: (tokenizer, max_length, tuple(mask_spans), settings), processes)
+    for chunk, outcomes in others.map(tokenize, chunks):
+        place = {chat.id: chat.file for chat in chunk}
+        for chat_id, outcome, cut in outcomes:
+            if isinstance(outcome, BadRow) and strict and outcome.reason != "no_counted":
+                raise outcome
+            tally.add(chat_id, outcome, cut, place[chat_id])
+            if isinstance(outcome, Sample):
+                writer.append(outcome)
+    summary = tally.summary(others.left_out)
+    files = counts_of(counts, tally)
+    check_too_many_skipped(files, counts.skipped.first | summary.first, max_skipped)
+    samples = writer.finish()
+    if not len(samples):
+        first = "".join(f"; first {text}" for text in (counts.skipped.first | summary.first).values())
+        raise ValueError(f"{summary}{first}; nothing is left: raise max_length ({max_length}) or give other chats")
+    notes = [counts.unread_words(), summary.left_out_words()]
+    return TokenizedChats(samples, summary, files, [note for note in notes if note])
+
+
+def usable_processes() -> int:
+    """How many processes this one may keep busy."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _chunks(chats: Iterable[Chat]) -> Iterator[list[Chat]]:
+    chats = iter(chats)
+    while chunk := list(itertools.islice(chats, _CHUNK)):
+        yield chunk
+
+
+_Outcomes = list[tuple[str, Sample | BadRow, bool]]
+
+
+class _Others:
+    """Processes that tokenize chunks; none before there is enough to do.
+
+    Attributes:
+      left_out: as `ChatTokenizer.left_out`, over all processes.
+    """
+
+    def __init__(self, settings: Callable[[], tuple], processes: int):
+        self.settings, self.processes = settings, processes
+        self.left_out: dict[str, int] = {}
+
+    def map(self, tokenize: ChatTokenizer, chunks: Iterator[list[Chat]]) -> Iterator[tuple[list[Chat], _Outcomes]]:
+        """(chunk, what `tokenize_chunk` makes of it) in order."""
+        for chunk in itertools.islice(chunks, _ALONE) if self.processes > 1 else chunks:
+            yield chunk, list(tokenize_chunk(tokenize, chunk))
+        self._count(tokenize.left_out)
+        first = next(chunks, None)
+        if first is not None:
+            yield from self._elsewhere(itertools.chain([first], chunks))
+
+    def _elsewhere(self, chunks: Iterator[list[Chat]]) -> Iterator[tuple[list[Chat], _Outcomes]]:
+        context = multiprocessing.get_context("spawn")  # a fork would copy the locks of JAX's threads
+        pool = ProcessPoolExecutor(self.processes, context, _begin, self.settings())
+        waiting: deque = deque()
+        try:
+            for chunk in chunks:
+                waiting.append((chunk, pool.submit(_tokenize, chunk)))
+                if len(waiting) > _AHEAD * self.processes:
+                    yield self._result(*waiting.popleft())
+            while waiting:
+                yield self._result(*waiting.popleft())
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                "a process that tokenized chats was killed, as systems do that run out of memory; close other programs or use "
+                "fewer cores (taskset -c 0-3 jsfdd …)"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _result(self, chunk: list[Chat], future) -> tuple[list[Chat], _Outcomes]:
+        outcomes, left_out = future.result()
+        self._count(left_out)
+        return chunk, outcomes
+
+    def _count(self, left_out: dict[str, int]) -> None:
+        for what, count in left_out.items():
+            self.left_out[what] = self.left_out.get(what, 0) + count
+
+
+# --- In the other processes ----------------------------------------------------------------------------------------
+
+_tokenizer: ChatTokenizer | None = None
+
+
+def _begin(tokenizer, max_length: int, mask_spans: tuple, settings: dict) -> None:
+    global _tokenizer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process says what an interrupt means
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # every core has a process already
+    _tokenizer = ChatTokenizer(tokenizer, max_length, mask_spans, **settings)
+
+
+def _tokenize(chunk: list[Chat]) -> tuple[_Outcomes, dict[str, int]]:
+    assert _tokenizer is not None
+    before = dict(_tokenizer.left_out)
+    outcomes = list(tokenize_chunk(_tokenizer, chunk))
+    return outcomes, {what: count - before[what] for what, count in _tokenizer.left_out.items()}
