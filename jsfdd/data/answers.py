@@ -2,7 +2,8 @@
 
 The conversation is rendered a second time with a word of ours in place of every thought, content and called name of the
 assistant's (`_stand_ins`). The text around these words is the template's, and it must be the same in the real rendering: what
-lies between is what the template made of the answers. Two renderings find all answers, however many there are.
+lies between is what the template made of the answers. Two renderings find all answers, however many there are; for plain
+messages the second is kept and serves every conversation of the same roles.
 
 An answer is what the target writes after the generation prompt, up to the token that ends its turn: its thought, if the
 template writes one for it, its content and its calls. What the template writes of its own accord before a content (an empty
@@ -11,6 +12,7 @@ block of thoughts, a channel's name) is not part of it.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -24,6 +26,7 @@ Span = tuple[int, int]  # first character, one past the last
 Kind = Literal["reasoning", "thought", "content", "name"]  # "reasoning": a thought beside the content
 
 _STAND_IN = "jsfddstandin"  # letters only, so that no template trims, splits or reads anything into it
+_KEPT_FRAMES = 256
 _THOUGHTS = ("reasoning", "thought")
 _THOUGHT_MARK = re.compile(r"(</?think(?:ing)?>)")
 
@@ -63,13 +66,59 @@ class _Leaf(NamedTuple):
     after: str = ""
 
 
+class Frames:
+    """What a template writes around plain messages of some roles, kept: most conversations of a file are alike in that.
+
+    In these frames all contents are stand-ins, not the assistant's alone. Where the template does not write all of them, or
+    not as they are, the frame does not fit and another is made for the conversation.
+    """
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.pieces = functools.lru_cache(_KEPT_FRAMES)(self._pieces)
+
+    def fit(self, messages: Sequence[Message], text: str) -> tuple[list[_Leaf], list[list[Span]]] | None:
+        """The contents' leaves and their spans in the text, if the messages are plain and their frame fits."""
+        if _STAND_IN in text or not all(map(_is_plain, messages)):
+            return None
+        pieces = self.pieces(tuple(message["role"] for message in messages))
+        leaves = [_Leaf(number, "content", message["content"]) for number, message in enumerate(messages)]
+        spans = pieces and _fit(pieces[0::2], [int(number) for number in pieces[1::2]], leaves, text)
+        return (leaves, spans) if spans else None
+
+    def _pieces(self, roles: tuple[str, ...]) -> list[str] | None:
+        messages = [Message(role=role, content=f"{_STAND_IN}{number:06d}") for number, role in enumerate(roles)]
+        try:
+            return re.split(rf"{_STAND_IN}(\d{{6}})", render(self.tokenizer, messages))
+        except RefusedByTemplate:
+            return None
+
+
 def find_answers(
-    tokenizer, marks: TemplateMarks, messages: Sequence[Message], tools: Sequence[dict], text: str
+    frames: Frames, marks: TemplateMarks, messages: Sequence[Message], tools: Sequence[dict], text: str
 ) -> list[AnswerSpan]:
     """The answers of a conversation in its rendered `text`, in their order.
 
     Raises Rewritten where the template does not write an answer as it is, white space and dropped thoughts aside.
     """
+    fit = None if tools else frames.fit(messages, text)
+    leaves, spans = fit or _own_frame(frames.tokenizer, messages, tools, text)
+    by_answer = defaultdict(list)
+    for number, leaf in enumerate(leaves):
+        by_answer[leaf.answer].append((leaf, spans[number]))
+    found, position = [], 0
+    for number, message in enumerate(messages):
+        if message["role"] == "assistant":
+            answer = _answer(number, by_answer[number], marks, text, position)
+            position = answer.end
+            found.append(answer)
+    return found
+
+
+def _own_frame(
+    tokenizer, messages: Sequence[Message], tools: Sequence[dict], text: str
+) -> tuple[list[_Leaf], list[list[Span]]]:
+    """The leaves of a conversation's answers and their spans, from a second rendering of it."""
     base = _STAND_IN
     while base in text:
         base += "x"
@@ -81,16 +130,11 @@ def find_answers(
     spans = _fit(pieces[0::2], [int(number) for number in pieces[1::2]], leaves, text)
     if spans is None:
         raise Rewritten("the text around the answers depends on what they say")
-    by_answer = defaultdict(list)
-    for number, leaf in enumerate(leaves):
-        by_answer[leaf.answer].append((leaf, spans[number]))
-    found, position = [], 0
-    for number, message in enumerate(messages):
-        if message["role"] == "assistant":
-            answer = _answer(number, by_answer[number], marks, text, position)
-            position = answer.end
-            found.append(answer)
-    return found
+    return leaves, spans
+
+
+def _is_plain(message: Message) -> bool:
+    return message.keys() == {"role", "content"} and "<think" not in message["content"] and "</think" not in message["content"]
 
 
 def find_marked_answers(marks: TemplateMarks, text: str) -> list[AnswerSpan]:

@@ -32,7 +32,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jsfdd.base.records import Sample
-from jsfdd.data.answers import AnswerSpan, Rewritten, Span, find_answers, find_marked_answers
+from jsfdd.data.answers import AnswerSpan, Frames, Rewritten, Span, find_answers, find_marked_answers
 from jsfdd.data.chat import Chat
 from jsfdd.data.marks import any_of, learn_marks
 from jsfdd.data.mask import assistant_mask
@@ -139,7 +139,7 @@ class ChatTokenizer:
         check_tokenizer(tokenizer)
         self.tokenizer, self.max_length, self.mask_spans = tokenizer, max_length, mask_spans
         self.vocab_size, self.split_answers = vocab_size, split_answers
-        self.marks = learn_marks(tokenizer)
+        self.marks, self.frames = learn_marks(tokenizer), Frames(tokenizer)
         self.backend = _offset_backend(tokenizer)
         self.added_tokens = tokenizer.added_tokens_decoder
         special = {token.content for token in self.added_tokens.values() if token.special}
@@ -194,7 +194,7 @@ class ChatTokenizer:
 
     def _samples(self, chat: Chat, messages: Sequence[Message]) -> list[Rendered]:
         text = render(self.tokenizer, messages, chat.tools)
-        answers = find_answers(self.tokenizer, self.marks, messages, chat.tools, text)
+        answers = find_answers(self.frames, self.marks, messages, chat.tools, text)
         self.left_out["tools"] += bool(chat.tools) and not self.marks.writes_tools
         if any(answer.thought_left_out for answer in answers):
             if self.split_answers:
@@ -210,7 +210,7 @@ class ChatTokenizer:
                 continue
             part = messages[: number + 1]
             text = render(self.tokenizer, part, chat.tools)
-            answer = find_answers(self.tokenizer, self.marks, part, chat.tools, text)[-1]
+            answer = find_answers(self.frames, self.marks, part, chat.tools, text)[-1]
             if answer.thought_left_out:
                 text, answer = self._with_thought(part, chat.tools, text, answer)
             context = [Message(**message | {"weight": 0}) for message in part[:-1]]
