@@ -97,7 +97,9 @@ def test_of_several_named_templates_the_default_is_taken(directory):
     tokenizer = load.load_tokenizer(str(directory))
     tokenizer.chat_template = {"default": TEMPLATE, "tool_use": "{{ tools }}"}
     tokenizer.save_pretrained(directory)
-    assert load.describe_target(str(directory)).tokenizer.chat_template == TEMPLATE
+    tokenizer = load.describe_target(str(directory)).tokenizer
+    chat = [{"role": "user", "content": "hi"}]
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == "<|im_start|>user hi<|im_end|>"
 
 
 @pytest.mark.parametrize(

