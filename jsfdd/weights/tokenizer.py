@@ -78,8 +78,8 @@ def _not_loaded(directory: Path, error: Exception) -> str:
     if (directory / "tokenizer.json").exists():
         version = importlib.metadata.version("tokenizers")
         return (
-            f"{directory / 'tokenizer.json'}: cannot be read by the installed tokenizers {version} ({what}); upgrade tokenizers "
-            "and transformers, or download the file again"
+            f"{directory / 'tokenizer.json'}: cannot be read by the installed tokenizers {version} ({what}); upgrade "
+            "tokenizers and transformers, or download the file again"
         )
     return (
         f"{directory}: its tokenizer cannot be loaded ({what}); a tokenizer.json is needed, which "
