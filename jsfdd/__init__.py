@@ -2,7 +2,7 @@
 
     import jsfdd
     target = jsfdd.load_target("smollm2")
-    table = jsfdd.score(target, jsfdd.read_chats(["chats.jsonl"]))
+    table = jsfdd.score(target, jsfdd.read_chats("chats.jsonl"))
 
 These names are for notebooks and other people's programs; docs/python.md shows them at work. Each is imported from its room
 when it is first used, so `import jsfdd` itself costs nothing.

@@ -106,7 +106,7 @@ def test_train_on_a_mixture(place, capsys):
     assert f"a mixture of samples: 2 of a ({2 * tokens} counted tokens), 1 of b ({tokens} counted tokens)" in words
     for mix, message in (
         (["--mix", "maths=1"], "no sample to train on is of source 'maths'; choose from a ("),
-        (["--mix", "a=1", "b=1", "--mix-total", "9"], "for b is to be 0.5 of it"),
+        (["--mix", "a=1", "b=1", "--mix-total", "9"], "b is to be 0.5 of it"),
     ):
         assert main(["train", *DATA, *shared, *mix, "--dry-run"]) == 2
         assert message in capsys.readouterr().err

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from toy import loaded_target, toy_config, toy_target
@@ -92,7 +91,8 @@ def test_hidden_states_that_are_there_are_scored_without_the_target(tmp_path):
 
 def test_a_tied_head_is_the_embedding():
     config, params = toy_target(tie_embeddings=True)
-    foreign = foreign_target(lambda tokens: hidden_states(config, params, jnp.asarray(tokens)), params["embed"]["embedding"], None, config)
+    states = jax.jit(lambda tokens: hidden_states(config, params, tokens))
+    foreign = foreign_target(states, params["embed"]["embedding"], None, config)
     samples = [Sample("a", "x", np.arange(9, dtype=np.int32), np.ones(9, bool))]
     table = score_samples(foreign, samples, make_mesh(data=1), **OPTIONS)
     expected = score_samples(TARGET._replace(config=config, params=params), samples, make_mesh(data=1), **OPTIONS)

@@ -117,11 +117,11 @@ def test_a_sources_order_is_its_own():
 def test_what_is_refused():
     with pytest.raises(ValueError, match=r"no sample .* 'maths'; choose from chat \(60\), code \(30\), math \(20\)"):
         mix({"chat": 0.5, "maths": 0.5})
-    message = "--mix-total 41: .* at most 40 samples, for math is to be 0.5 of it and has 20 .* take --mix-total 40 or less"
+    message = "--mix-total 41: .* at most 40 samples: math is to be 0.5 of it and has 20 .* take --mix-total 40 or less"
     with pytest.raises(ValueError, match=message):
         mix({"chat": 1, "math": 1}, 41)
     tokens = sum(1 + i % 7 for i in range(20))
-    with pytest.raises(ValueError, match=rf"at most {tokens} tokens, for math is to be 1 of it and has {tokens} to train on"):
+    with pytest.raises(ValueError, match=rf"at most {tokens} tokens: math is to be 1 of it and has {tokens} to train on"):
         mix({"math": 1}, tokens + 1, "tokens")
     with pytest.raises(ValueError, match="--mix-total 2: the mixture's first sample alone has 5 tokens"):
         mix({"a": 1}, 2, "tokens", samples=[sample("x", "a")])

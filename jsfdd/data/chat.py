@@ -85,8 +85,10 @@ class FoundChats(ReadCounts):
 _SHOWN_KEYS = 8
 
 
-def read_chats(names: Sequence[str | Path]) -> list[Chat]:
-    """The conversations of `read_chat_files`; the first row that cannot be learned from is an error."""
+def read_chats(names: str | Path | Sequence[str | Path]) -> list[Chat]:
+    """The conversations in files, directories or datasets, one name or several; the first row that cannot be learned from is an
+    error that names file, line and remedy.
+    """
     return read_chat_files(names, strict=True).chats
 
 
@@ -132,7 +134,7 @@ def stream_chats(
         yield Chat(row.id, row.source, found.messages, row.place, row.file, *found[1:])
 
 
-def read_prompts(names: Sequence[str | Path]) -> list[Prompt]:
+def read_prompts(names: str | Path | Sequence[str | Path]) -> list[Prompt]:
     """Reads prompts, in the order of the files and of their rows.
 
     Raises FileNotFoundError for a missing file, and ValueError "file:line: what; remedy" for the first row that asks nothing

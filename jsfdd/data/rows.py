@@ -60,14 +60,14 @@ class InputFile(NamedTuple):
     stem: str
 
 
-def expand_names(names: Sequence[str | Path]) -> list[InputFile]:
+def expand_names(names: str | Path | Sequence[str | Path]) -> list[InputFile]:
     """The files and datasets that names stand for, in order; the same on every machine and at every call.
 
     Raises FileNotFoundError for a file that is missing, a pattern that matches no file, or a directory without one, and
     ValueError for a file that ends in something else.
     """
     inputs: list[InputFile] = []
-    for name in map(str, names):
+    for name in map(str, [names] if isinstance(names, str | Path) else names):
         path = Path(name)
         if is_dataset(name):
             inputs.append(InputFile(name, re.sub(r"[/@:]", "-", name.removeprefix("hf:"))))

@@ -37,7 +37,7 @@ class HiddenStore(Mapping[str, np.ndarray]):
 
     Attributes:
       dtype: in which they are kept.
-      kept_for: what the samples were kept for, as the writer was told; None for a store of given samples.
+      kept_for: the rule by which samples were kept, as given to the writer; None if all were.
     """
 
     def __init__(self, rows: dict[str, np.ndarray], dtype: RowDtype, kept_for: dict | None):
@@ -49,8 +49,7 @@ class HiddenStore(Mapping[str, np.ndarray]):
 
         Args:
           directory: of the store.
-          identity: what the hidden states must depend on, as the writer was told; None for a store of any identity, to
-            find out what is in it.
+          identity: what the hidden states must depend on, as given to the writer; None opens a store of any identity.
           verify: read everything and compare checksums.
 
         Raises:
@@ -61,7 +60,7 @@ class HiddenStore(Mapping[str, np.ndarray]):
         manifest = read_manifest(directory / MANIFEST)
         if identity is not None:
             check_belongs(directory, manifest, {**manifest, "identity": plain(identity)})
-        found = {}
+        rows_by_id = {}
         for shard in manifest["shards"]:
             path = directory / shard["file"]
             if not path.exists():
@@ -70,13 +69,13 @@ class HiddenStore(Mapping[str, np.ndarray]):
             rows = shard_rows(directory, manifest, shard)
             if verify:
                 check_sum(directory, shard, rows)
-            found |= samples_of(shard, rows)
-        return cls(found, manifest["dtype"], manifest.get("kept_for"))
+            rows_by_id |= samples_of(shard, rows)
+        return cls(rows_by_id, manifest["dtype"], manifest.get("kept_for"))
 
     def __getitem__(self, sample_id: str) -> Float[np.ndarray, "T D"]:
         return decode(self._rows[sample_id], self.dtype)
 
-    def __contains__(self, sample_id: object) -> bool:  # else Mapping would read the sample to find out
+    def __contains__(self, sample_id: object) -> bool:  # Mapping's would read the sample
         return sample_id in self._rows
 
     def __iter__(self) -> Iterator[str]:
@@ -93,13 +92,13 @@ def shard_rows(directory: Path, manifest: dict, shard: dict) -> np.ndarray:
 
 
 def samples_of(shard: dict, rows: np.ndarray) -> dict[str, np.ndarray]:
-    """The rows of each sample in a shard, without those that were dropped."""
-    found, start = {}, 0
+    """sample id -> rows, for the samples of a shard that were not dropped."""
+    rows_by_id, start = {}, 0
     for name, length in shard["samples"]:
         if name is not None:
-            found[name] = rows[start : start + length]
+            rows_by_id[name] = rows[start : start + length]
         start += length
-    return found
+    return rows_by_id
 
 
 def write_manifest(path: Path, manifest: dict) -> None:
@@ -127,22 +126,22 @@ def read_manifest(path: Path) -> dict:
 
 
 def check_size(directory: Path, manifest: dict, shard: dict) -> None:
-    """ValueError if a shard's file has another size than its samples."""
+    """ValueError if the size of a shard's file does not fit its samples."""
     path = directory / shard["file"]
-    found, expected = path.stat().st_size, _shard_size(manifest, shard)
-    if found != expected:
-        raise ValueError(f"{path}: {found} bytes instead of {expected}; {_DELETE_SHARD}")
+    size, expected = path.stat().st_size, _shard_size(manifest, shard)
+    if size != expected:
+        raise ValueError(f"{path}: {size} bytes instead of {expected}; {_DELETE_SHARD}")
 
 
 def check_sum(directory: Path, shard: dict, rows: np.ndarray) -> None:
-    """ValueError if a shard's rows have another checksum than when they were written."""
+    """ValueError if a shard's rows do not have the checksum with which they were written."""
     if hashlib.sha256(rows).hexdigest() != shard["sha256"]:
         raise ValueError(f"{directory / shard['file']}: its checksum is wrong; {_DELETE_SHARD}")
 
 
-def check_belongs(directory: Path, found: dict, expected: dict) -> None:
-    """ValueError if two manifests are not of the same target, data, format and purpose; names what differs."""
-    different = differences(*({**manifest, "shards": None} for manifest in (found, expected)))
+def check_belongs(directory: Path, manifest: dict, expected: dict) -> None:
+    """ValueError if two manifests differ in target, data, format or purpose; names what differs."""
+    different = differences(*({**facts, "shards": None} for facts in (manifest, expected)))
     if different:
         raise ValueError(f"{directory}: hidden states of another run ({different}); {_DELETE_ALL}")
 

@@ -108,8 +108,8 @@ class HiddenWriter:
         # sample -> (shard, number in it). Shards of earlier calls belong to process 0.
         self._place: dict[str, tuple[_Shard, int]] = dict.fromkeys(stored)
         if is_primary():
-            for found in merged["shards"]:
-                shard = _Shard(found["file"], found["sha256"], [tuple(sample) for sample in found["samples"]])
+            for facts in merged["shards"]:
+                shard = _Shard(facts["file"], facts["sha256"], [tuple(sample) for sample in facts["samples"]])
                 shard.dead = sum(length for name, length in shard.samples if name is None)
                 self._closed.append(shard)
                 self._place |= {name: (shard, i) for i, (name, _) in enumerate(shard.samples) if name is not None}
@@ -219,11 +219,11 @@ class HiddenWriter:
         whole = [self._directory / MANIFEST] if (self._directory / MANIFEST).exists() else []
         shards = {}
         for path in [*whole, *parts]:
-            found = read_manifest(path)
-            check_belongs(self._directory, found, self._head)
-            for shard in found["shards"]:
+            manifest = read_manifest(path)
+            check_belongs(self._directory, manifest, self._head)
+            for shard in manifest["shards"]:
                 if (self._directory / shard["file"]).exists():
-                    check_size(self._directory, found, shard)
+                    check_size(self._directory, manifest, shard)
                     shards[shard["file"]] = shard
         write_manifest(self._directory / MANIFEST, {**self._head, "shards": [shards[name] for name in sorted(shards)]})
         orphans = [path for path in self._directory.glob("shard-*.bin") if path.name not in shards]
@@ -244,8 +244,8 @@ class HiddenWriter:
 
     def _write_own_manifest(self) -> None:
         shards = [{"file": shard.file, "sha256": shard.sha256, "samples": shard.samples} for shard in self._closed]
-        own = MANIFEST if is_primary() else f"manifest-{jax.process_index()}.json"
-        write_manifest(self._directory / own, {**self._head, "shards": shards})
+        name = MANIFEST if is_primary() else f"manifest-{jax.process_index()}.json"
+        write_manifest(self._directory / name, {**self._head, "shards": shards})
         self._unsaved = False
 
 

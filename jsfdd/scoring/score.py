@@ -107,10 +107,10 @@ def _stored_step(target: Target | ForeignTarget, hidden: Mapping[str, np.ndarray
     def build(samples: Sequence[Sample], shape: Shape) -> tuple[Batch, np.ndarray]:
         for sample in samples:
             if sample.id not in hidden or hidden[sample.id].shape != (len(sample.tokens), target.config.hidden_size):
-                found = hidden[sample.id].shape if sample.id in hidden else "nothing"
+                present = hidden[sample.id].shape if sample.id in hidden else "nothing"
                 raise ValueError(
                     f"sample {sample.id}: hidden states [{len(sample.tokens)}, {target.config.hidden_size}] are needed, "
-                    f"found {found}; compute them for the same tokens with the same target"
+                    f"found {present}; compute them for the same tokens with the same target"
                 )
         return pad_batch(samples, shape), pad_rows([hidden[sample.id] for sample in samples], shape)
 
@@ -188,8 +188,8 @@ def score_samples(
         keeper.resume(list(parts.values()))
 
     def is_finished(plan: BatchPlan) -> bool:
-        own = [samples[i] for i in plan.indices]
-        return scored.issuperset(sample.id for sample in own) and (keeper is None or not keeper.lacks(own))
+        batch = [samples[i] for i in plan.indices]
+        return scored.issuperset(sample.id for sample in batch) and (keeper is None or not keeper.lacks(batch))
 
     remaining = [plan for plan in plans if not is_finished(plan)]
     hidden_dtype = None if keeper is None else keeper.device_dtype

@@ -1,11 +1,11 @@
-"""Mixtures: so much of each source in what is trained on, as TAPS mixes its drafts' data (arXiv 2603.27027, section 3).
+"""Mixtures: a given share of each source in the training data, as TAPS mixes data for its drafts (arXiv 2603.27027, section 3).
 
     mixed = mixture(samples, {"chat": 0.5, "math": 0.5}, unit="samples", total=2000, seed=0)
 
 All mixtures of the same samples, weights, unit and seed are beginnings of one sequence, so a larger one contains a smaller
-one, and two drafts that differ in how much they saw differ in nothing else. Each source is in an order of its own, by a hash;
-a sample's place in the sequence is where its middle lies in that order, in units of the source's weight. (For samples this
-is Sainte-Laguë's rule of apportionment, whose seats never fall when the house grows.) So in every beginning each source is
+one, and two drafts that differ in how much they saw differ in nothing else. The samples of a source are ordered by a hash; the
+place of a sample in the sequence is where its middle lies in that order, in units of the source's weight. (For samples this
+is Sainte-Laguë's rule of apportionment, under which no seats are lost when the house grows.) So in every beginning a source is
 within half a sample of its share.
 """
 
@@ -34,24 +34,24 @@ class _Placed(NamedTuple):
 def mixture(
     samples: Sequence[Sample], weights: Mapping[str, float], unit: MixUnit, total: int | None, seed: int
 ) -> list[Sample]:
-    """The samples of a mixture, in the order of `samples`; which they are does not depend on that order.
+    """The samples of a mixture, in the order of `samples`. Which samples they are does not depend on that order.
 
     Args:
-      samples: what may be taken, each once.
-      weights: source -> its share, up to a common factor; above 0. Samples of other sources are left out.
-      unit: what the shares are of: samples, or the tokens that count.
-      total: how many of the unit to take; of tokens as many as do not exceed it. None: as many as keep the shares.
+      samples: what may be taken, once.
+      weights: source -> share, up to a common factor; above 0. Samples of other sources are left out.
+      unit: what the shares count: samples, or the tokens that count.
+      total: how many samples to take, or at most how many tokens. None: as many as keep the shares.
       seed: decides which samples of a source come first.
 
     Raises:
       ValueError: no sample is of a source that is named, there are not enough for `total`, or `total` holds none.
     """
-    known = Counter(sample.source for sample in samples)
-    if unknown := sorted(weights.keys() - known.keys()):
-        names = ", ".join(f"{source} ({count:,})" for source, count in sorted(known.items()))
+    sizes = Counter(sample.source for sample in samples)
+    if unknown := sorted(weights.keys() - sizes.keys()):
+        names = ", ".join(f"{source} ({count:,})" for source, count in sorted(sizes.items()))
         raise ValueError(f"--mix: no sample to train on is of source {unknown[0]!r}; choose from {names}")
     queues = {source: _queue(samples, source, weight, unit, seed) for source, weight in weights.items()}
-    # Where the smallest next sample of a source would stand, if it had one more.
+    # The sequence ends where the first source runs out: where a further sample of it would begin.
     available = {source: sum(placed.size for placed in queue) for source, queue in queues.items()}
     limit, scarce = min(((available[source] + 0.5) / weight, source) for source, weight in weights.items())
     sequence = sorted(itertools.chain.from_iterable(queues.values()), key=lambda placed: placed[:2])
@@ -60,7 +60,7 @@ def mixture(
     if total is not None and total > until[-1]:
         share = weights[scarce] / sum(weights.values())
         raise ValueError(
-            f"--mix-total {total}: without repeating any the mixture has at most {until[-1]} {unit}, for {scarce} is to be "
+            f"--mix-total {total}: without repeating any, the mixture has at most {until[-1]} {unit}: {scarce} is to be "
             f"{share:.3g} of it and has {available[scarce]} to train on; take --mix-total {until[-1]} or less, give {scarce} a "
             "smaller weight, or add data of it"
         )
@@ -71,26 +71,26 @@ def mixture(
 
 
 def contents(samples: Sequence[Sample]) -> dict[str, dict[str, int]]:
-    """By source, in the order of their names: {"samples", "counted_tokens"}."""
-    found = {source: {"samples": 0, "counted_tokens": 0} for source in sorted({sample.source for sample in samples})}
+    """{source: {"samples", "counted_tokens"}}, in the order of the sources' names."""
+    counts = {source: {"samples": 0, "counted_tokens": 0} for source in sorted({sample.source for sample in samples})}
     for sample in samples:
-        found[sample.source]["samples"] += 1
-        found[sample.source]["counted_tokens"] += int(sample.counted.sum())
-    return found
+        counts[sample.source]["samples"] += 1
+        counts[sample.source]["counted_tokens"] += int(sample.counted.sum())
+    return counts
 
 
-def in_words(found: Mapping[str, Mapping[str, int]]) -> str:
-    """What `contents` found, for a person."""
-    each = (f"{own['samples']:,} of {source} ({own['counted_tokens']:,} counted tokens)" for source, own in found.items())
-    return f"samples: {', '.join(each)}"
+def in_words(counts: Mapping[str, Mapping[str, int]]) -> str:
+    """What `contents` counted, for a person."""
+    parts = [f"{count['samples']:,} of {name} ({count['counted_tokens']:,} counted tokens)" for name, count in counts.items()]
+    return f"samples: {', '.join(parts)}"
 
 
 def _queue(samples: Sequence[Sample], source: str, weight: float, unit: MixUnit, seed: int) -> list[_Placed]:
-    """One source's samples in their order, each with its place in the sequence of all."""
-    own = sorted((sample for sample in samples if sample.source == source), key=lambda sample: _rank(sample, seed))
-    sizes = [int(sample.counted.sum()) if unit == "tokens" else 1 for sample in own]
+    """The samples of a source in their order, with their places in the sequence of all."""
+    ordered = sorted((sample for sample in samples if sample.source == source), key=lambda sample: _rank(sample, seed))
+    sizes = [int(sample.counted.sum()) if unit == "tokens" else 1 for sample in ordered]
     ends = itertools.accumulate(sizes)
-    return [_Placed((end - size / 2) / weight, source, size, each.id) for each, size, end in zip(own, sizes, ends)]
+    return [_Placed((end - size / 2) / weight, source, size, sample.id) for sample, size, end in zip(ordered, sizes, ends)]
 
 
 def _rank(sample: Sample, seed: int) -> bytes:

@@ -31,14 +31,14 @@ def token_weights(
     weighting: Literal["hard", "soft"],
     seed: int,
 ) -> dict[str, Float[np.ndarray, " T"]]:
-    """Each sample's token weights, float32[T], 0 where a token is not trained on; sample id -> weights.
+    """sample id -> token weights, float32[T], 0 where a token is not trained on.
 
-    Of all the samples' counted tokens together the round(retain_ratio · N) with the highest metric stay, at least one;
-    ties are broken by the order of the samples and tokens.
+    The counted tokens of all samples are ranked together, and the round(retain_ratio · N) with the highest metric stay, at
+    least one; ties are broken by the order of the samples and tokens.
 
     Args:
-      samples: those that are trained on; tokens are ranked among them alone.
-      scores: per-token scores, of these samples at least.
+      samples: those that are trained on; only their tokens are ranked.
+      scores: per-token scores, for these samples at least.
       metric: flatness or entropy (nats) of the target's distribution; `random` ranks by chance.
       retain_ratio: share of the tokens that stays.
       weighting: hard: tokens that stay weigh 1. soft: in proportion to the metric, so that those that stay weigh 1 on
@@ -46,7 +46,7 @@ def token_weights(
       seed: of `random`.
 
     Raises:
-      ValueError: a sample has no scores, or they are of other tokens.
+      ValueError: a sample has no scores, or scores of other tokens.
     """
     values = [_values(sample, scores, metric, seed) for sample in samples]
     counted = np.concatenate([sample.counted for sample in samples])
@@ -65,7 +65,7 @@ def token_weights(
 
 def _values(sample: Sample, scores: Mapping[str, TokenRow], metric: TokenMetric, seed: int) -> Float[np.ndarray, " T"]:
     if metric == "random":
-        # By the sample's id, so that a token's rank does not depend on which other samples there are.
+        # Seeded by the sample's id, so that a token's rank does not depend on the other samples.
         digest = hashlib.sha256(f"{seed}:{sample.id}".encode()).digest()
         return np.random.default_rng(int.from_bytes(digest[:8], "big")).random(len(sample.tokens))
     if sample.id not in scores:

@@ -10,10 +10,10 @@ from jsfdd.base.records import Sample
 
 
 def frequent_tokens(samples: Sequence[Sample], size: int, vocab_size: int) -> tuple[int, ...]:
-    """The `size` tokens that the answers have most often, ascending; of equals the lowest ids.
+    """The `size` most frequent tokens of the answers, ascending; between equals the lower id wins.
 
-    What counts is what a draft could have proposed: every counted position's next token. Tokens that no answer has are
-    taken, lowest first, only where there are not enough others.
+    What counts is what a draft could have proposed: the next token of every counted position. Tokens that are in no answer are
+    taken only if there are not enough others, lowest first.
 
     Raises:
       ValueError: `size` exceeds `vocab_size`.
