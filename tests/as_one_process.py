@@ -1,17 +1,17 @@
-"""Every stage in turn, alone or as one of the processes of a run; started by test_base_processes.py.
+"""Every stage in turn, alone or as one of the processes of a run; started by test_base_processes.py."""
 
-    python as_one_process.py FOLDER OUT [COORDINATOR COUNT NUMBER]
-
-FOLDER holds target/, chats.jsonl and prompts.jsonl.
-"""
-
-import sys
 from pathlib import Path
 
 from jsfdd.base.processes import start
 
 
-def main(folder: Path, out: Path) -> None:
+def every_stage(folder: Path, out: Path, *place) -> None:
+    """Args:
+      folder: holds target/, chats.jsonl and prompts.jsonl.
+      place: coordinator, number of processes, number of this one; nothing where it is alone.
+    """
+    if place:
+        start(*place)
     from jsfdd.commands import evaluate, score, select, train
     from jsfdd.commands.evaluate import EvaluateConfig
     from jsfdd.commands.options import from_options
@@ -33,11 +33,3 @@ def main(folder: Path, out: Path) -> None:
             max_new_tokens=8, num_draft_tokens=2, batch_size=4,
         )  # fmt: skip
     )
-
-
-if __name__ == "__main__":
-    folder, out, *place = sys.argv[1:]
-    if place:
-        coordinator, count, number = place
-        start(coordinator, int(count), int(number))
-    main(Path(folder), Path(out))

@@ -1,68 +1,26 @@
 """Two real processes on this machine as one run: the same results as one, clear ends, and a restart that completes."""
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from test_commands_run import _chats, _prompts
-from toy import write_target
+from as_one_process import every_stage
+from children import LIMIT, Child, begin_command, command, finish, free_port
+from toy import write_chats, write_prompts, write_target
 
 from jsfdd.base.processes import start
 from jsfdd.scoring.table import read_scores
 from jsfdd.weights.draft import load_draft
 
-HERE = Path(__file__).parent
-LIMIT = 300  # seconds within which anything here ends, however loaded the machine
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def begin(command, devices=2):
-    """A Python process with forced CPU devices of its own."""
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]),
-        "JAX_NUM_CPU_DEVICES": str(devices),
-    }
-    return subprocess.Popen(
-        [sys.executable, *map(str, command)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def begin_command(*arguments):
-    """`jsfdd` with these arguments in two processes; the second one's may be given as a list of its own, last."""
-    both = [list(arguments), list(arguments)]
-    if isinstance(arguments[-1], list):
-        both = [list(arguments[:-1]), arguments[-1]]
-    place = ["--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", 2, "--process-id"]
-    return [begin(["-m", "jsfdd.commands.cli", *each, *place, number]) for number, each in enumerate(both)]
-
-
-def finish(processes):
-    """[(exit code, stdout, stderr)] of each."""
-    try:
-        texts = [process.communicate(timeout=LIMIT) for process in processes]
-        return [(process.returncode, *text) for process, text in zip(processes, texts)]
-    finally:
-        for process in processes:
-            process.kill()
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
-    _chats(folder / "chats.jsonl"), _prompts(folder / "prompts.jsonl"), write_target(folder / "target")
+    write_chats(folder / "chats.jsonl"), write_prompts(folder / "prompts.jsonl"), write_target(folder / "target")
     return folder
 
 
@@ -70,8 +28,7 @@ def inputs(tmp_path_factory):
 def alone(inputs, tmp_path_factory):
     """What one process with four devices makes of all stages."""
     out = tmp_path_factory.mktemp("alone")
-    ((code, _, errors),) = finish([begin([HERE / "as_one_process.py", inputs, out], devices=4)])
-    assert code == 0, errors[-2000:]
+    every_stage(inputs, out)
     return out
 
 
@@ -82,8 +39,8 @@ def assert_same_draft(found, expected):
 
 def test_every_stage_in_two_processes(inputs, alone, tmp_path):
     """Scores to the bit, the same selection, the same draft but for rounding, the same answers."""
-    port = free_port()
-    ends = finish([begin([HERE / "as_one_process.py", inputs, tmp_path, f"127.0.0.1:{port}", 2, i]) for i in range(2)])
+    coordinator = f"127.0.0.1:{free_port()}"
+    ends = finish([Child(every_stage, inputs, tmp_path, coordinator, 2, i, devices=2) for i in range(2)])
     assert [code for code, _, _ in ends] == [0, 0], ends[0][2][-2000:] + ends[1][2][-2000:]
 
     found, expected = read_scores(tmp_path / "scores.parquet"), read_scores(alone / "scores.parquet")
@@ -121,15 +78,14 @@ def test_when_one_is_killed_the_other_says_so_and_a_restart_completes(inputs, al
     processes = begin_command(*train_arguments(inputs, alone, tmp_path / "draft"))
     until = time.monotonic() + LIMIT
     while not (tmp_path / "draft" / "hidden" / "manifest.json").exists():
-        assert processes[killed].poll() is None and time.monotonic() < until, processes[killed].communicate()[1][-2000:]
+        assert processes[killed].running and time.monotonic() < until, processes[killed].finish()[2][-2000:]
         time.sleep(0.01)
-    processes[killed].send_signal(signal.SIGKILL)
+    processes[killed].kill()
     code, _, errors = finish(processes)[1 - killed]
     assert code != 0
     # Of the second process the first's end is told by JAX itself, which then ends it.
     assert "start all of them again" in errors or "JAX distributed service detected fatal errors" in errors, errors[-2000:]
-    single = begin(["-m", "jsfdd.commands.cli", *train_arguments(inputs, alone, tmp_path / "draft")])
-    code, _, errors = finish([single])[0]
+    code, _, errors = command(*train_arguments(inputs, alone, tmp_path / "draft")).finish()
     assert code == 0, errors[-2000:]
     assert_same_draft(tmp_path / "draft", alone / "draft")
 
@@ -139,7 +95,7 @@ def test_processes_with_other_data_or_options_all_end_with_the_reason(inputs, tm
         return ["score", "--target", inputs / "target", "--data", data, "--max-length", 128, "--out", tmp_path / "out", *more]
 
     (tmp_path / "other.jsonl").write_text("".join((inputs / "chats.jsonl").read_text().splitlines(True)[:-1]))
-    ends = finish(begin_command(*arguments(inputs / "chats.jsonl"), arguments(tmp_path / "other.jsonl")))
+    ends = finish(begin_command(*arguments(inputs / "chats.jsonl"), second=arguments(tmp_path / "other.jsonl")))
     for code, _, errors in ends:
         assert code == 2 and "process 1 and process 0 differ in" in errors, errors[-2000:]
         assert "the same options and the same files" in errors

@@ -7,8 +7,7 @@ import jax
 import numpy as np
 import pytest
 from rich.console import Console
-from test_commands_run import _chats
-from toy import toy_config, write_target
+from toy import toy_config, write_chats, write_target
 
 from jsfdd.base.mesh import make_mesh
 from jsfdd.base.records import Batch, DraftBatch
@@ -45,7 +44,7 @@ def options(tmp_path, **changes):
 
 def test_a_70b_config_without_weights_or_tokenizer(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(SEVENTY_B))
-    _chats(tmp_path / "chats.jsonl")
+    write_chats(tmp_path / "chats.jsonl")
     shared = dict(target=str(tmp_path), dtype="bfloat16", devices=16)
     plan = prepare(options(tmp_path, **shared, device_kind="TPU v5"))
     score = plan.stages[0]
@@ -62,7 +61,7 @@ def test_a_70b_config_without_weights_or_tokenizer(tmp_path, capsys):
 
 def test_unknown_devices_are_refused_and_those_here_are_measured(tmp_path, capsys):
     write_target(tmp_path / "target")
-    _chats(tmp_path / "chats.jsonl")
+    write_chats(tmp_path / "chats.jsonl")
     arguments = ["plan", "--target", str(tmp_path / "target"), "--data", str(tmp_path / "chats.jsonl")]
     arguments += ["--device-kind", "Abacus"]
     assert main(arguments) == 2

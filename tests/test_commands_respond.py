@@ -5,15 +5,13 @@ import functools
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_base_processes import begin_command, finish
+from children import Child, begin_command, finish
 from toy import toy_draft, toy_target, toy_tokenizer, write_target
 
 from jsfdd.commands import respond, score
@@ -174,7 +172,7 @@ def respond_until_killed(inputs, out, batches):
 
     def append(path, batch):
         nonlocal written
-        if written == int(batches):
+        if written == batches:
             with path.open("ab") as file:
                 file.write(json.dumps(batch._asdict()).encode()[:70])
             os.kill(os.getpid(), signal.SIGKILL)
@@ -182,20 +180,14 @@ def respond_until_killed(inputs, out, batches):
         written += 1
 
     conversation_log.append_batch = append
-    respond.respond(config_of(Path(inputs), out))
+    respond.respond(config_of(inputs, out))
 
 
 def test_killed_it_continues_to_the_same_file(inputs, finished, tmp_path, monkeypatch):
     config, _ = finished
     out = tmp_path / "answers.jsonl"
-    code = "import conftest, sys, test_commands_respond as test; test.respond_until_killed(*sys.argv[1:])"
-    child = subprocess.run(
-        [sys.executable, "-c", code, str(inputs), str(out), "2"],
-        cwd=Path(__file__).parent,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
-        capture_output=True,
-    )
-    assert child.returncode == -signal.SIGKILL, child.stderr.decode()
+    code, _, errors = Child(respond_until_killed, inputs, out, 2).finish()
+    assert code == -signal.SIGKILL, errors
     parts, whole = respond.parts_of(out), respond.parts_of(config.out).read_bytes()
     left = parts.read_bytes()
     assert not out.exists() and left.count(b"\n") == 3 < whole.count(b"\n") and not left.endswith(b"\n")

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from toy import toy_tokenizer, write_target
+from toy import toy_tokenizer, write_chats, write_prompts, write_target
 
 from jsfdd.base.files import read_json, write_json
 from jsfdd.commands import evaluate, export, run, score, select, train
@@ -27,29 +27,11 @@ from jsfdd.selection.sfdd import read_selection
 from jsfdd.training.journal import METRICS, read_lines
 from jsfdd.weights.draft import load_draft
 
-WORDS = "the cat sat on a mat and saw one red bird fly over two green hills".split()
-
-
-def _chats(path, count=24):
-    rng = np.random.default_rng(0)
-    with path.open("w") as file:
-        for i in range(count):
-            text = [" ".join(rng.choice(WORDS, 3 + i % 5)) for _ in range(2)]
-            messages = [{"role": "user", "content": text[0]}, {"role": "assistant", "content": text[1]}]
-            file.write(json.dumps({"id": f"c{i}", "source": "ab"[i % 2], "messages": messages}) + "\n")
-    return path
-
-
-def _prompts(path):
-    rows = [{"id": f"p{i}", "source": "x", "turns": [WORDS[i]]} for i in range(5)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
-    return str(write_target(folder / "target")), _chats(folder / "chats.jsonl"), _prompts(folder / "prompts.jsonl")
+    return str(write_target(folder / "target")), write_chats(folder / "chats.jsonl"), write_prompts(folder / "prompts.jsonl")
 
 
 def _run_config(inputs, out, **changes):
@@ -264,14 +246,14 @@ def test_changed_options_or_inputs_are_refused_by_name(inputs, finished):
 def test_a_new_file_in_a_directory_of_data_is_noticed(inputs, tmp_path):
     folder = tmp_path / "chats"
     folder.mkdir()
-    _chats(folder / "a.jsonl", 4)
+    write_chats(folder / "a.jsonl", 4)
     config = _run_config((inputs[0], folder, inputs[2]), tmp_path / "out")
     claim = run.check_claim(config)
     assert not config.out.exists() and str(folder / "a.jsonl") in claim["inputs"]
     config.out.mkdir()
     write_json(config.out / "run.json", claim)
     assert run.check_claim(config) == claim
-    _chats(folder / "b.jsonl", 2)
+    write_chats(folder / "b.jsonl", 2)
     with pytest.raises(ValueError, match=r"inputs\..*b\.jsonl: found None, expected .*choose another --out"):
         run.check_claim(config)
 
@@ -411,6 +393,6 @@ def test_a_selection_of_other_data_is_refused(inputs, tmp_path):
     shared = dict(target=target, data=(data,), max_length=128, batch_tokens=512)
     score.score(from_options(ScoreConfig, **shared, out=tmp_path))
     select.select(from_options(SelectConfig, scores=tmp_path / "scores.parquet", out=tmp_path))
-    other = _chats(tmp_path / "other.jsonl", count=4)
+    other = write_chats(tmp_path / "other.jsonl", count=4)
     with pytest.raises(ValueError, match="the data lacks .* of the samples"):
         _train(from_options(TrainConfig, **(shared | {"data": (other,)}), selection=tmp_path / "selection.json", out=tmp_path / "draft"))
