@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from toy import loaded_target, toy_config, toy_target
 
 from jsfdd.base.mesh import make_mesh
@@ -69,6 +71,18 @@ def test_its_hidden_states_are_kept_while_scoring_and_stored_by_themselves(tmp_p
         np.testing.assert_allclose(whole[sample.id], own[sample.id], rtol=1e-4, atol=1e-5)
     for name in kept:
         np.testing.assert_allclose(kept[name], whole[name], rtol=1e-5, atol=1e-6)
+
+
+def test_it_may_have_a_mesh_of_its_own():
+    """Parameters and states on other devices than those that score."""
+    theirs = jax.make_mesh((2,), ("x",), devices=jax.devices()[2:])
+    params = jax.device_put(TARGET.params, NamedSharding(theirs, P()))
+    states = jax.jit(lambda params, tokens: hidden_states(TARGET.config, params, tokens), out_shardings=NamedSharding(theirs, P(None, None, "x")))
+    foreign = foreign_target(lambda tokens: states(params, tokens), EMBEDDING, HEAD, TARGET.config)
+    mesh = make_mesh(data=2)
+    assert not set(mesh.devices.flat) & set(theirs.devices.flat)
+    expected = score_samples(TARGET, SAMPLES, mesh, **OPTIONS)
+    np.testing.assert_allclose(score_samples(foreign, SAMPLES, mesh, **OPTIONS)["flatness"], expected["flatness"], rtol=1e-5)
 
 
 def test_hidden_states_that_are_there_are_scored_without_the_target(tmp_path):

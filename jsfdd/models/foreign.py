@@ -68,7 +68,8 @@ def foreign_target(
       config: of the model; of it `vocab_size`, `hidden_size`, the heads, the rotation and the norm's eps shape a draft.
       tokenizer: a fast transformers tokenizer with a chat template, if chats are to be tokenized here.
       name: for messages and cards.
-      fingerprint: changes when the weights do; by default a sha256 of embedding and head.
+      fingerprint: changes when the weights do; by default a sha256 of embedding and head. Give one if the layers between
+        them can change while these two stay.
 
     Raises:
       ValueError: embedding or head is not [vocab_size, hidden_size], or the head is missing though `config.tie_embeddings`
