@@ -9,12 +9,12 @@ import pytest
 from toy import compiled_decoder, good_draft, toy_draft, toy_prompts, toy_target
 
 from jsfdd.decoding.ensemble import (
-    Choices,
+    Routing,
     average_drafts,
     certainty,
     check_one_target,
     confidence,
-    no_choices,
+    no_routing,
     route,
     still_needed,
 )
@@ -138,21 +138,21 @@ def test_routing_literal():
     done = jnp.array([False, False])
     steps = [[[0.2, 0.3], [0.5, 0.5]], [[0.4, 0.1], [0.1, 0.9]], [[0.1, 0.9], [0.9, 0.1]]]
     each, prompt = Combine("route"), Combine("route", route_steps=2)
-    choices, won = no_choices(prompt, 2, 2), []
+    routing, won = no_routing(prompt, 2, 2), []
     for sureness in map(jnp.array, steps):
-        winner, choices = route(prompt, sureness, choices, done)
+        winner, routing = route(prompt, sureness, routing, done)
         won.append(winner.tolist())
         assert route(each, sureness, None, done)[0].tolist() == np.argmax(sureness, axis=1).tolist()
     assert won == [[1, 0], [0, 1], [0, 1]]
-    assert choices.steps.tolist() == [2, 2] and np.allclose(choices.sureness, [[0.6, 0.4], [0.6, 1.4]])
+    assert routing.steps.tolist() == [2, 2] and np.allclose(routing.sureness, [[0.6, 0.4], [0.6, 1.4]])
 
 
 def test_a_draft_is_needed_while_a_row_may_still_choose_it():
     combine = Combine("route", route_steps=2)
-    choices = Choices(jnp.array([[0.6, 0.4, 0.1], [0.1, 0.9, 0.2]]), jnp.array([2, 2], jnp.int32))
-    assert still_needed(combine, choices, jnp.array([False, False])).tolist() == [True, True, False]
-    assert still_needed(combine, choices, jnp.array([False, True])).tolist() == [True, False, False]
-    undecided = choices._replace(steps=jnp.array([2, 1], jnp.int32))
+    routing = Routing(jnp.array([[0.6, 0.4, 0.1], [0.1, 0.9, 0.2]]), jnp.array([2, 2], jnp.int32))
+    assert still_needed(combine, routing, jnp.array([False, False])).tolist() == [True, True, False]
+    assert still_needed(combine, routing, jnp.array([False, True])).tolist() == [True, False, False]
+    undecided = routing._replace(steps=jnp.array([2, 1], jnp.int32))
     assert still_needed(combine, undecided, jnp.array([False, False])).tolist() == [True, True, True]
     assert still_needed(combine, undecided, jnp.array([False, True])).tolist() == [True, False, False]
 
@@ -168,8 +168,8 @@ def test_a_routed_prompt_stays_with_its_draft_and_the_other_rests(models):
         state, emitted = step(params, state, jnp.float32(0))
         won.append(int(np.argmax(emitted.offered[0])))
         lengths.append([int(cache.length[0]) for cache in state.draft_caches])
-    chosen = int(np.argmax(state.choices.sureness[0]))
-    assert state.choices.steps.tolist() == [3] and set(won[3:]) == {chosen} and len(won) > 5
+    chosen = int(np.argmax(state.routing.sureness[0]))
+    assert state.routing.steps.tolist() == [3] and set(won[3:]) == {chosen} and len(won) > 5
     read = np.array(lengths)
     assert np.array_equal(read[:2, 0], read[:2, 1]) and np.all(np.diff(read[:-1, chosen]) > 0)
     assert np.all(read[2:, 1 - chosen] == read[1, 1 - chosen]), "decided in the third step, it did not even observe that one"

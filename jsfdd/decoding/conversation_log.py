@@ -1,10 +1,10 @@
-"""Answers on disk as they come, so that what a killed process had answered is not answered again.
+"""Answers on disk as they come, so that a killed process does not answer again what it had answered.
 
     {"identity": {…}}                                                                        what the answers depend on
-    {"turn": 0, "numbers": [3, 5], "answers": [["…", 41, false], …], "accept_counts": […]}   one line a batch, in their order
+    {"turn": 0, "numbers": [3, 5], "answers": [["…", 41, false], …], "accept_counts": […]}   one line a batch, in order
 
-Lines are only ever appended, each brought to the disk before the next batch begins. A last line without its end is what a
-kill left of it, and counts as not written.
+Lines are only appended, and each is on the disk before the next batch begins. A last line without its end was cut short by a
+kill and counts as not written.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class AnsweredBatch(NamedTuple):
       turn: from 0.
       numbers: of the conversations.
       answers: one for each.
-      accept_counts: verifications in which i draft tokens were accepted, of the whole batch; [G+1].
+      accept_counts: [G+1], the number of verifications of the batch in which i draft tokens were accepted.
     """
 
     turn: int

@@ -96,11 +96,11 @@ def _combine(
         sureness = [certainty(next_log_probs(setup, params, n, hidden)) for n, hidden in enumerate(state.draft_hidden)]
     else:
         sureness = [confidence(setup.tree, proposed) for proposed in proposals]
-    winner, choices = route(setup.combine, jnp.stack(sureness, axis=1), state.choices, state.done)
+    winner, routing = route(setup.combine, jnp.stack(sureness, axis=1), state.routing, state.done)
     rows = jnp.arange(winner.shape[0])
     verified = jax.tree.map(lambda *of_drafts: jnp.stack(of_drafts)[winner, rows], *proposals)
     tree = rerank(setup.tree, verified, state.last_token)
-    return tree, jnp.broadcast_to(winner[:, None], tree.tokens.shape), state._replace(choices=choices)
+    return tree, jnp.broadcast_to(winner[:, None], tree.tokens.shape), state._replace(routing=routing)
 
 
 def observe(
@@ -164,7 +164,7 @@ def next_log_probs(
 
 def _unless_idle(setup: DecodeSetup, state: DecodeState, number: int, run: Callable, idle: Callable, *memory):
     """`run(*memory)`, or `idle(*memory)` where every row has been given to another draft than `number`."""
-    if state.choices is None:
+    if state.routing is None:
         return run(*memory)
-    needed = still_needed(setup.combine, state.choices, state.done)
+    needed = still_needed(setup.combine, state.routing, state.done)
     return jax.lax.cond(needed[number], run, idle, *memory)

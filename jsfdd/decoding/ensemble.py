@@ -1,14 +1,14 @@
 """Several drafts for one target (TAPS, arXiv 2603.27027): averaged into one, or decoding together.
 
     average  one draft whose weights are a linear combination of theirs; nothing else changes
-    route    all drafts propose a tree, the surest draft's is verified (`route`); or a prompt is given to one draft for good
-             after its first steps, from where on the others need not run for it
-    merge    their trees become one tree of as many nodes as a single draft's (`merge.py`)
+    route    every draft proposes a tree, and the target verifies the tree of the draft that is surest (`route`). Or a prompt is
+             given to one draft for good after its first steps, and the others no longer run for it
+    merge    the drafts' trees become one tree, with as many nodes as a single draft's (`merge.py`)
 
-Route and merge are for trees alone. What is verified may depend on what drafts propose only where text does not: a tree's
-text is the target's own draw looked up among its nodes, whichever tree it is. A chain's draft tokens are themselves drawn, and
-accepting those of the chain that looks best would no longer give the target's distribution. (`top_k=1` makes chains of
-trees.) Whichever draft wins a step, every draft's cache observes the same true pairs afterwards.
+Routing and merging work on trees only. The choice of a tree may depend on the proposals, because the text does not: whatever
+the tree, the target's own draw is looked up among its nodes. A chain's draft tokens are drawn themselves, and choosing the
+chain that looks best would change the distribution of the text. (`top_k=1` makes a chain of a tree.) Whichever draft wins a
+step, every draft's cache observes the same true pairs afterwards.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from jsfdd.decoding.tree import Proposals, path_probs
 from jsfdd.models.draft import Draft, DraftConfig
 
 
-class Choices(NamedTuple):
-    """How sure each of the E drafts has been so far, of each row's answer; kept until one of them is given the row for good."""
+class Routing(NamedTuple):
+    """How sure each of the E drafts has been of each row's answer, until one draft is given the row for good."""
 
-    sureness: Float[Array, "B E"]  # added up over the steps
-    steps: Int[Array, " B"]  # how many they were, at most `route_steps`
+    sureness: Float[Array, "B E"]  # the sum over the steps so far
+    steps: Int[Array, " B"]  # how many those are, at most `route_steps`
 
 
-def no_choices(combine: Combine | None, rows: int, drafts: int) -> Choices | None:
-    """The choices before the first step; None where no draft is ever chosen for good."""
+def no_routing(combine: Combine | None, rows: int, drafts: int) -> Routing | None:
+    """The routing before the first step; None where no draft is ever chosen for good."""
     if combine is None or not combine.route_steps:
         return None
-    return Choices(jnp.zeros((rows, drafts)), jnp.zeros(rows, jnp.int32))
+    return Routing(jnp.zeros((rows, drafts)), jnp.zeros(rows, jnp.int32))
 
 
 def confidence(shape: TreeShape, proposals: Proposals) -> Float[Array, " B"]:
@@ -51,26 +51,26 @@ def certainty(log_probs: Float[Array, "B V"]) -> Float[Array, " B"]:
 
 
 def route(
-    combine: Combine, sureness: Float[Array, "B E"], choices: Choices | None, done: Bool[Array, " B"]
-) -> tuple[Int[Array, " B"], Choices | None]:
-    """The draft whose tree each row verifies in this step, of equals the earlier; and the choices with this step in them."""
-    if choices is None:
+    combine: Combine, sureness: Float[Array, "B E"], routing: Routing | None, done: Bool[Array, " B"]
+) -> tuple[Int[Array, " B"], Routing | None]:
+    """The draft whose tree each row verifies in this step, in a tie the earlier one; and the routing after this step."""
+    if routing is None:
         return jnp.argmax(sureness, axis=1).astype(jnp.int32), None
-    chosen = _chosen(combine, choices)
-    winner = jnp.argmax(jnp.where(chosen[:, None], choices.sureness, sureness), axis=1).astype(jnp.int32)
+    chosen = _chosen(combine, routing)
+    winner = jnp.argmax(jnp.where(chosen[:, None], routing.sureness, sureness), axis=1).astype(jnp.int32)
     counts = ~(chosen | done)
-    return winner, Choices(choices.sureness + jnp.where(counts[:, None], sureness, 0.0), choices.steps + counts)
+    return winner, Routing(routing.sureness + jnp.where(counts[:, None], sureness, 0.0), routing.steps + counts)
 
 
-def still_needed(combine: Combine, choices: Choices, done: Bool[Array, " B"]) -> Bool[Array, " E"]:
+def still_needed(combine: Combine, routing: Routing, done: Bool[Array, " B"]) -> Bool[Array, " E"]:
     """Which drafts some row that is not done still needs. One that no row needs is never needed again."""
-    drafts = jnp.arange(choices.sureness.shape[1])
-    surest = jnp.argmax(choices.sureness, axis=1)[:, None] == drafts[None, :]
-    return jnp.any(~done[:, None] & (surest | ~_chosen(combine, choices)[:, None]), axis=0)
+    drafts = jnp.arange(routing.sureness.shape[1])
+    surest = jnp.argmax(routing.sureness, axis=1)[:, None] == drafts[None, :]
+    return jnp.any(~done[:, None] & (surest | ~_chosen(combine, routing)[:, None]), axis=0)
 
 
-def _chosen(combine: Combine, choices: Choices) -> Bool[Array, " B"]:
-    return choices.steps >= combine.route_steps
+def _chosen(combine: Combine, routing: Routing) -> Bool[Array, " B"]:
+    return routing.steps >= combine.route_steps
 
 
 def average_drafts(drafts: Mapping[str, Draft], weights: Sequence[float]) -> Draft:

@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jsfdd.base.mesh import map_over_devices, replicate
 from jsfdd.base.records import DecodeStats, DraftShares, Generation, KVCache
 from jsfdd.decoding.drafting import draft_chain, draft_tree, observe
-from jsfdd.decoding.ensemble import no_choices
+from jsfdd.decoding.ensemble import no_routing
 from jsfdd.decoding.settings import DecodeSetup
 from jsfdd.decoding.state import DecodeParams, DecodeState, Emitted, PromptBatch
 from jsfdd.decoding.tree import Path, keep_path, one_branch, tree_view, walk
@@ -165,7 +165,7 @@ def show_prompt(
         draft_hidden=(jnp.zeros_like(hidden[:, 0]),) * len(setup.drafts),
     )
     state = observe(setup, params, state, hidden, next_tokens, state.target_cache.length)
-    return state._replace(choices=no_choices(setup.combine, rows, len(setup.drafts)))
+    return state._replace(routing=no_routing(setup.combine, rows, len(setup.drafts)))
 
 
 def until_done(

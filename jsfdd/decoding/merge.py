@@ -1,18 +1,18 @@
-"""Several drafts' trees as one to verify: shared prefixes once, the best paths within a budget (TAPS, arXiv 2603.27027).
+"""Several drafts' trees as one tree to verify: shared prefixes once, the best paths within a budget (TAPS, arXiv 2603.27027).
 
-    together  the nodes of all trees behind each other, each tree in its own order: U of them
-    twins     nodes of one path: the same token below twins, or roots. The first of them stands for all
-    score     a path's probability under the drafts' mixture: the mean over drafts, 0 for a draft whose tree lacks the path
+    together  the nodes of all trees, one tree after the other: U nodes
+    twins     nodes of the same path: the same token below twins, or roots. The first twin stands for all
+    score     a path's probability under the drafts' mixture: the mean over drafts, with 0 for a draft whose tree lacks the path
     keep      the best `budget` paths
 
-Why the mean. The target's text runs through a node or does not, so a tree's expected number of accepted tokens is the sum of
-its paths' probabilities. If each draft is as likely to be the one that is right, these are the means, and the best `budget` of
-them are the best tree. No draft finds a path more probable than its parent, and one that has the path has its parent, so
-means never grow downwards either: no kept node loses its parent. (The largest of the probabilities, in place of the mean,
-would keep parents too, but would count a path that all drafts propose no higher than one that a single draft does.)
+Why the mean. A tree's expected number of accepted tokens is the sum of its paths' probabilities. If every draft is equally
+likely to be right, a path's probability is the mean, and the best `budget` paths are the best tree. A draft never finds a path
+more probable than its parent, and it has the parent of every path that it has. So the mean of a child is never above its
+parent's, and no kept node loses its parent. (The maximum would keep parents too, but a path that all drafts propose would count
+no more than a path that one draft proposes.)
 
-The paper's code leaves twins in, and verifies all nodes of both trees. Text is lossless either way, for it is the target's own
-(`tree.walk`); but a twin takes a place from another path, and hides what hangs below it.
+The paper's code leaves twins in and verifies all nodes of both trees. The text is the target's either way (`tree.walk`), but a
+twin takes the place of another path and hides the nodes below it.
 """
 
 from __future__ import annotations
@@ -32,15 +32,16 @@ def merge(
 ) -> tuple[Tree, Int[Array, "B N"]]:
     """The drafts' trees below one root as a single tree, and which draft proposed each of its nodes.
 
-    A node that several drafts propose is of the one that finds its path most probable, of equals the earlier. Nodes come in
-    the order of the first tree, then what only the second has, and so on: equal trees merge to themselves.
+    Where several drafts propose a node, it counts for the draft that finds its path most probable, and in a tie for the earlier
+    one. Nodes keep the order of the first tree, followed by those that only the second has, and so on: equal trees merge to
+    themselves.
 
     Args:
-      trees: one a draft, their roots alike; they may differ in size.
+      trees: one for each draft, with equal roots; their sizes may differ.
       probs: each tree's `path_probs`.
-      depth: G, the deepest that a node may lie.
-      budget: nodes to keep, the root not counted. Where the trees have fewer different ones, places stay empty: of token −1,
-        below nothing but themselves.
+      depth: G, the depth of the deepest node.
+      budget: nodes to keep, without the root. If the trees have fewer different nodes, places stay empty: their token is −1, and
+        each is its own parent.
     """
     starts = np.cumsum([0, *(tree.tokens.shape[1] for tree in trees)])
     tokens, depths = (jnp.concatenate(arrays, axis=1) for arrays in zip(*((tree.tokens, tree.depths) for tree in trees)))

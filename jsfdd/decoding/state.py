@@ -7,7 +7,7 @@ from typing import NamedTuple
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jsfdd.base.records import KVCache
-from jsfdd.decoding.ensemble import Choices
+from jsfdd.decoding.ensemble import Routing
 
 
 class DecodeParams(NamedTuple):
@@ -47,7 +47,7 @@ class DecodeState(NamedTuple):
     keys: Key[Array, " B"]
     draft_caches: tuple[KVCache, ...] = ()
     draft_hidden: tuple[Float[Array, "B D"], ...] = ()
-    choices: Choices | None = None
+    routing: Routing | None = None
 
 
 class Emitted(NamedTuple):

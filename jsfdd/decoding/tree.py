@@ -1,15 +1,14 @@
 """Dynamic draft trees (EAGLE-2, arXiv 2406.16858, section 4): grow, re-rank, verify, keep the accepted path.
 
-    grow    level by level: the `top_k` most probable paths so far are read by the draft, each proposes `top_k` next tokens
-    rerank  of all proposals the `nodes` most probable paths stay; a path's probability is the product of its tokens'
-    view    the target reads all nodes in one pass, each seeing the committed tokens and its own ancestors
-    walk    from the root, the target's own choice at each node leads to the child that holds it, until none does
-    keep    the accepted nodes' keys and values move next to the committed ones; nothing else of the cache is touched
+    grow    level by level: the draft reads the `top_k` most probable paths so far and proposes `top_k` next tokens for each
+    rerank  the `nodes` most probable of all proposed paths stay; a path's probability is the product of its tokens'
+    view    the target reads all nodes in one pass; a node sees the committed tokens and its own ancestors
+    walk    from the root, the target's choice at each node leads to the child that holds it, until no child does
+    keep    the accepted nodes' keys and values move next to the committed ones; the rest of the cache stays as it is
 
-The children of a node are the draft's best tokens, not draws from it. Verifying them one after the other, each against
-what mass of p the earlier ones left, is then the same as drawing one token from p and looking whether it is among them: so
-`walk` draws as plain decoding does, with the same keys, and the text is plain decoding's own token for token at every
-temperature.
+The children of a node are the draft's best tokens, not draws from it. Papers verify them one after the other, each against
+the mass of p that the earlier ones left. That is the same as drawing one token from p and looking for it among the children. So
+`walk` draws as plain decoding does, with the same keys, and the text is plain decoding's token for token at every temperature.
 
 Letters: n = top_k, M = nodes, N = M + 1 with the root, G = depth, P = proposals in all. Node 0 is the root, the last
 committed token; a parent's number is below its children's.

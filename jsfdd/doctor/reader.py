@@ -1,8 +1,8 @@
-"""Text read again whole: the slow, obvious twin of what the decoder does step by step with its caches.
+"""Whole texts read again: the slow, obvious twin of the decoder, which goes step by step with caches.
 
     decode_texts    the target's greedy answers to prompts, and the verdict on the first draft token of every step
-    Reader          hidden states of whole texts, and the choice that the target's head makes from any hidden state
-    draft_choices   what the draft says after every true prefix of a text
+    Reader          hidden states of whole texts, and the token that the target's head chooses after any hidden state
+    draft_choices   the draft's choice after every true prefix of a text
 
 A step that starts with x_0 … x_c committed lets the draft guess x_{c+1} from its output at the last true pair
 (h_{c−1}, x_c). Reading the whole text gives the same output at t = c − 1, so both must make the same guess.
@@ -54,13 +54,13 @@ class DecodedText:
 
 
 class Choices(NamedTuple):
-    """What the target's head says to n hidden states, each asked about one token.
+    """The tokens that the target's head chooses after n hidden states, each compared with the token that was asked about.
 
     Attributes:
-      token: int[n], the likeliest.
-      probability: float[n], of it.
-      lead: float[n], by how much its logit exceeds the second largest, as a part of the largest absolute logit.
-      gap: float[n], by how much it exceeds the logit of the token that was asked about, as such a part.
+      token: int[n], the likeliest token.
+      probability: float[n], its probability.
+      lead: float[n], its logit less the second largest one, as a share of the largest absolute logit.
+      gap: float[n], its logit less that of the token that was asked about, as such a share.
     """
 
     token: np.ndarray

@@ -5,17 +5,16 @@
     judge = make_judge(target, hidden, recorded, draft, mesh, …)   # compiled once for all drafts of one shape
     counts = walk(recorded, judge(draft_params))                   # what a decoder would have counted
 
-Whatever the draft, a lossless decoder emits the target's text. So that text can be decoded beforehand, and what remains of a
-draft's measurement is to ask it from every position: the draft step that is i tokens ahead at every position at once is
-HASS's step i (`models.draft.draft_steps`), which no target has to verify. At temperature 0 a draft token is accepted where it
-is the text's own next token, and the counts are the decoder's own. Above it, speculative sampling emits x and has accepted
-it with probability min(p(x), q(x)), and emits x at all with p(x) (`decoding.verify`): given the text, a draft token was
-accepted with
+A lossless decoder emits the target's text, whatever the draft. So the text can be decoded once, and a draft is measured by
+asking it at every position of that text. HASS's step i (`models.draft.draft_steps`) is a draft that is i tokens ahead at all
+positions at once; no target has to run. At temperature 0 a draft token is accepted where it is the text's next token, and the
+counts are exactly the decoder's. Above it, speculative sampling (`decoding.verify`) emits x with probability p(x), and emits x
+as an accepted draft token with probability min(p(x), q(x)). So, given the text,
 
     P(accepted | x) = min(1, q(x) / p(x))
 
-independently from step to step. `walk` sums over all ways in which that can have cut the text into steps, so that no chance but
-the text's is left. Chains alone; a tree's shape would have to be grown at every position.
+independently from step to step. `walk` sums over all ways in which this can cut the text into steps: only the text is left to
+chance. This is for chains; `replay_trees.py` does trees.
 """
 
 from __future__ import annotations
@@ -53,9 +52,9 @@ class Recorded(NamedTuple):
 
     Attributes:
       samples: a prompt's turn each: the conversation up to it with the answer, on which `assistant_mask` is True.
-      prompts: int[N], of each sample, the number of its prompt; turns of one prompt follow each other.
+      prompts: int[N], the number of each sample's prompt; turns of one prompt follow each other.
       temperature: at which the answers were drawn.
-      max_new_tokens: longest answer that counts. What is recorded goes on for `ahead` tokens, unless it stopped, since a
+      max_new_tokens: longest answer that counts. Answers that did not stop are recorded for `ahead` more tokens, since a
         decoder's last step may overshoot.
       stop_tokens: the target's.
     """

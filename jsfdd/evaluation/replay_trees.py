@@ -1,8 +1,8 @@
-"""Trees on text that the target wrote once: `replay.py`'s idea for one draft's trees and for several drafts together.
+"""Trees on text that the target wrote once: `replay.py`'s idea for the trees of one draft or several.
 
-The decoding loop itself, with a target that has nothing left to compute: its choice at every node is the text's own next token,
-and its hidden states are those that it had when it read the text. A tree's text is plain decoding's own at every temperature
-(`decoding.tree`), so the counts are the decoder's, to the last one, at every temperature too.
+It is the decoding loop with a target that has nothing left to compute: the target's choice at a node is the text's next token,
+and its hidden states were kept when it read the text. A tree's text is plain decoding's at every temperature (`decoding.tree`),
+so the counts are exactly the decoder's at every temperature.
 """
 
 from __future__ import annotations

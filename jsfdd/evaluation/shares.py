@@ -1,10 +1,10 @@
-"""What each of several drafts that decode together had its part in.
+"""Each draft's share in the work of drafts that decode together.
 
-    verified_share   of the draft tokens that the target verified, those that the draft proposed. A routed step verifies one
-                     draft's tree, so this is the share of the steps that were given to it.
-    accepted_share   of the draft tokens that were accepted, the same
+    verified_share   share of the verified draft tokens that the draft proposed. A routed step verifies one draft's tree, so
+                     this is the share of the steps that were routed to the draft.
+    accepted_share   share of the accepted draft tokens that it proposed
 
-A token that several drafts propose is counted for the one that found its path most probable (`decoding/merge.py`).
+A token that several drafts propose counts for the draft that finds its path most probable (`decoding/merge.py`).
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ def no_shares(num_prompts: int, num_drafts: int) -> DraftShares:
 def with_shares(
     report: dict, sources: Sequence[str], shares: DraftShares, names: Sequence[str], combine: Combine, tree: TreeShape
 ) -> dict:
-    """A report with how its drafts were combined, and each draft's shares, over all prompts and by source.
+    """A report with the rule that combined its drafts, and each draft's shares, over all prompts and by source.
 
     Args:
       report: of `evaluate`.
-      sources: of each prompt.
+      sources: one for each prompt.
       shares: [N, E] each, by prompt.
       names: of the drafts.
     """
