@@ -40,7 +40,7 @@ def merge(
       trees: one for each draft, with equal roots; their sizes may differ.
       probs: each tree's `path_probs`.
       depth: G, the depth of the deepest node.
-      budget: nodes to keep, without the root. If the trees have fewer different nodes, places stay empty: their token is −1, and
+      budget: nodes to keep, without the root. If the trees have fewer different nodes, places stay empty: their token is −1 and
         each is its own parent.
     """
     starts = np.cumsum([0, *(tree.tokens.shape[1] for tree in trees)])
