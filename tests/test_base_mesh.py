@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jsfdd.base.mesh import make_mesh, map_over_devices, replicate, shard_rows, sum_over_devices
+from jsfdd.base.mesh import make_mesh, map_over_devices, replicate, round_up_to_shards, shard_rows, sum_over_devices
 
 
 def _rows(params, batch):
@@ -67,3 +67,8 @@ def test_indivisible_rows_are_an_error(inputs):
 def test_impossible_meshes_are_named(data, model):
     with pytest.raises(ValueError, match="devices"):
         make_mesh(data, model)
+
+
+@pytest.mark.parametrize("rows, padded", [(1, 4), (4, 4), (5, 8)])
+def test_rows_are_rounded_up_to_the_data_shards(rows, padded):
+    assert round_up_to_shards(rows, make_mesh()) == padded and round_up_to_shards(rows, make_mesh(data=1)) == rows

@@ -16,6 +16,7 @@ from jsfdd.data.batches import (
     choose_shapes,
     epoch_batches,
     make_batches,
+    next_power_of_two,
     pad_batch,
     pad_rows,
     padding_share,
@@ -127,3 +128,8 @@ def test_pad_rows_keeps_features_and_dtype():
     padded = pad_rows(hidden, Shape(2, 3))
     assert padded.shape == (2, 3, 4) and padded.dtype == ml_dtypes.bfloat16
     np.testing.assert_array_equal(padded[:, :, 0].astype(np.float32), [[1, 1, 0], [2, 2, 2]])
+
+
+@pytest.mark.parametrize("n, power", [(0, 1), (1, 1), (2, 2), (3, 4), (64, 64), (65, 128)])
+def test_the_next_power_of_two_is_no_smaller(n, power):
+    assert next_power_of_two(n) == power

@@ -14,6 +14,7 @@ from jsfdd.models.attention import cached_view, empty_cache
 from jsfdd.models.target import decode, hidden_states
 
 V = 6
+_decode, _hidden_states = jax.jit(decode, static_argnums=0), jax.jit(hidden_states, static_argnums=0)
 
 
 def _bigram(seed=0, concentration=0.7):
@@ -144,20 +145,22 @@ def test_a_tree_in_one_pass_is_its_paths_one_by_one(family):
     prompts = np.array([[7, 8, 9, 10], [1, 2, 3, 0]], np.int32)
     lengths = jnp.array([4, 3], jnp.int32)
     cache = empty_cache(config, 2, 12)
-    _, cache = decode(config, params, prompts, cached_view(cache, 4), cache)
+    _, cache = _decode(config, params, prompts, cached_view(cache, 4), cache)
     cache = cache._replace(length=lengths)
     tree = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), LITERAL)
-    hidden, after = decode(config, params, tree.tokens, tree_view(cache, tree), cache)
+    hidden, after = _decode(config, params, tree.tokens, tree_view(cache, tree), cache)
     for row in range(2):
         committed = prompts[row, : lengths[row]].tolist()
         for node, path in enumerate([(), *_paths(tree, row)]):
-            text = jnp.asarray([[*committed, 0, *path]], jnp.int32)
-            alone = hidden_states(config, params, text)[0, -1]
+            text = [*committed, 0, *path]
+            padded = np.zeros((1, 8), np.int32)  # one shape, one program; padding comes last and is never looked at
+            padded[0, : len(text)] = text
+            alone = _hidden_states(config, params, padded)[0, len(text) - 1]
             assert np.allclose(hidden[row, node], alone, atol=1e-5)
     nodes = jnp.array([[0, 2, 4], [0, 1, 3]])
-    kept = keep_path(after, nodes)
+    kept = jax.jit(keep_path)(after, nodes)
     block = jnp.take_along_axis(tree.tokens, nodes, axis=1)
-    _, plain = decode(config, params, block, cached_view(cache, 3), cache)
+    _, plain = _decode(config, params, block, cached_view(cache, 3), cache)
     for row in range(2):
         held = int(lengths[row]) + 3
         assert np.allclose(kept.k[:, row, :, :, :held], plain.k[:, row, :, :, :held], atol=1e-5)

@@ -8,7 +8,8 @@ TRIALS = 200_000
 
 def joint_of_trials(trial, vocab_size):
     """(share of each pair of tokens [V, V], what each trial tells): `trial(key) -> (first, second, told)`, TRIALS times."""
-    first, second, told = jax.jit(jax.vmap(trial))(jax.random.split(jax.random.key(0), TRIALS))
+    keys = jax.random.split(jax.random.key(0), TRIALS)
+    first, second, told = jax.jit(lambda keys: jax.lax.map(trial, keys, batch_size=10_000))(keys)
     joint = np.zeros((vocab_size, vocab_size))
     np.add.at(joint, (np.asarray(first), np.asarray(second)), 1 / TRIALS)
     return joint, np.asarray(told)
