@@ -330,7 +330,7 @@ def _tokenized(target: Target | ForeignTarget, chats: Sequence[Chat] | Sequence[
         raise ValueError(f"{target.name} has no tokenizer: give tokenized samples, or the target with a tokenizer")
     from jsfdd.data.template import tokenize_chats
 
-    return tokenize_chats(chats, target.tokenizer, max_length)[0]
+    return tokenize_chats(chats, target.tokenizer, max_length, vocab_size=target.config.vocab_size)[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -58,6 +58,15 @@ def samples_digest(samples: Sequence[Sample]) -> str:
     return sha.hexdigest()
 
 
+def tokens_digest(samples: Sequence[Sample]) -> str:
+    """sha256 hex of ids and tokens, in order: what hidden states of these samples depend on."""
+    sha = hashlib.sha256()
+    for sample in samples:
+        sha.update(f"{sample.id}\0{len(sample.tokens)}\0".encode())
+        sha.update(np.ascontiguousarray(sample.tokens, np.int32).tobytes())
+    return sha.hexdigest()
+
+
 @dataclasses.dataclass(frozen=True)
 class Prompt:
     """One evaluation prompt: the user's turns in order; each turn's own answer feeds the next.

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, NamedTuple
 
-from jsfdd.commands.inputs import describe_target, identity_of, load_weights, target_dtype
+from jsfdd.commands.inputs import describe_target, identity_of, load_weights, longest_sample, target_dtype
 from jsfdd.commands.options import (
     ChatOptions,
     DecodingOptions,
+    Flag,
     MaskSpans,
     ModelOptions,
     OptionalPath,
@@ -47,6 +48,8 @@ class DoctorConfig:
     """Chats, as for `jsfdd score`."""
     mask_spans: MaskSpans = ()
     """Parts of answers that are read but neither scored nor trained on, as for `jsfdd train`."""
+    split_answers: Flag = False
+    """As for `jsfdd train`."""
     draft: Paths = ()
     """A training run's directory, its checkpoints/, or an exported draft. Without one, target and data alone are examined."""
     hidden_from: OptionalPath = None
@@ -89,7 +92,12 @@ def prepare(config: DoctorConfig) -> Prepared:
     record = (draft and draft.record) or {}
     store = _find_store(config)
     max_length = record.get("max_length", ChatOptions.max_length)
-    samples, summary = tokenize_chats(chats, describe_target(config.model).tokenizer, max_length, config.mask_spans)
+    target = describe_target(config.model)
+    max_length = longest_sample(target, max_length)
+    samples, summary = tokenize_chats(
+        chats, target.tokenizer, max_length, config.mask_spans,
+        vocab_size=target.config.vocab_size, split_answers=config.split_answers,
+    )  # fmt: skip
     return Prepared(chats, draft, store, max_length, samples, summary)
 
 

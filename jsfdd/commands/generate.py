@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from jsfdd.commands.combine import check_combine, one_team
 from jsfdd.commands.inputs import describe_target, load_weights, setup_of, tree_shape
-from jsfdd.commands.options import DecodingOptions, DraftOptions, Flag, ModelOptions
+from jsfdd.commands.options import DecodingOptions, DraftOptions, Flag, ModelOptions, OptionalPath
 from jsfdd.commands.outcome import Outcome, described, many
 
 if TYPE_CHECKING:
@@ -40,6 +40,10 @@ class GenerateConfig:
     drafts: DraftOptions = DraftOptions()
     prompt: str
     """The user's message."""
+    system: str = ""
+    """A system message before it."""
+    tools: OptionalPath = None
+    """A JSON file with definitions of tools, as the "tools" of a chat; the chat template writes them."""
     show_accepted: Flag = False
     """Mark the tokens that the draft proposed: green on a terminal, in [brackets] elsewhere. Of several drafts each has its
     colour, or its number: [1:…] [2:…]."""
@@ -63,6 +67,7 @@ class Prepared(NamedTuple):
 
 def prepare(config: GenerateConfig) -> Prepared:
     from jsfdd.base.records import Prompt
+    from jsfdd.data.forms import read_tools
     from jsfdd.decoding.prompts import first_prompts
     from jsfdd.weights.draft import check_draft
 
@@ -71,7 +76,9 @@ def prepare(config: GenerateConfig) -> Prepared:
     target = describe_target(config.model)
     for name, draft in team.drafts.items():
         check_draft(target, draft.config, name)
-    (tokens,) = first_prompts(target, [Prompt("--prompt", "", (config.prompt,))], config.decoding.max_new_tokens)
+    tools = () if config.tools is None else read_tools(config.tools)
+    prompt = Prompt("--prompt", "", (config.prompt,), config.system, tools)
+    (tokens,) = first_prompts(target, [prompt], config.decoding.max_new_tokens)
     return Prepared(team, tokens)
 
 

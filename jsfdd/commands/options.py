@@ -7,6 +7,7 @@ command line and in Python alike: a bad one is a ValueError with the remedy, bef
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import typing
 from pathlib import Path
@@ -20,6 +21,7 @@ from jsfdd.hidden.rows import HiddenDtype
 from jsfdd.selection.sfdd import Within
 from jsfdd.training.recipe import PYTHON_ONLY, Recipe
 from jsfdd.weights.card import ExportDtype, Flavour
+from jsfdd.weights.chat_template import TemplateOptions, parse_date
 
 # "(default: None)" and "(default: False)" would say nothing.
 _UNSET = tyro.conf.arg(help_behavior_hint="")
@@ -35,6 +37,19 @@ def check(option: str, value, good: bool, wanted: str) -> None:
     """ValueError unless a value is `good`."""
     if not good:
         raise ValueError(f"{option}: got {value!r}, but it must be {wanted}")
+
+
+def share_of(option: str, text: str | None) -> float | None:
+    """A share that is written as 5% or 0.05; ValueError for anything else."""
+    if text is None:
+        return None
+    number, factor = (text[:-1], 0.01) if text.endswith("%") else (text, 1.0)
+    try:
+        share = float(number) * factor
+    except ValueError:
+        share = -1.0
+    check(option, text, 0 <= share <= 1, "a share as 5% or 0.05")
+    return share
 
 
 def check_share(option: str, value: float) -> None:
@@ -114,9 +129,26 @@ class ModelOptions:
     losses are float32 either way."""
     model_shards: int = 1
     """Devices that share one copy of the target; the others take different rows. Must divide the devices."""
+    chat_template: Annotated[str | None, tyro.conf.arg(help_behavior_hint="", metavar="FILE")] = None
+    """Another chat template than the target's: a file with Jinja text, or the name of one of several that it has."""
+    template_kwargs: Annotated[str | None, tyro.conf.arg(help_behavior_hint="", metavar="JSON")] = None
+    """Variables that the chat template reads, as in '{"enable_thinking": false}'; give what is served with."""
+    date: str = "2024-07-26"
+    """What a chat template takes for today. It is fixed, so that the same chats have the same tokens on every day."""
 
     def __post_init__(self):
         check("--model-shards", self.model_shards, self.model_shards >= 1, "1 (whole on every device) or more")
+        self.template_options()
+
+    def template_options(self) -> TemplateOptions:
+        """What is said about the chat template. ValueError for a date that is none, or variables that are no JSON object."""
+        parse_date(self.date)
+        try:
+            kwargs = json.loads(self.template_kwargs or "{}")
+        except ValueError as error:
+            raise ValueError(f"--template-kwargs: got {self.template_kwargs!r}, which is no JSON ({error})") from error
+        check("--template-kwargs", self.template_kwargs, isinstance(kwargs, dict), "a JSON object of variables")
+        return TemplateOptions(self.chat_template, kwargs, self.date)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,13 +156,20 @@ class ChatOptions:
     """The conversations, what counts in them, and how they are cut into batches."""
 
     data: Paths
-    """Chats: files (.jsonl or .json, each also .gz or .zst; .parquet), directories, patterns such as 'chats/*.jsonl', or
-    Hugging Face datasets (hf:NAME, hf:NAME:SPLIT). Rows are OpenAI messages, ShareGPT, Alpaca, or prompt and response."""
+    """Chats: files (.jsonl, .json or .csv, each also .gz or .zst; .parquet, .arrow), directories, patterns such as
+    'chats/*.jsonl', or Hugging Face datasets (hf:NAME, hf:NAME:SPLIT). Rows are OpenAI messages, ShareGPT, Alpaca, or a
+    question and its answer."""
     mask_spans: MaskSpans = ()
     """Parts of answers that are read but neither scored nor trained on: `thinking` (`<think>…</think>`), `tool_calls`. By
     default all of an answer counts."""
     max_length: int = 2048
-    """Conversations are cut after this many tokens."""
+    """Conversations are cut after this many tokens, or where the target's context ends."""
+    split_answers: Flag = False
+    """Where the chat template leaves out the thoughts of earlier answers, make every answer a sample, with its thought."""
+    strict: Flag = False
+    """Make the first row that cannot be learned from an error; without it such rows are skipped and counted."""
+    max_skipped: Annotated[str | None, tyro.conf.arg(help_behavior_hint="", metavar="SHARE")] = None
+    """More skipped rows than this share of all are an error, as in 1%; 5%, if they are more than three, unless given."""
     batch_tokens: int = 4096
     """Tokens in one batch, padding included: rows × length of a bucket. A training step divides one over all devices;
     scoring gives each device one. Neither scores nor drafts depend on how many devices there are."""
@@ -139,6 +178,7 @@ class ChatOptions:
         check("--data", self.data, len(self.data) > 0, "at least one chat file")
         check("--max-length", self.max_length, self.max_length >= 8, "8 tokens or more")
         check_at_least(1, batch_tokens=self.batch_tokens)
+        share_of("--max-skipped", self.max_skipped)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

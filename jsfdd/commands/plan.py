@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from jsfdd.commands.inputs import describe_target, read_chats_for
 from jsfdd.commands.options import (
     ChatOptions,
     DecodingOptions,
@@ -121,17 +122,18 @@ def _read(config: PlanConfig) -> tuple[DecoderConfig, Lengths]:
     import numpy as np
 
     from jsfdd.commands.costs import Lengths
-    from jsfdd.data.chat import read_chats
-    from jsfdd.data.template import tokenize_chats
-    from jsfdd.weights.target import load_tokenizer, locate_target, read_architecture
+    from jsfdd.data.chat import read_chat_files
+    from jsfdd.data.tokenized import usable_processes
+    from jsfdd.weights.target import locate_target, read_architecture
 
-    chats, name = read_chats(config.chats.data), config.model.target
+    name = config.model.target
     target, path = read_architecture(name), locate_target(name, weights=False)
     if path.is_dir() and not any((path / file).exists() for file in _TOKENIZER_FILES):
-        return target, estimate_lengths(chats, config.chats.max_length)
-    samples, _ = tokenize_chats(chats, load_tokenizer(name), config.chats.max_length, config.chats.mask_spans)
+        chats = read_chat_files(config.chats.data, strict=config.chats.strict).chats
+        return target, estimate_lengths(chats, min(config.chats.max_length, target.max_position))
+    samples = read_chats_for(describe_target(config.model), config.chats, processes=usable_processes()).samples
     counted = np.array([sample.counted.sum() for sample in samples])
-    return target, Lengths(np.array([len(sample.tokens) for sample in samples]), counted, "tokenized")
+    return target, Lengths(samples.lengths, counted, "tokenized")
 
 
 def suggest_model_shards(config: PlanConfig, target: DecoderConfig, lengths: Lengths, devices: Devices) -> int | None:

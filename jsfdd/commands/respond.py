@@ -31,11 +31,14 @@ from jsfdd.commands.options import (
     ChatOptions,
     DecodingOptions,
     DraftOptions,
+    Flag,
     ModelOptions,
+    OptionalText,
     Paths,
     ProcessOptions,
     check,
     check_at_least,
+    share_of,
     to_json,
 )
 from jsfdd.commands.outcome import Outcome, counts_to_json, many, planned
@@ -70,6 +73,10 @@ class RespondConfig:
     """Answer every turn of the user, each after the target's earlier answers, or only the first one."""
     max_length: int = ChatOptions.max_length
     """Conversations end before a turn that would make them longer than this many tokens."""
+    strict: Flag = False
+    """Make the first row that asks nothing an error; without it such rows are skipped and counted."""
+    max_skipped: OptionalText = None
+    """More skipped rows than this share of all are an error, as for `jsfdd score`."""
     batch_size: int = 8
     """Prompts decoded together."""
     seed: int = 0
@@ -80,6 +87,7 @@ class RespondConfig:
         check("--max-length", self.max_length, self.max_length >= 8, "8 tokens or more")
         check("--out", str(self.out), self.out.suffix == ".jsonl", "a file that ends in .jsonl")
         check_at_least(1, batch_size=self.batch_size)
+        share_of("--max-skipped", self.max_skipped)
         check_combine(self.drafts, self.decoding)
 
 
@@ -133,7 +141,7 @@ def prepare(config: RespondConfig) -> Prepared:
     """Read and check all that `respond` needs but the target's weights; shows what became of the input's rows."""
     from jsfdd.base.processes import is_primary
     from jsfdd.data.chat import read_chat_files
-    from jsfdd.data.counts import count_questions_by_file
+    from jsfdd.data.counts import check_too_many_skipped, count_questions_by_file
     from jsfdd.data.questions import questions_of
     from jsfdd.weights.draft import check_draft
 
@@ -142,7 +150,7 @@ def prepare(config: RespondConfig) -> Prepared:
         raise IsADirectoryError(f"{config.out}: a directory; give --out the name of a file")
     if config.out.exists() and not parts_of(config.out).exists():
         raise FileExistsError(f"{config.out}: already there, without {parts_of(config.out).name}; choose another --out")
-    found = read_chat_files(config.data, answered=False)
+    found = read_chat_files(config.data, answered=False, strict=config.strict)
     team = one_team(config.drafts)
     target = describe_target(config.model)
     for name, draft in team.drafts.items():
@@ -150,11 +158,16 @@ def prepare(config: RespondConfig) -> Prepared:
     setup = setup_of(target, team, config.decoding)
     longest_prompt = min(config.max_length, target.config.max_position) - config.decoding.max_new_tokens
     questions, summary = questions_of(
-        found.chats, target.tokenizer, longest_prompt=longest_prompt, first_turn_only=config.turns == "first"
+        found.chats,
+        target.tokenizer,
+        longest_prompt=longest_prompt,
+        first_turn_only=config.turns == "first",
+        vocab_size=target.config.vocab_size,
     )
     files = count_questions_by_file(found, summary)
     if is_primary():
-        show_counts(files)
+        show_counts(files, list(filter(None, [found.unread_words()])))
+    check_too_many_skipped(files, found.skipped.first | summary.first, share_of("--max-skipped", config.max_skipped))
     return Prepared(questions, files, team, setup, longest_prompt)
 
 

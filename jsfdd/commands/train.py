@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from jsfdd.commands.inputs import Inputs, Loaded, load, read_inputs, target_dtype
+from jsfdd.commands.inputs import Inputs, Loaded, load, read_inputs, target_dtype, template_digest
 from jsfdd.commands.options import (
     ChatOptions,
     Flag,
@@ -177,7 +177,7 @@ def train(
         out=config.out,
         seed=config.seed,
         identity=loaded.identity
-        | {"hidden_dtype": config.hidden.hidden_dtype}
+        | {"hidden_dtype": config.hidden.hidden_dtype, "template": template_digest(loaded.target)}
         | _mixture_identity(config, kept)
         | _probe_identity(config),
         shapes=loaded.shapes,

@@ -20,6 +20,7 @@ A row to be answered by the target needs a question only; it may be {"turns": ["
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 from jsfdd.data.messages import (
@@ -212,6 +213,19 @@ def _tools(row: dict, place: str) -> tuple[dict, ...]:
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise BadRow("tools", place, f"tool {number} of {keys[0]!r} is no definition with a name")
     return tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in tools)
+
+
+def read_tools(path: Path) -> tuple[dict, ...]:
+    """The definitions of tools in a JSON file: a list of them, or one.
+
+    Raises FileNotFoundError if there is none, and ValueError if it holds something else.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; give a JSON file with definitions of tools")
+    tools = _tools({"tools": path.read_text(encoding="utf-8")}, str(path))
+    if not tools:
+        raise ValueError(f"{path}: no definition of a tool in it; give a JSON list of them")
+    return tools
 
 
 def _tokenized(row: dict, place: str) -> Conversation:

@@ -19,7 +19,7 @@ from jsfdd.data.skipped import MEANINGS
 from jsfdd.data.template import special_text_of
 
 _ANY_ANSWER = Message(role="assistant", content="x")
-_REASONS = ("no_question", "duplicates", "special_text", "refused", "too_long")
+_REASONS = ("no_question", "duplicates", "special_text", "refused", "unknown_token", "too_long")
 
 
 class Questions(NamedTuple):
@@ -45,7 +45,8 @@ class QuestionSummary(NamedTuple):
     Attributes:
       skipped: ids by reason: no_question (without a message of the user's), duplicates (with the questions of an earlier
         one), special_text (a message holds the text of a special token, so no reader would take the conversation),
-        refused (the chat template rejects it), too_long (its first prompt with an answer exceeds the limit).
+        refused (the chat template rejects it), unknown_token (a token lies beyond the embedding), too_long (its first
+        prompt with an answer exceeds the limit).
       first: of each reason that there is, where the first one is.
     """
 
@@ -54,7 +55,7 @@ class QuestionSummary(NamedTuple):
 
 
 def questions_of(
-    chats: Sequence[Chat], tokenizer, *, longest_prompt: int, first_turn_only: bool = False
+    chats: Sequence[Chat], tokenizer, *, longest_prompt: int, first_turn_only: bool = False, vocab_size: int | None = None
 ) -> tuple[list[Questions], QuestionSummary]:
     """What each chat asks, in the order of the chats.
 
@@ -62,6 +63,7 @@ def questions_of(
       tokenizer: the target's, with its chat template.
       longest_prompt: tokens that a prompt may have.
       first_turn_only: ask only the first turn.
+      vocab_size: rows of the target's embedding, if they are known.
 
     Raises ValueError if nothing is left to ask, or the tokenizer has no chat template.
     """
@@ -80,9 +82,11 @@ def questions_of(
             reason = "duplicates"
         elif any(special_text.search(message["content"]) for message in said):
             reason = "special_text"
-        elif (length := _first_length(turns, tokenizer, chat.tools)) is None:
+        elif (prompt := _first_prompt(turns, tokenizer, chat.tools)) is None:
             reason = "refused"
-        elif length > longest_prompt:
+        elif vocab_size is not None and max(prompt) >= vocab_size:
+            reason = "unknown_token"
+        elif len(prompt) > longest_prompt:
             reason = "too_long"
         if reason is None:
             asked.append(Questions(number, chat.id, chat.source, turns, chat.tools))
@@ -125,10 +129,10 @@ def _asks(said: Sequence[Message]) -> bool:
     return any(message["role"] == "user" for message in said)
 
 
-def _first_length(turns: Sequence[Sequence[Message]], tokenizer, tools: Sequence[dict]) -> int | None:
-    """Tokens of the first prompt; None if the template refuses it or, with any answers, the last one."""
+def _first_prompt(turns: Sequence[Sequence[Message]], tokenizer, tools: Sequence[dict]) -> list[int] | None:
+    """The first prompt; None if the template refuses it or, with any answers, the last one."""
     try:
         prompt_of(tokenizer, turns, [_ANY_ANSWER] * (len(turns) - 1), tools)
-        return len(prompt_of(tokenizer, turns, [], tools))
+        return prompt_of(tokenizer, turns, [], tools)
     except RefusedByTemplate:
         return None

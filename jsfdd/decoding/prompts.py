@@ -37,6 +37,11 @@ def first_prompts(target: Target, prompts: Sequence[Prompt], max_new_tokens: int
     rendered = [prompt_of(target.tokenizer, questions.turns, [], questions.tools) for questions in questions_in(prompts)]
     for prompt, tokens in zip(prompts, rendered, strict=True):
         check_length(target, prompt.id, len(tokens), max_new_tokens)
+        if max(tokens) >= target.config.vocab_size:
+            raise ValueError(
+                f"prompt {prompt.id}: token {target.tokenizer.convert_ids_to_tokens(max(tokens))} ({max(tokens)}), which the "
+                f"model of {target.config.vocab_size} rows does not embed; use the model's own tokenizer and template"
+            )
     return rendered
 
 
