@@ -85,7 +85,7 @@ def test_other_processes_make_the_same_samples(files, monkeypatch):
 
 
 def test_nothing_left_is_an_error_that_says_why(tmp_path):
-    with pytest.raises(ValueError, match=r"1 without a counted token.*nothing is left: raise max_length \(100\)"):
+    with pytest.raises(ValueError, match=r"none of 1 conversations .*\n  1 without a counted token"):
         read_samples([write(tmp_path / "c.jsonl", [turns("q", "")])], toy_tokenizer(), 100)
 
 

@@ -82,7 +82,7 @@ def test_a_truncated_file_is_named(tmp_path):
         ("eagle", {"attention_bias": True}, "attention_bias is True"),
         ("eagle", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic'"),
         ("eagle", {"qkv_bias": True}, "q_proj.bias .* is missing"),
-        ("speculators", {"speculators_model_type": "eagle3"}, "'eagle3'; only eagle"),
+        ("speculators", {"speculators_model_type": "eagle3"}, "eagle3 is of an EAGLE-3 draft"),
         ("speculators", {"layernorms": True}, "layernorms is true"),
         ("speculators", {"fusion_bias": True}, "fusion_bias is True, but the weights say False"),
         ("speculators", {"transformer_layer_config": None}, "transformer_layer_config is None"),
@@ -119,6 +119,23 @@ def test_pickled_weights_are_refused_with_the_command_that_converts_them(tmp_pat
     compile(script, "script", "exec")
     assert json.dumps(str(directory / name)) in script and json.dumps(str(directory / "model.safetensors")) in script
     assert "weights_only=True" in script
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"architectures": ["LlamaForCausalLMEagle3"], "draft_vocab_size": 64},
+        {"architectures": ["Eagle3LlamaForCausalLM"]},
+        {"draft_vocab_size": 32000},
+        {"speculators_model_type": "eagle3"},
+    ],
+)
+def test_an_eagle3_draft_is_named_before_how_it_is_packed(tmp_path, settings):
+    directory, _ = _written(tmp_path)
+    _edit_settings(directory, **settings)
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"config\.json: .* is of an EAGLE-3 draft; drafts of EAGLE-1 and EAGLE-2 are read"):
+        read_draft(directory)
 
 
 def test_what_is_no_exported_draft(tmp_path):

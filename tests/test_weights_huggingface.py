@@ -358,6 +358,38 @@ def test_pickled_weights_are_not_read(copy):
         read(directory)
 
 
+def test_what_is_no_model_is_said_in_a_line(copy):
+    directory = copy("llama")
+    weights = (directory / "model.safetensors").read_bytes()
+    (directory / "model.safetensors").rename(directory / "model-00001-of-00002.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"index\.json: not there, but 1 shards of a model are .*download it too"):
+        read(directory)
+    (directory / "model-00001-of-00002.safetensors").unlink()
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    (directory / "model.safetensors").write_bytes(pointer)
+    with pytest.raises(ValueError, match=r"model\.safetensors: a pointer of git-lfs.*git lfs pull"):
+        read(directory)
+    (directory / "model.safetensors").write_bytes(weights)
+    config = (directory / "config.json").read_text()
+    (directory / "config.json").write_bytes(pointer)
+    with pytest.raises(ValueError, match=r"config\.json: a pointer of git-lfs"):
+        huggingface.read_config(directory)
+    layers = [f"model.layers.{i}.mlp.gate" for i in range(90)]
+    for quantised, words in (
+        ({"quant_method": "compressed-tensors", "format": "float-quantized", "ignore": layers}, r"compressed-tensors \(float-q"),
+        ({"quant_method": "gptq", "bits": 4}, r"gptq \(4\)"),
+        ({"load_in_4bit": True}, "an unnamed method"),
+    ):
+        (directory / "config.json").write_text(json.dumps(json.loads(config) | {"quantization_config": quantised}))
+        with pytest.raises(ValueError, match=words + ".*; give the original model") as error:
+            huggingface.read_config(directory)
+        assert len(str(error.value)) < 400 and "layers" not in str(error.value)
+    (directory / "config.json").unlink()
+    (directory / "adapter_config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"adapter_config\.json: an adapter \(LoRA\).*merge_and_unload"):
+        huggingface.read_config(directory)
+
+
 def test_truncated_safetensors(copy):
     directory = copy("llama")
     path = directory / "model.safetensors"

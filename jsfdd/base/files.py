@@ -43,6 +43,18 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+_POINTER = b"version https://git-lfs"
+
+
+def check_no_pointer(path: str | Path) -> None:
+    """ValueError if a file is what git leaves in the place of one that git-lfs did not fetch."""
+    path = Path(path)
+    if path.is_file():
+        with path.open("rb") as stream:
+            if stream.read(len(_POINTER)) == _POINTER:
+                raise ValueError(f"{path}: a pointer of git-lfs, not the file itself; run git lfs pull where it came from")
+
+
 def write_json(path: str | Path, value) -> None:
     """A value as readable JSON, whole or not at all."""
     with written_whole(path) as aside:

@@ -76,6 +76,22 @@ class SkippedRows:
         return sums
 
 
+def nothing_left(read: int, counts: Mapping[str, int], first: Mapping[str, str]) -> str:
+    """An error's text that lists why not one of the rows is of use."""
+    reasons = _listed(counts, first)
+    return f"none of {read:,} conversations can be learned from:{reasons}\ngive other chats, or raise --max-length"
+
+
+def _listed(counts: Mapping[str, int], first: Mapping[str, str]) -> str:
+    """A line a reason."""
+    lines = (
+        f"\n  {count:,} {MEANINGS[reason]}" + (f"; first {first[reason]}" if reason in first else "")
+        for reason, count in counts.items()
+        if count
+    )
+    return "".join(lines)
+
+
 def check_skipped(read: int, counts: Mapping[str, int], first: Mapping[str, str], limit: float | None) -> None:
     """ValueError with all reasons if more than the share `limit` of the rows was skipped.
 
@@ -88,8 +104,7 @@ def check_skipped(read: int, counts: Mapping[str, int], first: Mapping[str, str]
     if skipped <= (max(_FEW, 0.05 * read) if limit is None else limit * read):
         return
     share = 0.05 if limit is None else limit
-    reasons = "".join(f"\n  {count:,} {MEANINGS[reason]}; first {first[reason]}" for reason, count in counts.items())
     raise ValueError(
-        f"{skipped:,} of {read:,} rows cannot be learned from, more than --max-skipped {100 * share:g}%:{reasons}\n"
-        "repair or drop them, or allow more with --max-skipped"
+        f"{skipped:,} of {read:,} rows cannot be learned from, more than --max-skipped {100 * share:g}%:"
+        f"{_listed(counts, first)}\nrepair or drop them, or allow more with --max-skipped"
     )

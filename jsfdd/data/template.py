@@ -38,7 +38,7 @@ from jsfdd.data.marks import any_of, learn_marks
 from jsfdd.data.mask import assistant_mask
 from jsfdd.data.messages import Message, text_of_calls
 from jsfdd.data.render import RefusedByTemplate, check_tokenizer, render, render_prompt
-from jsfdd.data.skipped import MEANINGS, BadRow
+from jsfdd.data.skipped import MEANINGS, BadRow, nothing_left
 from jsfdd.data.spans import MaskSpan, excluded_spans
 
 __all__ = ["RefusedByTemplate", "TokenizeSummary", "render_prompt", "special_text_of", "tokenize_chats"]
@@ -306,8 +306,7 @@ def tokenize_chats(
                 samples.append(outcome)
     summary = tally.summary(tokenize.left_out)
     if summary.read and not samples:
-        first = "".join(f"; first {text}" for text in summary.first.values())
-        raise ValueError(f"{summary}{first}; nothing is left: raise max_length ({max_length}) or give other chats")
+        raise ValueError(nothing_left(summary.read, {name: len(ids) for name, ids in summary.skipped.items()}, summary.first))
     return samples, summary
 
 

@@ -19,9 +19,9 @@ from typing import NamedTuple
 
 from jsfdd.base.records import Sample
 from jsfdd.data.chat import Chat, ReadCounts, stream_chats
-from jsfdd.data.counts import FileCounts, check_too_many_skipped, counts_of
+from jsfdd.data.counts import FileCounts, check_too_many_skipped, counts_of, total
 from jsfdd.data.samples import SampleTable, SampleWriter
-from jsfdd.data.skipped import BadRow
+from jsfdd.data.skipped import MEANINGS, BadRow, nothing_left
 from jsfdd.data.spans import MaskSpan
 from jsfdd.data.template import ChatTokenizer, Tally, TokenizeSummary, tokenize_chunk
 
@@ -86,13 +86,15 @@ def read_samples(
                 writer.append(outcome)
     summary = tally.summary(others.left_out)
     files = counts_of(counts, tally)
-    check_too_many_skipped(files, counts.skipped.first | summary.first, max_skipped)
+    first = counts.skipped.first | summary.first
+    check_too_many_skipped(files, first, max_skipped)
     samples = writer.finish()
     if not len(samples):
-        first = "".join(f"; first {text}" for text in (counts.skipped.first | summary.first).values())
-        raise ValueError(f"{summary}{first}; nothing is left: raise max_length ({max_length}) or give other chats")
-    notes = [counts.unread_words(), summary.left_out_words()]
-    return TokenizedChats(samples, summary, files, [note for note in notes if note])
+        everything = total(files)
+        raise ValueError(nothing_left(everything.read, everything.skipped, first))
+    notes = [f"skipped as {MEANINGS[reason]}, the first: {text}" for reason, text in first.items()]
+    notes += filter(None, [counts.unread_words(), summary.left_out_words()])
+    return TokenizedChats(samples, summary, files, notes)
 
 
 def usable_processes() -> int:

@@ -93,9 +93,10 @@ def read_draft(directory: str | Path) -> Draft:
       ValueError: a tensor is missing, unknown or misshapen, or a setting is not supported; the message names it.
     """
     directory = Path(directory)
-    _refuse_pickled(directory)
     path = directory / "config.json"
     raw = read_object(path)
+    _refuse_eagle3(path, raw)
+    _refuse_pickled(directory)
     layout = NESTED if "speculators_model_type" in raw else FLAT
     decoder = _decoder(path, raw, layout)
     found = weight_sources(directory)
@@ -172,6 +173,15 @@ def _check(
             raise ValueError(
                 f"{found[name].file}: tensor {name} has shape {list(found[name].shape)}, the config says {list(shapes[leaf])}"
             )
+
+
+def _refuse_eagle3(path: Path, raw: dict[str, Any]) -> None:
+    """EAGLE-3 drafts have other inputs and a vocabulary of their own; their files say so in several ways."""
+    named = [raw.get("speculators_model_type"), *(raw.get("architectures") or [])]
+    kinds = [str(name) for name in named if name and "eagle3" in str(name).lower().replace("-", "").replace("_", "")]
+    if kinds or "draft_vocab_size" in raw:
+        what = kinds[0] if kinds else "draft_vocab_size"
+        raise ValueError(f"{path}: {what} is of an EAGLE-3 draft; drafts of EAGLE-1 and EAGLE-2 are read")
 
 
 def _refuse_pickled(directory: Path) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 
+from jsfdd.base.files import check_no_pointer
 from jsfdd.models.architecture import DecoderConfig
 from jsfdd.weights.huggingface_config import is_wrapped, read_config, read_object
 from jsfdd.weights.layout import Index, Source, fill_params
@@ -83,6 +84,11 @@ def weight_files(directory: str | Path) -> list[Path]:
             f"{directory}: only pickled weights ({pickled[0]}), which can run code when opened and are never read. "
             "Convert them once, where torch is installed: "
             "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
+        )
+    shards = sorted(directory.glob("*-of-*.safetensors"))
+    if shards:
+        raise FileNotFoundError(
+            f"{directory / _INDEX}: not there, but {len(shards)} shards of a model are ({shards[0].name}, …); download it too"
         )
     raise FileNotFoundError(f"{directory}: neither model.safetensors nor {_INDEX} is there")
 
@@ -171,6 +177,7 @@ def _check_index(directory: Path, found: dict[str, Source]) -> None:
 
 @contextlib.contextmanager
 def _open(file: Path):
+    check_no_pointer(file)
     try:
         with safe_open(file, framework="numpy") as handle:
             yield handle

@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jsfdd.base.files import read_json
+from jsfdd.base.files import check_no_pointer, read_json
 from jsfdd.models.architecture import DecoderConfig, Rope
 
 _FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "mistral": "mistral", "gemma3_text": "gemma3"}
@@ -82,6 +82,13 @@ class _Fields(NamedTuple):
 
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file of a model directory. Errors as in `read_json`."""
+    check_no_pointer(path)
+    adapter = path.with_name("adapter_config.json")
+    if not path.is_file() and adapter.is_file():
+        raise FileNotFoundError(
+            f"{adapter}: an adapter (LoRA) and not a model; merge it into its base model once, where peft is installed: "
+            "AutoPeftModelForCausalLM.from_pretrained(DIR).merge_and_unload().save_pretrained(NEW_DIR)"
+        )
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; is {path.parent} a Hugging Face model directory?")
     return read_json(path, dict, remedy="download or write it again")
@@ -101,7 +108,7 @@ def read_config(directory: str | Path) -> DecoderConfig:
     """
     path = Path(directory) / "config.json"
     fields = _Fields(path, read_object(path))
-    fields.refuse("quantization_config", harmless=(None,))
+    _refuse_quantised(fields)
     if fields.raw.get("model_type") == _WRAPPER:
         text = fields.child("text_config")
         # The head belongs to the wrapper, and so does the switch that ties it.
@@ -132,9 +139,25 @@ def parse_decoder(path: Path, raw: dict[str, Any], prefix: str = "") -> DecoderC
         raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from error
 
 
+def _refuse_quantised(fields: _Fields) -> None:
+    """Of a configuration that may list every layer, its method alone is told."""
+    config = fields.raw.get("quantization_config")
+    if config is None:
+        return
+    config = config if isinstance(config, dict) else {}
+    method = config.get("quant_method") or "an unnamed method"
+    details = [str(config[key]) for key in ("format", "bits", "bnb_4bit_quant_type") if isinstance(config.get(key), str | int)]
+    kind = f"{method} ({', '.join(details)})" if details else method
+    raise fields.error(
+        "quantization_config",
+        f"says that the weights are quantised with {kind:.80}, which jsfdd does not read; give the original model, or write a "
+        "dequantised one (AutoModelForCausalLM.from_pretrained(DIR).dequantize().save_pretrained(NEW_DIR))",
+    )
+
+
 def _refuse_what_is_not_computed(fields: _Fields) -> None:
     model_type = fields.raw["model_type"]
-    fields.refuse("quantization_config", harmless=(None,))
+    _refuse_quantised(fields)
     if model_type in ("llama", "qwen3", "gemma3_text"):
         # It would also go on o_proj. Qwen2's biases (q, k and v only) belong to its type and have no switch.
         fields.refuse("attention_bias")

@@ -136,12 +136,12 @@ def locate_target(name: str, weights: bool = True) -> Path:
         return _packaged_smollm2()
     path = Path(name).expanduser()
     if path.is_dir():
-        packed = sorted(path.glob("*.gguf"))
+        packed = sorted(file for file in path.iterdir() if file.suffix.lower() == ".gguf")
         if packed and not (path / "config.json").exists():
             raise ValueError(f"{path}: a directory with a GGUF file; give the file itself as the target: {packed[0]}")
         return path
     if path.is_file():
-        if path.suffix != ".gguf":
+        if path.suffix.lower() != ".gguf":
             raise ValueError(f"{path}: not a .gguf file; give a Hugging Face model's directory, not a file inside it")
         return path
     if _HUB_NAME.fullmatch(name):

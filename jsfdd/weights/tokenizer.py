@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from jsfdd.base.files import check_no_pointer
 from jsfdd.weights.gguf_file import GGUFFile
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_POINTER = b"version https://git-lfs"
 _SHOWN = 200  # characters of a library's complaint
 _REMEDY = "use the model's Hugging Face directory (with its tokenizer.json) as the target instead"
 
@@ -63,14 +63,6 @@ def tokenizer_from_directory(directory: str | Path) -> PreTrainedTokenizerFast:
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"{directory}: only a slow tokenizer ({type(tokenizer).__name__}); a tokenizer.json is needed")
     return tokenizer
-
-
-def check_no_pointer(file: Path) -> None:
-    """ValueError if a file is what git leaves of one that git-lfs did not fetch."""
-    if file.is_file():
-        with file.open("rb") as stream:
-            if stream.read(len(_POINTER)) == _POINTER:
-                raise ValueError(f"{file}: a pointer of git-lfs, not the file itself; run git lfs pull in its directory")
 
 
 def _not_loaded(directory: Path, error: Exception) -> str:
