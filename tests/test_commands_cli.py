@@ -48,11 +48,65 @@ GOOD = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "co
 )
 def test_bad_rows_are_one_line_and_exit_code_2(tmp_path, target, capsys, rows, words):
     data, out = _file(tmp_path, "chats.jsonl", *rows), tmp_path / "out"
-    assert main(["score", "--target", target, "--data", data, "--out", str(out)]) == 2
+    assert main(["score", "--target", target, "--data", data, "--out", str(out), "--strict"]) == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("jsfdd: error: ") and "\n" not in error and data in error
     assert all(word in error for word in words)
     assert not out.exists()
+
+
+def test_a_bad_row_is_skipped_and_told_with_its_place(tmp_path, target, capsys):
+    data = _file(
+        tmp_path, "chats.jsonl", GOOD, {"messages": [{"role": "robot", "content": "a"}], "lang": "en"}, GOOD | {"x": 1}
+    )
+    command = ["score", "--target", target, "--data", data, "--out", str(tmp_path / "out"), "--dry-run"]
+    assert main(command) == 0
+    told = capsys.readouterr().err
+    assert f"{data}: 3 read, 1 kept; skipped: 1 duplicates, 1 with an unknown speaker" in told
+    assert f"first: {data}:2: message 1: unknown role 'robot'" in told and "not read: 1 rows have 'x'" in told
+    assert main([*command, "--max-skipped", "10%"]) == 2
+    told = capsys.readouterr().err
+    assert "1 of 3 rows cannot be learned from, more than --max-skipped 10%" in told and f"first {data}:2" in told
+    assert main([*command, "--max-skipped", "0.4"]) == 0
+    assert _exit_code([*command, "--max-skipped", "half"]) == 2 and "a share as 5% or 0.05" in capsys.readouterr().err
+
+
+def test_a_conversation_beyond_the_context_is_cut_there_and_a_token_beyond_the_embedding_is_refused(tmp_path, target, capsys):
+    long = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "word " * 300}]}
+    command = ["score", "--target", target, "--out", str(tmp_path / "out"), "--dry-run", "--data"]
+    assert main([*command, _file(tmp_path, "long.jsonl", long)]) == 0
+    told = capsys.readouterr()
+    assert (
+        "1 conversations are cut after 1024 tokens, where the target's context ends" in told.err and "1,024 tokens" in told.out
+    )
+    tokens = {"input_ids": [1, 2, 300], "loss_mask": [0, 1, 1]}
+    assert main([*command, _file(tmp_path, "beyond.jsonl", tokens)]) == 2
+    assert "token id 300, which the model of 258 rows does not embed" in capsys.readouterr().err
+
+
+def test_a_day_and_variables_are_the_template_s(tmp_path, target, capsys):
+    template = tmp_path / "t.jinja"
+    template.write_text(
+        "{{ strftime_now('%Y') }} {{ name }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+        "{% endfor %}"
+    )
+    data = _file(tmp_path, "chats.jsonl", GOOD)
+    command = ["score", "--target", target, "--data", data, "--out", str(tmp_path / "out"), "--dry-run", "--json"]
+    counts = []
+    for more in (
+        [],
+        ["--chat-template", str(template)],
+        ["--chat-template", str(template), "--template-kwargs", '{"name": "xyz"}'],
+    ):
+        assert main([*command, *more]) == 0
+        counts.append(json.loads(capsys.readouterr().out)["tokens"])
+    assert counts[1] - counts[0] == len("2024 ") and counts[2] - counts[1] == len("xyz")
+    for bad, words in (
+        (["--date", "May"], "YYYY-MM-DD"),
+        (["--template-kwargs", "[1]"], "a JSON object"),
+        (["--template-kwargs", "{"], "no JSON"),
+    ):
+        assert _exit_code([*command, *bad]) == 2 and words in capsys.readouterr().err
 
 
 def test_a_missing_target_says_how_to_get_one(tmp_path, capsys):
@@ -113,9 +167,15 @@ _SCORE = ["score", "--target", "t", "--data", "d", "--out", "o"]
         ([*_GENERATE, "--draft", "a", "b"], "got 2, but without --combine one draft decodes"),
         ([*_GENERATE, "--combine", "route", "--tree-nodes", "9"], "needs two drafts or more, but --draft gives 0"),
         ([*_EVALUATE, "--draft"], "at least one draft"),
-        ([*_EVALUATE, "--draft", "a", "--combine", "merge", "--tree-nodes", "9"], "needs two drafts or more, but --draft gives 1"),
+        (
+            [*_EVALUATE, "--draft", "a", "--combine", "merge", "--tree-nodes", "9"],
+            "needs two drafts or more, but --draft gives 1",
+        ),
         ([*_EVALUATE, "--draft", "a", "b", "--combine", "merge"], "--combine merge works on trees"),
-        ([*_EVALUATE, "--draft", "a", "--combine", "merge", "--draft=b"], "--draft: given 2 times; give all its values after one"),
+        (
+            [*_EVALUATE, "--draft", "a", "--combine", "merge", "--draft=b"],
+            "--draft: given 2 times; give all its values after one",
+        ),
         ([*_SCORE, "--keep-hidden", "full", "--keep_hidden", "full"], "--keep-hidden: given 2 times"),
         ([*_EVALUATE, "--draft", "a", "b", "--combine", "route"], "give --tree-nodes, with --tree-top-k 1"),
         (["scroe"], "no command 'scroe'; did you mean score?"),
@@ -273,9 +333,10 @@ def test_one_name_one_meaning():
 
 
 def test_options_are_about_sixty():
-    """85 once. An option that is added here should earn its place by an experiment, or take another's."""
+    """85 once. An option that is added here should earn its place by an experiment, or take another's; eight of these say how
+    real chats are read (a template, its variables and day, bad rows, split answers, a system message and tools)."""
     names = set(options_of(OutputOptions)).union(*(_options(name) for name in COMMANDS)) - {"run", "shell"}  # positional
-    assert len(names) <= 62, sorted(names)
+    assert len(names) <= 70, sorted(names)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -313,7 +374,9 @@ def test_help_of_the_command_documents_exit_codes(capsys):
     assert _exit_code(["--version"]) == 0 and capsys.readouterr().out[0].isdigit()
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["evaluate", "--help"], ["score", "--retain-ratio", "2"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["evaluate", "--help"], ["score", "--retain-ratio", "2"]]
+)
 def test_help_imports_nothing_heavy(arguments):
     """Design §8: a command answers in a second and a half, of which JAX alone would take most."""
     heavy = ("jax", "flax", "transformers", "pyarrow", "optax", "huggingface_hub", "matplotlib", "safetensors")

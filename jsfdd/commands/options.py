@@ -31,6 +31,7 @@ MaskSpans = Annotated[tuple[MaskSpan, ...], tyro.conf.arg(help_behavior_hint="",
 OptionalPath = Annotated[Path | None, _UNSET]
 OptionalInt = Annotated[int | None, _UNSET]
 OptionalText = Annotated[str | None, _UNSET]
+OptionalShare = Annotated[str | None, tyro.conf.arg(help_behavior_hint="", metavar="SHARE")]
 
 
 def check(option: str, value, good: bool, wanted: str) -> None:
@@ -134,7 +135,7 @@ class ModelOptions:
     template_kwargs: Annotated[str | None, tyro.conf.arg(help_behavior_hint="", metavar="JSON")] = None
     """Variables that the chat template reads, as in '{"enable_thinking": false}'; give what is served with."""
     date: str = "2024-07-26"
-    """What a chat template takes for today. It is fixed, so that the same chats have the same tokens on every day."""
+    """What a chat template takes for today: one day, so that the same chats have the same tokens whenever they are read."""
 
     def __post_init__(self):
         check("--model-shards", self.model_shards, self.model_shards >= 1, "1 (whole on every device) or more")
@@ -168,7 +169,7 @@ class ChatOptions:
     """Where the chat template leaves out the thoughts of earlier answers, make every answer a sample, with its thought."""
     strict: Flag = False
     """Make the first row that cannot be learned from an error; without it such rows are skipped and counted."""
-    max_skipped: Annotated[str | None, tyro.conf.arg(help_behavior_hint="", metavar="SHARE")] = None
+    max_skipped: OptionalShare = None
     """More skipped rows than this share of all are an error, as in 1%; 5%, if they are more than three, unless given."""
     batch_tokens: int = 4096
     """Tokens in one batch, padding included: rows × length of a bucket. A training step divides one over all devices;

@@ -33,7 +33,7 @@ from jsfdd.commands.options import (
     DraftOptions,
     Flag,
     ModelOptions,
-    OptionalText,
+    OptionalShare,
     Paths,
     ProcessOptions,
     check,
@@ -75,7 +75,7 @@ class RespondConfig:
     """Conversations end before a turn that would make them longer than this many tokens."""
     strict: Flag = False
     """Make the first row that asks nothing an error; without it such rows are skipped and counted."""
-    max_skipped: OptionalText = None
+    max_skipped: OptionalShare = None
     """More skipped rows than this share of all are an error, as for `jsfdd score`."""
     batch_size: int = 8
     """Prompts decoded together."""
