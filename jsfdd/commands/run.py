@@ -23,6 +23,7 @@ from jsfdd.commands.inputs import Inputs, Loaded, tree_shape
 from jsfdd.commands.options import (
     ChatOptions,
     DecodingOptions,
+    DraftOptions,
     ExportOptions,
     HiddenOptions,
     MixtureOptions,
@@ -297,7 +298,7 @@ def _evaluate_arms(
             arm_config = EvaluateConfig(
                 model=config.model,
                 decoding=config.decoding,
-                draft=(arms[arm],),
+                drafts=DraftOptions(draft=(arms[arm],)),
                 prompts=config.prompts,
                 batch_size=config.batch_size,
                 out=arms[arm],
