@@ -15,6 +15,9 @@ from jsfdd.models.draft import EagleLayer, draft_config
 from jsfdd.models.layers import rope_frequencies, rope_table, rotate
 from jsfdd.models.target import decode, embed_tokens, head_logits, hidden_states, unstack_layers
 
+# A model read op by op would be a program for each op.
+_decode, _hidden_states = jax.jit(decode, static_argnums=0), jax.jit(hidden_states, static_argnums=0)
+
 VARIANTS = {
     "llama": {},
     "qwen2": dict(family="qwen2", qkv_bias=True, tie_embeddings=True),
@@ -42,7 +45,7 @@ def _tokens(batch=2, length=12, vocab=64):
 def test_one_by_one_equals_whole(name):
     config, params = toy_target(**VARIANTS[name])
     tokens = _tokens()
-    whole = hidden_states(config, params, tokens)
+    whole = _hidden_states(config, params, tokens)
     step = jax.jit(lambda cache, t: decode(config, params, t, cached_view(cache, 1), cache))
     cache, pieces = empty_cache(config, 2, 16), []
     for t in range(12):
@@ -70,7 +73,7 @@ def test_rows_continue_at_their_own_lengths_and_roll_back():
     tokens = _tokens(length=12)
 
     def read(cache, new):
-        return decode(config, params, new, cached_view(cache, new.shape[1]), cache)
+        return _decode(config, params, new, cached_view(cache, new.shape[1]), cache)
 
     _, cache = read(empty_cache(config, 2, 16), tokens[:, :6])
     cache = cache._replace(length=jnp.array([4, 6]))  # right-padded prompts of 4 and 6 tokens
@@ -78,7 +81,7 @@ def test_rows_continue_at_their_own_lengths_and_roll_back():
     cache = cache._replace(length=cache.length + 1)
     hidden, _ = read(cache, jnp.array([[7], [8]]))
     for row, prefix in enumerate([[*tokens[0, :4], 1, 7], [*tokens[1, :6], 4, 8]]):
-        alone = hidden_states(config, params, jnp.array([prefix]))
+        alone = _hidden_states(config, params, jnp.array([prefix]))
         assert np.allclose(hidden[row, 0], alone[0, -1], atol=2e-5)
 
 
@@ -86,16 +89,16 @@ def test_right_padding_changes_nothing():
     config, params = toy_target()
     tokens = _tokens()
     padded = jnp.concatenate([tokens, jnp.full((2, 5), 9)], axis=1)
-    whole = hidden_states(config, params, padded)
-    assert np.allclose(whole[:, :12], hidden_states(config, params, tokens), atol=1e-5)
+    whole = _hidden_states(config, params, padded)
+    assert np.allclose(whole[:, :12], _hidden_states(config, params, tokens), atol=1e-5)
 
 
 def test_sliding_window_forgets():
     """With windows of 4 in 2 layers a token reaches 6 back; 7 back it changes nothing."""
     config, params = toy_target(**VARIANTS["mistral"])
     tokens = _tokens(batch=1)
-    hidden = hidden_states(config, params, tokens)
-    changed = hidden_states(config, params, tokens.at[0, 0].set((tokens[0, 0] + 1) % 64))
+    hidden = _hidden_states(config, params, tokens)
+    changed = _hidden_states(config, params, tokens.at[0, 0].set((tokens[0, 0] + 1) % 64))
     same = np.abs(np.asarray(hidden - changed))[0].max(axis=1) == 0
     assert same.tolist() == [False] * 7 + [True] * 5
 

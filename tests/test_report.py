@@ -1,7 +1,6 @@
 """The report page, from a small synthetic run directory."""
 
 import base64
-import dataclasses
 import html.parser
 import itertools
 import json
@@ -15,7 +14,7 @@ import pytest
 from jsfdd.commands.options import from_options, to_json
 from jsfdd.commands.run import RunConfig
 from jsfdd.report import panel, plots
-from jsfdd.report.report import costs, rank_correlation, render, verdict, write_report
+from jsfdd.report.report import costs, rank_correlation, same_text_caption, verdict, write_report
 from jsfdd.report.run_files import read_run
 from jsfdd.scoring.metrics import METRICS
 from jsfdd.scoring.table import ScoreTable, TokenRow, write_scores, write_token_scores
@@ -333,17 +332,16 @@ def test_a_damaged_run_gets_no_page(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options, words",
+    "temperature, tree_nodes, words",
     [
-        ({"temperature": 0.0}, "as all should be but for logits that tie"),
-        ({"temperature": 1.0}, "the same distribution, not the same text"),
-        ({"temperature": 1.0, "tree_nodes": 8}, "as all should be but for logits that tie"),
+        (0.0, 0, "as all should be but for logits that tie"),
+        (1.0, 0, "the same distribution, not the same text"),
+        (1.0, 8, "as all should be but for logits that tie"),
     ],
 )
-def test_the_caption_says_when_texts_must_agree(run, options, words):
-    files = read_run(run)
-    page = render(dataclasses.replace(files, config=files.config | options), date="today")
-    assert words in page and page.count("Same text: share") == 1
+def test_the_caption_says_when_texts_must_agree(page, temperature, tree_nodes, words):
+    assert words in same_text_caption(temperature, tree_nodes)
+    assert same_text_caption(0.0, 0) in page
 
 
 def test_figures_that_do_not_exist_are_dashes(run, tmp_path):

@@ -205,6 +205,7 @@ def _acceptance(files: RunFiles) -> dict:
             plots.tau_by_source("τ by source", files.arms),
         ],
         "n_verifications": _listed([f"{whole(sum(arm.report['accept_counts']))} ({arm.name})" for arm in files.arms]),
+        "same_text_caption": same_text_caption(files.config["temperature"], files.config["tree_nodes"]),
         "examples": files.arms[0].report["examples"],
     }
 
@@ -237,6 +238,15 @@ def verdict(difference: dict) -> str:
     if high < 0:
         return f"The {a} draft accepts less than the {b} draft: {measured}"
     return f"No difference seen between the {a} draft and the {b} draft: {measured}"
+
+
+def same_text_caption(temperature: float, tree_nodes: int) -> str:
+    """What the share of equal texts is, and what it should be: a tree's text is plain decoding's at every temperature."""
+    exact = temperature == 0 or tree_nodes > 0
+    expected = "as all should be but for logits that tie within rounding" if exact else (
+        "a sampled chain has the same distribution, not the same text"
+    )
+    return f"Same text: share of prompts whose answer is the autoregressive one token for token; {expected}."
 
 
 def costs(arms: Sequence[Arm], seconds: dict[str, float]) -> list[str]:
