@@ -16,13 +16,14 @@ import jax.numpy as jnp
 from jsfdd.base.hardware import describe_hardware
 from jsfdd.base.mesh import make_mesh, replicate, shard_rows
 from jsfdd.base.records import DraftBatch
-from jsfdd.commands.train import TrainConfig
 from jsfdd.models.architecture import DecoderConfig, Rope
 from jsfdd.models.counted import fold_counted
 from jsfdd.models.draft import draft_config
 from jsfdd.training.loss import Borrowed
+from jsfdd.training.recipe import Recipe
 from jsfdd.training.step import init_state, make_optimizer, make_train_step
-from jsfdd.training.token_loss import Distance, token_loss
+from jsfdd.training.token_loss import Distance
+from jsfdd.training.visited_loss import Exact, visited_loss
 
 SMOLLM2 = DecoderConfig(
     family="llama", vocab_size=49_152, hidden_size=576, intermediate_size=1536, num_layers=30, num_heads=9,
@@ -45,7 +46,7 @@ def vocabulary_major(matrix, predicted, truth):
 
 
 def in_blocks(function, block, matrix, predicted, truth):
-    """`function` a block of tokens at a time, as `token_loss` visits them."""
+    """`function` a block of tokens at a time, as `visited_loss` takes them."""
 
     def visit(rows, result):
         picked = [x.at[rows].get(mode="fill", fill_value=0) for x in (predicted, truth)]
@@ -61,11 +62,11 @@ def gap_times_head(matrix, predicted, truth):
 
 
 def ours(block, matrix, predicted, truth):
-    """`token_loss` with all its figures and its gradient."""
+    """`visited_loss` with all its figures and its gradient."""
 
     def loss(predicted):
-        sums = token_loss(Distance("cross_entropy"), block, matrix, predicted, truth, jnp.ones(len(predicted)))
-        return sums.distance, sums
+        sums = visited_loss(Exact(Distance()), block, matrix, predicted, truth, jnp.ones(len(predicted)))
+        return sums["distance"], sums
 
     return jax.grad(loss, has_aux=True)(predicted)
 
@@ -125,9 +126,9 @@ def compiled(function, *arguments):
 
 def training_step(config, tokens):
     """A whole step on `tokens` tokens in four rows, of which all but each row's first and last two count."""
-    options = TrainConfig(target="random", data=("none",), out="none")
-    optimizer, draft, mesh = make_optimizer(options, 100), draft_config(config), make_mesh(data=1)
-    step = make_train_step(config, draft, optimizer, mesh, options)
+    recipe = Recipe()
+    optimizer, draft, mesh = make_optimizer(recipe, 100), draft_config(config), make_mesh(data=1)
+    step = make_train_step(draft, optimizer, mesh, recipe)
     shape = (4, tokens // 4)
     embedding = 0.1 * jax.random.normal(jax.random.key(2), (config.vocab_size, config.hidden_size))
     frozen = replicate(Borrowed(embedding, None), mesh)

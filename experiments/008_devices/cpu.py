@@ -103,11 +103,11 @@ def exchanges() -> dict:
 
     from jsfdd.base.mesh import make_mesh
     from jsfdd.base.records import Batch, DraftBatch
-    from jsfdd.commands.train import TrainConfig
     from jsfdd.models.draft import draft_config
     from jsfdd.models.target import init_params
     from jsfdd.scoring.score import make_score_step
     from jsfdd.training.loss import borrow
+    from jsfdd.training.recipe import Recipe
     from jsfdd.training.step import init_state, make_optimizer, make_train_step, state_shardings
     from jsfdd.weights.target import read_architecture
 
@@ -116,8 +116,8 @@ def exchanges() -> dict:
     tokens, mask = jax.ShapeDtypeStruct(shape, np.int32), jax.ShapeDtypeStruct(shape, bool)
     score = make_score_step(config, mesh)
     programs = {"score": score.lower(params, Batch(tokens, mask, jax.ShapeDtypeStruct((8,), np.int32)))}
-    draft, options = draft_config(config), TrainConfig(target="smollm2", data=(Path("none"),), out=Path("none"))
-    optimizer = make_optimizer(options, 100)
+    draft, recipe = draft_config(config), Recipe()
+    optimizer = make_optimizer(recipe, 100)
     shapes = jax.eval_shape(lambda: init_state(draft, optimizer, 0))
     frozen = jax.eval_shape(lambda p: borrow(config, p), params)
     weight, hidden = (jax.ShapeDtypeStruct(size, np.float32) for size in (shape, (*shape, config.hidden_size)))
@@ -125,7 +125,7 @@ def exchanges() -> dict:
     for name, parts in (("train", False), ("train --shard-optimizer", True)):
         places = state_shardings(draft, optimizer, mesh, parts)
         state = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
-        step = make_train_step(config, draft, optimizer, mesh, options, shard_optimizer=parts)
+        step = make_train_step(draft, optimizer, mesh, recipe, shard_optimizer=parts)
         programs[name] = step.lower(frozen, state, batch)
     return {
         name: dict(collections.Counter(_COLLECTIVE.findall(program.compile().as_text()))) for name, program in programs.items()

@@ -22,18 +22,17 @@ import numpy as np
 from jsfdd.base.hardware import describe_hardware
 from jsfdd.base.mesh import make_mesh
 from jsfdd.base.records import Batch, DraftBatch
-from jsfdd.base.tuning import scoring_block
+from jsfdd.base.tuning import scoring_block, vocabulary_block
 from jsfdd.commands.costs import Lengths, score_stage, train_stage
 from jsfdd.commands.plan import PlanConfig
-from jsfdd.commands.train import TrainConfig
 from jsfdd.models.architecture import DecoderConfig, Rope
 from jsfdd.models.counted import fold_counted
 from jsfdd.models.draft import draft_config
 from jsfdd.models.target import head_logits, hidden_states, init_params
 from jsfdd.scoring.score import make_score_step
 from jsfdd.training.loss import borrow
+from jsfdd.training.recipe import Recipe
 from jsfdd.training.soft_means import make_means_step
-from jsfdd.training.step import block_size as train_block
 from jsfdd.training.step import init_state, make_optimizer, make_train_step
 from jsfdd.training.token_loss import Distance
 from jsfdd.weights.target import load_target, read_architecture
@@ -151,14 +150,14 @@ def measure_train(case: Case, dtype, rate: float, repeats: int) -> dict:
     frozen = borrow(case.config, params)
     batch, lengths = make_batch(case)
     hidden = jax.random.normal(jax.random.key(1), (*batch.tokens.shape, case.config.hidden_size), jnp.float32)
-    options = TrainConfig(target=case.name, data=(Path("none"),), out=Path("none"))
-    optimizer = make_optimizer(options, 100)
+    recipe = Recipe()
+    optimizer = make_optimizer(recipe, 100)
     state = init_state(draft, optimizer, 0)
     mesh = make_mesh(1)
     batch = DraftBatch(batch.tokens, batch.counted, batch.counted.astype(jnp.float32), hidden)
-    means = make_means_step(Distance.of(options), mesh, train_block(mesh), "bfloat16")(frozen, batch)
-    batch = batch._replace(known=means)  # two products with the head a step, as the plan counts them
-    step = make_train_step(case.config, draft, optimizer, mesh, options).lower(frozen, state, batch).compile()
+    means = make_means_step(Distance(), mesh, vocabulary_block(jax.default_backend()), "bfloat16")(frozen, batch)
+    batch = batch._replace(soft_targets=means)  # two products with the head a step, as the plan counts them
+    step = make_train_step(draft, optimizer, mesh, recipe).lower(frozen, state, batch).compile()
     times = []
     for _ in range(repeats + 1):
         begin = time.perf_counter()

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jsfdd.base.hardware import describe_hardware
 from jsfdd.base.mesh import make_mesh
 from jsfdd.commands.score import ScoreConfig, still_possible
-from jsfdd.commands.train import TrainConfig
 from jsfdd.data.chat import read_chats
 from jsfdd.data.template import tokenize_chats
 from jsfdd.hidden.capture import keep_hidden
@@ -23,8 +22,10 @@ from jsfdd.hidden.rows import row_bytes
 from jsfdd.hidden.store import HiddenStore
 from jsfdd.scoring.score import score_samples
 from jsfdd.selection.sfdd import select
-from jsfdd.training import train as training
 from jsfdd.training.batch import TrainingData
+from jsfdd.training.journal import TIMINGS, read_lines
+from jsfdd.training.recipe import Recipe
+from jsfdd.training.train import train
 from jsfdd.weights.target import load_target
 
 compiling = 0.0
@@ -121,13 +122,10 @@ def main() -> None:
 
 def train_reading(target, samples, store, mesh, arguments, work) -> dict:
     """Seconds of some training steps, and of the host's part in them: reading, padding, uploading a batch."""
-    options = TrainConfig(
-        target=arguments.target, data=(arguments.data,), batch_tokens=1024, held_out_share=0.0, epochs=1, log_every=1,
-        out=work / "draft",
-    )  # fmt: skip
     data, nothing = TrainingData(samples[: 2 * arguments.steps], store), TrainingData([], store)
-    result = training.train(target.config, target.params, data, nothing, options, mesh, identity={}, progress=False)
-    lines = training.read_lines(work / "draft" / training.TIMINGS)
+    recipe = Recipe(held_out_share=0.0, epochs=1, log_every=1)
+    result = train(target, data, nothing, recipe, mesh, out=work / "draft", batch_tokens=1024, progress=False)
+    lines = read_lines(work / "draft" / TIMINGS)
     steps, host = (sorted(line[name] for line in lines) for name in ("seconds", "reading"))
     return {
         "steps": result.steps, "median_step_seconds": steps[len(steps) // 2], "median_host_seconds": host[len(host) // 2]

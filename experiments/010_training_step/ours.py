@@ -1,6 +1,5 @@
 """One draft training step of jsfdd for each line on stdin: "MODE" -> seconds and loss as JSON. See compare.py."""
 
-import dataclasses
 import json
 import sys
 import time
@@ -11,12 +10,13 @@ import numpy as np
 
 from jsfdd.base.mesh import make_mesh
 from jsfdd.base.records import DraftBatch
-from jsfdd.commands.train import TrainConfig
+from jsfdd.base.tuning import vocabulary_block
 from jsfdd.models.architecture import DecoderConfig, Rope
 from jsfdd.models.draft import draft_config
 from jsfdd.training.loss import Borrowed
+from jsfdd.training.recipe import Recipe
 from jsfdd.training.soft_means import make_means_step
-from jsfdd.training.step import block_size, init_state, make_optimizer, make_train_step
+from jsfdd.training.step import init_state, make_optimizer, make_train_step
 from jsfdd.training.token_loss import Distance
 
 shared = np.load(Path(sys.argv[1]) / "shared.npz")
@@ -24,25 +24,24 @@ sizes = json.loads((Path(sys.argv[1]) / "sizes.json").read_text())
 CONFIG = DecoderConfig(
     family="llama", num_layers=1, max_position=8192, rms_norm_eps=1e-5, rope=Rope(theta=1e5), tie_embeddings=True, **sizes
 )
-OPTIONS = TrainConfig(target="random", data=("none",), out="none", hidden_noise=0.0)
 mesh, draft = make_mesh(data=1), draft_config(CONFIG)
 frozen = Borrowed(jax.numpy.asarray(shared["embedding"]), None)
 counted = shared["counted"]
 whole = DraftBatch(shared["tokens"], counted, counted.astype(np.float32), shared["hidden"])
 half = whole.weight * (np.random.default_rng(0).random(counted.shape) < 0.5)
-means = make_means_step(Distance.of(OPTIONS), mesh, block_size(mesh), "float32")(frozen, whole)
+means = make_means_step(Distance(), mesh, vocabulary_block("cpu"), "float32")(frozen, whole)
 BATCHES = {
     "head": whole,  # the target's head is asked in each step
-    "means": whole._replace(known=means),
+    "means": whole._replace(soft_targets=means),
     "half the tokens": whole._replace(weight=half),
-    "half the tokens, means": whole._replace(weight=half, known=means),
-    "HASS, means": whole._replace(known=means),
+    "half the tokens, means": whole._replace(weight=half, soft_targets=means),
+    "HASS, means": whole._replace(soft_targets=means),
 }
 
 
 def make(mode):
-    options = dataclasses.replace(OPTIONS, hass_steps=3 if "HASS" in mode else 1)
-    optimizer = make_optimizer(options, 1000)
+    recipe = Recipe(hidden_noise=0.0, hass_steps=3 if "HASS" in mode else 1)
+    optimizer = make_optimizer(recipe, 1000)
     state = init_state(draft, optimizer, 0)
     params = {
         "fc": {"kernel": shared["fc"].T},
@@ -53,7 +52,7 @@ def make(mode):
         },
     }
     assert jax.tree.structure(params) == jax.tree.structure(state.params)
-    return make_train_step(CONFIG, draft, optimizer, mesh, options), state._replace(params=params)
+    return make_train_step(draft, optimizer, mesh, recipe), state._replace(params=params)
 
 
 steps = {}

@@ -13,23 +13,32 @@ import numpy as np
 
 from experiments.results import write_results
 from jsfdd.base.hardware import describe_hardware
-from jsfdd.commands import score, select, train
+from jsfdd.commands import score
 from jsfdd.commands.inputs import load
 from jsfdd.commands.score import ScoreConfig
-from jsfdd.commands.select import SelectConfig
-from jsfdd.commands.train import TrainConfig, stores_means
 from jsfdd.data.batches import epoch_batches, padding_share
 from jsfdd.data.chat import read_prompts
+from jsfdd.data.held_out import split_held_out
 from jsfdd.evaluation import evaluate as evaluation
+from jsfdd.hidden.capture import store_hidden
+from jsfdd.hidden.store import HiddenStore
+from jsfdd.models.draft import draft_config
+from jsfdd.scoring.table import read_token_scores
+from jsfdd.selection.sfdd import select
+from jsfdd.selection.tokens import token_weights
 from jsfdd.training.batch import TrainingData
-from jsfdd.training.journal import read_lines
-from jsfdd.training.train import METRICS, TIMINGS
+from jsfdd.training.draft_shape import draft_of
+from jsfdd.training.journal import METRICS, TIMINGS, read_lines
+from jsfdd.training.loss import borrow
+from jsfdd.training.recipe import Recipe
+from jsfdd.training.soft_store import store_soft_targets
+from jsfdd.training.train import train
 from jsfdd.weights.draft import load_draft
 
 HERE = Path(__file__).parent
-_WEIGHING = {"token_retain_ratio", "token_weighting"}  # options that need token scores
+BATCH_TOKENS = 1024
 HALF, TOKENS = dict(share=0.5), dict(token_retain_ratio=0.5)
-ARMS = {
+ARMS = {  # beside fields of a recipe: the share of the chats, the seed, and how hidden states are stored
     "full": {},
     "full, seed 1": dict(seed=1),
     "half": HALF,
@@ -37,7 +46,7 @@ ARMS = {
     "half + half the tokens": HALF | TOKENS,
     "half + half the tokens, seed 1": HALF | TOKENS | dict(seed=1),
     "half + random half of the tokens": HALF | TOKENS | dict(token_metric="random"),
-    "half, int8 features": HALF | dict(feature_dtype="int8"),
+    "half, int8 features": HALF | dict(hidden_dtype="int8"),
     "half, reverse KL": HALF | dict(token_loss="reverse_kl"),
     "half, total variation": HALF | dict(token_loss="total_variation"),
     "half, hybrid": HALF | dict(token_loss="hybrid"),
@@ -58,44 +67,57 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=8 if smoke else 48)
     options = parser.parse_args()
     arms = {name: ARMS[name] for name in (list(ARMS)[2:5] if smoke else options.arms)}
-    shared = dict(target="smollm2", data=tuple(options.data), max_length=384, batch_tokens=1024)
     clock, seconds = time.perf_counter, {}
 
     begin = clock()
-    config = ScoreConfig(**shared, out=options.work, per_token=True, keep_features=("full",))
+    config = ScoreConfig(
+        target="smollm2", data=tuple(options.data), max_length=384, batch_tokens=BATCH_TOKENS, out=options.work, per_token=True,
+        keep_features=("full",),
+    )  # fmt: skip
     loaded = load(config)
     seconds["load"], begin = clock() - begin, clock()
-    score.score(config, loaded)
+    table = score.score(config, loaded)
     seconds["score, features kept"] = clock() - begin
-    select.select(SelectConfig(scores=options.work / "scores.parquet", retain_ratio=0.5, out=options.work))
-    base = TrainConfig(
-        **shared, out=options.work, epochs=options.epochs, learning_rate=1e-3, log_every=10, save_every=10_000,
-        held_out_share=0.1,
-    )  # fmt: skip
-    kept, held_out = train.training_sides(loaded.samples, None, base)
-    store = train.hidden_for_training(
-        dataclasses.replace(base, features=str(options.work / "hidden")), loaded, [*kept, *held_out], None
-    )
+    half = set(select(table, 0.5).ids)
+    base = Recipe(epochs=options.epochs, learning_rate=1e-3, log_every=10, save_every=10_000, held_out_share=0.1)
+    kept, held_out = split_held_out(loaded.samples, base.held_out_share)
+    target, mesh = loaded.target, loaded.mesh
+    frozen, store = borrow(target.config, target.params), HiddenStore.open(options.work / "hidden", loaded.identity)
+    shared = dict(batch_tokens=BATCH_TOKENS, identity=loaded.identity)
     begin = clock()
-    means = train.known_for_training(base, loaded, TrainingData(kept, store))
+    means = store_soft_targets(
+        "means", TrainingData(kept, store), frozen, draft_config(target.config), base, mesh,
+        directory=options.work / "soft_targets", **shared,
+    )  # fmt: skip
     seconds["means of all, whole head"] = clock() - begin
 
     rows = {}
     for name, changes in arms.items():
         changes = dict(changes)
-        share = changes.pop("share", 1.0)
+        share, seed, hidden_dtype = changes.pop("share", 1.0), changes.pop("seed", 0), changes.pop("hidden_dtype", None)
         directory = options.work / "arms" / name.replace(" ", "_").replace(",", "").replace("+", "and")
-        arm = dataclasses.replace(
-            base,
-            out=directory,
-            selection=options.work / "selection.json" if share < 1 else None,
-            token_scores=options.work / "token_scores.parquet" if _WEIGHING & set(changes) else None,
-            **changes,
-        )
-        own_store = "feature_dtype" in changes
-        shares_means = stores_means(arm) and not arm.draft_vocab and not own_store
-        begin = clock()
-        result = train.train(arm, loaded, None if own_store else store, means if shares_means else None)
+        recipe = dataclasses.replace(base, **changes)
+        chosen = [sample for sample in kept if share == 1 or sample.id in half]
+        begin, hidden, weights = clock(), store, None
+        if hidden_dtype:
+            hidden = store_hidden(
+                target, [*chosen, *held_out], mesh, directory=directory / "hidden", dtype=hidden_dtype, **shared
+            )
+        if recipe.weighs_tokens:
+            weights = token_weights(
+                chosen, read_token_scores(options.work / "token_scores.parquet"), metric=recipe.token_metric,
+                retain_ratio=recipe.token_retain_ratio, weighting=recipe.token_weighting, seed=seed,
+            )  # fmt: skip
+        data, draft = TrainingData(chosen, hidden, None, weights), draft_of(target.config, recipe, chosen)
+        if kind := recipe.stored_soft_targets(hidden_is_stored=True):
+            stored = means if not draft.vocabulary and not hidden_dtype else store_soft_targets(
+                kind, data, frozen, draft, recipe, mesh, directory=directory / "soft_targets", **shared
+            )
+            data = data._replace(soft_targets=stored)
+        result = train(
+            target, data, TrainingData(held_out, hidden), recipe, mesh, out=directory, seed=seed, draft=draft,
+            identity=loaded.identity, shapes=loaded.shapes,
+        )  # fmt: skip
         lines = read_lines(directory / TIMINGS)
         steps = np.diff([0, *(line["step"] for line in lines)])
         per_step = [line["seconds"] / count for line, count in zip(lines, steps, strict=True)]
@@ -132,7 +154,9 @@ def main() -> None:
         "counted_tokens": sum(int(sample.counted.sum()) for sample in loaded.samples),
         "padding_share": padding_share(epoch_batches(lengths, loaded.shapes, 0, 0), lengths),
         "prompts": len(prompts),
-        "bytes": {name: sum(f.stat().st_size for f in (options.work / name).glob("*.bin")) for name in ("hidden", "means")},
+        "bytes": {
+            name: sum(f.stat().st_size for f in (options.work / name).glob("*.bin")) for name in ("hidden", "soft_targets")
+        },
         "seconds": seconds,
         "arms": rows,
         "differences": evaluation.compare(reports, 0),

@@ -31,7 +31,7 @@ def arms(pool: Pool, plan: str, seeds: Sequence[int]) -> dict[str, Arm | Progres
     sources = [sample.source for sample in pool.samples]
     scores = dict(zip(pool.table.ids, pool.table["flatness"]))
     flat = [scores[sample.id] for sample in pool.samples]
-    epochs = pool.base.epochs
+    epochs = pool.recipe.epochs
     found: dict[str, Arm | Progressive] = {}
     for seed in seeds:
 

@@ -22,7 +22,7 @@ from jsfdd.selection.sfdd import how_many
 from jsfdd.training.batch import TrainingData, device_batch
 from jsfdd.training.loss import borrow, restrict
 from jsfdd.training.step import init_state, make_optimizer, make_train_step, state_shardings
-from jsfdd.weights import checkpoint
+from jsfdd.weights.checkpoint import Checkpoints
 
 if TYPE_CHECKING:
     from experiments.pool.pool import Pool
@@ -46,14 +46,13 @@ class Progressive:
         """(cost, draft, its parameters)."""
         target, mesh, draft = pool.loaded.target, pool.loaded.mesh, pool.draft
         lengths = np.array([len(sample.tokens) for sample in pool.samples])
-        data = TrainingData(pool.samples, pool.store, pool.means)
-        config = dataclasses.replace(pool.base, out=directory, seed=self.seed)
+        data = TrainingData(pool.samples, pool.store, pool.soft_targets)
         random, everyone = np.random.default_rng(self.seed), np.arange(len(lengths))
         # The schedule wants the number of steps; a share has about as many batches whoever stays.
         some = [random.permutation(everyone)[: how_many(share, len(lengths))] for share in self.passes]
         expected = sum(len(epoch_batches(lengths[kept], pool.shapes, 0, 0)) for kept in some)
-        optimizer = make_optimizer(config, expected)
-        step = make_train_step(target.config, draft, optimizer, mesh, config)
+        optimizer = make_optimizer(pool.recipe, expected)
+        step = make_train_step(draft, optimizer, mesh, pool.recipe)
         frozen = restrict(borrow(target.config, target.params), draft)
         state = jax.tree.map(put, init_state(draft, optimizer, self.seed), state_shardings(draft, optimizer, mesh, False))
         ranking, tokens, begin, cpu = 0.0, 0, time.perf_counter(), time.process_time()
@@ -68,8 +67,8 @@ class Progressive:
                 state, metrics = step(frozen, state, device_batch(data, kept[list(plan.indices)], plan.shape, mesh))
             jax.block_until_ready(metrics)
             tokens += sum(int(np.count_nonzero(pool.samples[i].counted[1:])) for i in kept)
-        with checkpoint.open_checkpoints(directory) as checkpoints:
-            checkpoint.save(checkpoints, state, draft, pool.loaded.identity)
+        with Checkpoints(directory, draft, pool.loaded.identity) as checkpoints:
+            checkpoints.save(state)
         row = {
             "samples": len(pool.samples), "steps": int(state.step), "tokens_in_loss": tokens, "tokens": int(lengths.sum()),
             "seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - cpu - ranking,

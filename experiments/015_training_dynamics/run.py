@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import jax
@@ -15,13 +14,14 @@ from experiments.pool.pool import SMOKE, Pool, open_pool, pool_parser
 from experiments.results import write_results
 from jsfdd.base.hardware import describe_hardware
 from jsfdd.data.batches import epoch_batches, make_batches
+from jsfdd.data.held_out import split_held_out
 from jsfdd.evaluation.intervals import interval, resample_ratios
 from jsfdd.models.draft import EagleLayer, allowed_tokens
 from jsfdd.models.target import embed_tokens, head_logits
 from jsfdd.scoring.table import read_token_scores
-from jsfdd.training import train as training
 from jsfdd.training.batch import TrainingData, device_batch
 from jsfdd.training.step import init_state, make_optimizer
+from jsfdd.training.train import train
 
 matplotlib.use("Agg")
 HERE = Path(__file__).parent
@@ -33,23 +33,22 @@ FIGURES = ("cross_entropy", "l1", "gradient", "acceptance")
 def main() -> None:
     options = pool_parser(__doc__, epochs=6).parse_args()
     pool = open_pool(options)
-    kept, held_out = training.split_held_out(pool.samples, 0.15)
+    kept, held_out = split_held_out(pool.samples, 0.15)
     flatness, owner = _flatness(pool, held_out)
     edges = np.quantile(flatness, np.linspace(0, 1, BINS + 1))
     bins = np.clip(np.searchsorted(edges, flatness, side="right") - 1, 0, BINS - 1)
     look = _make_look(pool, held_out)
-    seen = [look(init_state(pool.draft, make_optimizer(pool.base, 1), pool.base.seed).params)]
+    seen = [look(init_state(pool.draft, make_optimizer(pool.recipe, 1), 0).params)]
 
     def probe(params: dict) -> dict:
         seen.append(look(params))
         return {"tau": float(1 + seen[-1][3].mean())}  # of the first depth alone; only the log reads it
 
     steps_an_epoch = len(epoch_batches([len(s.tokens) for s in kept], pool.shapes, 0, 0))
-    config = dataclasses.replace(pool.base, probe_every=steps_an_epoch, out=options.work / "dynamics")
-    training.train(
-        pool.loaded.target.config, pool.loaded.target.params, TrainingData(kept, pool.store, pool.means),
-        TrainingData([], pool.store), config, pool.loaded.mesh,
-        identity=pool.loaded.identity, draft=pool.draft, shapes=pool.shapes, probe=probe,
+    train(
+        pool.loaded.target, TrainingData(kept, pool.store, pool.soft_targets), TrainingData([], pool.store), pool.recipe,
+        pool.loaded.mesh, out=options.work / "dynamics", identity=pool.loaded.identity, draft=pool.draft, shapes=pool.shapes,
+        probe=probe, probe_every=steps_an_epoch,
     )  # fmt: skip
     seen = np.stack(seen)  # [epoch, figure, token]
     results = {

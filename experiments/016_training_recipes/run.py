@@ -9,14 +9,14 @@ from experiments.pool.pool import Arm, Pool, open_pool, pool_parser, run_arm, to
 
 HERE = Path(__file__).parent
 
-TOP_K = dict(target_top_k=128)  # distances other than cross entropy, over the target's 128 likeliest tokens
+TOP_K = dict(soft_targets="top_k", soft_top_k=128)  # distances other than cross entropy, over the target's 128 likeliest tokens
 
 
 def recipes(pool: Pool, seed: int) -> dict[str, Arm]:
     """Arms on the flattest half at the pool's epochs, unless the name says otherwise."""
     half = by_metric(pool, "flatness", 0.5, 0)
     kept = [sample for sample in pool.samples if sample.id in set(half)]
-    epochs = pool.base.epochs
+    epochs = pool.recipe.epochs
     tokens = {
         metric: token_weights_of(pool, kept, metric=metric, weighting="hard", retain_ratio=0.5, seed=seed)
         for metric in ("flatness", "random")
@@ -25,10 +25,10 @@ def recipes(pool: Pool, seed: int) -> dict[str, Arm]:
         "half": {},
         "half, CE weight 1": dict(token_weight=1.0),
         "half, CE alone": dict(token_weight=1.0, hidden_weight=0.0),
-        "half, top-k targets 8": dict(target_top_k=8),
-        "half, top-k targets 32": dict(target_top_k=32),
+        "half, top-k targets 8": TOP_K | dict(soft_top_k=8),
+        "half, top-k targets 32": TOP_K | dict(soft_top_k=32),
         "half, top-k targets 128": TOP_K,
-        "half, top-k targets 256": dict(target_top_k=256),
+        "half, top-k targets 256": TOP_K | dict(soft_top_k=256),
         "half, reverse KL": TOP_K | dict(token_loss="reverse_kl"),
         "half, total variation": TOP_K | dict(token_loss="total_variation"),
         "half, hybrid": TOP_K | dict(token_loss="hybrid"),

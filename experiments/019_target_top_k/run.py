@@ -14,22 +14,25 @@ import jax
 import numpy as np
 
 from jsfdd.base.hardware import describe_hardware
+from jsfdd.base.tuning import vocabulary_block
 from jsfdd.commands.inputs import load
-from jsfdd.commands.train import TrainConfig
+from jsfdd.commands.score import ScoreConfig
 from jsfdd.data.batches import Shape
 from jsfdd.hidden.capture import make_recompute
 from jsfdd.hidden.rows import row_bytes
 from jsfdd.training.batch import TrainingData, device_batch
+from jsfdd.training.draft_shape import draft_of
 from jsfdd.training.loss import borrow
+from jsfdd.training.recipe import Recipe
 from jsfdd.training.soft_means import make_means_step
 from jsfdd.training.soft_rows import row_words, unpack
 from jsfdd.training.soft_top_k import make_top_k_step
-from jsfdd.training.step import block_size, init_state, make_optimizer, make_train_step
+from jsfdd.training.step import init_state, make_optimizer, make_train_step
 from jsfdd.training.token_loss import Distance
-from jsfdd.training.train import draft_of
 
 HERE = Path(__file__).parent
 KS = (8, 32, 128, 256)
+LENGTH = 256
 
 
 def main() -> None:
@@ -39,17 +42,15 @@ def main() -> None:
     parser.add_argument("--chats", type=int, default=4 if smoke else 48)
     parser.add_argument("--turns", type=int, default=1 if smoke else 7)
     given = parser.parse_args()
-    options = TrainConfig(
-        target="smollm2", data=tuple(given.data), out=HERE, max_length=256, batch_tokens=1024, hidden_noise=0.0
-    )
-    loaded = load(options)
-    target, mesh = loaded.target, loaded.mesh
-    frozen, draft = borrow(target.config, target.params), draft_of(target.config, options, loaded.samples)
+    loaded = load(ScoreConfig(target="smollm2", data=tuple(given.data), out=HERE, max_length=LENGTH, batch_tokens=1024))
+    target, mesh, recipe = loaded.target, loaded.mesh, Recipe(hidden_noise=0.0)
+    frozen, draft = borrow(target.config, target.params), draft_of(target.config, recipe, loaded.samples)
     samples = [loaded.samples[i] for i in np.random.default_rng(0).permutation(len(loaded.samples))[: given.chats]]
     data = TrainingData(samples, make_recompute(target, mesh, "bfloat16"))
 
-    steps = {k: make_top_k_step(k, mesh, block_size(mesh)) for k in KS}
-    masses, longest = {k: [] for k in KS}, Shape(4, options.max_length)
+    block = vocabulary_block(jax.default_backend())
+    steps = {k: make_top_k_step(k, mesh, block) for k in KS}
+    masses, longest = {k: [] for k in KS}, Shape(4, LENGTH)
     for start in range(0, len(samples), longest.rows):
         batch = device_batch(data, range(start, min(start + longest.rows, len(samples))), longest, mesh)
         rows = np.asarray(steps[max(KS)](frozen, batch))[np.asarray(batch.counted)]
@@ -59,14 +60,14 @@ def main() -> None:
 
     print({k: round(float(np.mean(m)), 4) for k, m in masses.items()}, f"of {len(masses[max(KS)])} tokens", flush=True)
 
-    known = {f"top {k}": steps[k](frozen, batch) for k in (8, 32, 256)}
-    make_means = make_means_step(Distance("cross_entropy"), mesh, block_size(mesh), "bfloat16")
-    known |= {"head": None, "means": make_means(frozen, batch)}
-    optimizer, made = make_optimizer(options, 1000), {}
-    for name, rows in known.items():
-        k = int(name.removeprefix("top ")) if name.startswith("top ") else 0
-        step = make_train_step(target.config, draft, optimizer, mesh, dataclasses.replace(options, target_top_k=k))
-        made[name] = [step, init_state(draft, optimizer, 0), batch._replace(known=rows)]
+    rows = {f"top {k}": steps[k](frozen, batch) for k in (8, 32, 256)}
+    rows |= {"head": None, "means": make_means_step(Distance(), mesh, block, "bfloat16")(frozen, batch)}
+    optimizer, made = make_optimizer(recipe, 1000), {}
+    for name, stored in rows.items():
+        k = int(name.removeprefix("top ")) if name.startswith("top ") else None
+        changes = {} if k is None else {"soft_targets": "top_k", "soft_top_k": k}
+        step = make_train_step(draft, optimizer, mesh, dataclasses.replace(recipe, **changes))
+        made[name] = [step, init_state(draft, optimizer, 0), batch._replace(soft_targets=stored)]
     seconds = {name: [] for name in made}
     for turn in range(given.turns + 2):  # the first two compile: once for a fresh state, once for a program's own
         for name, (step, state, own) in made.items():

@@ -13,15 +13,25 @@ from pathlib import Path
 import jax
 
 from experiments.pool.choices import by_metric
-from experiments.pool.pool import SMOKE, Pool, judge_draft, known_of, open_pool, pool_parser, token_weights_of
+from experiments.pool.pool import (
+    BATCH_TOKENS,
+    SMOKE,
+    Pool,
+    judge_draft,
+    open_pool,
+    pool_parser,
+    scoring,
+    soft_targets_of,
+    token_weights_of,
+)
 from jsfdd.base.records import samples_digest
 from jsfdd.commands import score
-from jsfdd.commands.score import ScoreConfig
 from jsfdd.data.batches import choose_shapes
 from jsfdd.hidden.capture import store_hidden
 from jsfdd.selection.sfdd import select
-from jsfdd.training import train as training
 from jsfdd.training.batch import TrainingData
+from jsfdd.training.draft_shape import draft_of
+from jsfdd.training.train import train
 from jsfdd.weights.draft import load_draft
 
 HERE = Path(__file__).parent
@@ -46,11 +56,11 @@ class Stages:
         return found
 
 
-def target_passes(pool: Pool, work: Path, number: int) -> None:
+def target_passes(pool: Pool, data: Path, work: Path, number: int) -> None:
     """The target's pass over the first chats: to keep all hidden states, and to score and keep what half may select."""
     work.mkdir(parents=True, exist_ok=True)
     samples = pool.samples[:number]
-    shapes = choose_shapes([len(sample.tokens) for sample in samples], pool.base.batch_tokens)
+    shapes = choose_shapes([len(sample.tokens) for sample in samples], BATCH_TOKENS)
     identity = pool.loaded.identity | {"samples": samples_digest(samples)}
     loaded = pool.loaded._replace(samples=samples, shapes=shapes, identity=identity)
     stages = Stages(work / "passes.json")
@@ -58,12 +68,9 @@ def target_passes(pool: Pool, work: Path, number: int) -> None:
         return
     stages.run(
         "features of all", store_hidden, loaded.target, loaded.samples, loaded.mesh,
-        batch_tokens=pool.base.batch_tokens, directory=work / "all", identity=identity, dtype="bfloat16",
+        batch_tokens=BATCH_TOKENS, directory=work / "all", identity=identity, dtype="bfloat16",
     )  # fmt: skip
-    options = {name: getattr(pool.base, name) for name in ("target", "data", "max_length", "batch_tokens")}
-    config = ScoreConfig(
-        **options, out=work / "half", per_token=True, keep_features=("flatness",), retain_ratio=0.5, held_out_share=0.0
-    )
+    config = scoring(data, work / "half", keep_features=("flatness",), retain_ratio=0.5)
     stages.run("scores, features of half", score.score, config, loaded)
     stages.run("selection", select, pool.table, 0.5)
     facts = {"samples": len(samples), "tokens": sum(len(sample.tokens) for sample in samples)}
@@ -73,23 +80,23 @@ def target_passes(pool: Pool, work: Path, number: int) -> None:
     (work / "facts.json").write_text(json.dumps(facts))
 
 
-def train_and_judge(pool: Pool, work: Path, ids: Sequence[str], weights, options: dict) -> None:
-    """Stages "known" and "training" and, by replay, the counts at T = 0; to `work`."""
+def train_and_judge(pool: Pool, work: Path, ids: Sequence[str], weights, options: dict, seed: int) -> None:
+    """Stages "soft targets" and "training" and, by replay, the counts at T = 0; to `work`."""
     work.mkdir(parents=True, exist_ok=True)
     stages = Stages(work / "stages.json")
-    config = dataclasses.replace(pool.base, out=work, **options)
-    draft = training.draft_of(pool.loaded.target.config, config, pool.loaded.samples)
+    recipe = dataclasses.replace(pool.recipe, **options)
+    draft = draft_of(pool.loaded.target.config, recipe, pool.loaded.samples)
     chosen = set(ids)
     data = TrainingData([sample for sample in pool.samples if sample.id in chosen], pool.store, None, weights)
-    known = stages.run("known", known_of, config, pool.loaded, data, draft, work / "known")
+    storing = recipe, pool.loaded, data, draft, work / "soft_targets"
+    stored = stages.run("soft targets", soft_targets_of, *storing)
     if "training" not in stages.seconds:
-        known = known or known_of(config, pool.loaded, data, draft, work / "known")
+        data = data._replace(soft_targets=stored or soft_targets_of(*storing))
         stages.run(
-            "training", training.train, pool.loaded.target.config, pool.loaded.target.params, data._replace(known=known),
-            TrainingData([], pool.store), config, pool.loaded.mesh,
-            identity=pool.loaded.identity, draft=draft, shapes=pool.shapes,
+            "training", train, pool.loaded.target, data, TrainingData([], pool.store), recipe, pool.loaded.mesh,
+            out=work, seed=seed, identity=pool.loaded.identity, draft=draft, shapes=pool.shapes,
         )  # fmt: skip
-        shutil.rmtree(work / "known")
+        shutil.rmtree(work / "soft_targets")
     if not (work / "counts.json").exists():
         draft, params, _ = load_draft(work)
         (work / "counts.json").write_text(json.dumps(judge_draft(pool, draft, jax.device_get(params), 0.0)))
@@ -104,7 +111,7 @@ def main() -> None:
     options = parser.parse_args()
     pool = open_pool(options)
     work = options.work / "whole"
-    target_passes(pool, work, options.passes)
+    target_passes(pool, options.data, work, options.passes)
     everything = [sample.id for sample in pool.samples]
     half = by_metric(pool, "flatness", 0.5, 0)
     kept = [sample for sample in pool.samples if sample.id in set(half)]
@@ -117,7 +124,7 @@ def main() -> None:
             for name, (ids, weights) in arms.items():
                 if not options.only or any(part in name for part in options.only):
                     directory = work / f"{name}, {head} head, seed {seed}"
-                    train_and_judge(pool, directory, ids, weights, HEADS[head] | {"seed": seed})
+                    train_and_judge(pool, directory, ids, weights, HEADS[head], seed)
 
 
 if __name__ == "__main__":

@@ -43,15 +43,17 @@ def main() -> None:
     results = {"hardware": describe_hardware(), "passes": passes, "passes_on": facts, "tokens": tokens, "arms": {}}
     for name, by_seed in arms.items():
         of_target = asked.get(name.rsplit(", ", 1)[0], asked["half"])
-        known, training = (np.mean([row["stages"][s]["cpu"] for row in by_seed.values()]) for s in ("known", "training"))
+        stored, training = (
+            np.mean([row["stages"][stage]["cpu"] for row in by_seed.values()]) for stage in ("soft targets", "training")
+        )
         drawn = draws(runs[name].steps[""].shape[1], len(runs[name].seeds))
         low, high = np.percentile(resampled(runs[name], "", *drawn), [2.5, 97.5])
         head = name.rsplit(", ", 1)[1]
         results["arms"][name] = {
-            "target_pass": of_target, "known": float(known), "training": float(training),
+            "target_pass": of_target, "soft_targets": float(stored), "training": float(training),
             "timed_seeds": sorted(by_seed), "seeds": runs[name].seeds,
             "tau": tau(runs[name], ""), "low": float(low), "high": float(high),
-            "total": {e: float(of_target + known + training * e / EPOCHS[0]) for e in EPOCHS},
+            "total": {e: float(of_target + stored + training * e / EPOCHS[0]) for e in EPOCHS},
         }  # fmt: skip
         if not name.startswith("all") and f"all, {head}" in runs:
             results["arms"][name]["minus_all"] = difference(runs[name], runs[f"all, {head}"], "")
@@ -61,7 +63,8 @@ def main() -> None:
         ratios = ", ".join(f"{whole['total'][e] / row['total'][e]:.2f}" for e in EPOCHS)
         minus = row.get("minus_all")
         cells = [
-            name, *(f"{row[s]:.0f}" for s in ("target_pass", "known", "training")), f"{row['total'][EPOCHS[0]]:.0f}", ratios,
+            name, *(f"{row[s]:.0f}" for s in ("target_pass", "soft_targets", "training")), f"{row['total'][EPOCHS[0]]:.0f}",
+            ratios,
             f"{row['tau']:.3f} [{row['low']:.3f}, {row['high']:.3f}] ({len(row['seeds'])})",
             f"{minus['difference']:+.3f} [{minus['low']:+.3f}, {minus['high']:+.3f}]" if minus else "",
         ]  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import statistics
@@ -16,17 +15,19 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from jsfdd.base.hardware import describe_hardware
+from jsfdd.base.tuning import vocabulary_block
 from jsfdd.commands.inputs import load
-from jsfdd.commands.train import TrainConfig
+from jsfdd.commands.score import ScoreConfig
 from jsfdd.data.batches import Shape
 from jsfdd.hidden.capture import make_recompute
 from jsfdd.models.flops import step_flops
 from jsfdd.training.batch import TrainingData, device_batch
+from jsfdd.training.draft_shape import draft_of
 from jsfdd.training.loss import borrow, restrict
+from jsfdd.training.recipe import Recipe
 from jsfdd.training.soft_means import make_means_step
-from jsfdd.training.step import block_size, init_state, make_optimizer, make_train_step
+from jsfdd.training.step import init_state, make_optimizer, make_train_step
 from jsfdd.training.token_loss import Distance
-from jsfdd.training.train import draft_of
 
 matplotlib.use("Agg")
 HERE = Path(__file__).parent
@@ -40,8 +41,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="chats, best the target's own")
     parser.add_argument("--turns", type=int, default=1 if smoke else 9)
     given = parser.parse_args()
-    options = TrainConfig(target="smollm2", data=tuple(given.data), out=HERE, max_length=256, hidden_noise=0.0)
-    loaded = load(options)
+    loaded = load(ScoreConfig(target="smollm2", data=tuple(given.data), out=HERE, max_length=256))
     target, mesh, shape = loaded.target, loaded.mesh, Shape(4, 256)
     # The chats whose answers are longest: most of a batch's tokens count, as in long chats.
     samples = sorted(loaded.samples, key=lambda sample: -sample.counted.sum())[: shape.rows]
@@ -50,17 +50,17 @@ def main() -> None:
     counted = np.asarray(batch.counted)
     order = np.random.default_rng(0).random(counted.shape)
     weights = {share: (counted & (order <= np.quantile(order[counted], share))).astype(np.float32) for share in SHARES}
-    means = make_means_step(Distance("cross_entropy"), mesh, block_size(mesh), "bfloat16")
+    means = make_means_step(Distance(), mesh, vocabulary_block(jax.default_backend()), "bfloat16")
     made, flops = {}, {}
     for head, size in HEADS.items():
-        own = dataclasses.replace(options, draft_vocab=size)
-        draft = draft_of(target.config, own, loaded.samples)
+        recipe = Recipe(hidden_noise=0.0, draft_vocab=size)
+        draft = draft_of(target.config, recipe, loaded.samples)
         frozen = restrict(borrow(target.config, target.params), draft)
-        known = means(frozen, batch)
-        optimizer = make_optimizer(own, 1000)
+        stored = means(frozen, batch)
+        optimizer = make_optimizer(recipe, 1000)
         for share in SHARES:
-            step = make_train_step(target.config, draft, optimizer, mesh, own)
-            chosen = batch._replace(weight=weights[share], known=known)
+            step = make_train_step(draft, optimizer, mesh, recipe)
+            chosen = batch._replace(weight=weights[share], soft_targets=stored)
             made[head, share] = [step, init_state(draft, optimizer, 0), frozen, chosen]
             flops[head, share] = step_flops(draft, [shape], float((weights[share][:, 1:] > 0).sum()), 2)
     seconds = {key: [] for key in made}

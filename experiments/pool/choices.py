@@ -83,11 +83,11 @@ def prompt_clusters(pool: Pool, count: int = 20, rounds: int = 30) -> np.ndarray
 def refused_share(pool: Pool, draft: DraftConfig, params: dict) -> np.ndarray:
     """Mean total variation between the target and a draft over each sample's counted tokens."""
     target, mesh = pool.loaded.target, pool.loaded.mesh
-    step = make_evaluate_step(target.config, draft, mesh, pool.base)
+    step = make_evaluate_step(draft, mesh, pool.recipe)
     data = TrainingData(pool.samples, pool.store)
     frozen, found = borrow(target.config, target.params), np.zeros(len(pool.samples))
     lengths = [len(sample.tokens) for sample in pool.samples]
     for plan in make_batches(lengths, [shape._replace(rows=1) for shape in pool.shapes]):
-        tokens = step(frozen, params, device_batch(data, plan.indices, plan.shape, mesh)).steps[0].tokens
-        found[plan.indices[0]] = 1 - float(tokens.acceptance) / max(float(tokens.counted), 1)
+        sums = step(frozen, params, device_batch(data, plan.indices, plan.shape, mesh)).steps[0]
+        found[plan.indices[0]] = 1 - float(sums["acceptance"]) / max(float(sums["counted"]), 1)
     return found

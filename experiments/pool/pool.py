@@ -1,6 +1,6 @@
 """One pool of chats, read by the target once, on which any number of drafts are trained and judged. See README.md.
 
-pool = open_pool(options)                     # scores, hidden states, target means, recorded answers: computed once, kept
+pool = open_pool(options)                     # scores, hidden states, soft targets, recorded answers: computed once, kept
 row = run_arm(pool, name, arm)                # trains one draft, judges it on all recorded answers; done arms are read
 """
 
@@ -20,30 +20,31 @@ import jax
 import numpy as np
 
 from jsfdd.base.records import Prompt, Sample
-from jsfdd.commands import score, train
+from jsfdd.commands import score
 from jsfdd.commands.inputs import Loaded, load
 from jsfdd.commands.score import ScoreConfig
-from jsfdd.commands.train import TrainConfig, stores_means, stores_target
 from jsfdd.data.batches import Shape, choose_shapes
 from jsfdd.data.chat import read_prompts
 from jsfdd.evaluation import replay
 from jsfdd.hidden.capture import store_hidden
+from jsfdd.hidden.store import HiddenStore
 from jsfdd.models.draft import Draft, DraftConfig
 from jsfdd.scoring.table import ScoreTable, join, read_token_scores
 from jsfdd.selection.tokens import token_weights
-from jsfdd.training import train as training
 from jsfdd.training.batch import PerToken, TrainingData
+from jsfdd.training.draft_shape import draft_of
 from jsfdd.training.loss import borrow
-from jsfdd.training.soft_means import store_means
-from jsfdd.training.soft_top_k import store_top_k
-from jsfdd.training.step import block_size
+from jsfdd.training.recipe import Recipe
+from jsfdd.training.soft_store import store_soft_targets
 from jsfdd.training.token_loss import Distance
+from jsfdd.training.train import train
 from jsfdd.weights.draft import load_draft
 
 SMOKE = os.environ.get("SMOKE") == "1"
 PROMPTS = {"gsm8k": 2, "qa": 2} if SMOKE else {"mt_bench": 30, "gsm8k": 40, "alpaca": 40, "sum": 8, "qa": 40}
 MAX_NEW_TOKENS = 8 if SMOKE else 48
 GAMMA, AHEAD = 4, 5
+BATCH_TOKENS = 1024
 TRAIN_BATCH_TOKENS = 512  # small steps: a draft of few chats should have many
 
 
@@ -54,11 +55,11 @@ class Pool(NamedTuple):
     loaded: Loaded
     samples: list[Sample]  # those that arms are made from
     shapes: tuple[Shape, ...]
-    base: TrainConfig
+    recipe: Recipe
     table: ScoreTable
     store: PerToken  # the target's hidden states of all chats
     draft: DraftConfig  # with a vocabulary counted over all chats, the same for every arm
-    means: PerToken
+    soft_targets: PerToken
     prompts: list[Prompt]
     recorded: dict[float, replay.Recorded]
     judges: dict[float, tuple]  # (hidden states of the recorded answers, what is compiled for which shape of draft)
@@ -90,19 +91,17 @@ def open_pool(
     `besides`, are recorded at `temperatures`, in files named `answers`.
     """
     prompts, work = pick_prompts(options.prompts, asked, besides), options.work
-    shared = dict(target="smollm2", data=(options.data,), max_length=384, batch_tokens=1024)
-    base = TrainConfig(
-        **shared, out=work, epochs=options.epochs, learning_rate=1e-3, draft_vocab=8192, log_every=20, save_every=100_000,
-        held_out_share=0.0,
-    )  # fmt: skip
-    config = ScoreConfig(**shared, out=work, per_token=True, keep_features=("full",), held_out_share=0.0)
+    recipe = Recipe(
+        epochs=options.epochs, learning_rate=1e-3, draft_vocab=8192, log_every=20, save_every=100_000, held_out_share=0.0
+    )
+    config = scoring(options.data, work, keep_features=("full",))
     loaded = load(config)
     with timed(work, "score"):
         table = score.score(config, loaded)
-    store = train.hidden_for_training(dataclasses.replace(base, features=str(work / "hidden")), loaded, loaded.samples, None)
-    draft = training.draft_of(loaded.target.config, base, loaded.samples)
+    store = HiddenStore.open(work / "hidden", loaded.identity)
+    draft = draft_of(loaded.target.config, recipe, loaded.samples)
     with timed(work, "means"):
-        means = known_of(base, loaded, TrainingData(loaded.samples, store), draft, work / "means")
+        soft_targets = soft_targets_of(recipe, loaded, TrainingData(loaded.samples, store), draft, work / "soft_targets")
     recorded, judges = {}, {}
     for temperature in temperatures:
         directory = work / f"{answers}_{temperature}"
@@ -119,19 +118,26 @@ def open_pool(
     samples = loaded.samples[skip : skip + options.chats]
     shapes = choose_shapes([len(sample.tokens) for sample in samples], TRAIN_BATCH_TOKENS)
     table = join([table], [sample.id for sample in samples])
-    return Pool(work, loaded, samples, shapes, base, table, store, draft, means, prompts, recorded, judges)
+    return Pool(work, loaded, samples, shapes, recipe, table, store, draft, soft_targets, prompts, recorded, judges)
 
 
-def known_of(config: TrainConfig, loaded: Loaded, data: TrainingData, draft: DraftConfig, directory: Path) -> PerToken:
-    """What the options store of the target's distributions, over a draft's vocabulary."""
-    frozen = borrow(loaded.target.config, loaded.target.params)
-    shared = dict(
-        block=block_size(loaded.mesh), batch_tokens=config.batch_tokens, directory=directory,
-        identity=loaded.identity | {"feature_dtype": config.feature_dtype}, vocabulary=draft.vocabulary,
+def scoring(data: Path, out: Path, **options) -> ScoreConfig:
+    """The target's pass over the chats, as all experiments on a pool make it."""
+    return ScoreConfig(
+        target="smollm2", data=(data,), max_length=384, batch_tokens=BATCH_TOKENS, out=out, per_token=True, held_out_share=0.0,
+        **options,
     )  # fmt: skip
-    if config.target_top_k:
-        return store_top_k(data, frozen, config.target_top_k, loaded.mesh, **shared)
-    return store_means(data, frozen, Distance.of(config), loaded.mesh, **shared)
+
+
+def soft_targets_of(recipe: Recipe, loaded: Loaded, data: TrainingData, draft: DraftConfig, directory: Path) -> PerToken | None:
+    """What the recipe stores of the target's distributions, over a draft's vocabulary."""
+    kind = recipe.stored_soft_targets(hidden_is_stored=True)
+    if kind is None:
+        return None
+    return store_soft_targets(
+        kind, data, borrow(loaded.target.config, loaded.target.params), draft, recipe, loaded.mesh,
+        batch_tokens=BATCH_TOKENS, directory=directory, identity=loaded.identity,
+    )  # fmt: skip
 
 
 def _recorded(loaded: Loaded, prompts, path: Path, temperature: float, batch_size: int) -> replay.Recorded:
@@ -155,11 +161,11 @@ def _recorded(loaded: Loaded, prompts, path: Path, temperature: float, batch_siz
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """One draft: which samples, which tokens, and what of the training's options is different.
+    """One draft: which samples, which tokens, and what of the recipe is different.
 
     Attributes:
       ids: samples trained on.
-      options: of TrainConfig.
+      options: of the recipe, and the seed.
       weights: token weights by sample id; None for all counted tokens alike.
     """
 
@@ -173,22 +179,26 @@ class Arm:
         kept = [sample for sample in pool.samples if sample.id in chosen]
         if lost := len(chosen) - len(kept):
             raise ValueError(f"{lost} of {len(chosen)} samples are not among the pool's {len(pool.samples)}")
-        config = dataclasses.replace(pool.base, out=directory, **self.options)
-        draft = training.draft_of(pool.loaded.target.config, config, pool.loaded.samples)
+        options = dict(self.options)
+        seed = options.pop("seed", 0)
+        recipe = dataclasses.replace(pool.recipe, **options)
+        draft = draft_of(pool.loaded.target.config, recipe, pool.loaded.samples)
         data = TrainingData(kept, pool.store, None, self.weights)
         cpu = time.process_time()
-        if stores_target(config):
-            same = stores_means(config) and draft == pool.draft and Distance.of(config) == Distance.of(pool.base)
-            data = data._replace(known=pool.means if same else known_of(config, pool.loaded, data, draft, directory / "known"))
-        cpu_of_known, cpu = time.process_time() - cpu, time.process_time()
-        result = training.train(
-            pool.loaded.target.config, pool.loaded.target.params, data, TrainingData([], pool.store), config, pool.loaded.mesh,
-            identity=pool.loaded.identity, draft=draft, shapes=pool.shapes,
+        means = recipe.stored_soft_targets(hidden_is_stored=True) == "means"
+        if means and draft == pool.draft and Distance.from_recipe(recipe) == Distance.from_recipe(pool.recipe):
+            soft_targets = pool.soft_targets
+        else:
+            soft_targets = soft_targets_of(recipe, pool.loaded, data, draft, directory / "soft_targets")
+        cpu_of_store, cpu = time.process_time() - cpu, time.process_time()
+        result = train(
+            pool.loaded.target, data._replace(soft_targets=soft_targets), TrainingData([], pool.store), recipe,
+            pool.loaded.mesh, out=directory, seed=seed, identity=pool.loaded.identity, draft=draft, shapes=pool.shapes,
         )  # fmt: skip
         row = {
             "samples": result.samples, "steps": result.steps, "tokens_in_loss": result.tokens,
             "tokens": sum(len(sample.tokens) for sample in kept), "seconds": result.seconds,
-            "cpu_seconds": time.process_time() - cpu, "cpu_seconds_of_own_store": cpu_of_known,
+            "cpu_seconds": time.process_time() - cpu, "cpu_seconds_of_own_store": cpu_of_store,
         }  # fmt: skip
         return row, draft, jax.device_get(result.state.params)
 
