@@ -246,6 +246,16 @@ def test_few_likeliest_tokens_teach_a_draft_vocabulary_any_distance(tmp_path):
         draft_of(config, Recipe(soft_targets="top_k", soft_top_k=65), samples)
 
 
+def test_soft_targets_of_another_kind_than_the_recipes_are_refused(tmp_path):
+    means, top_k = store_of_means(tmp_path / "means"), store_of_top_k(tmp_path / "top_k", 2)
+    with pytest.raises(ValueError, match="stored rows are of another kind"):
+        run(tmp_path / "a", rows=means, soft_targets="top_k")
+    with pytest.raises(ValueError, match="stored rows are of another kind"):
+        run(tmp_path / "b", rows=top_k)
+    with pytest.raises(ValueError, match="needs more of the target than means"):
+        run(tmp_path / "c", rows=means, token_loss="hybrid")
+
+
 def test_a_store_of_likeliest_tokens_goes_on_and_knows_what_it_is_of(tmp_path):
     whole = store_of_top_k(tmp_path, 3)
     before = {path.name: path.read_bytes() for path in tmp_path.glob("*")}

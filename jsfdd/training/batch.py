@@ -31,7 +31,7 @@ class TrainingData(NamedTuple):
         states while they take this step.
       soft_targets: what is stored of the target's distributions, a row each token, as `soft_store.py` writes it; None where
         each step asks the target's head.
-      weights: float32[T] each, of the score positions in the loss; None weighs every counted token 1.
+      weights: of the score positions in the loss, float32[T] a sample; None weighs every counted token 1.
     """
 
     samples: Sequence[Sample]
@@ -68,10 +68,9 @@ class Rows(NamedTuple):
 
 
 def device_batch(data: TrainingData, indices: Sequence[int], shape: Shape, mesh: Mesh) -> DraftBatch:
-    """The numbered samples as a batch with its rows split over `mesh`; each process reads its own rows alone.
+    """The numbered samples as a batch with its rows split over `mesh`; a process reads only the rows of its devices.
 
-    Which samples make a step does not depend on the mesh: where the data shards do not divide the rows, empty ones are
-    added.
+    The mesh does not decide which samples make a step: where the data shards do not divide the rows, empty ones are added.
 
     Raises:
       ValueError: a store lacks a sample, or has it with another length.

@@ -34,8 +34,8 @@ class LossSums(NamedTuple):
 
     Attributes:
       total: what is minimised.
-      steps: of each draft step, from the first, the sums of `visited_loss` over the tokens that count for it, and
-        "hidden_loss", the sum of mean_D SmoothL1.
+      steps: for each draft step the sums of `visited_loss` over the tokens that count for it, and "hidden_loss", the sum of
+        mean_D SmoothL1.
     """
 
     total: Float[Array, ""]
@@ -60,7 +60,7 @@ class Borrowed(NamedTuple):
 
 
 def borrow(config: DecoderConfig, target_params: dict) -> Borrowed:
-    """What the draft needs of a target. A head of its own, stored as [D, V], is copied into [V, D].
+    """What the draft needs of a target. A head that is not the embedding is stored as [D, V], and copied into [V, D].
 
     That costs memory once, and saves XLA's CPU backend a transposition in every block of every step.
     """
@@ -129,6 +129,8 @@ def _what_is_known(batch: DraftBatch, truth, draft: DraftConfig, recipe: Recipe)
     if recipe.soft_targets == "top_k":
         k = recipe.soft_top_k
         return TopK(distance), unpack(rows, k, num_outcomes(k, bool(draft.vocabulary)))
+    if recipe.token_loss != "cross_entropy":
+        raise ValueError(f"token_loss={recipe.token_loss!r} needs more of the target than means; store soft_targets='top_k'")
     return Means(), (rows[:, :-1], rows[:, -1].astype(jnp.float32))
 
 

@@ -78,7 +78,7 @@ class Recipe:
     hass_top_k_weight: float = 0.0
     """Its weight beside the distance; HASS's second phase takes 1."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the draft's activations while it trains; its weights and the optimizer's stay float32."""
+    """The dtype of the draft's activations in training; its weights and the optimizer's stay float32."""
     accumulate: int = 1
     """Batches whose gradients are added up before one optimizer step."""
     hidden_noise: float = 0.2

@@ -20,9 +20,9 @@ class Step(NamedTuple):
     Attributes:
       number: from 1.
       epoch: from 0.
-      plans: its batches; several where gradients are accumulated, and an epoch's last step may have fewer.
+      plans: one batch, or several whose gradients are accumulated; the last step of an epoch may have fewer.
       ends_epoch: whether it is the last of its epoch.
-      tokens: that the loss has visited when it is done, since the run began.
+      tokens: how many the loss has visited by the end of the step, since the run began.
     """
 
     number: int
@@ -41,7 +41,7 @@ def schedule_steps(
     accumulate: int,
     seed: int,
 ) -> tuple[Step, ...]:
-    """All steps of a run over samples of these `lengths`, of whose tokens the loss visits so many."""
+    """All steps of a run over samples of these `lengths`; the loss visits `visited` tokens of them."""
     steps, tokens = [], 0
     for epoch in range(epochs):
         plans = epoch_batches(lengths, shapes, seed, epoch)

@@ -41,7 +41,7 @@ def head_means(
     dtype: MeansDtype,
     vocabulary: tuple[int, ...] = (),
 ) -> Float[Array, "R D1"]:
-    """[e, mass] of each token of nonzero weight, in `dtype`.
+    """[e, mass] for every token of nonzero weight, in `dtype`.
 
     The mass is rounded to `dtype` first and e scaled by as much: rounding then leaves p' a multiple of what it was.
 

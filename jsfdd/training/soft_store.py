@@ -40,14 +40,14 @@ def store_soft_targets(
     means_dtype: MeansDtype = "bfloat16",
     progress: bool = True,
 ) -> HiddenStore:
-    """The store in `directory` with a row of each token of all samples, after computing those it lacks.
+    """The store in `directory` with a row for every token of all samples, after computing those it lacks.
 
     Args:
       kind: what is stored, as `recipe.stored_soft_targets` says.
       data: only hidden states and weights are read.
       borrowed: from `loss.borrow`, on `mesh`.
-      draft: rows are of its vocabulary.
-      recipe: of the distance, for means; of k, for the likeliest tokens. Those suit any distance.
+      draft: its vocabulary limits the rows.
+      recipe: names the distance, on which means depend, and k. The likeliest tokens suit any distance.
       batch_tokens: tokens of a batch.
       identity: what the hidden states depend on; what else the rows depend on is added.
 

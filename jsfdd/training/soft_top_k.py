@@ -4,8 +4,8 @@ With them any distance of `distances.py` is taken without the target's head, bet
 the k tokens, likeliest first, and the tail, all others together. A row (`soft_rows.py`) has 4k + 2 bytes, or 6k + 2 where the
 vocabulary has more than 65,536 tokens, whatever the model's width.
 
-With a draft vocabulary the k tokens and the tail are of its tokens, numbered within it, and one more outcome, the last, is all
-that the draft cannot propose. Rows of tokens that do not count are 0.
+With a draft vocabulary the k tokens and the tail are taken from it and numbered within it, and one more outcome, the last, is
+all that the draft cannot propose. Rows of tokens that do not count are 0.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def top_outcomes(
     weight: Float[Array, " R"],
     vocabulary: tuple[int, ...] = (),
 ) -> UInt16[Array, "R W"]:
-    """The row of each token of nonzero weight.
+    """The row of every token of nonzero weight.
 
     Args:
       k: at most as many as `vocabulary` has.

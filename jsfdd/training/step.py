@@ -3,7 +3,7 @@
     step = make_train_step(draft, optimizer, mesh, recipe)
     state, metrics = step(borrow(target.config, target.params), state, batch)
 
-The batch's rows are split over the mesh; every device adds up its own tokens' losses and gradients, one all-reduce adds
+The batch's rows are split over the mesh; every device adds up the losses and gradients of its tokens, one all-reduce adds
 up the devices', and only then is anything divided by the number of tokens. So a token weighs the same wherever it lies.
 """
 

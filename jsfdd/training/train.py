@@ -58,8 +58,8 @@ class TrainResult:
     """A finished run.
 
     Attributes:
-      draft: the last step's, with the run's identity as its record. Where the run probed, `load_draft(out)` has the best.
-      state: the last step's.
+      draft: after the last step; its record is the run's identity. If the run probed, `load_draft(out)` gives the best.
+      state: after the last step.
       steps, samples, tokens: optimizer steps, training samples, and tokens that counted in the loss, over all epochs.
       seconds: of all steps and evaluations that led here, over all starts of the run; lost work is not in it.
       held_out: the last epoch's figures (`figures.mean_figures`); empty if nothing was held out.
@@ -98,12 +98,12 @@ def train(
     Args:
       target: its embedding and head are used, its architecture for the draft's shape, and its fingerprint; hidden states come
         with the data. So a model of another library will do (`models/foreign.py`).
-      data, held_out: two sides of `split_held_out`, of the first only the selected; soft targets and weights matter to the
-        first alone.
+      data, held_out: the two sides of `split_held_out`, the first after selection. Soft targets and weights are read from the
+        first only.
       recipe: how the draft learns.
       out: receives checkpoints/, metrics.jsonl and timings.jsonl.
       seed: of the draft's first weights, the order of the samples and the noise.
-      draft: its shape, if several runs should share a draft vocabulary; `draft_of` the recipe and `data` otherwise.
+      draft: the draft's shape, if several runs should share a vocabulary; otherwise as the recipe and `data` have it.
       identity: JSON-ready; what else the result depends on (the target's dtype, the data's hash, …). A run is only continued
         with the same identity, target, recipe, samples and shapes.
       shapes: batch shapes, if several runs should share programs; otherwise chosen for both sides.
@@ -114,8 +114,8 @@ def train(
       tensorboard: also write TensorBoard's files, to `out`/tensorboard.
       progress: show a bar.
 
-    The draft does not depend on the mesh or the number of processes but for rounding, and a run may go on on another
-    mesh. Of several processes each calls this with the same arguments, and process 0 writes.
+    But for rounding the draft does not depend on the mesh or the number of processes, and a run may continue on another
+    mesh. Several processes all call this with the same arguments, and process 0 writes.
 
     Raises:
       ValueError: no token counts, a sample's hidden states are missing or misshapen, or `out` holds another run.

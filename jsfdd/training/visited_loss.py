@@ -1,6 +1,6 @@
 """The losses of `token_loss.py` as training runs them: a block of tokens at a time, and only tokens that count.
 
-The head dominates training: of SmolLM2's step it is 85-90% of the arithmetic. So nothing of size tokens × V outlives its
+The head dominates training: it is 85-90% of the arithmetic of SmolLM2's step. So nothing of size tokens × V outlives its
 block, and the gradient is worked out in the forward pass, while the logits are at hand: the backward pass only scales it.
 
     sums = visited_loss(kind, block, head, predicted, target, weight)       # sums["distance"] has a gradient
@@ -153,8 +153,8 @@ def _visit(kind, block, head, predicted, target, weight, with_gradient):
     """(sums, d distance / d predicted [R, D], or [0, D] without)."""
 
     def block_terms(rows):
-        own, known = block_rows(predicted, rows), jax.tree.map(lambda array: block_rows(array, rows), target)
-        terms, slope = kind.of_block(head, own, vocabulary_logits(head, own), known)
+        g, known = jax.tree.map(lambda array: block_rows(array, rows), (predicted, target))
+        terms, slope = kind.of_block(head, g, vocabulary_logits(head, g), known)
         return {"counted": jnp.ones(len(rows)), **terms}, slope
 
     def visit(rows, carry):
