@@ -26,7 +26,7 @@ from jsfdd.scoring.table import ScoreTable, join
 from jsfdd.selection.sfdd import select
 
 CONFIG = toy_config(vocab_size=97, hidden_size=16, num_layers=1)
-PARAMS = init_params(CONFIG, jax.random.key(0))
+PARAMS = jax.jit(init_params, static_argnums=0)(CONFIG, jax.random.key(0))
 TARGET = as_target(CONFIG, PARAMS)
 IDENTITY = {"target": {"fingerprint": "aa"}, "lengths": (1, 2)}
 

@@ -27,7 +27,7 @@ from jsfdd.scoring.table import read_scores, read_token_scores, write_scores, wr
 from jsfdd.selection.sfdd import select
 
 CONFIG = toy_config(vocab_size=97)
-PARAMS = init_params(CONFIG, jax.random.key(0))
+PARAMS = jax.jit(init_params, static_argnums=0)(CONFIG, jax.random.key(0))
 TARGET = as_target(CONFIG, PARAMS)
 
 
