@@ -33,9 +33,9 @@ def target():
 
 
 def _linear_draft(target):
-    """Ridge regression of h_{t+1} on (embedding of x_{t+1}, h_t) over more than a thousand tokens."""
+    """Ridge regression of h_{t+1} on (embedding of x_{t+1}, h_t) over some two thousand tokens."""
     demo = files("jsfdd.data.demo")
-    texts = [json.loads(line)["messages"] for line in (demo / "chats.jsonl").read_text().splitlines()[:240:40]]
+    texts = [json.loads(line)["messages"] for line in (demo / "chats.jsonl").read_text().splitlines()[:240:24]]
     tokens = [target.tokenizer.apply_chat_template(messages, return_dict=False)[:256] for messages in texts]
     padded = np.zeros((len(tokens), 256), np.int32)
     for row, ids in enumerate(tokens):
