@@ -57,19 +57,23 @@ def loaded_memory(data: str) -> dict:
     import jsfdd.training.train
     import jsfdd.weights.target  # noqa: F401  as above
     from jsfdd.commands.inputs import load
+    from jsfdd.commands.options import ChatOptions, ModelOptions
     from jsfdd.commands.score import ScoreConfig
 
     jax.block_until_ready(jax.numpy.ones(8) + 1)
     before = resident("VmRSS")
-    loaded = load(ScoreConfig(target="smollm2", data=(Path(data),), out=Path("none"), batch_tokens=BATCH_TOKENS))
+    chats = ChatOptions(data=(Path(data),), batch_tokens=BATCH_TOKENS)
+    loaded = load(ScoreConfig(model=ModelOptions(target="smollm2"), chats=chats, out=Path("none")))
     parameters = sum(leaf.nbytes for leaf in jax.tree.leaves(loaded.target.params))
     return {"growth": resident("VmRSS") - before, "of_files": resident("RssFile"), "parameters": parameters}
 
 
 def planned(data: str) -> dict:
+    from jsfdd.commands.options import ChatOptions, ModelOptions
     from jsfdd.commands.plan import PlanConfig, prepare
 
-    options = PlanConfig(target="smollm2", data=(Path(data),), retain_ratio=1.0, batch_tokens=BATCH_TOKENS, devices=1)
+    chats = ChatOptions(data=(Path(data),), batch_tokens=BATCH_TOKENS)
+    options = PlanConfig(model=ModelOptions(target="smollm2"), chats=chats, retain_ratio=1.0, devices=1)
     stages = {stage.name: stage for stage in prepare(options).stages}
     return {name: {"peak": stage.peak, "of_which": stage.memory} for name, stage in stages.items()}
 

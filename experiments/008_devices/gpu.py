@@ -24,6 +24,7 @@ from jsfdd.base.mesh import make_mesh
 from jsfdd.base.records import Batch, DraftBatch
 from jsfdd.base.tuning import scoring_block, vocabulary_block
 from jsfdd.commands.costs import Lengths, score_stage, train_stage
+from jsfdd.commands.options import ChatOptions, ModelOptions
 from jsfdd.commands.plan import PlanConfig
 from jsfdd.models.architecture import DecoderConfig, Rope
 from jsfdd.models.counted import fold_counted
@@ -165,7 +166,10 @@ def measure_train(case: Case, dtype, rate: float, repeats: int) -> dict:
         jax.block_until_ready(metrics)
         times.append(time.perf_counter() - begin)
     plan = PlanConfig(
-        target=case.name, data=(Path("none"),), retain_ratio=1.0, epochs=1, batch_tokens=batch.tokens.size, dtype=str(dtype)
+        model=ModelOptions(target=case.name, dtype=str(dtype)),
+        chats=ChatOptions(data=(Path("none"),), batch_tokens=batch.tokens.size),
+        retain_ratio=1.0,
+        epochs=1,
     )
     stage = train_stage(case.config, lengths, plan, jnp.dtype(dtype).itemsize, 1, 1)
     return figures(stage, batch.tokens.size, statistics.median(times[1:]), rate, step)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from jsfdd.base.hardware import describe_hardware
 from jsfdd.base.mesh import make_mesh
+from jsfdd.commands.options import ChatOptions, ModelOptions
 from jsfdd.commands.score import ScoreConfig, still_possible
 from jsfdd.data.chat import read_chats
 from jsfdd.data.template import tokenize_chats
@@ -71,8 +72,8 @@ def main() -> None:
     samples = samples[: arguments.chats]
     work = Path(tempfile.mkdtemp())
     options = ScoreConfig(
-        target=arguments.target, data=(arguments.data,), batch_tokens=1024, keep_features=("flatness",),
-        retain_ratio=arguments.retain_ratio, held_out_share=0.0, out=work,
+        model=ModelOptions(target=arguments.target), chats=ChatOptions(data=(arguments.data,), batch_tokens=1024), out=work,
+        keep_hidden=("flatness",), retain_ratio=arguments.retain_ratio, held_out_share=0.0,
     )  # fmt: skip
 
     def score(keeper=None):

@@ -15,6 +15,7 @@ from experiments.results import write_results
 from jsfdd.base.hardware import describe_hardware
 from jsfdd.commands import score
 from jsfdd.commands.inputs import load
+from jsfdd.commands.options import ChatOptions, ModelOptions
 from jsfdd.commands.score import ScoreConfig
 from jsfdd.data.batches import epoch_batches, padding_share
 from jsfdd.data.chat import read_prompts
@@ -70,10 +71,10 @@ def main() -> None:
     clock, seconds = time.perf_counter, {}
 
     begin = clock()
+    chats = ChatOptions(data=tuple(options.data), max_length=384, batch_tokens=BATCH_TOKENS)
     config = ScoreConfig(
-        target="smollm2", data=tuple(options.data), max_length=384, batch_tokens=BATCH_TOKENS, out=options.work, per_token=True,
-        keep_features=("full",),
-    )  # fmt: skip
+        model=ModelOptions(target="smollm2"), chats=chats, out=options.work, per_token=True, keep_hidden=("full",)
+    )
     loaded = load(config)
     seconds["load"], begin = clock() - begin, clock()
     table = score.score(config, loaded)

@@ -16,6 +16,7 @@ import numpy as np
 from jsfdd.base.hardware import describe_hardware
 from jsfdd.base.tuning import vocabulary_block
 from jsfdd.commands.inputs import load
+from jsfdd.commands.options import ChatOptions, ModelOptions
 from jsfdd.commands.score import ScoreConfig
 from jsfdd.data.batches import Shape
 from jsfdd.hidden.capture import make_recompute
@@ -42,7 +43,8 @@ def main() -> None:
     parser.add_argument("--chats", type=int, default=4 if smoke else 48)
     parser.add_argument("--turns", type=int, default=1 if smoke else 7)
     given = parser.parse_args()
-    loaded = load(ScoreConfig(target="smollm2", data=tuple(given.data), out=HERE, max_length=LENGTH, batch_tokens=1024))
+    chats = ChatOptions(data=tuple(given.data), max_length=LENGTH, batch_tokens=1024)
+    loaded = load(ScoreConfig(model=ModelOptions(target="smollm2"), chats=chats, out=HERE))
     target, mesh, recipe = loaded.target, loaded.mesh, Recipe(hidden_noise=0.0)
     frozen, draft = borrow(target.config, target.params), draft_of(target.config, recipe, loaded.samples)
     samples = [loaded.samples[i] for i in np.random.default_rng(0).permutation(len(loaded.samples))[: given.chats]]

@@ -70,7 +70,7 @@ def target_passes(pool: Pool, data: Path, work: Path, number: int) -> None:
         "features of all", store_hidden, loaded.target, loaded.samples, loaded.mesh,
         batch_tokens=BATCH_TOKENS, directory=work / "all", identity=identity, dtype="bfloat16",
     )  # fmt: skip
-    config = scoring(data, work / "half", keep_features=("flatness",), retain_ratio=0.5)
+    config = scoring(data, work / "half", keep_hidden=("flatness",), retain_ratio=0.5)
     stages.run("scores, features of half", score.score, config, loaded)
     stages.run("selection", select, pool.table, 0.5)
     facts = {"samples": len(samples), "tokens": sum(len(sample.tokens) for sample in samples)}

@@ -17,6 +17,7 @@ import numpy as np
 from jsfdd.base.hardware import describe_hardware
 from jsfdd.base.tuning import vocabulary_block
 from jsfdd.commands.inputs import load
+from jsfdd.commands.options import ChatOptions, ModelOptions
 from jsfdd.commands.score import ScoreConfig
 from jsfdd.data.batches import Shape
 from jsfdd.hidden.capture import make_recompute
@@ -41,7 +42,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="chats, best the target's own")
     parser.add_argument("--turns", type=int, default=1 if smoke else 9)
     given = parser.parse_args()
-    loaded = load(ScoreConfig(target="smollm2", data=tuple(given.data), out=HERE, max_length=256))
+    loaded = load(
+        ScoreConfig(model=ModelOptions(target="smollm2"), chats=ChatOptions(data=tuple(given.data), max_length=256), out=HERE)
+    )
     target, mesh, shape = loaded.target, loaded.mesh, Shape(4, 256)
     # The chats whose answers are longest: most of a batch's tokens count, as in long chats.
     samples = sorted(loaded.samples, key=lambda sample: -sample.counted.sum())[: shape.rows]

@@ -22,6 +22,7 @@ import numpy as np
 from jsfdd.base.records import Prompt, Sample
 from jsfdd.commands import score
 from jsfdd.commands.inputs import Loaded, load
+from jsfdd.commands.options import ChatOptions, ModelOptions
 from jsfdd.commands.score import ScoreConfig
 from jsfdd.data.batches import Shape, choose_shapes
 from jsfdd.data.chat import read_prompts
@@ -94,7 +95,7 @@ def open_pool(
     recipe = Recipe(
         epochs=options.epochs, learning_rate=1e-3, draft_vocab=8192, log_every=20, save_every=100_000, held_out_share=0.0
     )
-    config = scoring(options.data, work, keep_features=("full",))
+    config = scoring(options.data, work, keep_hidden=("full",))
     loaded = load(config)
     with timed(work, "score"):
         table = score.score(config, loaded)
@@ -123,10 +124,10 @@ def open_pool(
 
 def scoring(data: Path, out: Path, **options) -> ScoreConfig:
     """The target's pass over the chats, as all experiments on a pool make it."""
+    chats = ChatOptions(data=(data,), max_length=384, batch_tokens=BATCH_TOKENS)
     return ScoreConfig(
-        target="smollm2", data=(data,), max_length=384, batch_tokens=BATCH_TOKENS, out=out, per_token=True, held_out_share=0.0,
-        **options,
-    )  # fmt: skip
+        model=ModelOptions(target="smollm2"), chats=chats, out=out, per_token=True, held_out_share=0.0, **options
+    )
 
 
 def soft_targets_of(recipe: Recipe, loaded: Loaded, data: TrainingData, draft: DraftConfig, directory: Path) -> PerToken | None:
