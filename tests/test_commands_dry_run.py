@@ -158,7 +158,7 @@ def test_a_run_mixes_what_each_arm_selects(place, capsys):
 
 def test_wrong_input_is_the_stages_own_error(place, capsys):
     (place / "chats" / "c.jsonl").write_text('{"messages": []}\n')
-    assert main(["score", *DATA, "--out", "out", "--dry-run"]) == 2
+    assert main(["score", *DATA, "--out", "out", "--dry-run", "--strict"]) == 2
     assert "chats/c.jsonl:1: the conversation is empty" in capsys.readouterr().err
     (place / "chats" / "c.jsonl").unlink()
     assert main(["train", *DATA, "--out", "prompts.jsonl", "--dry-run"]) == 2

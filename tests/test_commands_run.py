@@ -314,7 +314,7 @@ def test_one_pass_scores_and_keeps_hidden_states_and_training_reads_them(inputs,
     hidden = tmp_path / "hidden"
     manifest = read_json(hidden / "manifest.json")
     rule = {"keep_hidden": ["flatness", "random"], "retain_ratio": 0.25, "within": "all", "seed": 0, "held_out_share": 0.1}
-    assert manifest["kept_for"] == rule and {"target", "tokenizer", "template"} <= manifest["identity"].keys()
+    assert manifest["kept_for"] == rule and {"target", "tokenizer", "tokens"} <= manifest["identity"].keys()
 
     def chosen(metric, **changes):
         options = dict(scores=tmp_path / "scores.parquet", metric=metric, retain_ratio=0.25, out=tmp_path / metric) | changes
