@@ -198,6 +198,7 @@ def _exit_code(arguments):
         return stop.code or 0
 
 
+@pytest.mark.slow
 def test_generate_streams_the_greedy_text(target, capsys):
     arguments = ["generate", "--target", target, "--prompt", "hello", "--max-new-tokens", "12"]
     assert main(arguments) == 0
@@ -223,6 +224,7 @@ def _export_draft(target, directory, seed=1, **changes):
     return str(directory)
 
 
+@pytest.mark.slow
 def test_generate_marks_what_the_draft_proposed(tmp_path, target, capsys):
     draft = _export_draft(target, tmp_path / "draft")
     common = ["generate", "--target", target, "--prompt", "hello", "--max-new-tokens", "40"]
@@ -238,6 +240,7 @@ def test_generate_marks_what_the_draft_proposed(tmp_path, target, capsys):
     assert re.sub(r"\[(.*?)\]", r"\1", marked, flags=re.DOTALL) == plain and marked != plain
 
 
+@pytest.mark.slow
 def test_generate_marks_which_draft_proposed(tmp_path, target, capsys):
     """By its number; the text without marks is that of each draft alone, and who had how many accepted is told at the end."""
     drafts = [_export_draft(target, tmp_path / "first"), _export_draft(target, tmp_path / "second", seed=2)]
@@ -252,6 +255,7 @@ def test_generate_marks_which_draft_proposed(tmp_path, target, capsys):
     assert min(counts) > 0
 
 
+@pytest.mark.slow
 def test_evaluate_combines_drafts(tmp_path, target, capsys):
     drafts = [_export_draft(target, tmp_path / "first"), _export_draft(target, tmp_path / "second", seed=2)]
     prompts = _file(tmp_path, "p.jsonl", *({"id": str(i), "source": "ab"[i % 2], "turns": ["hello"]} for i in range(4)))
@@ -279,6 +283,7 @@ def test_evaluate_combines_drafts(tmp_path, target, capsys):
     assert "drafts first and other cannot be combined: rope is" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_evaluate_compares_drafts_and_prints_a_table(tmp_path, target, capsys):
     drafts = [_export_draft(target, tmp_path / name) for name in ("first", "second")]
     prompts = _file(tmp_path, "p.jsonl", *({"id": str(i), "source": "ab"[i % 2], "turns": ["hello"]} for i in range(4)))
@@ -404,6 +409,7 @@ def test_completion_scripts_know_commands_and_options(shell, capsys):
         assert (checked.returncode, checked.stderr) == (0, "")
 
 
+@pytest.mark.slow
 def test_no_color():
     """On a terminal the help is coloured, unless NO_COLOR says otherwise."""
     code = "from jsfdd.commands.cli import main; main(['completion', '--help'])"
@@ -430,6 +436,7 @@ def test_an_interrupt_exits_with_130(monkeypatch, capsys):
     assert "interrupted; the same command continues" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["completion", "bash"], ["select", "--scores", "SCORES", "--out", "OUT", "--dry-run"]]
 )

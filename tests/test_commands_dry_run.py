@@ -14,6 +14,8 @@ from jsfdd.scoring.table import ScoreTable, write_scores
 from jsfdd.weights import huggingface
 from jsfdd.weights.export import write_draft
 
+pytestmark = pytest.mark.slow
+
 CHAT = {"role": "assistant", "content": "the cat sat on a mat"}
 
 

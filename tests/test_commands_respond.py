@@ -27,6 +27,8 @@ from jsfdd.models.target import head_logits, hidden_states
 from jsfdd.weights.export import write_draft
 from jsfdd.weights.target import Target, load_target
 
+pytestmark = pytest.mark.slow
+
 LETTERS = toy_tokenizer().encode("abcdefghijklmnopqrstuvwxyz .,?")
 # Some letters end an answer, so that some answers end by themselves and some are cut.
 STOPS = [257, *LETTERS[::16]]

@@ -27,6 +27,8 @@ from jsfdd.selection.sfdd import read_selection
 from jsfdd.training.journal import METRICS, read_lines
 from jsfdd.weights.draft import load_draft
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):

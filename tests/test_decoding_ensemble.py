@@ -24,6 +24,8 @@ from jsfdd.decoding.tree import Proposals
 from jsfdd.models.architecture import Rope
 from jsfdd.models.draft import Draft
 
+pytestmark = pytest.mark.slow
+
 TREE = TreeShape(3, 3, 9)
 RULES = {
     "route": Combine("route"),

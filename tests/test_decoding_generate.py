@@ -229,6 +229,7 @@ def test_streaming_equals_generate(models, tree, combine):
 SAMPLED = {"plain": (0, Cutoff()), "chain": (2, Cutoff()), "chain, top-k and top-p": (2, Cutoff(top_k=4, top_p=0.85))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("depth, cutoff", SAMPLED.values(), ids=SAMPLED)
 def test_sampled_text_has_the_targets_distribution(depth, cutoff):
     """Three tokens, over 100k sampled continuations of one prompt, against the exact joint of the warped target.

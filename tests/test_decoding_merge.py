@@ -182,6 +182,7 @@ def _emit_two(judge):
     return joint_of_trials(trial, 6)
 
 
+@pytest.mark.slow
 def test_merged_trees_are_lossless_walked_or_tried_in_turn():
     p = _target()
     expected = p[0, [1, 4, 0]].sum() + p[0, 1] * p[1, [2, 5]].sum()
@@ -191,6 +192,7 @@ def test_merged_trees_are_lossless_walked_or_tried_in_turn():
         assert np.mean(accepted) == pytest.approx(expected, abs=5 * 0.7 / np.sqrt(TRIALS))
 
 
+@pytest.mark.slow
 def test_twins_cost_what_hangs_below_them():
     """The walk goes to the first twin. What the second draft proposed below the other is lost, and the text is not."""
     p, twins = _target(), _with_twins()
@@ -202,6 +204,7 @@ def test_twins_cost_what_hangs_below_them():
     assert twins.tokens.shape[1] == MERGED.tokens.shape[1] + 1, "and one place more was verified"
 
 
+@pytest.mark.slow
 def test_twins_tried_in_turn_bias_the_text():
     """Each twin takes its mass anew, so later siblings get more of what is left than is theirs."""
     assert deviation(_emit_two(_in_turn(_with_twins()))[0], _target()) > 20

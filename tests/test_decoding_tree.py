@@ -228,6 +228,7 @@ def _one_by_one(key, p, renormalise=True, residual=True):
     return jnp.stack([first, jnp.where(first == 1, after_1, after_2)]), accepted.astype(jnp.int32)
 
 
+@pytest.mark.slow
 def test_two_tokens_have_the_targets_distribution():
     target = _bigram(7, 0.6)
     joint, accepted = _emit_two(_ours, target)
@@ -236,6 +237,7 @@ def test_two_tokens_have_the_targets_distribution():
     assert np.mean(accepted > 0) == pytest.approx(alpha, abs=5 * np.sqrt(alpha * (1 - alpha) / TRIALS))
 
 
+@pytest.mark.slow
 def test_looking_up_one_draw_is_trying_the_children_in_turn():
     target = _bigram(7, 0.6)
     joint, accepted = _emit_two(_one_by_one, target)
@@ -243,6 +245,7 @@ def test_looking_up_one_draw_is_trying_the_children_in_turn():
     assert np.mean(accepted > 0) == pytest.approx(np.mean(_emit_two(_ours, target)[1] > 0), abs=0.007)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "wrong",
     [

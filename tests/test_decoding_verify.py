@@ -47,6 +47,7 @@ def _simulate(judge, target, draft):
     return joint_of_trials(trial, V)
 
 
+@pytest.mark.slow
 def test_two_token_distribution_is_the_targets():
     target, draft = _bigram_pair()
     joint, accepted = _simulate(verify_sampled, target, draft)
@@ -77,6 +78,7 @@ def _reused_key(key, tokens, q, p):
     return Verdict(a, jax.random.categorical(jax.random.fold_in(key, 1), jnp.log(residual)).astype(jnp.int32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", [_no_residual, _swapped, _reused_key])
 def test_the_distribution_test_has_power(wrong):
     target, draft = _bigram_pair()
@@ -84,6 +86,7 @@ def test_the_distribution_test_has_power(wrong):
     assert deviation(joint, target) > 20
 
 
+@pytest.mark.slow
 def test_equal_distributions_accept_everything():
     target, _ = _bigram_pair()
     _, accepted = _simulate(verify_sampled, target, target)

@@ -47,6 +47,8 @@ from jsfdd.models.target import head_logits, hidden_states
 from jsfdd.weights.draft import load_draft
 from jsfdd.weights.target import load_target
 
+pytestmark = pytest.mark.slow
+
 ROPE = Rope(1e4, "linear", factor=4.0)
 LENGTH = 128  # of the longest conversations; most are shorter
 SHORT = dict(num_draft_tokens=2, max_new_tokens=40)

@@ -17,6 +17,8 @@ from jsfdd.evaluation.intervals import interval, resample_ratios, tau_difference
 from jsfdd.evaluation.replay import record
 from jsfdd.models.draft import Draft
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = [Prompt(f"p{i}", "even" if i % 2 == 0 else "odd", ("hi" * (i + 1),)) for i in range(5)]
 PROMPTS.append(Prompt("two", "odd", ("first turn", "second turn")))
 OPTIONS = dict(temperature=0.0, num_draft_tokens=2, max_new_tokens=12, batch_size=4, seed=0)

@@ -19,6 +19,8 @@ from jsfdd.evaluation.replay_trees import make_tree_replay
 from jsfdd.models.draft import Draft, DraftConfig
 from jsfdd.models.target import hidden_states
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = [Prompt(f"p{i}", "even" if i % 2 == 0 else "odd", ("hi" * (i + 1),)) for i in range(3)]
 PROMPTS.append(Prompt("two", "odd", ("first turn", "second turn")))
 VOCABULARY = tuple(range(0, 258, 2))

@@ -85,6 +85,7 @@ def smollm2():
     return hidden[0], logits[0], expected
 
 
+@pytest.mark.slow
 def test_smollm2_equals_transformers(smollm2):
     """The same GGUF file, read and dequantised by transformers."""
     hidden, logits, expected = smollm2
@@ -93,6 +94,7 @@ def test_smollm2_equals_transformers(smollm2):
     assert relative_error(logits[at][:, expected["vocabulary_ids"]], expected["logits"]) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_smollm2_whole_distributions_agree(smollm2):
     _, logits, expected = smollm2
     np.testing.assert_allclose(jax.nn.logsumexp(logits, axis=-1), expected["logsumexp"], rtol=1e-4)

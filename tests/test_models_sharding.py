@@ -88,6 +88,7 @@ def write_large_target(directory: Path) -> None:
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
 
 
+@pytest.mark.slow
 def test_a_host_takes_its_share_of_memory_and_a_fifth_more_at_most(tmp_path):
     """Two processes of one device each, the model split between them: the peak while loading, over each one's share."""
     write_large_target(tmp_path)

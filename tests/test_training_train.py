@@ -33,6 +33,8 @@ from jsfdd.training.tensorboard import scalars
 from jsfdd.training.train import train
 from jsfdd.weights.draft import load_draft
 
+pytestmark = pytest.mark.slow
+
 
 @functools.cache
 def toy_data():
