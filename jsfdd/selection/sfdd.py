@@ -177,7 +177,7 @@ def selection_facts(path: Path, identity: dict | None) -> dict:
     """
     selection = read_selection(path)
     if identity is not None:
-        keys = ("target", "template")
+        keys = ("target", "tokenizer")
         scored, trained = ({key: made.get(key) for key in keys} for made in (selection.inputs["scores"], identity))
         if changed := differences(scored, trained):
             raise ValueError(f"{path}: not the selection that the draft was trained on ({changed}); give its own --selection")
