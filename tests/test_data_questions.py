@@ -84,7 +84,8 @@ def test_what_is_not_asked_is_counted_by_reason(tmp_path):
     asked, summary = questions_of(found.chats, tokenizer, longest_prompt=length)
     assert [(each.number, each.id) for each in asked] == [(0, "c0"), (6, "c7")]
     assert summary.skipped == {
-        "no_question": ("c3",), "duplicates": ("c2",), "special_text": ("c4",), "refused": ("c5",), "too_long": ("c6",)
+        "no_question": ("c3",), "duplicates": ("c2",), "special_text": ("c4",), "refused": ("c5",), "too_long": ("c6",),
+        "unknown_token": (),
     }  # fmt: skip
     [counts] = count_questions_by_file(found, summary)
     assert (counts.read, counts.kept, counts.skipped["duplicates"]) == (8, 2, 2) and total([counts]).skipped["too_long"] == 1
