@@ -89,12 +89,13 @@ def write_large_target(directory: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_host_takes_its_share_of_memory_and_a_fifth_more_at_most(tmp_path):
-    """Two processes of one device each, the model split between them: the peak while loading, over each one's share."""
+def test_a_host_takes_its_share_of_memory_and_one_leaf_more_at_most(tmp_path):
+    """Two processes of one device each, the model split between them: the peak while loading."""
     write_large_target(tmp_path)
     coordinator = f"127.0.0.1:{free_port()}"
     for code, out, errors in finish([Child(load_a_share, tmp_path, coordinator, i, devices=1) for i in range(2)]):
         assert code == 0, errors[-2000:]
         figures = json.loads(out.splitlines()[-1])
         assert 133e6 < figures["share"] < 137e6
-        assert 0.9 * figures["share"] < figures["growth"] <= 1.2 * figures["share"], figures
+        largest_leaf = 16 * 2048 * 512 * 4 // 2  # this process's half of all gate projections
+        assert 0.9 * figures["share"] < figures["growth"] <= figures["share"] + largest_leaf, figures

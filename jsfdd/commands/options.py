@@ -225,7 +225,7 @@ class MixtureOptions:
 # The recipe, but for what only Python can set: the command line neither shows nor takes those.
 RecipeOptions = dataclasses.make_dataclass(
     "RecipeOptions",
-    [(name, tyro.conf.Fixed[object], getattr(Recipe, name)) for name in PYTHON_ONLY],
+    [(name, tyro.conf.Fixed[typing.get_type_hints(Recipe)[name]], getattr(Recipe, name)) for name in PYTHON_ONLY],
     bases=(Recipe,),
     frozen=True,
     kw_only=True,
