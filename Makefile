@@ -15,6 +15,7 @@ demo: $(READY)
 
 lint: $(READY)
 	$(VENV)/bin/python -m ruff check jsfdd tests experiments
+	$(VENV)/bin/python -m ruff format --check jsfdd tests experiments
 
 check: lint
 	$(VENV)/bin/python -m pytest -m "not slow"

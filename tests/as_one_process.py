@@ -7,8 +7,8 @@ from jsfdd.base.processes import start
 
 def every_stage(folder: Path, out: Path, *place) -> None:
     """Args:
-      folder: holds target/, chats.jsonl and prompts.jsonl.
-      place: coordinator, number of processes, number of this one; nothing where it is alone.
+    folder: holds target/, chats.jsonl and prompts.jsonl.
+    place: coordinator, number of processes, number of this one; nothing where it is alone.
     """
     if place:
         start(*place)
@@ -24,12 +24,24 @@ def every_stage(folder: Path, out: Path, *place) -> None:
     score.score(from_options(ScoreConfig, **shared, batch_tokens=256, out=out))
     select.select(from_options(SelectConfig, scores=out / "scores.parquet", retain_ratio=0.5, out=out))
     training = from_options(
-        TrainConfig, **shared, batch_tokens=512, epochs=2, held_out_share=0.1, selection=out / "selection.json", out=out / "draft"
+        TrainConfig,
+        **shared,
+        batch_tokens=512,
+        epochs=2,
+        held_out_share=0.1,
+        selection=out / "selection.json",
+        out=out / "draft",
     )
     train.run(training, train.prepare(training))
     evaluate.evaluate(
         from_options(
-            EvaluateConfig, target=target, draft=(out / "draft",), prompts=(folder / "prompts.jsonl",), out=out / "evaluated",
-            max_new_tokens=8, num_draft_tokens=2, batch_size=4,
+            EvaluateConfig,
+            target=target,
+            draft=(out / "draft",),
+            prompts=(folder / "prompts.jsonl",),
+            out=out / "evaluated",
+            max_new_tokens=8,
+            num_draft_tokens=2,
+            batch_size=4,
         )  # fmt: skip
     )

@@ -91,7 +91,8 @@ GEMMA3 = (
     "{{ m.content | trim }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
 SMOLLM2 = (
-    _CHATML_SYSTEM.replace("%s", "You are small.") + "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    _CHATML_SYSTEM.replace("%s", "You are small.")
+    + "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SMOLLM3 = (

@@ -112,7 +112,10 @@ def train_step(mesh, shard_optimizer=False):
 
 
 def score_step(mesh):
-    return make_score_step(CONFIG, mesh, block=64), (place_params(PARAMS, mesh), shard_rows(pad_batch(SAMPLES[:8], SHAPE), mesh))
+    return make_score_step(CONFIG, mesh, block=64), (
+        place_params(PARAMS, mesh),
+        shard_rows(pad_batch(SAMPLES[:8], SHAPE), mesh),
+    )
 
 
 def compiled_text(step, arguments):

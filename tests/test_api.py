@@ -115,7 +115,9 @@ def test_training_is_a_function_of_its_arguments_and_continues_in_its_directory(
     assert_same_draft(again, trained, exact=True)
     assert_same_draft(jsfdd.load_draft(tmp_path / "run"), trained, exact=True)
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    assert_same_draft(jsfdd.train(TARGET, samples, kept, RECIPE, seed=3, out=tmp_path / "run", progress=False), trained, exact=True)
+    assert_same_draft(
+        jsfdd.train(TARGET, samples, kept, RECIPE, seed=3, out=tmp_path / "run", progress=False), trained, exact=True
+    )
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
     with pytest.raises(ValueError, match="seed"):
         jsfdd.train(TARGET, samples, kept, RECIPE, seed=4, out=tmp_path / "run", progress=False)

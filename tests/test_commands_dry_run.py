@@ -115,7 +115,18 @@ def test_train_on_a_mixture(place, capsys):
 
 
 def test_train_on_likeliest_tokens(place, capsys):
-    shared = [*DATA, "--held-out-share", "0.2", "--batch-tokens", "512", "--out", "out", "--soft-targets", "top_k", "--soft-top-k"]
+    shared = [
+        *DATA,
+        "--held-out-share",
+        "0.2",
+        "--batch-tokens",
+        "512",
+        "--out",
+        "out",
+        "--soft-targets",
+        "top_k",
+        "--soft-top-k",
+    ]
     values, words = _dry(capsys, "train", *shared, "8")
     assert values["soft_target_bytes"] == values["tokens"] * (4 * 8 + 2)
     assert "of the target's 8 likeliest tokens" in words and "out/soft_targets/" in values["would_write"]

@@ -147,9 +147,7 @@ def test_a_training_step_is_near_what_is_allocated():
 def test_likeliest_tokens_take_disk_by_their_number_alone():
     lengths = Lengths(np.full(8, 256), np.full(8, 100), "")
     changes = ({}, dict(soft_targets="top_k"), dict(soft_targets="top_k", soft_top_k=256))
-    means, few, many = (
-        soft_targets_stage(CHECKED, lengths, 4096, 0.5, Recipe(**change), 4, 1) for change in changes
-    )
+    means, few, many = (soft_targets_stage(CHECKED, lengths, 4096, 0.5, Recipe(**change), 4, 1) for change in changes)
     kept = 0.5 * 8 * 256
     assert (means.disk, few.disk, many.disk) == (kept * 2 * 257, kept * (4 * 32 + 2), kept * (4 * 256 + 2))
     assert few.flops == many.flops == means.flops / 2

@@ -350,8 +350,19 @@ def test_two_processes_answer_as_one(inputs, finished, tmp_path):
     out = tmp_path / "answers.jsonl"
     ends = finish(
         begin_command(
-            "respond", "--target", config.model.target, "--data", config.data[0], "--max-new-tokens", LONGEST, "--batch-size", 4,
-            "--turns", "first", "--out", out,
+            "respond",
+            "--target",
+            config.model.target,
+            "--data",
+            config.data[0],
+            "--max-new-tokens",
+            LONGEST,
+            "--batch-size",
+            4,
+            "--turns",
+            "first",
+            "--out",
+            out,
         )  # fmt: skip
     )
     assert [code for code, _, _ in ends] == [0, 0], ends[0][2][-2000:] + ends[1][2][-2000:]

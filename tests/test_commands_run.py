@@ -39,8 +39,8 @@ def inputs(tmp_path_factory):
 def _run_config(inputs, out, **changes):
     target, data, prompts = inputs
     values = dict(
-        target=target, data=(data,), prompts=(prompts,), out=out, max_length=128, batch_tokens=512, epochs=2, held_out_share=0.2,
-        max_new_tokens=8, num_draft_tokens=2, batch_size=4,
+        target=target, data=(data,), prompts=(prompts,), out=out, max_length=128, batch_tokens=512, epochs=2,
+        held_out_share=0.2, max_new_tokens=8, num_draft_tokens=2, batch_size=4,
     )  # fmt: skip
     return from_options(RunConfig, **(values | changes))
 
@@ -91,7 +91,11 @@ def test_the_summary_tells_what_the_artifacts_hold(finished):
         assert draft.decoder.hidden_size == 32
         card = (arm / "draft" / "README.md").read_text()
         assert f"τ = {row['tau']:.3f}" in card and f"{len(kept)} conversations" in card and "samples" in card
-    assert {(d["a"], d["b"]) for d in summary["differences"]} == {("flatness", "full"), ("random", "full"), ("random", "flatness")}
+    assert {(d["a"], d["b"]) for d in summary["differences"]} == {
+        ("flatness", "full"),
+        ("random", "full"),
+        ("random", "flatness"),
+    }
     page = (config.out / "report.html").read_text()
     assert "flatness" in page and "<script>" not in page
 
@@ -141,7 +145,10 @@ def test_export_finds_or_takes_what_its_card_tells(finished, tmp_path):
     assert settings["torch_dtype"] == "bfloat16"
     assert settings["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == 7
     # The report says for which target; an option is stronger.
-    assert settings["speculators_config"]["verifier"] == {"name_or_path": config.model.target, "architectures": ["LlamaForCausalLM"]}
+    assert settings["speculators_config"]["verifier"] == {
+        "name_or_path": config.model.target,
+        "architectures": ["LlamaForCausalLM"],
+    }
     named = from_options(ExportConfig, draft=arm, out=tmp_path / "b", report=other / "report.json", target="org/toy", **shared)
     export.export(named)
     card = (tmp_path / "b" / "README.md").read_text()
@@ -267,14 +274,24 @@ def test_stage_by_stage(inputs, tmp_path):
     score.score(from_options(ScoreConfig, **shared, out=tmp_path))
     chosen = select.select(from_options(SelectConfig, scores=tmp_path / "scores.parquet", retain_ratio=0.25, out=tmp_path))
     result = _train(
-        from_options(TrainConfig, **shared, selection=tmp_path / "selection.json", epochs=1, held_out_share=0.1, out=tmp_path / "draft")
+        from_options(
+            TrainConfig, **shared, selection=tmp_path / "selection.json", epochs=1, held_out_share=0.1, out=tmp_path / "draft"
+        )
     )
     assert len(chosen.ids) == 6 and result.samples <= 6
-    stored = {name for shard in read_json(tmp_path / "draft" / "hidden" / "manifest.json")["shards"] for name, _ in shard["samples"]}
+    stored = {
+        name for shard in read_json(tmp_path / "draft" / "hidden" / "manifest.json")["shards"] for name, _ in shard["samples"]
+    }
     assert set(chosen.ids) <= stored and len(stored) < 14
     export.export(from_options(ExportConfig, draft=tmp_path / "draft", out=tmp_path / "exported"))
     config = from_options(
-        EvaluateConfig, target=target, draft=(tmp_path / "exported",), prompts=(prompts,), out=tmp_path / "eval", max_new_tokens=8, num_draft_tokens=2
+        EvaluateConfig,
+        target=target,
+        draft=(tmp_path / "exported",),
+        prompts=(prompts,),
+        out=tmp_path / "eval",
+        max_new_tokens=8,
+        num_draft_tokens=2,
     )
     report = evaluate.evaluate(config)["exported"]
     assert report == {k: v for k, v in read_json(tmp_path / "eval" / "report.json").items() if k != "config"}
@@ -284,9 +301,7 @@ def test_a_probe_decodes_while_training_and_its_best_draft_is_the_runs(inputs, t
     """A probe's τ is what `evaluate` says of the same draft, prompts and length, and the draft kept is that of the best."""
     target, data, prompts = inputs
     shared = dict(target=target, data=(data,), max_length=128, batch_tokens=512, held_out_share=0.0)
-    config = from_options(
-        TrainConfig, **shared, epochs=4, out=tmp_path / "draft", probe_prompts=(prompts,), save_every=3
-    )
+    config = from_options(TrainConfig, **shared, epochs=4, out=tmp_path / "draft", probe_prompts=(prompts,), save_every=3)
     steps = _train(config).steps
     probes = {line["step"]: line["probe"] for line in read_lines(config.out / METRICS) if "probe" in line}
     assert set(probes) == {*range(3, steps, 3), steps} and all(figures["tau"] >= 1 for figures in probes.values())
@@ -294,7 +309,13 @@ def test_a_probe_decodes_while_training_and_its_best_draft_is_the_runs(inputs, t
     first_best = min(step for step, figures in probes.items() if figures["tau"] == best)
     assert [path.name for path in (config.out / "best").iterdir()] == [str(first_best)]
     measured = from_options(
-        EvaluateConfig, target=target, draft=(config.out,), prompts=(prompts,), out=tmp_path / "eval", max_new_tokens=64, num_draft_tokens=4
+        EvaluateConfig,
+        target=target,
+        draft=(config.out,),
+        prompts=(prompts,),
+        out=tmp_path / "eval",
+        max_new_tokens=64,
+        num_draft_tokens=4,
     )
     report = evaluate.evaluate(measured)["draft"]
     assert (report["tau"], report["n_steps"]) == (best, probes[first_best]["n_steps"])
@@ -397,4 +418,8 @@ def test_a_selection_of_other_data_is_refused(inputs, tmp_path):
     select.select(from_options(SelectConfig, scores=tmp_path / "scores.parquet", out=tmp_path))
     other = write_chats(tmp_path / "other.jsonl", count=4)
     with pytest.raises(ValueError, match="the data lacks .* of the samples"):
-        _train(from_options(TrainConfig, **(shared | {"data": (other,)}), selection=tmp_path / "selection.json", out=tmp_path / "draft"))
+        _train(
+            from_options(
+                TrainConfig, **(shared | {"data": (other,)}), selection=tmp_path / "selection.json", out=tmp_path / "draft"
+            )
+        )

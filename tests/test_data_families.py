@@ -1,4 +1,4 @@
-"""Twelve families' templates: the ids are transformers', the mask is on the answers, and the doctor says so and nothing else."""
+"""Twelve families' templates: the ids are transformers', the mask is on the answers, and the doctor says so."""
 
 import numpy as np
 import pytest
@@ -163,8 +163,8 @@ def test_the_doctor_finds_every_planted_fault(family, row, fault):
 
 def test_the_doctor_says_where_an_answer_of_weight_0_counts():
     tokenizer, rows = TOKENIZERS["qwen3"], {"c": ROWS["context"]}
-    [whole], _ = tokenize_chats([chat_of("c", {"messages": [*ROWS["turns"]["messages"][:1], *ROWS["context"]["messages"][1:]]})],
-                                tokenizer, 4096)  # fmt: skip
+    messages = [*ROWS["turns"]["messages"][:1], *ROWS["context"]["messages"][1:]]
+    [whole], _ = tokenize_chats([chat_of("c", {"messages": messages})], tokenizer, 4096)
     counted = [dict(message) for message in ROWS["context"]["messages"]]
     del counted[1]["weight"]
     [sample], _ = tokenize_chats([chat_of("c", {"messages": counted})], tokenizer, 4096)

@@ -55,8 +55,8 @@ def system(text):
         ),
         ({"messages": [{"role": "function", "content": "9"}, answer("A")]}, [{"role": "tool", "content": "9"}, answer("A")]),
         (
-            {"conversations": [turn("human", "Q"), turn("gpt", "I look."), turn("function_call", BARE), turn("observation", "9")]},
-            [user("Q"), answer("I look.", tool_calls=[ROME]), {"role": "tool", "content": "9", "tool_call_id": "call00001"}],
+            {"conversations": [turn("human", "Q"), turn("gpt", "Hm."), turn("function_call", BARE), turn("observation", "9")]},
+            [user("Q"), answer("Hm.", tool_calls=[ROME]), {"role": "tool", "content": "9", "tool_call_id": "call00001"}],
         ),
         (
             {"conversations": [turn("function-call", f"[{BARE}, {BARE}]"), turn("observation", "9"), turn("tool", "8")]},

@@ -137,7 +137,7 @@ def hub(monkeypatch):
         if name != "org/chats":
             raise ConnectionError(f"Couldn't reach '{name}' on the Hub (OfflineModeIsEnabled)")
         if split != "train":
-            raise ValueError(f'Unknown split "{split}". Should be one of [\'train\'].')
+            raise ValueError(f"Unknown split \"{split}\". Should be one of ['train'].")
         return FakeDataset([{"messages": [turn | {"name": None} for turn in TURNS], "picture": object()}])
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))

@@ -53,9 +53,7 @@ SPECIAL = {
     QWEN3: ["<|im_start|>", "<|im_end|>"],
 }
 CLOSE = {CHATML: "<|im_end|>", LLAMA3: "<|eot_id|>", GEMMA: "<end_of_turn>", MISTRAL: "</s>", QWEN3: "<|im_end|>"}
-CORPUS = [
-    "the assistant and the user say hello to the model", "a an in on \n\n one two\n\n", "ünïcode é è", "    return x.\n"
-]
+CORPUS = ["the assistant and the user say hello to the model", "a an in on \n\n one two\n\n", "ünïcode é è", "    return x.\n"]
 
 
 def wrap(backend, template, family):
@@ -120,7 +118,7 @@ CONVERSATIONS = {
 
 
 def chat(contents, chat_id="c"):
-    """"!" marks a system message; user and assistant alternate."""
+    """ "!" marks a system message; user and assistant alternate."""
     system = [{"role": "system", "content": text[1:]} for text in contents if text.startswith("!")]
     others = [text for text in contents if not text.startswith("!")]
     turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(others)]
@@ -205,7 +203,9 @@ def test_truncation_only_cuts(max_length):
     [whole], _ = tokenize_chats([whole_chat], BYTES, 4096)
     first = np.flatnonzero(whole.assistant_mask)[0]
     if max_length < first + 2:  # the first counted token needs its successor
-        with pytest.raises(ValueError, match=r"none of 1 conversations .*\n  1 without a counted token.*\n.*raise --max-length"):
+        with pytest.raises(
+            ValueError, match=r"none of 1 conversations .*\n  1 without a counted token.*\n.*raise --max-length"
+        ):
             tokenize_chats([whole_chat], BYTES, max_length)
         return
     [cut], summary = tokenize_chats([whole_chat], BYTES, max_length)

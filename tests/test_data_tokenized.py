@@ -68,8 +68,12 @@ def test_a_stream_gives_what_reading_and_tokenizing_one_after_the_other_does(fil
     first, second = read.files
     assert (first.read, first.kept, first.truncated, first.skipped) == (62, 60, 9, {"duplicates": 2})
     assert second.skipped == {"duplicates": 1, "empty": 1, "no_answer": 1, "special_text": 1, "no_counted": 1}
-    assert str(second).startswith(f"{files[1]}: 6 read, 1 kept; skipped: 1 duplicates, 1 empty conversations, 1 without an answer")
-    with pytest.raises(ValueError, match=r"3 of 68 rows cannot .*more than --max-skipped 1%:\n  1 empty conversations; first .*b"):
+    assert str(second).startswith(
+        f"{files[1]}: 6 read, 1 kept; skipped: 1 duplicates, 1 empty conversations, 1 without an answer"
+    )
+    with pytest.raises(
+        ValueError, match=r"3 of 68 rows cannot .*more than --max-skipped 1%:\n  1 empty conversations; first .*b"
+    ):
         read_samples(files, toy_tokenizer(), 100, max_skipped=0.01)
     with pytest.raises(ValueError, match=r"b\.jsonl:1: the conversation is empty"):
         read_samples(files, toy_tokenizer(), 100, strict=True)

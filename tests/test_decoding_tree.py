@@ -189,6 +189,7 @@ def test_the_root_alone_accepts_nothing():
 
 # --- Losslessness --------------------------------------------------------------------------------------------------
 
+
 def _emit_two(judge, target):
     """The first two tokens of TRIALS verifications of the literal tree, completed by the target where only one came."""
     p = jnp.asarray(target)

@@ -22,7 +22,12 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), 
 def place(tmp_path, monkeypatch):
     """A working directory with chats.jsonl, where `load_target` gives a toy."""
     rows = [
-        {"messages": [{"role": "user", "content": f"Why {i}?"}, {"role": "assistant", "content": "Because of " + "x" * (i % 7)}]}
+        {
+            "messages": [
+                {"role": "user", "content": f"Why {i}?"},
+                {"role": "assistant", "content": "Because of " + "x" * (i % 7)},
+            ]
+        }
         for i in range(24)
     ]
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -51,12 +56,17 @@ def test_the_notebook_of_the_design(place, monkeypatch):
     tokens = np.arange(10, dtype=np.int32)[None, :]
     keys, draft_tokens = jax.random.split(jax.random.key(0), 1), tokens[:, 1:]
 
-    target = jsfdd.load_target("smollm2");            draft = jsfdd.load_draft("smollm2")  # noqa: E702
-    hidden = jsfdd.hidden_states(target, tokens);     logits = jsfdd.head_logits(target, hidden)  # noqa: E702
+    target = jsfdd.load_target("smollm2")
+    draft = jsfdd.load_draft("smollm2")  # noqa: E702
+    hidden = jsfdd.hidden_states(target, tokens)
+    logits = jsfdd.head_logits(target, hidden)  # noqa: E702
     jsfdd.token_flatness(logits)
     q = jsfdd.draft_logits(target, draft, hidden, tokens)
     jsfdd.verify(keys, draft_tokens, q, logits, temperature=1.0)
-    out = jsfdd.generate(target, ["Why is the sky blue?"], draft=draft, max_new_tokens=64);    out.text, out.tau  # noqa: B018, E702
-    table = jsfdd.score(target, chats);  kept = jsfdd.select(table, 0.5, within="source")  # noqa: E702
-    draft = jsfdd.train(target, chats, kept, recipe); tau = jsfdd.evaluate(target, draft, prompts).tau  # noqa: E702
+    out = jsfdd.generate(target, ["Why is the sky blue?"], draft=draft, max_new_tokens=64)
+    out.text, out.tau  # noqa: B018, E702
+    table = jsfdd.score(target, chats)
+    kept = jsfdd.select(table, 0.5, within="source")  # noqa: E702
+    draft = jsfdd.train(target, chats, kept, recipe)
+    tau = jsfdd.evaluate(target, draft, prompts).tau  # noqa: E702
     assert tau >= 1 and out.tau >= 1

@@ -251,6 +251,7 @@ def test_a_class_that_reads_other_tokens(tmp_path, healthy):
 def test_another_template_tokenizer_or_target_than_in_training(inputs, healthy, tmp_path):
     directory, data, _ = inputs
     target, chats, samples, _, _, record, *_ = healthy
+
     def identity(target, dtype="float32", files=(data,)):
         return identity_of(target, files, LENGTH, dtype)
 

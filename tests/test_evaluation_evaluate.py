@@ -108,9 +108,7 @@ def test_later_turns_go_on_from_the_baselines_answers():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate_module, "prompt_batch", batches)
         evaluate(target, {"a": Draft(*toy_draft(target.config))}, [prompt], make_mesh(data=1), **options)
-    recorded = record(
-        target, [prompt], make_mesh(data=1), temperature=1.0, max_new_tokens=12, ahead=0, batch_size=4, seed=0
-    )
+    recorded = record(target, [prompt], make_mesh(data=1), temperature=1.0, max_new_tokens=12, ahead=0, batch_size=4, seed=0)
     starts = [sample.tokens[: np.argmax(sample.assistant_mask)].tolist() for sample in recorded.samples]
     assert [ids for (ids,) in asked] == starts and len(starts) == 2
 

@@ -1,6 +1,5 @@
 """Judging recorded text is decoding it: the same counts greedily, the same law when sampled."""
 
-
 import jax
 import numpy as np
 import pytest
@@ -66,9 +65,7 @@ def test_sampled_counts_have_the_decoders_law():
     batch = prompt_batch(first_prompts(target, prompts, longest), range(rows), rows, seed=1)
     decode = make_generate(decode_setup(target, [draft], num_draft_tokens=depth, max_new_tokens=longest), mesh)
     stats = decode(prepare_params(target.params, [params]), batch, 1.0).stats
-    recorded = record(
-        target, prompts, mesh, temperature=1.0, max_new_tokens=longest, ahead=depth, batch_size=rows, seed=2
-    )
+    recorded = record(target, prompts, mesh, temperature=1.0, max_new_tokens=longest, ahead=depth, batch_size=rows, seed=2)
     counts = _replay(target, recorded, draft, params, depth)
     assert np.asarray(stats.accepted).sum() > 0.1 * np.asarray(stats.reached).sum()
     for drawn, expected in zip(stats, counts, strict=True):

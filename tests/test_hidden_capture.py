@@ -137,7 +137,9 @@ def in_order(samples, order):
         yield [samples[i] for i in plan.indices]
 
 
-def keep_all(directory, samples, scores, metrics, retain_ratio, held_out, monkeypatch, order=lambda plans: spread_out(plans, 1)):
+def keep_all(
+    directory, samples, scores, metrics, retain_ratio, held_out, monkeypatch, order=lambda plans: spread_out(plans, 1)
+):
     """(table, most bytes that the store took at any moment), of a scoring pass with these scores."""
     counts = np.array([sample.counted.sum() for sample in samples], np.int32)
     values = np.where(counts > 0, scores, np.nan)

@@ -169,9 +169,7 @@ def test_bad_hidden_states_are_refused(tmp_path):
 def test_int8_takes_half_of_bfloat16s_disk_and_gives_float32_back(tmp_path):
     for dtype in ("int8", "bfloat16"):
         fill(tmp_path / dtype, dtype=dtype)
-    sizes = {
-        dtype: sum(path.stat().st_size for path in (tmp_path / dtype).glob("*.bin")) for dtype in ("int8", "bfloat16")
-    }
+    sizes = {dtype: sum(path.stat().st_size for path in (tmp_path / dtype).glob("*.bin")) for dtype in ("int8", "bfloat16")}
     assert sizes["int8"] / sizes["bfloat16"] == (WIDTH + 4) / (2 * WIDTH)
     store = HiddenStore.open(tmp_path / "int8", IDENTITY, verify=True)
     for name, hidden in HIDDEN.items():

@@ -77,7 +77,10 @@ def test_it_may_have_a_mesh_of_its_own():
     """Parameters and states on other devices than those that score."""
     theirs = jax.make_mesh((2,), ("x",), devices=jax.devices()[2:])
     params = jax.device_put(TARGET.params, NamedSharding(theirs, P()))
-    states = jax.jit(lambda params, tokens: hidden_states(TARGET.config, params, tokens), out_shardings=NamedSharding(theirs, P(None, None, "x")))
+    states = jax.jit(
+        lambda params, tokens: hidden_states(TARGET.config, params, tokens),
+        out_shardings=NamedSharding(theirs, P(None, None, "x")),
+    )
     foreign = foreign_target(lambda tokens: states(params, tokens), EMBEDDING, HEAD, TARGET.config)
     mesh = make_mesh(data=2)
     assert not set(mesh.devices.flat) & set(theirs.devices.flat)

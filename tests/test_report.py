@@ -97,9 +97,7 @@ def _write_scores(run: Path, num_samples: int, rng) -> dict[str, dict]:
         mean = float(flatness[counted].mean()) if length else -1.0
         samples[f"s-{i:03d}"] = {"source": source, "row": TokenRow(counted, flatness, entropy), "mean": mean}
     rows = tuple(s["row"] for s in samples.values())
-    flatness, entropy = (
-        np.array([_mean(getattr(row, name)[row.counted]) for row in rows]) for name in ("flatness", "entropy")
-    )
+    flatness, entropy = (np.array([_mean(getattr(row, name)[row.counted]) for row in rows]) for name in ("flatness", "entropy"))
     others = dict.fromkeys(("flatness_median", "top1", "margin", "energy", "ppl"), flatness)  # no report reads them
     num_tokens = np.array([row.counted.sum() for row in rows], np.int32)
     sources = tuple(s["source"] for s in samples.values())

@@ -56,13 +56,17 @@ def assert_scores(found: TokenScores, expected: TokenScores, rtol=2e-5, atol=2e-
         np.testing.assert_allclose(getattr(found, name), value, rtol=rtol, atol=atol, err_msg=name)
 
 
-logit_rows = st.sampled_from([2, 5, 128, 131, 300]).flatmap(
-    lambda vocab: arrays.arrays(
-        np.float32,
-        (3, vocab),
-        elements=st.floats(-10000, 10000, width=32) | st.floats(-3, 3, width=32) | st.sampled_from([0.0, 2.5, -np.inf]),
+logit_rows = (
+    st.sampled_from([2, 5, 128, 131, 300])
+    .flatmap(
+        lambda vocab: arrays.arrays(
+            np.float32,
+            (3, vocab),
+            elements=st.floats(-10000, 10000, width=32) | st.floats(-3, 3, width=32) | st.sampled_from([0.0, 2.5, -np.inf]),
+        )
     )
-).map(lambda z: np.concatenate([np.float32([[0.25]] * 3), z[:, 1:]], 1))  # one finite logit at least
+    .map(lambda z: np.concatenate([np.float32([[0.25]] * 3), z[:, 1:]], 1))
+)  # one finite logit at least
 
 
 @settings(max_examples=60, deadline=None)
@@ -191,7 +195,9 @@ def test_memory_of_score_hidden_does_not_grow_with_tokens_times_vocabulary():
     def temporary_bytes(length):
         kinds = [((32,), "float32"), ((), "int32"), ((), "bool")]
         shapes = [jax.ShapeDtypeStruct((4, length, *rest), kind) for rest, kind in kinds]
-        program = jax.jit(lambda *a: score_hidden(config, params, *a, 16)).lower(*shapes).compile(compiler_options=USERS_PROGRAM)
+        program = (
+            jax.jit(lambda *a: score_hidden(config, params, *a, 16)).lower(*shapes).compile(compiler_options=USERS_PROGRAM)
+        )
         return program.memory_analysis().temp_size_in_bytes
 
     # [B, T, V] float32 would be 16 MB at the one length and 64 MB at the other.

@@ -73,8 +73,8 @@ def scores_alone(sample):
 def score(samples=SAMPLES, params=PARAMS, devices=1, batch_tokens=512, identity=None, **options):
     mesh = make_mesh(data=devices)
     return score_samples(
-        as_target(CONFIG, params), samples, mesh, batch_tokens=batch_tokens, identity=identity or {"target": "toy"}, progress=False,
-        **options,
+        as_target(CONFIG, params), samples, mesh, batch_tokens=batch_tokens, identity=identity or {"target": "toy"},
+        progress=False, **options,
     )  # fmt: skip
 
 
@@ -142,7 +142,9 @@ def test_map_over_devices_equals_pmap_and_one_device():
     step = make_score_step(CONFIG, make_mesh(data=4), block=16, hidden_dtype="float32")
     mesh = make_mesh(data=4)
     scores, hidden = to_host(step(replicate(PARAMS, mesh), shard_rows(batch, mesh)))
-    one_scores, one_hidden = to_host(make_score_step(CONFIG, make_mesh(data=1), block=16, hidden_dtype="float32")(PARAMS, batch))
+    one_scores, one_hidden = to_host(
+        make_score_step(CONFIG, make_mesh(data=1), block=16, hidden_dtype="float32")(PARAMS, batch)
+    )
 
     def of_two_rows(params, tokens, counted):
         hidden = hidden_states(CONFIG, params, tokens)
@@ -378,7 +380,9 @@ def test_a_metric_is_added_in_one_place(monkeypatch, tmp_path):
     worst = np.argsort(expected)[: len(kept.ids)]
     assert set(kept.ids) == {samples[i].id for i in worst} == stored(tmp_path).keys()
     monkeypatch.undo()
-    assert_equal_tables(read_scores(tmp_path / "scores.parquet"), dataclasses.replace(table, metrics={n: table[n] for n in column_names()}))
+    assert_equal_tables(
+        read_scores(tmp_path / "scores.parquet"), dataclasses.replace(table, metrics={n: table[n] for n in column_names()})
+    )
 
 
 def test_a_bad_scores_file_is_named(tmp_path, table):

@@ -44,7 +44,8 @@ def test_stages_run_on_all_hosts_and_find_each_other(stage):
     assert gcloud[4] == "ssh" and "--worker=all" in gcloud
     inner = shlex.split(command.removeprefix("--command="))
     assert inner == [
-        "cd", "/mnt/jsfdd", "&&", "$HOME/venv/bin/jsfdd", stage, "--target", "my model", "--out", "run", "--coordinator", "auto",
+        "cd", "/mnt/jsfdd", "&&", "$HOME/venv/bin/jsfdd", stage, "--target", "my model", "--out", "run", "--coordinator",
+        "auto",
     ]  # fmt: skip
 
 

@@ -149,7 +149,9 @@ def test_extreme_logits_stay_finite_and_exact():
         return sums["distance"], sums
 
     gradient, sums = jax.jit(jax.grad(total, has_aux=True))(predicted)
-    assert sums["cross_entropy"] == sums["distance"] == pytest.approx(6e4 + np.log(3))  # all of p where log q = −6e4, then uniform
+    assert (
+        sums["cross_entropy"] == sums["distance"] == pytest.approx(6e4 + np.log(3))
+    )  # all of p where log q = −6e4, then uniform
     assert sums["target_entropy"] == pytest.approx(np.log(3), rel=1e-6)
     assert sums["acceptance"] == pytest.approx(1.0, rel=1e-6)  # 0 at the first token, 1 at the second
     assert sums["agreement"] == 1.0

@@ -55,7 +55,10 @@ def test_variables_are_those_that_transformers_would_be_given():
     tokenizer.chat_template = template
     expected = tokenizer.apply_chat_template(CHAT, tokenize=False, **kwargs)
     tokenizer.chat_template = settle_template(template, TemplateOptions(kwargs=kwargs), "t")
-    assert tokenizer.apply_chat_template(CHAT, tokenize=False) == expected and json.dumps("é\n", ensure_ascii=False)[1:-1] in expected
+    assert (
+        tokenizer.apply_chat_template(CHAT, tokenize=False) == expected
+        and json.dumps("é\n", ensure_ascii=False)[1:-1] in expected
+    )
     assert rendered("qwen3", kwargs={"enable_thinking": False})[1].endswith("assistant\n<think>\n\n</think>\n\n")
     for name in ("messages", "tools", "a b", "none", "for"):
         with pytest.raises(ValueError, match=f"--template-kwargs: '{name}' is no name of a variable"):
@@ -72,8 +75,13 @@ def test_named_templates(tmp_path):
     tokenizer.chat_template = settle_template(named, TemplateOptions(), "t")
     assert [tokenizer.apply_chat_template(CHAT, tools=given, tokenize=False) for given in (None, tools)] == expected
     assert settle_template(named, TemplateOptions("rag"), "t") == "rag"
-    assert settle_template({"default": "d"}, TemplateOptions(), "t") == "d" and settle_template(None, TemplateOptions(), "t") is None
-    with pytest.raises(FileNotFoundError, match="rug: no such file, and no chat template of t, which has 'default', 'tool_use'"):
+    assert (
+        settle_template({"default": "d"}, TemplateOptions(), "t") == "d"
+        and settle_template(None, TemplateOptions(), "t") is None
+    )
+    with pytest.raises(
+        FileNotFoundError, match="rug: no such file, and no chat template of t, which has 'default', 'tool_use'"
+    ):
         settle_template(named, TemplateOptions("rug"), "t")
     with pytest.raises(ValueError, match="t: several chat templates .'rag'. and none named 'default'; name one"):
         settle_template({"rag": "rag"}, TemplateOptions(), "t")

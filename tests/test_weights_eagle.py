@@ -86,7 +86,11 @@ def test_a_truncated_file_is_named(tmp_path):
         ("speculators", {"layernorms": True}, "layernorms is true"),
         ("speculators", {"fusion_bias": True}, "fusion_bias is True, but the weights say False"),
         ("speculators", {"transformer_layer_config": None}, "transformer_layer_config is None"),
-        ("speculators", {"transformer_layer_config": {"model_type": "llama"}}, "transformer_layer_config.vocab_size is missing"),
+        (
+            "speculators",
+            {"transformer_layer_config": {"model_type": "llama"}},
+            "transformer_layer_config.vocab_size is missing",
+        ),
     ],
 )
 def test_settings_that_would_change_the_draft_are_refused(tmp_path, flavour, changes, message):

@@ -79,7 +79,6 @@ def test_in_whatever_pieces_the_same_parameters(tmp_path, monkeypatch):
     assert len(embedding) == 128 and np.array_equal(read_tensor(file, "token_embd.weight", slice(3, 70)), embedding[3:70])
 
 
-
 def test_rope_divisors_become_config(tmp_path):
     divisors = np.linspace(1, 8, 8, dtype=np.float32)
     path, *_ = write(tmp_path, "llama", edit=lambda w: w.add_tensor("rope_freqs.weight", divisors))

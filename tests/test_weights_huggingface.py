@@ -376,7 +376,10 @@ def test_what_is_no_model_is_said_in_a_line(copy):
         huggingface.read_config(directory)
     layers = [f"model.layers.{i}.mlp.gate" for i in range(90)]
     for quantised, words in (
-        ({"quant_method": "compressed-tensors", "format": "float-quantized", "ignore": layers}, r"compressed-tensors \(float-q"),
+        (
+            {"quant_method": "compressed-tensors", "format": "float-quantized", "ignore": layers},
+            r"compressed-tensors \(float-q",
+        ),
         ({"quant_method": "gptq", "bits": 4}, r"gptq \(4\)"),
         ({"load_in_4bit": True}, "an unnamed method"),
     ):

@@ -181,7 +181,9 @@ def write_target(directory, seed=0, target=None):
         for i in range(c.num_layers):
             tensors[f"model.layers.{i}.{name}.weight"] = stacked[i].T
     directory.mkdir(parents=True, exist_ok=True)
-    save_file({name: np.ascontiguousarray(value, np.float32) for name, value in tensors.items()}, directory / "model.safetensors")
+    save_file(
+        {name: np.ascontiguousarray(value, np.float32) for name, value in tensors.items()}, directory / "model.safetensors"
+    )
     settings = dict(
         model_type="llama",
         architectures=["LlamaForCausalLM"],

@@ -1,6 +1,6 @@
 """Our plain decoding against transformers' `generate`: same weights, prompts and tokens, turn about. See README.md.
 
-    python compare.py --torch-python PYTHON --model DIRECTORY
+python compare.py --torch-python PYTHON --model DIRECTORY
 """
 
 import argparse

@@ -37,9 +37,7 @@ def speculators_draft(directory: Path, target: Path):
     """speculators' EAGLE-1 draft with its verifier attached. Its last hidden state is what enters the head."""
     from speculators import SpeculatorModel
 
-    model, loaded = SpeculatorModel.from_pretrained(
-        directory, verifier_attachment_mode="detached", output_loading_info=True
-    )
+    model, loaded = SpeculatorModel.from_pretrained(directory, verifier_attachment_mode="detached", output_loading_info=True)
     assert type(model).__name__ == "EagleSpeculator", type(model)
     assert not loaded["unexpected_keys"] and not loaded["missing_keys"], loaded
     # Attached on loading, the verifier's embedding would be drawn anew: to transformers it is a weight that the file lacks.

@@ -1,6 +1,6 @@
 """Read what speculators' converter made of our drafts, and compare it to the bit with what it was made from: WORK.
 
-    python experiments/004_peer_loaders/reread.py WORK
+python experiments/004_peer_loaders/reread.py WORK
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """Compare what jsfdd and vLLM emitted, proposed and counted: WORK (as run.sh filled it) OUT.json
 
-    python experiments/005_vllm/compare.py WORK experiments/005_vllm/results.json
+python experiments/005_vllm/compare.py WORK experiments/005_vllm/results.json
 """
 
 import json

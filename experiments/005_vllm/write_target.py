@@ -1,6 +1,6 @@
 """Write the demo's target as a Hugging Face directory, for servers that do not read its GGUF file: OUT.
 
-    python experiments/005_vllm/write_target.py OUT
+python experiments/005_vllm/write_target.py OUT
 """
 
 import json

@@ -1,6 +1,6 @@
 """Take COUNT prompts, evenly spread, of each of six benchmarks in FOLDER; write OUT, a file a benchmark.
 
-    python prompts.py FOLDER OUT COUNT
+python prompts.py FOLDER OUT COUNT
 """
 
 import json

@@ -111,8 +111,10 @@ def main() -> None:
             )  # fmt: skip
         data, draft = TrainingData(chosen, hidden, None, weights), draft_of(target.config, recipe, chosen)
         if kind := recipe.stored_soft_targets(hidden_is_stored=True):
-            stored = means if not draft.vocabulary and not hidden_dtype else store_soft_targets(
-                kind, data, frozen, draft, recipe, mesh, directory=directory / "soft_targets", **shared
+            stored = (
+                means
+                if not draft.vocabulary and not hidden_dtype
+                else store_soft_targets(kind, data, frozen, draft, recipe, mesh, directory=directory / "soft_targets", **shared)
             )
             data = data._replace(soft_targets=stored)
         result = train(

@@ -27,9 +27,7 @@ from scipy.special import wrightomega
 _LOG_MULTIPLIER = (-16.0, 40.0)  # where log λ is looked for: from r = p but for 10⁻⁷ to a step of 10⁻¹⁷
 
 
-def budgeted_step(
-    log_p: Float[np.ndarray, "N K"], log_q: Float[np.ndarray, "N K"], theta: float
-) -> Float[np.ndarray, "N K"]:
+def budgeted_step(log_p: Float[np.ndarray, "N K"], log_q: Float[np.ndarray, "N K"], theta: float) -> Float[np.ndarray, "N K"]:
     """r* of each row, by log-probabilities; p may be 0 (−inf), and where q is 0 so must p be.
 
     Args:

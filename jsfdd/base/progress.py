@@ -69,9 +69,7 @@ class Bar:
 
 
 @contextlib.contextmanager
-def progress(
-    label: str, unit: str, total: int | None = None, *, finished: int = 0, shown: bool = True
-) -> Iterator[Bar]:
+def progress(label: str, unit: str, total: int | None = None, *, finished: int = 0, shown: bool = True) -> Iterator[Bar]:
     """Show how far a stage is.
 
     Args:

@@ -1,5 +1,7 @@
 """What each stage takes, from shapes alone: bytes of one device, FLOPs, bytes written.
 
+The figures:
+
     memory      of one device: parameters, batch, what a step keeps, and the largest of its temporaries. The compiler
                 fuses some of these and pads others; the tests hold the sum against what it allocates.
     arithmetic  multiply-adds of matrix products times two, padding included, masked attention too: it is computed.

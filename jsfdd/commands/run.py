@@ -281,9 +281,7 @@ def _select_arm(config: RunConfig, arm: str, directory: Path) -> Selection:
     )
 
 
-def _evaluate_arms(
-    config: RunConfig, loaded: Loaded, arms: dict[str, Path], prompts: Sequence[Prompt]
-) -> dict[str, dict]:
+def _evaluate_arms(config: RunConfig, loaded: Loaded, arms: dict[str, Path], prompts: Sequence[Prompt]) -> dict[str, dict]:
     """The arms' reports, measured together (so paired) unless all are there already."""
     from jsfdd.base.files import read_json, write_json
     from jsfdd.weights.draft import load_draft
@@ -291,9 +289,7 @@ def _evaluate_arms(
     paths = {arm: directory / "report.json" for arm, directory in arms.items()}
     if not all(path.exists() for path in paths.values()):
         drafts = {arm: load_draft(directory) for arm, directory in arms.items()}
-        reports = evaluate.measure(
-            config.decoding, config.batch_size, config.seed, loaded.target, drafts, prompts, loaded.mesh
-        )
+        reports = evaluate.measure(config.decoding, config.batch_size, config.seed, loaded.target, drafts, prompts, loaded.mesh)
         for arm, report in reports.items():
             arm_config = EvaluateConfig(
                 model=config.model,

@@ -1,5 +1,7 @@
 """`jsfdd score`: the target reads the chats once, and its distributions become scores.parquet.
 
+It writes:
+
     scores.parquet         a row a sample
     token_scores.parquet   with --per-token, the counted tokens' flatness and entropy
     hidden/                with --keep-hidden, the hidden states of what can be selected
@@ -195,8 +197,7 @@ def describe_scoring(inputs: Inputs) -> tuple[dict, list[str]]:
     return values, [
         f"score {many(len(lengths), 'sample')} ({many(values['skipped'], 'row')} skipped): {values['tokens']:,} tokens, "
         f"{values['counted_tokens']:,} of them counted",
-        f"in {many(len(plans), 'batch', 'es')}, {values['padding_share']:.0%} padding, on "
-        f"{many(values['devices'], 'device')}",
+        f"in {many(len(plans), 'batch', 'es')}, {values['padding_share']:.0%} padding, on {many(values['devices'], 'device')}",
     ]
 
 

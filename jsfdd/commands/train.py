@@ -1,5 +1,7 @@
 """`jsfdd train`: a draft learns on the selected samples.
 
+It writes:
+
     checkpoints/      the draft, its optimizer and what it was trained on
     metrics.jsonl     a line every few steps
     timings.jsonl     seconds of the same steps

@@ -136,9 +136,7 @@ def pad_batch(samples: Sequence[Sample], shape: Shape) -> Batch:
     )
 
 
-def pad_rows(
-    rows: Sequence[Shaped[np.ndarray, _ *feature]], shape: tuple[int, int]
-) -> Shaped[np.ndarray, "B T *feature"]:
+def pad_rows(rows: Sequence[Shaped[np.ndarray, " ..."]], shape: tuple[int, int]) -> Shaped[np.ndarray, "B T *feature"]:
     """Any per-token arrays (at least one), each [T_i, …] of one dtype, zero-padded to [rows, length, …]."""
     padded = np.zeros((*shape, *rows[0].shape[1:]), rows[0].dtype)
     for target, row in zip(padded, rows):
@@ -146,9 +144,7 @@ def pad_rows(
     return padded
 
 
-def _fill(
-    order: Int[np.ndarray, " N"], lengths: Lengths, shapes: Sequence[Shape], arrange: Callable
-) -> list[BatchPlan]:
+def _fill(order: Int[np.ndarray, " N"], lengths: Lengths, shapes: Sequence[Shape], arrange: Callable) -> list[BatchPlan]:
     """Batches by bucket, shortest first; `arrange` orders the samples of a bucket.
 
     The samples left over from a bucket's full batches move to the next longer bucket if their tokens there, padded, are

@@ -56,9 +56,7 @@ def draft_chain(
     return tokens, logits, state._replace(draft_caches=(grown._replace(length=cache.length),))
 
 
-def draft_tree(
-    setup: DecodeSetup, params: DecodeParams, state: DecodeState
-) -> tuple[Tree, Int[Array, "B N"], DecodeState]:
+def draft_tree(setup: DecodeSetup, params: DecodeParams, state: DecodeState) -> tuple[Tree, Int[Array, "B N"], DecodeState]:
     """The tree that the target is to verify: the root alone without a draft, one draft's, or what several come to.
 
     Trees grow by the drafts' own probabilities, without a temperature.

@@ -134,9 +134,7 @@ class Reader:
         chosen = self._choose(self.target.params, hidden, asked, allowed)
         return Choices(*(np.asarray(x)[: len(tokens) - 1] for x in chosen))
 
-    def draft_output(
-        self, draft: Draft, embedding: Float[Array, "T D"], hidden: Float[Array, "T D"]
-    ) -> Float[Array, "T D"]:
+    def draft_output(self, draft: Draft, embedding: Float[Array, "T D"], hidden: Float[Array, "T D"]) -> Float[Array, "T D"]:
         """The draft over the pairs (embedding[t], hidden[t])."""
         return self._draft(draft.config, draft.params, embedding, hidden)
 

@@ -217,9 +217,7 @@ def _add(target: Target, answers: Answers, rows: Sequence[int], out: Generation,
 
 
 def _report(prompts, answers: Answers, baseline: Answers, compile_seconds: float, same_text: bool, seed: int) -> dict:
-    same = [
-        all(np.array_equal(a, b) for a, b in zip(tokens, plain)) for tokens, plain in zip(answers.tokens, baseline.tokens)
-    ]
+    same = [all(np.array_equal(a, b) for a, b in zip(tokens, plain)) for tokens, plain in zip(answers.tokens, baseline.tokens)]
     all_prompts = np.ones(len(prompts), bool)
     rate, rate_values = _rate(answers, seed)
     base_rate, base_values = _rate(baseline, seed)

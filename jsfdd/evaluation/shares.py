@@ -49,9 +49,7 @@ def with_shares(
 
 def _by_draft(names: Sequence[str], shares: DraftShares, rows: Bool[np.ndarray, " N"]) -> dict[str, dict]:
     offered, accepted = (counts[rows].sum(axis=0) for counts in shares)
-    return {
-        name: {"verified_share": _share(offered, i), "accepted_share": _share(accepted, i)} for i, name in enumerate(names)
-    }
+    return {name: {"verified_share": _share(offered, i), "accepted_share": _share(accepted, i)} for i, name in enumerate(names)}
 
 
 def _share(counts: Int[np.ndarray, " E"], i: int) -> float | None:

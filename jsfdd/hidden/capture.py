@@ -1,5 +1,7 @@
 """Where hidden states come from: the scoring pass, a pass of their own, or the target at every training step.
 
+In use:
+
     with keep_hidden(target, possible, directory=…, identity={…}, kept_for={…}) as keeper:
         score_samples(target, samples, mesh, keeper=keeper)              # one pass: scores, and hidden states of what stays
     store = store_hidden(target, samples, mesh, directory=…)             # a pass of its own, for samples known beforehand

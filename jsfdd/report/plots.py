@@ -200,12 +200,8 @@ def kept_shares(title: str, groups: Sequence[str], counts: Sequence[int], shares
         y = np.arange(len(groups)) + (k - (len(shares) - 1) / 2) * thickness
         ax.barh(y, 100 * np.asarray(values), thickness * 0.86, color=arm_style(arm)[0], linewidth=0)
         for at, value in zip(y, values, strict=True):
-            ax.annotate(
-                f"{100 * value:.0f}", (100 * value, at), (4, 0), textcoords="offset points", va="center", fontsize=9
-            )
-    ax.set_yticks(
-        range(len(groups)), [f"{short(group)} ({count})" for group, count in zip(groups, counts, strict=True)]
-    )
+            ax.annotate(f"{100 * value:.0f}", (100 * value, at), (4, 0), textcoords="offset points", va="center", fontsize=9)
+    ax.set_yticks(range(len(groups)), [f"{short(group)} ({count})" for group, count in zip(groups, counts, strict=True)])
     ax.set_ylim(len(groups) - 0.45, -0.55)
     ax.set_xlim(0, 112)
     ax.set_xlabel("% of its samples")
@@ -298,9 +294,7 @@ def tau_by_source(title: str, arms: Sequence[Arm]) -> Markup:
     for y in range(1, len(sources)):
         ax.axhline(y - 0.5, color=RULE, linewidth=0.8)
     ax.axvline(1, color=MUTED, linewidth=1, linestyle=(0, (2, 2)))
-    ax.set_yticks(
-        range(len(sources)), [f"{short(source)} ({count})" for source, count in zip(sources, counts, strict=True)]
-    )
+    ax.set_yticks(range(len(sources)), [f"{short(source)} ({count})" for source, count in zip(sources, counts, strict=True)])
     ax.set_ylim(len(sources) - 0.5, -0.5)
     ax.set_xlim(left=0.95)
     ax.set_xlabel("tokens per verification")

@@ -111,9 +111,7 @@ def _flatness(files: RunFiles) -> dict:
     return {
         "flatness_panels": [
             plots.source_histogram("Sample flatness", flatness, groups, colours, size, *thresholds),
-            plots.flatness_against_entropy(
-                "Flatness and entropy, samples", flatness, entropy, groups, colours, size
-            ),
+            plots.flatness_against_entropy("Flatness and entropy, samples", flatness, entropy, groups, colours, size),
         ],
         "token_panels": [
             plots.token_histogram("Token flatness", files.token_flatness, size),
@@ -243,8 +241,10 @@ def verdict(difference: dict) -> str:
 def same_text_caption(temperature: float, tree_nodes: int) -> str:
     """What the share of equal texts is, and what it should be: a tree's text is plain decoding's at every temperature."""
     exact = temperature == 0 or tree_nodes > 0
-    expected = "as all should be but for logits that tie within rounding" if exact else (
-        "a sampled chain has the same distribution, not the same text"
+    expected = (
+        "as all should be but for logits that tie within rounding"
+        if exact
+        else ("a sampled chain has the same distribution, not the same text")
     )
     return f"Same text: share of prompts whose answer is the autoregressive one token for token; {expected}."
 

@@ -1,7 +1,7 @@
 """Score all samples with the target: data-parallel, resumable, without an array of all tokens by the vocabulary.
 
-    table = score_samples(target, samples, mesh, parts_dir=out / "scores.parts")
-    write_scores(out / "scores.parquet", table)
+table = score_samples(target, samples, mesh, parts_dir=out / "scores.parts")
+write_scores(out / "scores.parquet", table)
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Stores soft targets, what training needs of the target's distributions, once for all epochs.
 
-    store = store_soft_targets("means", data, borrowed, draft, recipe, mesh, batch_tokens=4096, directory=folder, identity={})
-    data = data._replace(soft_targets=store)
+store = store_soft_targets("means", data, borrowed, draft, recipe, mesh, batch_tokens=4096, directory=folder, identity={})
+data = data._replace(soft_targets=store)
 """
 
 from __future__ import annotations

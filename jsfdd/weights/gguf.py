@@ -148,9 +148,7 @@ def _sliding(file: GGUFFile, layers: int) -> tuple[int | None, tuple[bool, ...]]
         return window, tuple((layer + 1) % pattern != 0 for layer in range(layers))
     if family == "llama":
         return window, (True,) * layers
-    raise ValueError(
-        f"{file.path}: {family}.attention.sliding_window is set, but not which layers slide: not supported"
-    )
+    raise ValueError(f"{file.path}: {family}.attention.sliding_window is set, but not which layers slide: not supported")
 
 
 def _rope(file: GGUFFile, head_dim: int) -> Rope:

@@ -171,9 +171,7 @@ class _Cursor:
         version = self.integer("I", "the version")
         if version not in _VERSIONS:
             kind = "a big-endian file" if version >= 1 << 16 else f"GGUF version {version}"
-            raise ValueError(
-                f"{self.path}: {kind}; versions 2 and 3, little-endian, are supported: convert the model again"
-            )
+            raise ValueError(f"{self.path}: {kind}; versions 2 and 3, little-endian, are supported: convert the model again")
         num_tensors = self.count(24, "the number of tensors")
         num_keys = self.count(12, "the number of metadata keys")
         metadata: dict[str, Any] = {}

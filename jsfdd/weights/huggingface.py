@@ -162,9 +162,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     for name, shard in weight_map.items():
         # A plain file name: a path could leave the directory by way of "..".
         if not isinstance(shard, str) or not _SHARD.fullmatch(shard):
-            raise ValueError(
-                f"{index}: tensor {name} is said to be in {shard!r}, which is no .safetensors file beside it"
-            )
+            raise ValueError(f"{index}: tensor {name} is said to be in {shard!r}, which is no .safetensors file beside it")
     return weight_map
 
 

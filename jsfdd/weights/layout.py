@@ -184,9 +184,7 @@ def _check(
                 raise ValueError(f"{where}: tensor {name} {list(shape)} is missing; the config promises it")
             source = sources[name]
             if tuple(source.shape) != shape:
-                raise ValueError(
-                    f"{source.file}: tensor {name} has shape {list(source.shape)}, the config says {list(shape)}"
-                )
+                raise ValueError(f"{source.file}: tensor {name} has shape {list(source.shape)}, the config says {list(shape)}")
             known.add(name)
     for name, source in sources.items():
         if name not in known:

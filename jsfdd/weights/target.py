@@ -57,9 +57,7 @@ class Target(NamedTuple):
     stop_tokens: tuple[int, ...]
 
 
-def load_target(
-    name: str, dtype=jnp.float32, mesh: Mesh | None = None, chat_template: ChatTemplate = None
-) -> Target:
+def load_target(name: str, dtype=jnp.float32, mesh: Mesh | None = None, chat_template: ChatTemplate = None) -> Target:
     """The target `name`, ready to run.
 
         target = load_target("smollm2")

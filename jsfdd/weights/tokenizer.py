@@ -223,9 +223,7 @@ def _sentencepiece(metadata: dict[str, Any], tokens: list[str], kinds: list[int]
         merges += [(left, right) for left, right in halves if left in vocabulary and right in vocabulary]
     unknown = _named_token(metadata, tokens, "tokenizer.ggml.unknown_token_id", path)
     tokenizer = Tokenizer(
-        models.BPE(
-            vocab=vocabulary, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback="<0x00>" in vocabulary
-        )
+        models.BPE(vocab=vocabulary, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback="<0x00>" in vocabulary)
     )
     marks = normalizers.Replace(" ", _SPACE)
     to_text = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
