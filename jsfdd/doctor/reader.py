@@ -145,7 +145,7 @@ class Reader:
         full = self.target.config
         config = dataclasses.replace(full, num_layers=layers, sliding_layers=full.sliding_layers[:layers])
         params = {**params, "layers": jax.tree.map(lambda x: x[:layers], params["layers"])}
-        raw, _ = residual_stream(config, params, tokens, causal_view(*tokens.shape), None)
+        raw, _, _ = residual_stream(config, params, tokens, causal_view(*tokens.shape), None)
         return WholeText(raw[0], final_norm(config, params, raw)[0], embed_tokens(config, params, tokens)[0])
 
     def _head_choices(self, params, hidden, asked, allowed):

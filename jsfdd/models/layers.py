@@ -195,3 +195,37 @@ class DecoderLayer(nn.Module):
         x = x + (self.post_attention_norm(attended) if sandwich else attended)
         y = self.mlp(self.mlp_norm(x))
         return x + (self.post_mlp_norm(y) if sandwich else y)
+
+
+class PairLayer(nn.Module):
+    """EAGLE-3's decoder layer: attention reads a token's embedding beside a state, 2D wide, and the state is its residual."""
+
+    config: DecoderConfig
+    norm_before_residual: bool = False
+
+    def setup(self):
+        """Name the submodules."""
+        cfg = self.config
+        self.embedding_norm, self.hidden_norm = RMSNorm(cfg.rms_norm_eps), RMSNorm(cfg.rms_norm_eps)
+        self.attention, self.mlp_norm, self.mlp = Attention(cfg), RMSNorm(cfg.rms_norm_eps), MLP(cfg)
+
+    def __call__(self, embedding, hidden, context: Context, cache: KVCache | None):
+        """(x, cache) after the layer, of embeddings and states [B,T,D]; the rest as in `Attention`."""
+        x, residual = self._attention_input(embedding, hidden)
+        y, cache = self.attention(x, context, cache, 0)
+        return self._residuals(residual, y), cache
+
+    def harmonised(self, embedding, hidden, context: Context, earlier: tuple):
+        """(x, (keys, values)) after the draft step that follows `earlier`; see `Attention.harmonised`."""
+        x, residual = self._attention_input(embedding, hidden)
+        y, pair = self.attention.harmonised(x, context, earlier)
+        return self._residuals(residual, y), pair
+
+    def _attention_input(self, embedding, hidden):
+        normed = self.hidden_norm(hidden)
+        x = jnp.concatenate([self.embedding_norm(embedding.astype(hidden.dtype)), normed], axis=-1)
+        return x, normed if self.norm_before_residual else hidden
+
+    def _residuals(self, residual, attended):
+        x = residual + attended
+        return x + self.mlp(self.mlp_norm(x))

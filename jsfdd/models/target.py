@@ -4,7 +4,9 @@
     hidden, cache = decode(config, params, tokens, view, cache)       # tokens that continue a cache: generate
     logits        = head_logits(config, params, hidden)
 
-`hidden` is the last hidden state *after* the final norm: what the head reads and what an EAGLE draft is fed.
+`hidden` is the last hidden state *after* the final norm: what the head reads and what an EAGLE-1/2 draft is fed. An EAGLE-3
+draft is fed the residual streams that enter some of the layers: where `layers` are named, theirs stand in front of it, from the
+same pass, and `hidden` is [B, T, (n + 1) D] (`final_state`).
 
 `params["layers"]` is one tree whose leaves are stacked over layers, and the layers are a scan: one layer to compile.
 `unstack_layers` turns it into a tuple of trees, one a layer, and the scan into a plain loop; see there when that pays.
@@ -24,37 +26,61 @@ from jsfdd.models.attention import View, causal_view
 from jsfdd.models.layers import Context, DecoderLayer, RMSNorm, rope_table
 
 
-def hidden_states(config: DecoderConfig, params: dict, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """Hidden states of whole sequences from position 0; right padding is harmless."""
-    hidden, _ = decode(config, params, tokens, causal_view(*tokens.shape), None)
+def hidden_states(
+    config: DecoderConfig, params: dict, tokens: Int[Array, "B T"], layers: tuple[int, ...] = ()
+) -> Float[Array, "B T S"]:
+    """Hidden states of whole sequences from position 0; right padding is harmless. `layers` as in `decode`."""
+    hidden, _ = decode(config, params, tokens, causal_view(*tokens.shape), None, layers)
     return hidden
 
 
 def decode(
-    config: DecoderConfig, params: dict, tokens: Int[Array, "B T"], view: View, cache: KVCache | None
-) -> tuple[Float[Array, "B T D"], KVCache | None]:
+    config: DecoderConfig,
+    params: dict,
+    tokens: Int[Array, "B T"],
+    view: View,
+    cache: KVCache | None,
+    layers: tuple[int, ...] = (),
+) -> tuple[Float[Array, "B T S"], KVCache | None]:
     """Hidden states of new tokens, and `cache` with their keys and values in slots length … length + T − 1.
 
     `cache.length` is left as it was: the caller decides how many of the new tokens to keep. Without a cache the tokens
     see only each other.
+
+    Args:
+      layers: numbers, from 0, of layers whose inputs are wanted too; S = (n + 1) · D, the last D the final state.
     """
-    stream, cache = residual_stream(config, params, tokens, view, cache)
-    return final_norm(config, params, stream), cache
+    stream, entered, cache = residual_stream(config, params, tokens, view, cache, layers)
+    return jnp.concatenate([*entered, final_norm(config, params, stream)], axis=-1), cache
+
+
+def final_state(config: DecoderConfig, hidden: Float[Array, "*shape S"]) -> Float[Array, "*shape D"]:
+    """The part of hidden states that the head reads: the last D of them."""
+    return hidden[..., hidden.shape[-1] - config.hidden_size :]
 
 
 def residual_stream(
-    config: DecoderConfig, params: dict, tokens: Int[Array, "B T"], view: View, cache: KVCache | None
-) -> tuple[Float[Array, "B T D"], KVCache | None]:
-    """What `decode` gives, but *before* the final norm: the last layer's output, which no head and no draft reads."""
+    config: DecoderConfig,
+    params: dict,
+    tokens: Int[Array, "B T"],
+    view: View,
+    cache: KVCache | None,
+    layers: tuple[int, ...] = (),
+) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B T D"], ...], KVCache | None]:
+    """The last layer's output *before* the final norm, which no head and no draft reads; the streams that enter `layers`; and
+    the cache, as in `decode`."""
     full, local = _contexts(config, view)
 
     def layer(carry, layer_params, number, slides):
-        x, cache = carry
+        x, entered, cache = carry
+        entered = tuple(jnp.where(number == wanted, x, kept) for wanted, kept in zip(layers, entered))
         # A scan has one body for all layers, so layers that differ in window or rotation choose by a flag.
         context = full if local is None else jax.tree.map(lambda a, b: jnp.where(slides, b, a), full, local)
-        return DecoderLayer(config).apply({"params": layer_params}, x, context, cache, number)
+        x, cache = DecoderLayer(config).apply({"params": layer_params}, x, context, cache, number)
+        return x, entered, cache
 
-    carry = embed_tokens(config, params, tokens), cache
+    x = embed_tokens(config, params, tokens)
+    carry = x, (x,) * len(layers), cache
     slides = config.sliding_layers or (False,) * config.num_layers
     if isinstance(params["layers"], tuple):
         for number, layer_params in enumerate(params["layers"]):

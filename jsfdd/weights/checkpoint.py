@@ -136,7 +136,8 @@ def read_trained_draft(path: str | Path) -> Draft:
         if step is None:
             raise FileNotFoundError(f"{directory}: no checkpoint in it; train first: `jsfdd train --out {path}`")
         info = _read(checkpoints, step, info=ocp.args.JsonRestore())["info"]
-        config = decode(DraftConfig, info["draft"], directory / str(step) / "info")
+        # Of fields that earlier versions did not have, their drafts have the defaults.
+        config = decode(DraftConfig, info["draft"], directory / str(step) / "info", partial=True)
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),

@@ -1,0 +1,201 @@
+"""The EAGLE-3 draft against plain numpy in float64, in the reference trainer's own indexing, and the target's streams."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jsfdd.models.attention import cached_view, causal_view, empty_cache
+from jsfdd.models.draft import DraftConfig, Eagle3Layer, draft_config, draft_head, draft_head_logits, draft_steps, init_draft
+from jsfdd.models.target import decode, embed_tokens, final_state, hidden_states, residual_stream, unstack_layers
+from tests.toy import toy_config, toy_target
+
+LAYERS = (0, 2, 3)
+SHAPES = {
+    "plain": {},
+    "norm_before_fc": {"norm_before_fc": True},
+    "fc_norm": {"fc_norm": True, "norm_output": True},
+    "norm_before_residual": {"norm_before_residual": True, "norm_output": True},
+    "vocabulary": {"vocabulary": (1, 5, 6, 40)},
+}
+
+
+@functools.cache
+def toy(name="plain"):
+    """(target config, its params, draft config, its params with scales that are not 1)."""
+    config, params = toy_target(num_layers=4)
+    draft = dataclasses.replace(draft_config(config, kind="eagle3", target_layers=LAYERS), **SHAPES[name])
+    draft_params = jax.jit(init_draft, static_argnums=0)(draft, jax.random.key(1))
+    random = np.random.default_rng(2)
+    scaled = jax.tree.map(
+        lambda x: x * random.uniform(0.5, 1.5, x.shape).astype(np.float32) if x.ndim == 1 else 2 * x, draft_params
+    )
+    return config, params, draft, scaled
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def states_of(config, params, tokens, layers=LAYERS):
+    return hidden_states(config, params, tokens, layers)
+
+
+# --- The twin: field by field what the papers and their code say, one row at a time, float64 ------------------------
+
+
+def rms(x, scale, eps):
+    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * scale
+
+
+def rotated(x, position, theta):
+    """x [heads, H] at one position."""
+    half = x.shape[-1] // 2
+    angle = position * theta ** -(np.arange(half) / half)
+    a, b = x[:, :half], x[:, half:]
+    return np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], axis=-1)
+
+
+def slow_steps(draft, params, embedding, hidden, num_steps):
+    """Per step i the list over rows t of what the head reads, of one sequence; row t of step i reads embedding[t + i].
+
+    As EAGLE-3's trainer has it: hidden states stay in their row, tokens move to the left, rotary position t + i, and row t of
+    step i sees step 0's keys up to t and its own row's of steps 1 … i.
+    """
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    cfg, eps = draft.decoder, draft.decoder.rms_norm_eps
+    embedding, hidden = np.asarray(embedding, np.float64), np.asarray(hidden, np.float64)
+    length, width, per_key = len(embedding), cfg.hidden_size, cfg.num_heads // cfg.num_kv_heads
+    streams = hidden[:, :-width]
+    if draft.norm_before_fc:
+        streams = rms(streams, p["input_norm"]["scale"], eps)
+    if draft.fc_norm:
+        parts = np.split(streams, len(draft.target_layers), axis=1)
+        streams = np.concatenate([rms(x, p[f"fc_norm_{i}"]["scale"], eps) for i, x in enumerate(parts)], axis=1)
+    states = list(streams @ p["fc"]["kernel"])
+    layer, steps, seen = p["layer"], [], []  # seen[i][t]: keys and values of step i in row t
+    for i in range(num_steps):
+        pairs, outputs, following = [], [], []
+        for t in range(length - i):
+            normed = rms(states[t], layer["hidden_norm"]["scale"], eps)
+            x = np.concatenate([rms(embedding[t + i], layer["embedding_norm"]["scale"], eps), normed])
+            q, k, v = (x @ layer["attention"][f"{n}_proj"]["kernel"] for n in "qkv")
+            q, k, v = (y.reshape(-1, cfg.head_dim) for y in (q, k, v))
+            q, k = rotated(q, t + i, cfg.rope.theta), rotated(k, t + i, cfg.rope.theta)
+            pairs.append((k, v))
+            visible = (
+                [pairs[s] for s in range(t + 1)] if i == 0 else [*seen[0][: t + 1], *(seen[j][t] for j in range(1, i)), (k, v)]
+            )
+            heads = []
+            for head in range(cfg.num_heads):
+                logits = np.array([q[head] @ keys[head // per_key] for keys, _ in visible]) * cfg.head_dim**-0.5
+                weights = np.exp(logits - logits.max())
+                weights /= weights.sum()
+                heads.append(sum(w * values[head // per_key] for w, (_, values) in zip(weights, visible)))
+            residual = normed if draft.norm_before_residual else states[t]
+            y = residual + np.concatenate(heads) @ layer["attention"]["o_proj"]["kernel"]
+            m = rms(y, layer["mlp_norm"]["scale"], eps)
+            gate = m @ layer["mlp"]["gate_proj"]["kernel"]
+            y = y + (gate / (1 + np.exp(-gate)) * (m @ layer["mlp"]["up_proj"]["kernel"])) @ layer["mlp"]["down_proj"]["kernel"]
+            normed = rms(y, p["norm"]["scale"], eps)
+            outputs.append(normed)
+            following.append(normed if draft.norm_output else y)
+        steps.append(outputs)
+        seen.append(pairs)
+        states = following
+    return steps
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_draft_is_its_twin_at_every_step(name):
+    config, params, draft, draft_params = toy(name)
+    tokens = jax.random.randint(jax.random.key(3), (2, 9), 0, 64)
+    hidden = states_of(config, params, tokens)[:, :-1]
+    embedding = embed_tokens(config, params, tokens[:, 1:])
+    found = jax.jit(lambda e, h: list(draft_steps(draft, draft_params, e, h, 4)))(embedding, hidden)
+    for row in range(2):
+        for i, outputs in enumerate(slow_steps(draft, draft_params, embedding[row], hidden[row], 4)):
+            # Row t of the twin's step i stands here at the token that it reads, t + i.
+            np.testing.assert_allclose(found[i][row, i:], outputs, rtol=2e-4, atol=2e-5)
+
+
+def test_a_step_is_what_decoding_does():
+    """The draft's cache, its recurrent state and the training-time test are one computation."""
+    config, params, draft, draft_params = toy("fc_norm")
+    tokens = jax.random.randint(jax.random.key(4), (2, 8), 0, 64)
+    hidden, embedding = states_of(config, params, tokens)[:, :-1], embed_tokens(config, params, tokens[:, 1:])
+    layer, steps = Eagle3Layer(draft), list(draft_steps(draft, draft_params, embedding, hidden, 3))
+
+    def apply(*inputs, method):
+        return layer.apply({"params": draft_params}, *inputs, method=method)
+
+    cache = empty_cache(draft.decoder, 2, 7)
+    state, cache = apply(embedding[:, :3], apply(hidden[:, :3], method="read"), cached_view(cache, 3), cache, method="decode")
+    state, cache = state[:, -1:], cache._replace(length=cache.length + 3)
+    for number, of_step in enumerate(steps):
+        np.testing.assert_allclose(of_step[:, 2 + number], apply(state, method="outputs")[:, 0], rtol=1e-4, atol=1e-5)
+        state, cache = apply(embedding[:, 3 + number : 4 + number], state, cached_view(cache, 1), cache, method="decode")
+        cache = cache._replace(length=cache.length + 1)
+
+
+def test_streams_are_what_enters_the_layers():
+    """Those of layer i are what a target of its first i layers ends with, whether layers are a scan or a loop."""
+    config, params = toy_target(num_layers=4)
+    tokens = jax.random.randint(jax.random.key(0), (2, 6), 0, 64)
+    width = config.hidden_size
+    for several in (params, unstack_layers(params)):
+        hidden, _ = jax.jit(lambda p: decode(config, p, tokens, causal_view(2, 6), None, (0, 1, 3)))(several)
+        assert hidden.shape == (2, 6, 4 * width)
+        np.testing.assert_allclose(hidden[..., -width:], states_of(config, params, tokens, ()), rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(final_state(config, hidden), hidden[..., -width:])
+        np.testing.assert_allclose(hidden[..., :width], embed_tokens(config, params, tokens), rtol=1e-6)
+        for place, number in ((1, 1), (2, 3)):
+            shorter = dataclasses.replace(config, num_layers=number)
+            first = {**params, "layers": jax.tree.map(lambda x, n=number: x[:n], params["layers"])}
+            stream, entered, _ = residual_stream(shorter, first, tokens, causal_view(2, 6), None)
+            assert entered == ()
+            np.testing.assert_allclose(hidden[..., place * width : (place + 1) * width], stream, rtol=1e-4, atol=1e-5)
+
+
+def test_the_head_is_its_own_and_begins_as_the_targets_rows():
+    config, params, draft, _ = toy("vocabulary")
+    head = params["head"]["kernel"].T
+    fresh = init_draft(draft, jax.random.key(0), head)
+    np.testing.assert_array_equal(fresh["head"]["rows"], head[np.array(draft.vocabulary)])
+    np.testing.assert_array_equal(draft_head(draft, fresh, head), fresh["head"]["rows"])
+    state = jax.random.normal(jax.random.key(1), (3, config.hidden_size))
+    logits = np.asarray(draft_head_logits(config, params, draft, fresh, state))
+    inside = np.isin(np.arange(64), draft.vocabulary)
+    outputs = rms(np.asarray(state, np.float64), 1.0, config.rms_norm_eps)
+    np.testing.assert_allclose(logits[:, inside], outputs @ np.asarray(head)[inside].T, rtol=1e-4, atol=1e-5)
+    assert np.isneginf(logits[:, ~inside]).all()
+    changed = fresh | {"head": {"rows": 2 * fresh["head"]["rows"]}}
+    np.testing.assert_allclose(
+        draft_head_logits(config, params, draft, changed, state)[:, inside], 2 * logits[:, inside], rtol=1e-5
+    )
+
+
+def test_what_cannot_be_is_named():
+    config = toy_config(num_layers=8)
+    assert draft_config(config, kind="eagle3").target_layers == (2, 4, 5)
+    assert draft_config(toy_config(num_layers=7), kind="eagle3").target_layers == (2, 3, 4)
+    for layers, changes, match in [
+        ((), {"num_layers": 6}, "has 6 layers, fewer than 7"),
+        ((0, 1, 8), {"num_layers": 8}, "8 is out of range.*from 0 to 7"),
+        ((0, 3, 3), {"num_layers": 8}, r"\[0, 3, 3\].*ascending"),
+        ((-1, 3), {"num_layers": 8}, "numbered from 0"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            draft_config(toy_config(**changes), kind="eagle3", target_layers=layers)
+    decoder = draft_config(config).decoder
+    with pytest.raises(ValueError, match="norm_output=True is of an EAGLE-3 draft"):
+        DraftConfig(decoder, norm_output=True)
+    with pytest.raises(ValueError, match="one of them"):
+        DraftConfig(decoder, kind="eagle3", target_layers=(0,), fc_norm=True, norm_before_fc=True)
+    for vocabulary, match in [((3, 3), "ascend"), ((3, 64), "outside"), ((-1, 3), "outside")]:
+        with pytest.raises(ValueError, match=match):
+            draft_config(config, vocabulary=vocabulary, kind="eagle3")
+    draft = draft_config(config, kind="eagle3")
+    params = init_draft(draft, jax.random.key(0))
+    with pytest.raises(ValueError, match=r"width 32: an EAGLE-3 draft reads the inputs of the target's layers \[2, 4, 5\]"):
+        Eagle3Layer(draft).apply({"params": params}, jnp.zeros((1, 2, 32)), jnp.zeros((1, 2, 32)))
