@@ -367,12 +367,12 @@ def test_what_is_no_model_is_said_in_a_line(copy):
     (directory / "model-00001-of-00002.safetensors").unlink()
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
     (directory / "model.safetensors").write_bytes(pointer)
-    with pytest.raises(ValueError, match=r"model\.safetensors: a pointer of git-lfs.*git lfs pull"):
+    with pytest.raises(ValueError, match=r"model\.safetensors: a Git LFS pointer.*git lfs pull"):
         read(directory)
     (directory / "model.safetensors").write_bytes(weights)
     config = (directory / "config.json").read_text()
     (directory / "config.json").write_bytes(pointer)
-    with pytest.raises(ValueError, match=r"config\.json: a pointer of git-lfs"):
+    with pytest.raises(ValueError, match=r"config\.json: a Git LFS pointer"):
         huggingface.read_config(directory)
     layers = [f"model.layers.{i}.mlp.gate" for i in range(90)]
     for quantised, words in (

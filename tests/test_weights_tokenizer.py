@@ -170,7 +170,7 @@ def test_a_tokenizer_file_that_cannot_be_read_is_named(tmp_path, smollm2):
         (json.dumps(newer), r"tokenizer\.json: cannot be read by the installed tokenizers \d.*; upgrade tokenizers"),
         ("[" * 100_000, r"tokenizer\.json: cannot be read"),
         ("{}", r"tokenizer\.json: cannot be read"),
-        (pointer, r"tokenizer\.json: a pointer of git-lfs.*run git lfs pull"),
+        (pointer, r"tokenizer\.json: a Git LFS pointer.*run git lfs pull"),
     ):
         file.write_text(text)
         with pytest.raises(ValueError, match=error):

@@ -1,4 +1,1 @@
-"""What every room stands on.
-
-Files written whole, progress, processes, meshes of devices, and the records that rooms share.
-"""
+"""The foundation of every other room: atomic files, progress, processes, device meshes, and the records that rooms share."""

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and identities that say what a file belongs to."""
+"""Atomic file writes, checked JSON, and the comparison of identities, which say what a file was made from."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ import msgspec
 
 @contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
-    """A path to write to in place of `path`; on leaving, its file takes the place of `path` in one step.
+    """Yield a temporary path to write to; when the block ends, rename that file to `path` in one step.
 
-    If the block raises, or the process dies, `path` is what it was before; a dead process may leave `path`.tmp, which
-    the next write replaces.
+    If the block raises or the process dies, `path` is unchanged. A killed process may leave `path`.tmp behind; the next
+    write replaces it.
     """
     path = Path(path)
     aside = path.with_name(path.name + ".tmp")
     try:
         yield aside
-        sync(aside)  # the data before the name: a rename must not overtake it
+        sync(aside)  # the data must be on disk before the rename is
         aside.replace(path)
         sync(path.parent)
     finally:
@@ -35,7 +35,7 @@ def written_whole(path: str | Path) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Bring a file's data, or a directory's names, to the disk itself."""
+    """Flush a file's data, or a directory's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -47,27 +47,29 @@ _POINTER = b"version https://git-lfs"
 
 
 def check_no_pointer(path: str | Path) -> None:
-    """ValueError if a file is what git leaves in the place of one that git-lfs did not fetch."""
+    """Raise ValueError if a file is a Git LFS pointer: what git leaves in place of a file that was not fetched."""
     path = Path(path)
     if path.is_file():
         with path.open("rb") as stream:
             if stream.read(len(_POINTER)) == _POINTER:
-                raise ValueError(f"{path}: a pointer of git-lfs, not the file itself; run git lfs pull where it came from")
+                raise ValueError(
+                    f"{path}: a Git LFS pointer, not the file itself; run git lfs pull in the repository that it came from"
+                )
 
 
 def write_json(path: str | Path, value) -> None:
-    """A value as readable JSON, whole or not at all."""
+    """Write a value as indented JSON, atomically."""
     with written_whole(path) as aside:
         aside.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def read_json(path: str | Path, kind: type = object, *, remedy: str = "delete the file and run again") -> Any:
-    """The value in a JSON file.
+    """Read a JSON file.
 
     Args:
       path: the file.
-      kind: what the value must be: dict, list, or anything.
-      remedy: what the reader of an error message can do about a damaged file.
+      kind: the type that the value must have: dict, list, or object for any.
+      remedy: what to do about a damaged file, for the error message.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -81,7 +83,7 @@ def read_json(path: str | Path, kind: type = object, *, remedy: str = "delete th
     except (ValueError, RecursionError) as error:  # ValueError: also bad UTF-8 and numbers of thousands of digits
         raise ValueError(f"{path}: damaged JSON ({error}); {remedy}") from error
     if not isinstance(value, kind):
-        raise ValueError(f"{path}: a JSON {_JSON_NAMES[kind]} was expected, not {type(value).__name__}; {remedy}")
+        raise ValueError(f"{path}: expected a JSON {_JSON_NAMES[kind]}, got {type(value).__name__}; {remedy}")
     return value
 
 
@@ -89,15 +91,15 @@ _JSON_NAMES = {dict: "object", list: "array"}
 
 
 def decode(kind: type, values: Any, where: str | Path, *, partial: bool = False) -> Any:
-    """A dataclass from the JSON values that `dataclasses.asdict` made of it, checked field by field.
+    """Build a dataclass from JSON values, the inverse of `dataclasses.asdict`, and check every field.
 
-    Dataclasses may be nested; tuples come from arrays and Paths from strings.
+    Dataclasses may be nested. Tuples are read from arrays, and Paths from strings.
 
     Args:
       kind: the dataclass.
-      values: an object as `json.loads` gives it.
-      where: the file, for messages.
-      partial: whether fields that have a default may be missing: yes for what people write, no for what we wrote.
+      values: an object as `json.loads` returns it.
+      where: the file, for error messages.
+      partial: whether fields with a default may be missing. True suits files that people write, False files that jsfdd wrote.
 
     Raises:
       ValueError: a field is unknown, missing, of the wrong type, or refused by the dataclass; names `where` and the field.
@@ -113,7 +115,7 @@ def decode(kind: type, values: Any, where: str | Path, *, partial: bool = False)
 
 
 def _check_fields(kind, values, where, prefix: str, partial: bool) -> None:
-    """Names only, at every depth: msgspec checks types, but takes a dataclass with unknown or missing fields."""
+    """Check field names at every depth. (msgspec checks types, but accepts unknown fields, and missing ones with defaults.)"""
     arguments = typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
         if not isinstance(values, dict):
@@ -151,7 +153,7 @@ def _path_from_text(kind: type, value: Any) -> Any:
 
 
 def _value_at(values: Any, field: str) -> Any:
-    """The value that msgspec complains about, as deep as its path can be followed: "ids[3]", "draft.layers"."""
+    """The value at a path from a msgspec error, such as "ids[3]" or "draft.layers", as far as the path can be followed."""
     for key, position in re.findall(r"(\w+)|\[(\d+)\]", field):
         if isinstance(values, dict) and key in values:
             values = values[key]
@@ -161,25 +163,25 @@ def _value_at(values: Any, field: str) -> Any:
 
 
 def plain(value):
-    """What JSON makes of a value: tuples become lists, keys strings. Identities are compared in this form."""
+    """Round-trip a value through JSON: tuples become lists, keys become strings. Identities are compared in this form."""
     return json.loads(json.dumps(value))
 
 
-def differences(found: dict, expected: dict, prefix: str = "") -> str:
-    """What differs between two JSON-ready identities, for an error: "key: found …, expected …; …"; empty if nothing."""
+def differences(actual: dict, expected: dict, prefix: str = "") -> str:
+    """Describe where two JSON-ready identities differ, as "key: found …, expected …; …"; empty if they are equal."""
     parts = []
-    for key in sorted(found.keys() | expected.keys()):
-        ours, theirs = expected.get(key), found.get(key)
-        if isinstance(ours, dict) and isinstance(theirs, dict):
-            nested = differences(theirs, ours, f"{prefix}{key}.")
+    for key in sorted(actual.keys() | expected.keys()):
+        value, wanted = actual.get(key), expected.get(key)
+        if isinstance(value, dict) and isinstance(wanted, dict):
+            nested = differences(value, wanted, f"{prefix}{key}.")
             parts += [nested] if nested else []
-        elif ours != theirs:
-            parts.append(f"{prefix}{key}: found {theirs!r}, expected {ours!r}")
+        elif value != wanted:
+            parts.append(f"{prefix}{key}: found {value!r}, expected {wanted!r}")
     return "; ".join(parts)
 
 
 def sha256(path: Path) -> str:
-    """Of a file's bytes, in hex. FileNotFoundError names a file that is not there."""
+    """The SHA-256 digest of a file, in hex. FileNotFoundError names a file that does not exist."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; check the path")
     with path.open("rb") as stream:

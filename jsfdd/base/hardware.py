@@ -1,4 +1,4 @@
-"""What devices can do, as their makers state it, and what a figure was measured on."""
+"""Peak speed and memory of accelerators, from their data sheets, and a description of the machine that measured a figure."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import os
 import jax
 from jax.sharding import Mesh
 
-# Device kind as JAX names it -> (memory in GB, dense bfloat16 TFLOP/s), as their makers state them: a page per version
-# under docs.cloud.google.com/tpu/docs for TPUs, the data sheets for NVIDIA's SXM modules (half of their figures with sparsity).
+# JAX's name of a device kind -> (memory in GB, dense bfloat16 TFLOP/s). TPU figures come from the page of each version
+# under docs.cloud.google.com/tpu/docs, NVIDIA's from the SXM data sheets (half of the figures with sparsity).
 KNOWN_DEVICES = {
     "TPU v4": (32, 275),
     "TPU v5 lite": (16, 197),
@@ -21,13 +21,13 @@ KNOWN_DEVICES = {
 
 
 def peak_flops(mesh: Mesh) -> float | None:
-    """FLOP/s of all the mesh's devices together in dense bfloat16, as their makers state it; None of an unknown kind."""
-    known = KNOWN_DEVICES.get(mesh.devices.flat[0].device_kind)
-    return None if known is None else mesh.devices.size * known[1] * 1e12
+    """Peak dense bfloat16 FLOP/s of all devices of the mesh together; None for a device kind that the table lacks."""
+    device = KNOWN_DEVICES.get(mesh.devices.flat[0].device_kind)
+    return None if device is None else mesh.devices.size * device[1] * 1e12
 
 
 def describe_hardware() -> dict:
-    """What a figure was measured on: platform, device kind and count, host cores."""
+    """The machine that a figure was measured on: platform, device kind and count, host cores, JAX version."""
     device = jax.devices()[0]
     return {
         "platform": device.platform,

@@ -1,10 +1,10 @@
-"""Numbers as people read them: in reports, tables and sentences."""
+"""Numbers formatted for reports, tables and sentences."""
 
 from __future__ import annotations
 
 import math
 
-NO_VALUE = "–"  # what stands where a figure does not exist
+NO_VALUE = "–"  # shown for a figure that does not exist
 
 
 def decimals(x: float | None, digits: int = 2) -> str:
@@ -21,7 +21,7 @@ def signed(x: float, digits: int = 2) -> str:
 
 
 def interval(low: float | None, high: float | None, digits: int = 2) -> str:
-    """[0.12, 0.34]; empty where there is none."""
+    """[0.12, 0.34]; empty if a bound is None."""
     return "" if low is None or high is None else f"[{decimals(low, digits)}, {decimals(high, digits)}]"
 
 
@@ -31,7 +31,7 @@ def whole(x: float) -> str:
 
 
 def percent(x: float | None) -> str:
-    """A share of one: 12%, below a tenth with a decimal where there is one (3.4%, 5%)."""
+    """A share in [0, 1] as 12%; below 10% with one decimal unless it is 0 (3.4%, 5%)."""
     if x is None or math.isnan(x):
         return NO_VALUE
     text = f"{100 * x:.1f}" if abs(x) < 0.0995 else f"{100 * x:.0f}"
@@ -39,5 +39,5 @@ def percent(x: float | None) -> str:
 
 
 def significant(x: float | None) -> str:
-    """Three significant digits: flatness spans several powers of ten."""
+    """Three significant digits, for flatness, which spans several powers of ten."""
     return NO_VALUE if x is None else f"{x:.3g}"

@@ -1,10 +1,11 @@
-"""Several processes as one run: how they find each other, agree on what they do, and wait for each other.
+"""A run of several processes: how they find each other, agree on what they do, and wait for each other.
 
-Every process runs the same command. Their devices form one mesh; each reads its own rows, keeps its own results, and
-process 0 writes what exists once. Files go to one directory that all of them see (NFS, a mounted bucket, one machine).
+Every process runs the same command. Their devices form one mesh; each process reads its own rows and keeps its own
+results, and process 0 writes the files that exist once. All of them write to one directory that every process sees (NFS, a
+mounted bucket, one machine).
 
     start(coordinator="10.0.0.1:8476", num_processes=4, process_id=0)      # first, before anything touches a device
-    agree({"options": …, "data": …})                                       # ValueError on all where one differs
+    agree({"options": …, "data": …})                                       # ValueError on all if one differs
     if is_primary(): …write…
     wait_for_all("scores merged")
 """
@@ -22,20 +23,19 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 AUTO = "auto"
-# Seconds after which a process that says nothing counts as dead, and all others end; and the wait at a normal end.
-_HEARTBEAT = 60
-_SHUTDOWN = 60
-_START = 300
+_HEARTBEAT = 60  # seconds of silence after which a process counts as dead and the others end
+_SHUTDOWN = 60  # seconds to wait for the others at a normal end
+_START = 300  # seconds to wait for the others at the start
 
 
 def start(coordinator: str | None, num_processes: int | None = None, process_id: int | None = None) -> None:
-    """Join the run's processes; once, before the first use of a device. A second call changes nothing.
+    """Join the run's processes. Call it before the first use of a device; a second call changes nothing.
 
     Args:
       coordinator: None for a single process; "auto" where JAX finds the others by itself (a TPU pod, SLURM, Open MPI);
-        else HOST:PORT of process 0, the same everywhere, with the other two.
+        otherwise HOST:PORT of process 0, the same in every process, together with the next two arguments.
       num_processes: how many processes there are.
-      process_id: which of them this is.
+      process_id: the number of this one, from 0.
 
     Raises:
       ValueError: the arguments do not fit together.
@@ -62,23 +62,23 @@ def start(coordinator: str | None, num_processes: int | None = None, process_id:
 
 
 def is_primary() -> bool:
-    """Whether this process writes what exists once."""
+    """Whether this process writes the files that exist once."""
     return not several() or jax.process_index() == 0
 
 
 def several() -> bool:
-    """Whether the run has more than one process. Touches no device where `start` joined nothing."""
+    """Whether the run has more than one process. Touches no device unless `start` joined processes."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def wait_for_all(moment: str) -> None:
-    """Go on when every process has come to `moment`. A process that died makes this an error within about a minute."""
+    """Wait until every process has reached `moment`. If a process has died, this fails within about a minute."""
     if several():
         multihost_utils.sync_global_devices(moment)
 
 
 def agree(values: dict) -> None:
-    """Raise ValueError, on every process, where one of `values` (JSON-ready) is not the same on all of them."""
+    """Raise ValueError, in every process, if one of `values` (JSON-ready) is not the same in all of them."""
     if not several():
         return
     names = sorted(values)
@@ -97,7 +97,7 @@ def agree(values: dict) -> None:
 
 
 def agree_on_directory(directory: Path) -> None:
-    """Make `directory`, and raise ValueError, on every process, unless all of them see the same one."""
+    """Make `directory`. Raise ValueError, in every process, unless all of them see the same one."""
     directory.mkdir(parents=True, exist_ok=True)
     if not several():
         return
@@ -106,7 +106,7 @@ def agree_on_directory(directory: Path) -> None:
     if is_primary():
         name.touch()
     wait_for_all("directory made")
-    os.listdir(directory)  # makes NFS look again
+    os.listdir(directory)  # makes NFS refresh its cache
     seen = _gather(np.array([name.exists()]))[:, 0]
     if is_primary():
         name.unlink()
@@ -119,7 +119,7 @@ def agree_on_directory(directory: Path) -> None:
 
 
 def _gather(value: np.ndarray) -> np.ndarray:
-    """[processes, …]: every process's `value`."""
+    """Gather `value` from every process: [processes, …]."""
     return np.asarray(multihost_utils.process_allgather(value))
 
 

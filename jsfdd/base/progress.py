@@ -1,9 +1,9 @@
-"""Progress on stderr: a bar with rate and remaining time on a terminal; elsewhere a plain line now and then.
+"""Progress on stderr: on a terminal a bar with rate and remaining time, elsewhere an occasional plain line.
 
     with progress("score", "batches", total=40) as bar:
         bar.update(1, figures="1,234 tokens/s")
 
-NO_COLOR takes the colours away, and TERM=dumb the bar.
+NO_COLOR removes the colours, TERM=dumb the bar.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 console = Console(stderr=True, highlight=False, markup=False)
 
-# Without a terminal: seconds between two lines, at most; and the share of the whole and the seconds that call for one
-# sooner.
-_SECONDS, _SHARE, _SECONDS_OF_SHARE = 10.0, 0.1, 1.0
+# Without a terminal, a line is due after `_LINE_SECONDS`; or after `_SHARE_SECONDS`, if `_LINE_SHARE` of the work was done.
+_LINE_SECONDS, _LINE_SHARE, _SHARE_SECONDS = 10.0, 0.1, 1.0
 
 
 class Bar:
-    """One stage's progress. Made by `progress`."""
+    """The progress of one stage; `progress` makes it."""
 
     def __init__(self, label: str, unit: str, total: int | None, finished: int, bar: Progress | None, lines: bool = True):
         self._label, self._unit, self._total, self._bar, self._lines = label, unit, total, bar, lines
@@ -33,7 +32,7 @@ class Bar:
         self._task = None if bar is None else bar.add_task(label, total=total, completed=finished, unit=unit, figures="")
 
     def update(self, done: int, total: int | None = None, figures: str | None = None) -> None:
-        """Say how many units are done in all, and what else is known; None keeps what was said before."""
+        """Show how many units are done in all. `total` and `figures` keep their previous values if None."""
         self._done, self._total = done, total or self._total
         self._figures = self._figures if figures is None else figures
         if self._bar is not None:
@@ -47,10 +46,10 @@ class Bar:
         waited, total = time.monotonic() - self._shown_at, self._total or 0
         if self._done == total:
             return self._shown_done != total
-        return waited >= _SECONDS or waited >= _SECONDS_OF_SHARE and self._done - self._shown_done >= _SHARE * total
+        return waited >= _LINE_SECONDS or waited >= _SHARE_SECONDS and self._done - self._shown_done >= _LINE_SHARE * total
 
     def _rate(self) -> str:
-        """Units a second since this call began."""
+        """Units per second since this call began, or seconds per unit below one."""
         seconds, done = time.monotonic() - self._started, self._done - self._first
         if not done or not seconds:
             return ""
@@ -70,12 +69,12 @@ class Bar:
 
 @contextlib.contextmanager
 def progress(label: str, unit: str, total: int | None = None, *, finished: int = 0, shown: bool = True) -> Iterator[Bar]:
-    """Show how far a stage is.
+    """Show the progress of a stage.
 
     Args:
-      label: what is going on.
+      label: the stage's name.
       unit: what is counted, in the plural.
-      total: units in all, if known by now.
+      total: units in all, if known.
       finished: how many an earlier call did.
       shown: False shows nothing.
     """

@@ -1,4 +1,4 @@
-"""Every record that crosses a room boundary, with its shapes, and the index rule that all rooms obey.
+"""The records that rooms exchange, with their shapes, and the index rule that all rooms obey.
 
 **Index rule.** `logits[:, t]` is the target's distribution of token t+1 given tokens ≤ t. Its score is stored at t and
 *counts* when tokens t and t+1 are both assistant tokens, so an answer's first token, which always comes from the target
@@ -30,7 +30,7 @@ class Sample:
 
     Attributes:
       id: unique in a run.
-      source: where it came from ("gsm8k", …); reported, and what a mixture names; no score or selection reads it.
+      source: where it came from ("gsm8k", …). Reports, mixtures and selection within sources read it; no score does.
       tokens: int32[T] token ids, template included.
       assistant_mask: bool[T], True on an answer's content and on the end-of-turn token that closes it.
     """
@@ -49,7 +49,7 @@ class Sample:
 
 
 def samples_digest(samples: Sequence[Sample]) -> str:
-    """sha256 hex of ids, tokens and masks, in order: what a result from these samples depends on."""
+    """SHA-256 of ids, tokens and masks, in order: all that scores and training read of the samples."""
     sha = hashlib.sha256()
     for sample in samples:
         sha.update(f"{sample.id}\0{len(sample.tokens)}\0".encode())
@@ -59,7 +59,7 @@ def samples_digest(samples: Sequence[Sample]) -> str:
 
 
 def tokens_digest(samples: Sequence[Sample]) -> str:
-    """sha256 hex of ids and tokens, in order: what hidden states of these samples depend on."""
+    """SHA-256 of ids and tokens, in order: all that hidden states read of the samples."""
     sha = hashlib.sha256()
     for sample in samples:
         sha.update(f"{sample.id}\0{len(sample.tokens)}\0".encode())
@@ -69,9 +69,9 @@ def tokens_digest(samples: Sequence[Sample]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """One evaluation prompt: the user's turns in order; each turn's own answer feeds the next.
+    """One evaluation prompt: the user's turns in order. A turn is asked after the answers to the turns before it.
 
-    `system` is the text of a system message, if there is one; `tools` are definitions of tools for the chat template.
+    `system` is the text of a system message, or empty; `tools` are tool definitions for the chat template.
     """
 
     id: str
@@ -84,7 +84,7 @@ class Prompt:
 class Batch(NamedTuple):
     """Right-padded samples of one length bucket, as the jitted stages take them.
 
-    Rows that only fill up the batch have `counted` all False and length 0.
+    Padding rows have `counted` all False and length 0.
     """
 
     tokens: Int[Array, "B T"] | np.ndarray
@@ -93,21 +93,21 @@ class Batch(NamedTuple):
 
 
 class TokenScores(NamedTuple):
-    """Per-token metrics of one distribution each (DESIGN §3), float32; zeros where a token does not count."""
+    """Per-token scores, which `scoring/flatness.py` defines: float32, 0 where a token does not count."""
 
     flatness: Float[Array, "*shape"]
     entropy: Float[Array, "*shape"]
     top1: Float[Array, "*shape"]
     margin: Float[Array, "*shape"]
     energy: Float[Array, "*shape"]
-    nll: Float[Array, "*shape"]  # −log p(x_{t+1}); a sample's ppl is exp of its mean
+    nll: Float[Array, "*shape"]  # −log p(x_{t+1}); exp of the mean is a sample's perplexity
 
 
 class KVCache(NamedTuple):
-    """Keys and values of every layer. A row's valid slots are its first `length`: lowering it is a rollback.
+    """Keys and values of every layer. The first `length` slots of a row are valid, so lowering `length` rolls a row back.
 
-    One head's keys and values are each one contiguous matrix, the keys transposed: as the two products of attention
-    read them, so that a step rearranges nothing but its own few queries.
+    The keys (transposed) and the values of a head are contiguous matrices, the layout that attention's two products read,
+    so a decoding step rearranges only its few queries.
     """
 
     k: Float[Array, "L B K H S"]
@@ -120,14 +120,14 @@ class DraftBatch(NamedTuple):
 
     tokens: Int[Array, "B T"] | np.ndarray
     counted: Bool[Array, "B T"] | np.ndarray  # where the *score* counts; the loss shifts it (EAGLE pairing)
-    weight: Float[Array, "B T"] | np.ndarray  # of each score position in the loss; 0 where none is taken, as off `counted`
+    weight: Float[Array, "B T"] | np.ndarray  # of each score position in the loss; 0 wherever `counted` is False
     hidden: Float[Array, "B T D"] | np.ndarray  # target hidden states after its final norm
-    # What is stored of the target's distributions, as `training/soft_store.py` writes it; None: each step asks its head.
+    # Stored soft targets, in the format of `training/soft_store.py`. If None, each step runs the target's head.
     soft_targets: Float[Array, "B T D1"] | UInt16[Array, "B T W"] | np.ndarray | None = None
 
 
 class TrainState(NamedTuple):
-    """All that a training step replaces."""
+    """Everything that a training step updates."""
 
     params: Any
     opt_state: Any
@@ -136,7 +136,7 @@ class TrainState(NamedTuple):
 
 
 class DecodeStats(NamedTuple):
-    """What happened while decoding, per row. τ, α and the histogram all derive from these counts.
+    """Counts of decoding steps, per row. τ, α and the histogram of accepted tokens all derive from them.
 
     Attributes:
       accept_counts: int32[B, G+1], steps in which exactly i draft tokens were accepted.
@@ -150,11 +150,11 @@ class DecodeStats(NamedTuple):
 
 
 class DraftShares(NamedTuple):
-    """What each of E drafts had its part in, per row.
+    """Draft tokens by the draft that proposed them, per row, for E drafts that decode together.
 
     Attributes:
-      offered: int32[B, E], draft tokens that the target verified, each counted for one draft that proposed it.
-      accepted: int32[B, E], those of them that were accepted.
+      offered: int32[B, E], draft tokens that the target verified. A token that several drafts proposed counts for one.
+      accepted: int32[B, E], offered tokens that were accepted.
     """
 
     offered: Int[Array, "B E"]
@@ -162,7 +162,7 @@ class DraftShares(NamedTuple):
 
 
 class Generation(NamedTuple):
-    """Generated tokens of a batch: `tokens[b, :lengths[b]]`, the stopping token included, and what was counted meanwhile."""
+    """Generated tokens of a batch, `tokens[b, :lengths[b]]` with the stop token included, and the counts of its steps."""
 
     tokens: Int[Array, "B N"]
     lengths: Int[Array, " B"]

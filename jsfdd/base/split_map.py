@@ -1,7 +1,7 @@
-"""The map over devices for a target that is split: one program per data shard, over that shard's model devices.
+"""The map over devices for a target split over "model": one program per data shard, over that shard's model devices.
 
-As one program for all data shards, loops would hang: XLA places some collectives over all devices at once, and data
-shards whose rows need different numbers of steps would wait for each other for ever.
+A single program for all data shards could hang in a loop. XLA places some collectives over all devices, so data shards
+whose rows need different numbers of steps would wait for each other for ever.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from jax.sharding import PartitionSpec as P
 
 
 def split_map(f: Callable, mesh: Mesh) -> Callable:
-    """Compile `f(*args)` for each data shard's devices alone.
+    """Compile `f(*args)` separately for the devices of each data shard.
 
     Args:
       f: takes pytrees of arrays that are whole, split over "model", or split over "data" by their leading axis.
       mesh: has axes "data" and "model".
 
     Returns:
-      A function of arrays that are placed on `mesh`. It gives f's results, leading axes split over "data".
+      A function of arrays that are placed on `mesh`. The leading axis of its results is split over "data".
     """
     groups = {
         shard: Mesh(devices[None], mesh.axis_names, axis_types=mesh.axis_types)
@@ -32,7 +32,7 @@ def split_map(f: Callable, mesh: Mesh) -> Callable:
     programs = {shard: jax.jit(f, out_shardings=NamedSharding(group, P("data"))) for shard, group in groups.items()}
 
     def mapped(*args):
-        # The calls return before they have computed, so the shards run side by side.
+        # Dispatch is asynchronous, so the shards run side by side.
         results = [
             program(*jax.tree.map(lambda x, group=groups[shard]: _part_on(x, group, mesh), args))
             for shard, program in programs.items()
@@ -43,7 +43,7 @@ def split_map(f: Callable, mesh: Mesh) -> Callable:
 
 
 def _part_on(x: jax.Array, group: Mesh, mesh: Mesh) -> jax.Array:
-    """What one data shard's devices hold of `x`, as an array on them alone; nothing is copied."""
+    """The part of `x` on one data shard's devices, as an array on those devices only; nothing is copied."""
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(_part_on(jax.random.key_data(x), group, mesh))
     spec = (*x.sharding.spec, *[None] * (x.ndim - len(x.sharding.spec)))
@@ -54,7 +54,7 @@ def _part_on(x: jax.Array, group: Mesh, mesh: Mesh) -> jax.Array:
 
 
 def _joined(parts: tuple[jax.Array, ...], mesh: Mesh) -> jax.Array:
-    """The results of this process's data shards as one array with its leading axis split over "data"."""
+    """Join the results of this process's data shards into one array whose leading axis is split over "data"."""
     shape = (parts[0].shape[0] * mesh.shape["data"], *parts[0].shape[1:])
     data = [shard.data for part in parts for shard in part.addressable_shards]
     return jax.make_array_from_single_device_arrays(shape, NamedSharding(mesh, P("data")), data)

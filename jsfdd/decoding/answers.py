@@ -1,4 +1,4 @@
-"""Answers to prompts in one call, for a notebook: rendered, padded, decoded, and turned into text again."""
+"""Answer prompts in one call, for a notebook: render, pad, decode, and turn the tokens back into text."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from jsfdd.base.mesh import make_mesh, round_up_to_shards, shard_rows, to_host
 from jsfdd.base.records import Prompt
 from jsfdd.decoding import generate as loop
 from jsfdd.decoding.conversation_log import Answer
-from jsfdd.decoding.conversations import Asked, by_width, hold, read_answer
+from jsfdd.decoding.conversations import PromptGroup, by_width, hold, read_answer
 from jsfdd.decoding.prompts import prompt_batch, questions_in
 from jsfdd.decoding.settings import EVERY_TOKEN, Cutoff, Team, TreeShape, decode_setup
 from jsfdd.models.draft import Draft
 from jsfdd.weights.draft import check_draft
 from jsfdd.weights.target import Target
 
-# A notebook asks again and again with the same settings: their programs are compiled once.
+# A notebook calls `generate` many times with the same settings; keep their compiled programs.
 _make_generate = functools.lru_cache(maxsize=4)(loop.make_generate)
 
 
 class Answers(NamedTuple):
-    """What a target answered.
+    """A target's answers to a list of prompts.
 
     Attributes:
-      text: of each prompt's answer.
-      tokens: the same as int32 ids, the stop token included.
+      text: each answer's text.
+      tokens: each answer's int32 ids, the stop token included.
       tau: tokens emitted per verification by the target, over all answers; None without a draft.
     """
 
@@ -53,23 +53,24 @@ def generate(
     seed: int = 0,
     mesh: Mesh | None = None,
 ) -> Answers:
-    """Let a target answer messages, speculatively if there is a draft: the text is the target's own (arXiv 2211.17192).
+    """Answer messages with a target, speculatively if there is a draft. A draft does not change the text (arXiv 2211.17192).
 
     Args:
       target: from `load_target`.
-      prompts: one user's message each, which the target's chat template surrounds.
-      draft: from `load_draft`; without one, each step gives one token.
-      max_new_tokens: longest answer.
+      prompts: one user message each; the target's chat template is applied to it.
+      draft: from `load_draft`; without one, each step emits one token.
+      max_new_tokens: the longest answer.
       temperature: 0 is greedy.
-      num_draft_tokens: how many the draft proposes for each verification.
-      tree: verify a tree of this shape, of depth `num_draft_tokens`, in place of a chain.
+      num_draft_tokens: how many tokens the draft proposes per verification.
+      tree: verify a tree of this shape, of depth `num_draft_tokens`, instead of a chain.
       cutoff: top-k and top-p, above temperature 0.
-      batch_size: prompts decoded together; only rows of a similar length are.
-      seed: of what is sampled. An answer depends on it and on the prompt's place in the list, not on other prompts.
-      mesh: devices that share the rows; all by default.
+      batch_size: the most prompts decoded together; their lengths must round up to the same power of two.
+      seed: for sampling. An answer depends on the seed and on the prompt's place in the list, not on other prompts.
+      mesh: devices that share the rows; all devices by default.
 
     Raises:
-      ValueError: a prompt with its answer is longer than the target's context, or the draft is of another target.
+      TypeError: `prompts` is a string.
+      ValueError: a prompt with its answer is longer than the target's context, or the draft belongs to another target.
 
     Example:
       >>> answers = jsfdd.generate(target, ["Why is the sky blue?"], draft=draft, max_new_tokens=8)
@@ -98,17 +99,17 @@ def generate(
     tokens: dict[int, np.ndarray] = {}
     accept_counts = np.zeros(setup.num_draft_tokens + 1, np.int64)
 
-    def answer(asked: Asked) -> list[Answer]:
+    def answer(group: PromptGroup) -> list[Answer]:
         nonlocal accept_counts
-        batch = prompt_batch(asked.prompts, asked.numbers, rows, seed=seed)
+        batch = prompt_batch(group.prompts, group.numbers, rows, seed=seed)
         out = to_host(decode(params, shard_rows(batch, mesh), temperature))
-        answers = [ids[:length] for ids, length, _ in zip(out.tokens, out.lengths, asked.rows)]
-        tokens.update(zip(asked.rows, answers))
+        answers = [ids[:length] for ids, length, _ in zip(out.tokens, out.lengths, group.rows)]
+        tokens.update(zip(group.rows, answers))
         accept_counts += out.stats.accept_counts.sum(axis=0)
         return [read_answer(target, ids, max_new_tokens) for ids in answers]
 
-    asked = questions_in([Prompt(f"prompts[{i}]", "", (text,)) for i, text in enumerate(prompts)])
-    held = hold(target, asked, answer, by_width(rows), max_new_tokens=max_new_tokens) if asked else []
+    questions = questions_in([Prompt(f"prompts[{i}]", "", (text,)) for i, text in enumerate(prompts)])
+    held = hold(target, questions, answer, by_width(rows), max_new_tokens=max_new_tokens) if questions else []
     steps, emitted = accept_counts.sum(), accept_counts @ np.arange(1, len(accept_counts) + 1)
     return Answers(
         text=[conversation.answers[0].text for conversation in held],

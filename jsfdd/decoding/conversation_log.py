@@ -1,10 +1,10 @@
-"""Answers on disk as they come, so that a killed process does not answer again what it had answered.
+"""A log of answers on disk, so that a restarted process continues where a killed one stopped.
 
     {"identity": {…}}                                                                        what the answers depend on
-    {"turn": 0, "numbers": [3, 5], "answers": [["…", 41, false], …], "accept_counts": […]}   one line a batch, in order
+    {"turn": 0, "numbers": [3, 5], "answers": [["…", 41, false], …], "accept_counts": […]}   one line per batch, in order
 
-Lines are only appended, and each is on the disk before the next batch begins. A last line without its end was cut short by a
-kill and counts as not written.
+Lines are only appended, and each is on disk before the next batch begins. An incomplete last line was cut short by a kill and
+is ignored.
 """
 
 from __future__ import annotations
@@ -18,7 +18,13 @@ from jsfdd.base.files import differences, plain, sync
 
 
 class Answer(NamedTuple):
-    """Attributes: text; num_tokens, the stop token included; truncated, where the longest answer allowed was too short."""
+    """One answer.
+
+    Attributes:
+      text: without special tokens.
+      num_tokens: the stop token included.
+      truncated: whether the answer reached the longest length without a stop token.
+    """
 
     text: str
     num_tokens: int
@@ -26,12 +32,12 @@ class Answer(NamedTuple):
 
 
 class AnsweredBatch(NamedTuple):
-    """What was decoded together.
+    """The answers of one batch.
 
     Attributes:
       turn: from 0.
-      numbers: of the conversations.
-      answers: one for each.
+      numbers: the conversations' numbers.
+      answers: one per conversation.
       accept_counts: [G+1], the number of verifications of the batch in which i draft tokens were accepted.
     """
 
@@ -42,9 +48,10 @@ class AnsweredBatch(NamedTuple):
 
 
 def read_log(path: Path, identity: dict) -> list[AnsweredBatch]:
-    """The batches that earlier calls answered; none if there is no log.
+    """Read the batches that earlier calls answered; none if there is no log.
 
-    Raises ValueError if the answers are of another identity, or for a line that is not one.
+    Raises:
+      ValueError: the answers have another identity, or a line is damaged.
     """
     lines = []
     for number, row in enumerate(_whole_lines(path).splitlines(), 1):
@@ -64,7 +71,7 @@ def read_log(path: Path, identity: dict) -> list[AnsweredBatch]:
 
 
 def open_log(path: Path, identity: dict) -> None:
-    """Make a log ready to be appended to: without a line that a kill cut short, and with its first one."""
+    """Prepare a log for appending: remove an incomplete last line, and write the first line if there is none."""
     whole = _whole_lines(path)
     with path.open("ab") as file:
         file.truncate(len(whole))
@@ -74,7 +81,7 @@ def open_log(path: Path, identity: dict) -> None:
 
 
 def append_batch(path: Path, batch: AnsweredBatch) -> None:
-    """Bring one more batch to the disk."""
+    """Append one batch and flush it to disk."""
     _append(path, batch._asdict())
 
 

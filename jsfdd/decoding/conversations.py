@@ -1,8 +1,8 @@
-"""The target in the assistant's place: conversations answered turn by turn, batched, each with its own earlier answers.
+"""Conversations in which the target is the assistant: answered turn by turn, in batches, each after its earlier answers.
 
-`hold` is the loop over turns and batches, for everyone who lets a target answer; how a batch is decoded is up to its caller.
-`answer_all` decodes for `jsfdd respond`. There a prompt's shape in the decoder and the key that draws its answer do not depend
-on other prompts, so neither does the answer.
+`hold` loops over turns and batches for every caller that needs the target's answers; the caller decodes a batch.
+`answer_all` does so for `jsfdd respond`. There a prompt's padded width and its sampling key do not depend on other prompts, so
+neither does the answer.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ Batches = Callable[[Mapping[int, int]], Iterable[list[int]]]
 
 
 class Conversation(NamedTuple):
-    """A conversation that was held.
+    """A conversation with the target's answers.
 
     Attributes:
-      questions: what was asked.
-      answers: the target's, for as many turns as it lasted; at least one.
-      ended: why it lasted no longer: "truncated", "too_long", "refused"; None if every turn was answered.
+      questions: the messages that the target answers.
+      answers: the target's, one for each turn that was reached.
+      ended: why the conversation ended early: "truncated", "too_long" or "refused"; None if every turn was answered.
     """
 
     questions: Questions
@@ -44,18 +44,18 @@ class Conversation(NamedTuple):
 
     @property
     def messages(self) -> list[Message]:
-        """All that was said, in order."""
+        """All messages, in order."""
         answers = map(message_of, self.answers)
         return [message for turn, answer in zip(self.questions.turns, answers) for message in (*turn, answer)]
 
 
-class Asked(NamedTuple):
+class PromptGroup(NamedTuple):
     """Prompts that are answered together.
 
     Attributes:
       turn: from 0.
-      rows: indices of the conversations, in the order in which `hold` was given them.
-      numbers: of their questions, by which answers are drawn.
+      rows: indices of the conversations, in the order of `hold`'s questions.
+      numbers: the numbers of their questions, from which sampling keys are made.
       prompts: token ids.
     """
 
@@ -68,7 +68,7 @@ class Asked(NamedTuple):
 def hold(
     target: Target,
     questions: Sequence[Questions],
-    answer: Callable[[Asked], Sequence[Answer]],
+    answer: Callable[[PromptGroup], Sequence[Answer]],
     batches: Batches,
     *,
     max_new_tokens: int,
@@ -78,20 +78,20 @@ def hold(
     """Hold every conversation to its end: all of them turn by turn, the prompts of one turn in batches.
 
     Args:
-      answer: decodes a batch, and returns the answers that its conversations go on with.
-      batches: which prompts of a turn are answered together, such as `by_width`.
+      answer: decodes a group of prompts and returns the answers that their conversations continue with.
+      batches: decides which prompts of a turn are answered together, such as `by_width`.
       max_new_tokens: the longest answer.
-      longest_prompt: where given, a conversation ends early after an answer that was cut short, since nobody would go on from
-        there, and before a turn whose prompt is longer than this or refused by the template. Where not, conversations go on,
-        and such a turn is an error.
-      progress: called after each batch with the answers done, and all that will be, as far as is known.
+      longest_prompt: if given, a conversation ends early after a truncated answer, which no user would continue from, and
+        before a turn whose prompt is longer than this or refused by the template. If None, a conversation continues after
+        a truncated answer, and such a prompt is an error.
+      progress: called after each batch with the number of answers done, and in all as far as is known.
 
     Raises:
       ValueError: without `longest_prompt`, a prompt with its answer is longer than the target's context, or the template
         refuses it.
     """
-    held = [Conversation(asked, [], None) for asked in questions]
-    for turn in range(max(len(asked.turns) for asked in questions)):
+    held = [Conversation(item, [], None) for item in questions]
+    for turn in range(max(len(item.turns) for item in questions)):
         prompts: dict[int, list[int]] = {}
         for i, conversation in enumerate(held):
             if conversation.ended is None and turn < len(conversation.questions.turns):
@@ -101,10 +101,10 @@ def hold(
                 else:
                     prompts[i] = prompt
         for rows in batches({i: len(prompt) for i, prompt in prompts.items()}):
-            asked = Asked(turn, rows, [held[i].questions.number for i in rows], [prompts[i] for i in rows])
-            for i, given in zip(rows, answer(asked), strict=True):
-                held[i].answers.append(given)
-                if longest_prompt is not None and given.truncated and turn + 1 < len(held[i].questions.turns):
+            group = PromptGroup(turn, rows, [held[i].questions.number for i in rows], [prompts[i] for i in rows])
+            for i, reply in zip(rows, answer(group), strict=True):
+                held[i].answers.append(reply)
+                if longest_prompt is not None and reply.truncated and turn + 1 < len(held[i].questions.turns):
                     held[i] = held[i]._replace(ended="truncated")
             total = sum(len(talk.answers) if talk.ended else len(talk.questions.turns) for talk in held)
             progress(sum(len(talk.answers) for talk in held), total)
@@ -114,7 +114,7 @@ def hold(
 def _next_prompt(
     target: Target, conversation: Conversation, max_new_tokens: int, longest_prompt: int | None
 ) -> list[int] | str:
-    """The next turn's prompt, or why the conversation ends before it."""
+    """The next turn's prompt, or the reason why the conversation ends before it."""
     questions, answers = conversation.questions, [message_of(answer) for answer in conversation.answers]
     try:
         prompt = prompt_of(target.tokenizer, questions.turns, answers, questions.tools)
@@ -130,7 +130,7 @@ def _next_prompt(
 
 
 def by_width(batch_size: int) -> Batches:
-    """Batches of prompts of one width in the decoder, in their order: a prompt's shape does not depend on its neighbours."""
+    """Batch prompts of the same padded width, in their order, so that a prompt's width does not depend on its batch."""
 
     def batches(lengths: Mapping[int, int]) -> Iterator[list[int]]:
         widths = {i: bucket_width(length) for i, length in lengths.items()}
@@ -142,16 +142,16 @@ def by_width(batch_size: int) -> Batches:
 
 
 def message_of(answer: Answer) -> Message:
-    """An answer as a message; one that was cut short says so, for its end is not the target's (`data.template`)."""
+    """An answer as a message. A truncated one is marked, because its end is not the target's choice (`data.template`)."""
     message = Message(role="assistant", content=answer.text)
     return message | {"truncated": True} if answer.truncated else message
 
 
 def read_answer(target: Target, tokens: Int[np.ndarray, " n"], max_new_tokens: int) -> Answer:
-    """Generated tokens as an answer of at most `max_new_tokens`."""
+    """Turn at most `max_new_tokens` generated tokens into an answer."""
     truncated = len(tokens) == max_new_tokens and int(tokens[-1]) not in target.stop_tokens
     text = target.tokenizer.decode(tokens, skip_special_tokens=True)
-    # The cut may lie within a character.
+    # The cut may fall inside a character.
     return Answer(text.rstrip("\N{REPLACEMENT CHARACTER}") if truncated else text, len(tokens), truncated)
 
 
@@ -174,40 +174,43 @@ def answer_all(
 
     Args:
       target: from `load_target`.
-      setup: how to decode; `draft_params` are the parameters of its drafts.
+      setup: how to decode.
+      draft_params: the parameters of the setup's drafts.
       questions: from `questions_of` with the same longest_prompt.
       mesh: rows are split over its "data" axis.
-      batch_size: rows decoded together; the mesh's data shards divide it.
-      longest_prompt: tokens of a prompt that still has an answer.
-      finished: what earlier calls with the same arguments gave to `keep`, in that order; it is not decoded again.
-      keep: takes every further batch as soon as it is answered.
-      progress: called with answers done, answers in all as far as it is known, and words on the speed.
+      temperature: 0 is greedy.
+      batch_size: rows decoded together; a multiple of the mesh's data shards.
+      longest_prompt: the most tokens of a prompt that is answered.
+      seed: for sampling.
+      finished: the batches that earlier calls with the same arguments passed to `keep`, in order; not decoded again.
+      keep: called with every new batch as soon as it is answered.
+      progress: called with the number of answers done, and in all as far as is known, and the speed as text.
 
     Returns:
       The conversations in the order of `questions`, and accept counts (int64[G+1], as in `AnsweredBatch`) over all batches.
 
     Raises:
-      ValueError: `finished` is not what these arguments lead to.
+      ValueError: `finished` does not come from the same arguments.
     """
     decode, longest = make_generate(setup, mesh), setup.max_new_tokens
     params = prepare_params(target.params, draft_params, mesh)
     accept_counts = np.zeros(setup.num_draft_tokens + 1, np.int64)
     earlier, started, fresh_tokens = iter(finished), time.monotonic(), 0
 
-    def answer(asked: Asked) -> list[Answer]:
+    def answer(group: PromptGroup) -> list[Answer]:
         nonlocal accept_counts, fresh_tokens
         batch = next(earlier, None)
         if batch is None:
-            inputs = prompt_batch(asked.prompts, asked.numbers, batch_size, seed=seed, turn=asked.turn)
+            inputs = prompt_batch(group.prompts, group.numbers, batch_size, seed=seed, turn=group.turn)
             out = to_host(decode(params, shard_rows(inputs, mesh), temperature))
-            answers = [read_answer(target, tokens[:n], longest) for tokens, n, _ in zip(out.tokens, out.lengths, asked.rows)]
-            batch = AnsweredBatch(asked.turn, asked.numbers, answers, out.stats.accept_counts.sum(axis=0).tolist())
+            answers = [read_answer(target, tokens[:n], longest) for tokens, n, _ in zip(out.tokens, out.lengths, group.rows)]
+            batch = AnsweredBatch(group.turn, group.numbers, answers, out.stats.accept_counts.sum(axis=0).tolist())
             keep(batch)
             fresh_tokens += sum(answer.num_tokens for answer in answers)
-        elif (batch.turn, batch.numbers) != (asked.turn, asked.numbers):
+        elif (batch.turn, batch.numbers) != (group.turn, group.numbers):
             raise ValueError(
                 f"the answers kept by an earlier call do not belong here: turn {batch.turn} of {batch.numbers} instead of "
-                f"turn {asked.turn} of {asked.numbers}; delete them and start anew"
+                f"turn {group.turn} of {group.numbers}; delete them and start anew"
             )
         accept_counts += batch.accept_counts
         return batch.answers

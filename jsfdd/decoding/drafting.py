@@ -1,8 +1,8 @@
-"""The drafts' part of a step: propose tokens for the target to verify, and observe what became of them.
+"""The drafts' part of a step: propose tokens for the target to verify, then observe the outcome.
 
-A draft reads pairs: the hidden state at a position and the token after it (`read_pairs`). Its output is a guess of the next
-hidden state, which the target's head turns into a distribution (`next_logits`). Several drafts do this one after the other,
-each with a cache of its own; `ensemble.py` and `merge.py` say which of their proposals are verified.
+A draft reads pairs: the hidden state at a position and the token after it (`read_pairs`). It outputs a guess of the next
+hidden state, which the target's head turns into a distribution (`next_logits`). Several drafts run one after the other, each
+with its own cache; `ensemble.py` and `merge.py` decide which of their proposals are verified.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ from jsfdd.models.target import embed_tokens, head_logits
 def draft_chain(
     setup: DecodeSetup, params: DecodeParams, state: DecodeState, keys: Key[Array, " B"], temperature: Float[Array, ""]
 ) -> tuple[Int[Array, "B G"], Float[Array, "B G V"], DecodeState]:
-    """G draft tokens, each drawn from the draft's distribution after the one before it.
+    """Sample a chain of G draft tokens from the draft.
 
     Args:
-      keys: one a row; with i folded in they draw draft token i.
+      keys: one per row; folding in i gives the key of draft token i.
 
     Returns:
-      The tokens, the logits that they were drawn from, and the state, whose draft cache holds what was read behind its length.
+      The tokens, the logits that they were sampled from, and the state. The draft cache's slots beyond its length hold the
+      pairs that were read.
     """
 
     def draw_next(number, hidden):
@@ -57,13 +58,13 @@ def draft_chain(
 
 
 def draft_tree(setup: DecodeSetup, params: DecodeParams, state: DecodeState) -> tuple[Tree, Int[Array, "B N"], DecodeState]:
-    """The tree that the target is to verify: the root alone without a draft, one draft's, or what several come to.
+    """Make the tree that the target verifies: only a root without a draft, one draft's tree, or several drafts combined.
 
-    Trees grow by the drafts' own probabilities, without a temperature.
+    Trees grow by the drafts' probabilities, without a temperature.
 
     Returns:
-      The tree, which draft proposed each of its nodes, and the state, whose draft caches hold what was read behind their
-      length.
+      The tree, which draft proposed each node, and the state. The draft caches' slots beyond their length hold the pairs
+      that were read.
     """
     proposals, caches = [], []
     for number, (cache, hidden) in enumerate(zip(state.draft_caches, state.draft_hidden, strict=True)):
@@ -84,7 +85,7 @@ def draft_tree(setup: DecodeSetup, params: DecodeParams, state: DecodeState) -> 
 def _combine(
     setup: DecodeSetup, params: DecodeParams, state: DecodeState, proposals: Sequence[Proposals]
 ) -> tuple[Tree, Int[Array, "B N"], DecodeState]:
-    """`draft_tree` of several drafts: their trees merged, or the tree of the one that each row is routed to."""
+    """`draft_tree` for several drafts: merge their trees, or pick the tree of the draft that each row is routed to."""
     if setup.combine.rule == "merge":
         trees = [rerank(setup.tree, proposed, state.last_token) for proposed in proposals]
         probs = [path_probs(setup.tree, proposed) for proposed in proposals]
@@ -96,7 +97,7 @@ def _combine(
         sureness = [confidence(setup.tree, proposed) for proposed in proposals]
     winner, routing = route(setup.combine, jnp.stack(sureness, axis=1), state.routing, state.done)
     rows = jnp.arange(winner.shape[0])
-    verified = jax.tree.map(lambda *of_drafts: jnp.stack(of_drafts)[winner, rows], *proposals)
+    verified = jax.tree.map(lambda *arrays: jnp.stack(arrays)[winner, rows], *proposals)
     tree = rerank(setup.tree, verified, state.last_token)
     return tree, jnp.broadcast_to(winner[:, None], tree.tokens.shape), state._replace(routing=routing)
 
@@ -109,7 +110,7 @@ def observe(
     next_tokens: Int[Array, "B T"],
     count: Int[Array, " B"],
 ) -> DecodeState:
-    """Show every draft the true pairs (hidden[:, i], next_tokens[:, i]), i < count; it keeps its output at the last one."""
+    """Feed every draft the true pairs (hidden[:, i], next_tokens[:, i]), i < count, and keep its output at the last one."""
     rows, last = jnp.arange(count.shape[0]), jnp.maximum(count - 1, 0)
 
     def read(number, cache, kept):
@@ -135,7 +136,7 @@ def read_pairs(
     hidden: Float[Array, "B T D"],
     tokens: Int[Array, "B T"],
 ) -> tuple[Float[Array, "B T D"], KVCache]:
-    """Draft `number` over pairs that follow what its cache holds, seeing what the view shows: its outputs, and the cache."""
+    """Run draft `number` on pairs that follow its cache, attending as `view` allows; return its outputs and the cache."""
     embedding = embed_tokens(setup.target, params.target, tokens)
     layer = EagleLayer(setup.drafts[number])
     return layer.apply({"params": params.drafts[number]}, embedding, hidden, view, cache, method="decode")
@@ -144,7 +145,7 @@ def read_pairs(
 def next_logits(
     setup: DecodeSetup, params: DecodeParams, number: int, hidden: Float[Array, "*shape D"]
 ) -> Float[Array, "*shape V"]:
-    """Draft `number`'s logits: the target's head, −inf where the draft has a vocabulary that lacks the token."""
+    """Draft `number`'s logits, from the target's head; −inf for tokens that the draft's reduced vocabulary lacks."""
     vocabulary = setup.drafts[number].vocabulary
     if not vocabulary:
         return head_logits(setup.target, params.target, hidden)
@@ -156,12 +157,12 @@ def next_logits(
 def next_log_probs(
     setup: DecodeSetup, params: DecodeParams, number: int, hidden: Float[Array, "*shape D"]
 ) -> Float[Array, "*shape V"]:
-    """The logarithms of draft `number`'s probabilities."""
+    """Draft `number`'s log-probabilities."""
     return jax.nn.log_softmax(next_logits(setup, params, number, hidden), axis=-1)
 
 
 def _unless_idle(setup: DecodeSetup, state: DecodeState, number: int, run: Callable, idle: Callable, *memory):
-    """`run(*memory)`, or `idle(*memory)` where every row has been given to another draft than `number`."""
+    """`run(*memory)`, or `idle(*memory)` if no row that is not done can still be routed to draft `number`."""
     if state.routing is None:
         return run(*memory)
     needed = still_needed(setup.combine, state.routing, state.done)

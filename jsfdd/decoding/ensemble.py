@@ -1,14 +1,14 @@
 """Several drafts for one target (TAPS, arXiv 2603.27027): averaged into one, or decoding together.
 
-    average  one draft whose weights are a linear combination of theirs; nothing else changes
-    route    every draft proposes a tree, and the target verifies the tree of the draft that is surest (`route`). Or a prompt is
-             given to one draft for good after its first steps, and the others no longer run for it
+    average  one draft whose weights are a linear combination of the drafts' weights; nothing else changes
+    route    every draft proposes a tree, and the target verifies the tree of the most confident draft. With `route_steps`, a
+             prompt is assigned to one draft for good after its first steps, and the other drafts no longer run for it
     merge    the drafts' trees become one tree, with as many nodes as a single draft's (`merge.py`)
 
-Routing and merging work on trees only. The choice of a tree may depend on the proposals, because the text does not: whatever
-the tree, the target's own draw is looked up among its nodes. A chain's draft tokens are drawn themselves, and choosing the
-chain that looks best would change the distribution of the text. (`top_k=1` makes a chain of a tree.) Whichever draft wins a
-step, every draft's cache observes the same true pairs afterwards.
+Routing and merging work on trees only. A tree may be chosen by its proposals without changing the text, because the target
+samples its token first and then looks it up among the tree's nodes. A chain's tokens are sampled from the draft, so choosing
+the best-looking chain would change the distribution of the text. (A tree with `top_k=1` is a greedy chain.) After a step,
+every draft's cache observes the same true pairs, whichever draft was chosen.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from jsfdd.models.draft import Draft, DraftConfig
 
 
 class Routing(NamedTuple):
-    """How sure each of the E drafts has been of each row's answer, until one draft is given the row for good."""
+    """How confident each of the E drafts has been in each row, until the row is assigned to one draft for good."""
 
     sureness: Float[Array, "B E"]  # the sum over the steps so far
-    steps: Int[Array, " B"]  # how many those are, at most `route_steps`
+    steps: Int[Array, " B"]  # the number of those steps, at most `route_steps`
 
 
 def no_routing(combine: Combine | None, rows: int, drafts: int) -> Routing | None:
-    """The routing before the first step; None where no draft is ever chosen for good."""
+    """The routing before the first step; None unless rows are assigned to a draft for good."""
     if combine is None or not combine.route_steps:
         return None
     return Routing(jnp.zeros((rows, drafts)), jnp.zeros(rows, jnp.int32))
 
 
 def confidence(shape: TreeShape, proposals: Proposals) -> Float[Array, " B"]:
-    """The mean over the nodes of a draft's tree, without its root, of their paths' probabilities."""
+    """The mean path probability over the nodes of a draft's tree, without its root."""
     return jnp.mean(path_probs(shape, proposals)[:, 1:], axis=1)
 
 
@@ -53,7 +53,7 @@ def certainty(log_probs: Float[Array, "B V"]) -> Float[Array, " B"]:
 def route(
     combine: Combine, sureness: Float[Array, "B E"], routing: Routing | None, done: Bool[Array, " B"]
 ) -> tuple[Int[Array, " B"], Routing | None]:
-    """The draft whose tree each row verifies in this step, in a tie the earlier one; and the routing after this step."""
+    """Choose the draft whose tree each row verifies in this step (the earlier one in a tie), and update the routing."""
     if routing is None:
         return jnp.argmax(sureness, axis=1).astype(jnp.int32), None
     chosen = _chosen(combine, routing)
@@ -63,7 +63,7 @@ def route(
 
 
 def still_needed(combine: Combine, routing: Routing, done: Bool[Array, " B"]) -> Bool[Array, " E"]:
-    """Which drafts some row that is not done still needs. One that no row needs is never needed again."""
+    """Which drafts a row that is not done may still use. A draft that no row uses is never needed again."""
     drafts = jnp.arange(routing.sureness.shape[1])
     surest = jnp.argmax(routing.sureness, axis=1)[:, None] == drafts[None, :]
     return jnp.any(~done[:, None] & (surest | ~_chosen(combine, routing)[:, None]), axis=0)
@@ -74,11 +74,12 @@ def _chosen(combine: Combine, routing: Routing) -> Bool[Array, " B"]:
 
 
 def average_drafts(drafts: Mapping[str, Draft], weights: Sequence[float]) -> Draft:
-    """The draft whose every parameter is Σ weight · theirs: linear in any weights, taken as they are.
+    """Average drafts: every parameter is Σ weight · parameter over the drafts. The weights are not normalised.
 
-    Weights that sum to 1 keep the parameters' scale; (1, 0, …) gives the first draft to the bit.
+    Weights that sum to 1 keep the parameters' scale; (1, 0, …) returns the first draft, bit for bit.
 
-    Raises ValueError, naming what differs, where the drafts' shapes, rotations or vocabularies do.
+    Raises:
+      ValueError: the drafts' shapes, rotary embeddings or vocabularies differ; names the difference.
     """
     configs = {name: draft.config for name, draft in drafts.items()}
     _check_equal(configs, lambda c: vars(c.decoder) | {"fc_bias": c.fc_bias, "the draft vocabulary": c.vocabulary})
@@ -90,7 +91,7 @@ def average_drafts(drafts: Mapping[str, Draft], weights: Sequence[float]) -> Dra
 
 
 def check_one_target(drafts: Mapping[str, DraftConfig]) -> None:
-    """Raise ValueError where drafts cannot be of one target, naming what differs."""
+    """Raise ValueError, naming the difference, if the drafts cannot belong to one target."""
     _check_equal(drafts, lambda config: {name: getattr(config.decoder, name) for name in ("vocab_size", "hidden_size", "rope")})
 
 

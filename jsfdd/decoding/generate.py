@@ -1,17 +1,17 @@
 """The decoding loop: prefill, then draft, verify and commit until every row has stopped.
 
-The life of a step. A row has committed tokens x_0 … x_c. The target's cache holds x_0 … x_{c−1}. A draft's cache holds the
-pairs (h_t, x_{t+1}) for t < c, and `draft_hidden` its output at the last of them, its guess of h_c.
+One step. Before it, a row has committed tokens x_0 … x_c. The target's cache holds x_0 … x_{c−1}. A draft's cache holds the
+pairs (h_t, x_{t+1}) for t < c, and `draft_hidden` is its output at the last pair, its guess of h_c.
 
     draft    q_1 = head(draft_hidden) gives d_1; the draft then reads its own guesses (ĥ_c, d_1), … for d_2 … d_G
     verify   the target reads x_c, d_1 … d_G in one forward pass: hidden h_c … h_{c+G} and p_0 … p_G
     commit   a accepted tokens and one more from the target; both caches keep a+1 of their new slots
     observe  the draft reads the pairs again with the *true* hidden states, ready for the next step
 
-Draft tokens are a chain, sampled from q and judged by speculative sampling (`verify.py`), or a tree of the draft's best
-guesses, among which the target's own choice is looked up (`tree.py`). To roll back a rejected tail is to lower a length; of a
-tree the accepted path is first moved together. Without a draft the tree is its root, there is nothing to observe, and the same
-loop is plain autoregressive decoding: the baseline that every speedup is measured against.
+Draft tokens form a chain, sampled from q and verified by speculative sampling (`verify.py`), or a tree of the draft's best
+guesses, in which the target's own choice is looked up (`tree.py`). Lowering a cache's length rolls back the rejected tokens;
+for a tree, the accepted path is first moved into consecutive slots. Without a draft the tree is only its root and there is
+nothing to observe: the loop is then plain autoregressive decoding, the baseline of every speedup.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from jsfdd.models.target import decode, head_logits, unstack_layers
 
 
 def generate(setup: DecodeSetup, params: DecodeParams, batch: PromptBatch, temperature: Float[Array, ""]) -> Generation:
-    """Whole answers: prefill, then steps until every row is done, as one program."""
+    """Decode whole answers in one program: prefill, then steps until every row is done."""
     state = prefill(setup, params, batch, temperature)
     return until_done(setup, state, lambda state: speculative_step(setup, params, state, temperature))
 
@@ -45,8 +45,8 @@ def generate(setup: DecodeSetup, params: DecodeParams, batch: PromptBatch, tempe
 def speculative_step(
     setup: DecodeSetup, params: DecodeParams, state: DecodeState, temperature: Float[Array, ""]
 ) -> tuple[DecodeState, Emitted]:
-    """One verification: (state) -> (state, what was emitted). Rows that are done stay as they are."""
-    position = state.target_cache.length + 1  # of the next token
+    """Do one step with one verification: state -> (state, what was emitted). Rows that are done do not change."""
+    position = state.target_cache.length + 1  # where the next token goes
     if setup.is_chain:
         keys = fold_in_rows(state.keys, position)
         draft_tokens, draft_logits, state = draft_chain(setup, params, state, keys, temperature)
@@ -62,9 +62,9 @@ def speculative_step(
     if setup.is_chain:
         verify_keys = fold_in_rows(keys, setup.num_draft_tokens)
         verdict = verify(verify_keys, draft_tokens, draft_logits, logits, temperature, setup.cutoff)
-        path = _path_of_chain(draft_tokens, *verdict)
+        path = _chain_path(draft_tokens, *verdict)
     else:
-        # The choice at a position is drawn as plain decoding draws it: from p, with the key of that position.
+        # As in plain decoding, the token at a position is sampled from p with the key of that position.
         def choose(level, logits):
             return draw(fold_in_rows(state.keys, position + level), logits, temperature, setup.cutoff)
 
@@ -84,15 +84,15 @@ def commit(
     hidden: Float[Array, "B G1 D"],
     target_cache: KVCache,
 ) -> tuple[DecodeState, Emitted]:
-    """The state after the target took `path` through what was drafted, and what that emitted.
+    """Commit the target's path through the draft tokens: return the new state and what was emitted.
 
     Args:
       proposers: which draft proposed each node that the target read.
-      hidden: the target's, at the last committed token and at the accepted ones.
-      target_cache: of its old length; the slots of the accepted tokens follow it.
+      hidden: the target's hidden states at the last committed token and at the accepted ones.
+      target_cache: with its length before the step; the slots of the accepted tokens follow it.
     """
     row, column = jnp.arange(state.done.shape[0]), jnp.arange(setup.num_draft_tokens + 1)[None, :]
-    # Accepted tokens, then one of the target's own, up to a stop token; what lies behind that was not judged.
+    # Emit the accepted tokens and one of the target's, up to a stop token. Draft tokens after it do not count as verified.
     stops = _is_stop(setup, path.tokens) & (column <= path.num_accepted[:, None])
     stopped = jnp.any(stops, axis=1)
     count = jnp.where(stopped, jnp.argmax(stops, axis=1), path.num_accepted) + 1
@@ -121,7 +121,7 @@ def commit(
 
 
 def prefill(setup: DecodeSetup, params: DecodeParams, batch: PromptBatch, temperature: Float[Array, ""]) -> DecodeState:
-    """Read the prompts, draw each row's first token from the target, and show the drafts all true pairs."""
+    """Read the prompts, draw each row's first token from the target, and let the drafts read the prompts' pairs."""
     rows, width = batch.tokens.shape
     cache = empty_cache(setup.target, rows, setup.cache_slots(width), _dtype(params))
     hidden, cache = decode(setup.target, params.target, batch.tokens, cached_view(cache, width), cache)
@@ -136,11 +136,11 @@ def prefill(setup: DecodeSetup, params: DecodeParams, batch: PromptBatch, temper
 def start(
     setup: DecodeSetup, first: Int[Array, " B"], lengths: Int[Array, " B"], target_cache: KVCache, keys: Array
 ) -> DecodeState:
-    """The state of rows whose prompts of these lengths the target has read, and answered with a first token each."""
+    """The state after the target has read prompts of these lengths and drawn each row's first token."""
     generated = jnp.zeros((len(first), setup.max_new_tokens + setup.num_draft_tokens + 1), jnp.int32)
     return DecodeState(
         generated=generated.at[:, 0].set(first),
-        num_generated=jnp.minimum(lengths, 1),  # a row that only fills the batch stays empty
+        num_generated=jnp.minimum(lengths, 1),  # a padding row stays empty
         last_token=first,
         done=(lengths == 0) | _is_stop(setup, first) | (setup.max_new_tokens <= 1),
         target_cache=target_cache,
@@ -156,7 +156,7 @@ def show_prompt(
     next_tokens: Int[Array, "B P"],
     slots: int,
 ) -> DecodeState:
-    """The state with draft caches of so many slots, of drafts that were shown all pairs up to the answer's first token."""
+    """Add draft caches of `slots` slots, filled with all pairs up to the answer's first token."""
     if not setup.drafts:
         return state
     rows = state.done.shape[0]
@@ -171,7 +171,7 @@ def show_prompt(
 def until_done(
     setup: DecodeSetup, state: DecodeState, take_step: Callable[[DecodeState], tuple[DecodeState, Emitted]]
 ) -> Generation:
-    """Steps until every row is done."""
+    """Take steps until every row is done, and count what they emit."""
     rows, depth, drafts = state.done.shape[0], setup.num_draft_tokens, len(setup.drafts)
     zeros = [jnp.zeros((rows, columns), jnp.int32) for columns in (depth + 1, depth, depth, drafts, drafts)]
     stats, shares = DecodeStats(*zeros[:3]), DraftShares(*zeros[3:])
@@ -188,7 +188,7 @@ def until_done(
 
 
 def count_step(stats: DecodeStats, emitted: Emitted) -> DecodeStats:
-    """Add one step to the counts. A step cut short by a stop token counts the draft tokens before and at it."""
+    """Add one step to the counts. If a stop token ends the step, the draft tokens up to and including it count."""
     depth = stats.reached.shape[1]
     histogram = (jnp.arange(depth + 1)[None, :] == emitted.accepted[:, None]) & emitted.active[:, None]
     level = jnp.arange(depth)[None, :]
@@ -200,7 +200,7 @@ def count_step(stats: DecodeStats, emitted: Emitted) -> DecodeStats:
 
 
 def count_shares(shares: DraftShares, emitted: Emitted) -> DraftShares:
-    """Add one step to what each draft had its part in."""
+    """Add one step to the counts by draft."""
     drafts, level = jnp.arange(shares.offered.shape[1]), jnp.arange(emitted.proposers.shape[1])
     accepted = level[None, :, None] < emitted.accepted[:, None, None]
     by_draft = (emitted.proposers[:, :, None] == drafts[None, None, :]) & accepted
@@ -211,7 +211,7 @@ def count_shares(shares: DraftShares, emitted: Emitted) -> DraftShares:
 
 
 def prepare_params(target_params: dict, draft_params: Sequence[dict] = (), mesh: Mesh | None = None) -> DecodeParams:
-    """The weights as the loop reads them, of a target and of each draft; on the devices of a mesh, if one is given."""
+    """Arrange the weights of a target and its drafts for the loop, and place them on the mesh if one is given."""
     if mesh is not None:
         target_params, draft_params = place_params(target_params, mesh), replicate(tuple(draft_params), mesh)
     stepping = unstack_layers(target_params) if jax.default_backend() == "cpu" else target_params
@@ -219,13 +219,13 @@ def prepare_params(target_params: dict, draft_params: Sequence[dict] = (), mesh:
 
 
 def make_generate(setup: DecodeSetup, mesh: Mesh) -> Callable[[DecodeParams, PromptBatch, float], Generation]:
-    """Compile `generate(params, batch, temperature)`: rows split over devices, each device stopping by itself.
+    """Compile `generate(params, batch, temperature)`. Rows are split over the devices, and each device stops by itself.
 
-    `params` is what `prepare_params` returns. A new (B, P) shape compiles anew.
+    `params` comes from `prepare_params`. Every new (B, P) shape of a batch is compiled.
     """
 
-    def run(whole, batch):
-        params, temperature = whole
+    def run(arguments, batch):
+        params, temperature = arguments
         return generate(setup, params, batch, temperature)
 
     compiled = map_over_devices(run, mesh)
@@ -237,7 +237,7 @@ def make_generate(setup: DecodeSetup, mesh: Mesh) -> Callable[[DecodeParams, Pro
 
 
 def make_stream(setup: DecodeSetup) -> tuple[Callable, Callable]:
-    """Compile (prefill, step) for text that is shown while it is decoded: one call a step, the state donated.
+    """Compile (prefill, step) for text that is shown while it is decoded: one call per step; `step` donates the state.
 
     Returns:
       `prefill(params, batch, temperature) -> state`, and `step(params, state, temperature) -> (state, Emitted)`.
@@ -252,8 +252,8 @@ def make_stream(setup: DecodeSetup) -> tuple[Callable, Callable]:
     return jax.jit(begin), jax.jit(step, donate_argnames=("state",))
 
 
-def _path_of_chain(draft_tokens: Int[Array, "B G"], num_accepted: Int[Array, " B"], next_token: Int[Array, " B"]) -> Path:
-    """The accepted draft tokens and the next one, as the path down a tree with one branch."""
+def _chain_path(draft_tokens: Int[Array, "B G"], num_accepted: Int[Array, " B"], next_token: Int[Array, " B"]) -> Path:
+    """The accepted draft tokens and the next token, as a path down a tree with one branch."""
     rows, depth = draft_tokens.shape
     tokens = jnp.concatenate([draft_tokens, next_token[:, None]], axis=1).at[jnp.arange(rows), num_accepted].set(next_token)
     nodes = jnp.broadcast_to(jnp.arange(depth + 1), tokens.shape)
@@ -269,7 +269,7 @@ def _is_stop(setup: DecodeSetup, tokens: Int[Array, "*shape"]) -> Bool[Array, "*
 
 
 def _write_rows(buffer, block, start, keep):
-    """`block` written into each row of `buffer` at `start`; rows to `keep` stay. Slots past a row's count are free."""
+    """Write `block` into each row of `buffer` at `start`, except rows to `keep`. Slots past a row's count are free to use."""
 
     def write(row, new, at, keep_row):
         old = jax.lax.dynamic_slice(row, (at,), new.shape)

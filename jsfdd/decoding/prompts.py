@@ -1,4 +1,4 @@
-"""Prompts as the decoder takes them: rendered by the target's template, checked, and padded to few widths."""
+"""Prepare prompts for the decoder: render them with the target's template, check them, and pad them to a few widths."""
 
 from __future__ import annotations
 
@@ -17,22 +17,21 @@ from jsfdd.weights.target import Target
 
 
 def questions_in(prompts: Sequence[Prompt]) -> list[Questions]:
-    """Prompts as conversations to be held: every turn is a user's message, the first behind a system's if there is one."""
-    return [
-        Questions(number, prompt.id, prompt.source, _turns_of(prompt), prompt.tools) for number, prompt in enumerate(prompts)
-    ]
+    """Turn prompts into conversations to hold: every turn is a user message, the first after a system message if any."""
+    return [Questions(number, prompt.id, prompt.source, _turns(prompt), prompt.tools) for number, prompt in enumerate(prompts)]
 
 
-def _turns_of(prompt: Prompt) -> tuple[tuple[Message, ...], ...]:
+def _turns(prompt: Prompt) -> tuple[tuple[Message, ...], ...]:
     first, *later = ((Message(role="user", content=turn),) for turn in prompt.turns)
     system = (Message(role="system", content=prompt.system),) if prompt.system else ()
     return ((*system, *first), *later)
 
 
 def first_prompts(target: Target, prompts: Sequence[Prompt], max_new_tokens: int) -> list[list[int]]:
-    """Token ids of each prompt's first turn.
+    """Render each prompt's first turn to token ids.
 
-    Raises ValueError where one with its answer is longer than the target's context.
+    Raises:
+      ValueError: a prompt with its answer is longer than the target's context, or has a token that the model lacks.
     """
     rendered = [prompt_of(target.tokenizer, questions.turns, [], questions.tools) for questions in questions_in(prompts)]
     for prompt, tokens in zip(prompts, rendered, strict=True):
@@ -46,7 +45,7 @@ def first_prompts(target: Target, prompts: Sequence[Prompt], max_new_tokens: int
 
 
 def check_length(target: Target, prompt_id: str, length: int, max_new_tokens: int) -> None:
-    """Raise ValueError where a prompt of so many tokens with its answer is longer than the target's context."""
+    """Raise ValueError if a prompt of `length` tokens with its answer is longer than the target's context."""
     if length + max_new_tokens > target.config.max_position:
         raise ValueError(
             f"prompt {prompt_id}: {length} tokens and an answer of up to {max_new_tokens} exceed the context of "
@@ -55,18 +54,18 @@ def check_length(target: Target, prompt_id: str, length: int, max_new_tokens: in
 
 
 def bucket_width(length: int) -> int:
-    """The next power of two: few shapes, each compiled once; a prompt is read once, so its padding costs little."""
+    """Round a length up to a power of two. This gives few shapes to compile; padding is cheap, as a prompt is read once."""
     return max(SHORTEST, next_power_of_two(length))
 
 
 def prompt_batch(
     prompts: Sequence[Sequence[int]], numbers: Sequence[int], batch_size: int, *, seed: int, turn: int = 0
 ) -> PromptBatch:
-    """Prompts right-padded to [batch_size, width], `width` the power of two that holds the longest.
+    """Right-pad prompts to [batch_size, width], where `width` is the `bucket_width` of the longest.
 
     Args:
-      numbers: of the conversations. A row's key comes from its number, the seed and the turn, so that sampled text does not
-        depend on the batch.
+      numbers: the conversations' numbers. A row's key is made of its number, the seed and the turn, so that sampled text
+        does not depend on the batch.
     """
     filler = batch_size - len(prompts)
     width = bucket_width(max(map(len, prompts)))

@@ -1,4 +1,4 @@
-"""How to decode, fixed when the loop is compiled. Imports nothing heavy, so that a command line can read it."""
+"""Settings of the decoding loop, fixed when it is compiled. This module imports nothing slow, for the command line."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ RouteBy = Literal["confidence", "entropy"]
 
 @dataclasses.dataclass(frozen=True)
 class Cutoff:
-    """Which tokens may be sampled at all, fixed at compile time; the defaults leave every token in."""
+    """Which tokens may be sampled, fixed at compile time; by default all."""
 
     top_k: int = 0
-    """The k most probable, and all as probable as the k-th; 0 for all."""
+    """Keep the k most probable tokens, and all that tie with the k-th; 0 keeps all."""
     top_p: float = 1.0
-    """Of those the fewest that together have this share of the probability, and all as probable as the last of them."""
+    """Of those, keep the smallest set with at least this probability, and all tokens that tie with its last one."""
 
 
 EVERY_TOKEN = Cutoff()
@@ -30,7 +30,7 @@ EVERY_TOKEN = Cutoff()
 
 @dataclasses.dataclass(frozen=True)
 class TreeShape:
-    """A tree's fixed measures: at most `depth` tokens deep, `top_k` children a node, `nodes` draft tokens in all.
+    """The size of a draft tree: at most `depth` tokens deep, `top_k` children per node, `nodes` draft tokens in all.
 
     EAGLE-2's defaults are depth 5 to 7, top_k 10 and 60 nodes. `top_k=1` with `nodes=depth` is a greedy chain.
     """
@@ -50,25 +50,25 @@ class TreeShape:
 
     @property
     def num_proposals(self) -> int:
-        """P: n at the first level, n² at each deeper one."""
+        """P, the number of proposals: top_k at the first level, top_k² at each deeper one."""
         return self.top_k + (self.depth - 1) * self.top_k**2
 
     @property
     def draft_slots(self) -> int:
-        """Slots of the draft's cache that growing needs: one for each node it reads."""
+        """Slots of the draft's cache that a growing tree needs: one for each node that the draft reads."""
         return (self.depth - 1) * self.top_k
 
 
 @dataclasses.dataclass(frozen=True)
 class Combine:
-    """How drafts decode together, fixed at compile time.
+    """How several drafts decode together, fixed at compile time.
 
     Attributes:
-      rule: whether one draft's tree is verified in a step, or all of them merged.
-      route_by: what makes a draft the surest: a high mean probability of its tree's paths (TAPS), or a low entropy of its
-        distribution of the first token.
-      route_steps: 0 decides anew in every step; K > 0 does so for K steps of an answer, then gives the rest of it to the draft
-        that was the surest in them, all added up.
+      rule: "route" verifies the tree of one draft in each step; "merge" verifies all trees merged into one.
+      route_by: how confidence is measured: the mean path probability of a draft's tree (TAPS), or the negative entropy of
+        its distribution of the first token.
+      route_steps: 0 chooses the draft anew in every step. K > 0 does so for K steps of an answer, then assigns the rest of
+        it to the draft with the highest summed confidence.
     """
 
     rule: Literal["route", "merge"]
@@ -77,7 +77,7 @@ class Combine:
 
 
 class Team(NamedTuple):
-    """The drafts of one system, by name: none, one, or several that decode together; the earlier ones first where they tie."""
+    """The drafts that decode together, by name: none, one or several. In a tie the earlier one wins."""
 
     drafts: Mapping[str, Draft]
     combine: Combine | None = None
@@ -95,19 +95,20 @@ class Team(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodeSetup:
-    """All that is fixed at compile time.
+    """All settings that are fixed at compile time.
 
     Attributes:
       target: the target's architecture.
-      drafts: the drafts' shapes. None decodes plainly, token by token; one proposes; several need `combine`.
+      drafts: the drafts' shapes. Without any, decoding is plain, token by token; several need `combine`.
       num_draft_tokens: G, the length of a chain or the depth of a tree; 0 without a draft.
       max_new_tokens: the longest answer.
-      stop_tokens: each ends an answer, and is its last token.
+      stop_tokens: tokens that end an answer, as its last token.
       tree: verify trees of this shape; chains if None.
       cutoff: the tokens that may be sampled.
       combine: how several drafts decode together.
 
-    Raises ValueError for a combination that cannot be decoded.
+    Raises:
+      ValueError: the settings contradict each other.
     """
 
     target: DecoderConfig
@@ -137,11 +138,11 @@ class DecodeSetup:
 
     @property
     def is_chain(self) -> bool:
-        """Whether a draft proposes one chain, drawn from its distribution."""
+        """Whether a draft proposes one chain, sampled from its distribution."""
         return bool(self.drafts) and self.tree is None
 
     def cache_slots(self, prompt_length: int) -> int:
-        """Slots for a prompt bucket, its answer, and the draft tokens of a last step that starts one token short."""
+        """Cache slots for a padded prompt, its answer, and the draft tokens of a last step that starts one token short."""
         nodes = max(self.tree.nodes + 1, self.tree.draft_slots) if self.tree else self.num_draft_tokens + 1
         return prompt_length + self.max_new_tokens + nodes
 
@@ -156,7 +157,7 @@ def decode_setup(
     cutoff: Cutoff = EVERY_TOKEN,
     combine: Combine | None = None,
 ) -> DecodeSetup:
-    """How `target` answers with these drafts; what only drafts use is left out where there are none."""
+    """Make the setup for a target and its drafts. Without drafts, the settings that only drafts use are dropped."""
     proposal = {"num_draft_tokens": num_draft_tokens, "tree": tree, "combine": combine} if drafts else {}
     return DecodeSetup(
         target=target.config,

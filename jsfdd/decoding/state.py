@@ -1,4 +1,4 @@
-"""The decoding loop's records: what it reads, what it carries from step to step, and what a step emits."""
+"""The records of the decoding loop: its inputs, the state from step to step, and what a step emits."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ class DecodeParams(NamedTuple):
     """The weights that decoding reads; `generate.prepare_params` makes them.
 
     Attributes:
-      target: the target's, for prompts, embeddings and the head.
-      stepping: the target's layers as a step of few rows reads them. On a CPU they are a copy, one tree a layer
-        (`models.target.unstack_layers` says why); elsewhere they are `target` itself.
-      drafts: each draft's, in the order of `DecodeSetup.drafts`.
+      target: the target's weights, for prompts, embeddings and the head.
+      stepping: the target's weights for single steps. On a CPU this is a copy with one tree per layer
+        (`models.target.unstack_layers` says why); elsewhere it is `target` itself.
+      drafts: each draft's weights, in the order of `DecodeSetup.drafts`.
     """
 
     target: dict
@@ -26,7 +26,7 @@ class DecodeParams(NamedTuple):
 
 
 class PromptBatch(NamedTuple):
-    """Right-padded prompts. A row of length 0 only fills the batch. One typed key a row: text depends on nothing else."""
+    """Right-padded prompts with one typed key per row, from which the row's text is sampled. Length 0 marks a padding row."""
 
     tokens: Int[Array, "B P"]
     lengths: Int[Array, " B"]
@@ -34,9 +34,9 @@ class PromptBatch(NamedTuple):
 
 
 class DecodeState(NamedTuple):
-    """What the next step needs. `generated` has room for a last step that overshoots max_new_tokens.
+    """The state between steps. `generated` has room for a last step that overshoots max_new_tokens.
 
-    `draft_caches` and `draft_hidden` have an item for each draft: its cache, and its output at the last true pair.
+    `draft_caches` and `draft_hidden` have one item per draft: its cache, and its output at the last true pair.
     """
 
     generated: Int[Array, "B N"]
@@ -51,15 +51,15 @@ class DecodeState(NamedTuple):
 
 
 class Emitted(NamedTuple):
-    """What one step did, for counting and streaming: row b emitted `tokens[b, :count[b]]`.
+    """What one step emitted, for counting and streaming: `tokens[b, :count[b]]` in row b.
 
     Attributes:
-      tokens, count: the tokens; of a row that was done before the step, none.
+      tokens, count: the emitted tokens; none for a row that was done before the step.
       accepted: how many of them the drafts proposed.
-      verified: draft depths that were judged: fewer than G where a stop token ended the answer before the verdict.
+      verified: how many draft depths were verified, up to the first rejection or stop token.
       active: rows that were not done before the step.
       proposers: which draft proposed each accepted token.
-      offered: how many of the draft tokens that the target read are counted for each draft.
+      offered: how many of the draft tokens that the target read count for each draft.
     """
 
     tokens: Int[Array, "B G1"]

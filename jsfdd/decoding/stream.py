@@ -1,4 +1,4 @@
-"""Answers step by step, for whoever wants to see them while they are decoded."""
+"""Stream answers step by step, so that they can be shown while they are decoded."""
 
 from __future__ import annotations
 
@@ -18,8 +18,15 @@ from jsfdd.decoding.state import DecodeParams, Emitted, PromptBatch
 
 
 class StreamResult(NamedTuple):
-    """Attributes: tokens emitted (first one included), target verifications, τ (None without one), seconds after compiling,
-    draft tokens accepted by the draft that proposed them."""
+    """One streamed answer.
+
+    Attributes:
+      tokens: the answer's ids.
+      steps: verifications by the target.
+      tau: tokens emitted per verification; None without a verification.
+      seconds: time without compiling.
+      accepted: number of a draft -> accepted draft tokens that it proposed.
+    """
 
     tokens: list[int]
     steps: int
@@ -31,9 +38,9 @@ class StreamResult(NamedTuple):
 def stream(
     programs: tuple[Callable, Callable], params: DecodeParams, batch: PromptBatch, temperature: float
 ) -> Iterator[Emitted]:
-    """What each step emits, on the host, until every row is done.
+    """Yield what each step emits, on the host, until every row is done.
 
-    The first item is of the prompts' own forward pass: one token a row, and no row counts as active.
+    The first item comes from the forward pass over the prompts: one token per row, and no row counts as active.
 
     Args:
       programs: from `make_stream`.
@@ -41,7 +48,7 @@ def stream(
     prefill, step = programs
     temperature = jnp.float32(temperature)
     state = prefill(params, batch, temperature)
-    # Copies: the state's own buffers are given away to the next step.
+    # Copy, because the next step donates the state's buffers.
     first, counts = np.array(state.last_token), np.array(state.num_generated)
     done, none = np.array(state.done), np.zeros_like(counts)
     yield Emitted(first[:, None], counts, none, none, none.astype(bool), none[:, None], none[:, None])
@@ -59,17 +66,17 @@ def stream_answer(
     temperature: float,
     show: Callable[[list[int], list[int]], None],
 ) -> StreamResult:
-    """Decode one prompt, calling `show(tokens, proposers)` as each step comes.
+    """Decode one prompt, calling `show(tokens, proposers)` after each step.
 
-    The first len(proposers) tokens were proposed, each by the draft of that number, from 0; what follows is the target's.
+    The first len(proposers) tokens were proposed by the drafts of those numbers, from 0; the rest are the target's.
 
     Args:
       params: from `prepare_params`.
-      prompt: token ids, as `render_prompt` gives them.
+      prompt: token ids, as `render_prompt` returns them.
     """
     prefill, step = programs = make_stream(setup)
     batch = prompt_batch([prompt], [0], 1, seed=seed)._replace(keys=jax.random.key(seed)[None])
-    # Rows of length 0 are done at once: everything is compiled and loaded, hardly anything computed.
+    # Warm up with a row of length 0, which is done at once: this compiles and loads everything but computes little.
     idle = prefill(params, batch._replace(lengths=jnp.zeros(1, jnp.int32)), jnp.float32(temperature))
     jax.block_until_ready(step(params, idle, jnp.float32(temperature)))
 

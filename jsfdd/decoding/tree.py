@@ -1,14 +1,14 @@
 """Dynamic draft trees (EAGLE-2, arXiv 2406.16858, section 4): grow, re-rank, verify, keep the accepted path.
 
     grow    level by level: the draft reads the `top_k` most probable paths so far and proposes `top_k` next tokens for each
-    rerank  the `nodes` most probable of all proposed paths stay; a path's probability is the product of its tokens'
+    rerank  keep the `nodes` most probable of all proposed paths; a path's probability is the product of its tokens'
     view    the target reads all nodes in one pass; a node sees the committed tokens and its own ancestors
-    walk    from the root, the target's choice at each node leads to the child that holds it, until no child does
-    keep    the accepted nodes' keys and values move next to the committed ones; the rest of the cache stays as it is
+    walk    from the root, go to the child that holds the target's choice, until no child does
+    keep    move the accepted nodes' keys and values next to the committed ones; leave the rest of the cache
 
-The children of a node are the draft's best tokens, not draws from it. Papers verify them one after the other, each against
-the mass of p that the earlier ones left. That is the same as drawing one token from p and looking for it among the children. So
-`walk` draws as plain decoding does, with the same keys, and the text is plain decoding's token for token at every temperature.
+The children of a node are the draft's best tokens, not samples from it. Papers verify them one after the other, each against
+the mass of p that the earlier ones left. That is the same as sampling one token from p and looking it up among the children.
+So `walk` samples as plain decoding does, with the same keys, and the text equals plain decoding's at every temperature.
 
 Letters: n = top_k, M = nodes, N = M + 1 with the root, G = depth, P = proposals in all. Node 0 is the root, the last
 committed token; a parent's number is below its children's.
@@ -29,7 +29,7 @@ from jsfdd.models.attention import View
 
 
 class Proposals(NamedTuple):
-    """All that the draft proposed, level by level. A parent of −1 is the root."""
+    """All tokens that the draft proposed, level by level. The parent −1 is the root."""
 
     tokens: Int[Array, "B P"]
     scores: Float[Array, "B P"]  # log-probability of the whole path
@@ -37,10 +37,10 @@ class Proposals(NamedTuple):
 
 
 class Tree(NamedTuple):
-    """What the target verifies. `ancestors[b, i, j]`: node j is node i or above it."""
+    """The tree that the target verifies. `ancestors[b, i, j]` is True if node j is node i or above it."""
 
     tokens: Int[Array, "B N"]
-    parents: Int[Array, "B N"]  # the root is its own
+    parents: Int[Array, "B N"]  # the root is its own parent
     depths: Int[Array, "B N"]
     ancestors: Bool[Array, "B N N"]
 
@@ -51,7 +51,7 @@ class Path(NamedTuple):
     Attributes:
       nodes, tokens: `tokens[:, i]` is the target's choice at `nodes[:, i]`, for i ≤ `num_accepted`.
       num_accepted: draft tokens that are the target's choice, 0 … G.
-      num_judged: draft depths that had a token to judge: one more than were accepted, unless the path ended at a leaf.
+      num_judged: draft depths that were verified: one more than were accepted, unless the path ended at a leaf.
     """
 
     nodes: Int[Array, "B G1"]
@@ -61,12 +61,12 @@ class Path(NamedTuple):
 
 
 def root_only(tokens: Int[Array, " B"]) -> Tree:
-    """The tree without draft tokens: what plain decoding verifies."""
+    """The tree without draft tokens, for plain decoding."""
     return one_branch(tokens, jnp.zeros((tokens.shape[0], 0), jnp.int32))
 
 
 def one_branch(root_tokens: Int[Array, " B"], draft_tokens: Int[Array, "B G"]) -> Tree:
-    """The tree of a chain: every node has one child, the last none."""
+    """The tree of a chain: every node but the last has one child."""
     tokens = jnp.concatenate([root_tokens[:, None], draft_tokens], axis=1)
     numbers = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     ancestors = jnp.broadcast_to(jnp.tri(tokens.shape[1], dtype=bool), (*tokens.shape, tokens.shape[1]))
@@ -80,12 +80,12 @@ def grow(
     forward: Callable[[KVCache, View, Float[Array, "B n D"], Int[Array, "B n"]], tuple[Float[Array, "B n D"], KVCache]],
     log_probs: Callable[[Float[Array, "B n D"]], Float[Array, "B n V"]],
 ) -> tuple[Proposals, KVCache]:
-    """All proposals below the root, and the draft's cache with the nodes it read written after its `length`.
+    """Grow all proposals below the root. The draft's cache comes back with the nodes that it read, beyond its `length`.
 
     Args:
       root_hidden: the draft's guess of the hidden state at the last committed token.
-      cache: the draft's; its `length` comes back as it was.
-      forward: the draft over pairs (hidden, token), under a view, written at the cache's length.
+      cache: the draft's cache; `length` does not change.
+      forward: runs the draft on pairs (hidden, token) under a view, and writes them at the cache's length.
       log_probs: the draft's log-probabilities of the token after a hidden state.
     """
     rows, width, slots = root_hidden.shape[0], shape.top_k, cache.v.shape[3]
@@ -97,7 +97,7 @@ def grow(
 
     def level(carry, number):
         tokens, scores, index, hidden, seen, cache = carry
-        # A node sees itself and its ancestors among the nodes read so far, and all that was committed.
+        # A node sees the committed tokens, and among the nodes read so far itself and its ancestors.
         slot = number * width + jnp.arange(width)
         seen = seen | (jnp.arange(shape.draft_slots)[None, None, :] == slot[None, :, None])
         view = _view_after(start, slots, jnp.broadcast_to(number, (rows, width)), seen, None)
@@ -106,7 +106,7 @@ def grow(
         scores = (scores[:, :, None] + steps).reshape(rows, -1)
         children = children.astype(jnp.int32).reshape(rows, -1)
         proposals = Proposals(children, scores, jnp.repeat(index, width, axis=1))
-        # The best of them, over all parents, are read next.
+        # The draft reads the best children of this level next, whoever their parents are.
         scores, chosen = jax.lax.top_k(scores, width)
         parent = chosen // width
         carry = (
@@ -130,13 +130,13 @@ def grow(
 
 
 def propose_nothing(shape: TreeShape, cache: KVCache) -> tuple[Proposals, KVCache]:
-    """What `grow` returns, without the work: proposals of probability 0."""
+    """Proposals of probability 0, in the form that `grow` returns."""
     numbers = jnp.zeros((cache.length.shape[0], shape.num_proposals), jnp.int32)
     return Proposals(numbers, jnp.full(numbers.shape, -jnp.inf), numbers), cache
 
 
 def rerank(shape: TreeShape, proposals: Proposals, root_tokens: Int[Array, " B"]) -> Tree:
-    """The tree of the `nodes` best proposals. A path is never more probable than its parent, so none loses its parent."""
+    """Make the tree of the `nodes` best proposals. A path is never more probable than its parent, so no parent is missing."""
     rows = root_tokens.shape[0]
     chosen = _best(shape, proposals)
     above = _take(proposals.parents, chosen)
@@ -153,13 +153,13 @@ def rerank(shape: TreeShape, proposals: Proposals, root_tokens: Int[Array, " B"]
 
 
 def path_probs(shape: TreeShape, proposals: Proposals) -> Float[Array, "B N"]:
-    """How probable the draft finds the path to each node of `rerank`'s tree; the root's is 1."""
+    """The draft's probability of the path to each node of `rerank`'s tree; 1 for the root."""
     scores = _take(proposals.scores, _best(shape, proposals))
     return jnp.exp(jnp.pad(scores, ((0, 0), (1, 0))))
 
 
 def tree_view(cache: KVCache, tree: Tree) -> View:
-    """The view of a tree's nodes in slots length … length + N − 1: positions by depth, sight along ancestors only."""
+    """The view for a tree's nodes in slots length … length + N − 1: depth sets a node's position, and it sees its ancestors."""
     return _view_after(cache.length, cache.v.shape[3], tree.depths, tree.ancestors, tree.depths)
 
 
@@ -169,12 +169,12 @@ def walk(
     logits: Float[Array, "B N V"],
     choose: Callable[[Int[Array, ""], Float[Array, "B V"]], Int[Array, " B"]],
 ) -> Path:
-    """Follow the target down the tree.
+    """Follow the target's choices down the tree.
 
     Args:
-      depth: G, the deepest that a node may lie.
-      logits: float32, the target's at each node.
-      choose: the target's own next token at a level (0 is the root's), from its logits there.
+      depth: G, the depth of the deepest node.
+      logits: the target's float32 logits at each node.
+      choose: picks the target's next token at a level (0 is the root's) from its logits there.
     """
     rows = jnp.arange(tree.tokens.shape[0])
     numbers = jnp.arange(tree.tokens.shape[1])
@@ -196,7 +196,7 @@ def walk(
 
 
 def keep_path(cache: KVCache, nodes: Int[Array, "B G1"]) -> KVCache:
-    """The cache with the slots of `nodes`, numbered from its length, moved to length, length + 1, …: G + 1 slots a row."""
+    """Move the slots of a path's nodes (slot length + node) to the consecutive slots length, length + 1, …"""
     rows = jnp.arange(nodes.shape[0])[:, None]
     old = cache.length[:, None] + nodes
     new = cache.length[:, None] + jnp.arange(nodes.shape[1])[None, :]
@@ -207,7 +207,7 @@ def keep_path(cache: KVCache, nodes: Int[Array, "B G1"]) -> KVCache:
 
 
 def ancestors_of(parents: Int[Array, "B N"], depth: int) -> Bool[Array, "B N N"]:
-    """`Tree.ancestors` of a tree at most `depth` deep."""
+    """Compute `Tree.ancestors` for a tree at most `depth` deep."""
     itself = jnp.eye(parents.shape[1], dtype=bool)[None]
     seen = jnp.broadcast_to(itself, (parents.shape[0], *itself.shape[1:]))
     for _ in range(depth):
@@ -216,9 +216,9 @@ def ancestors_of(parents: Int[Array, "B N"], depth: int) -> Bool[Array, "B N N"]
 
 
 def _view_after(start, slots, depths, visible, slot_depths):
-    """The view of nodes written after `start`: they see every slot before it, and behind it what `visible` [B,n,R] says.
+    """The view for nodes written at slot `start` and after it: they see every slot before, and later ones by `visible` [B,n,R].
 
-    `slot_depths` [B,R] places the slots behind `start`; None where no one asks how far away a key is.
+    `slot_depths` [B,R] gives the positions of the slots from `start` on; None if positions of keys are not needed.
     """
     slot = jnp.arange(slots)[None, :]
     behind = slot - start[:, None]
@@ -234,7 +234,7 @@ def _view_after(start, slots, depths, visible, slot_depths):
 
 def _best(shape: TreeShape, proposals: Proposals) -> Int[Array, "B M"]:
     """The numbers of the `nodes` best proposals, ascending."""
-    _, chosen = jax.lax.top_k(proposals.scores, shape.nodes)  # of equals the earlier, so a parent before its child
+    _, chosen = jax.lax.top_k(proposals.scores, shape.nodes)  # ties go to the earlier one, so to a parent before its child
     return jnp.sort(chosen, axis=1)
 
 

@@ -1,11 +1,11 @@
-"""Accept or reject draft tokens so that what is emitted is distributed as the target's own text.
+"""Accept or reject draft tokens so that the emitted text has the target's distribution.
 
 Speculative sampling (Leviathan et al., arXiv 2211.17192, algorithm 1; Chen et al., arXiv 2302.01318): draft token d at depth
-i is accepted with probability min(1, p_i(d) / q_i(d)); at the first rejection the next token is drawn from the residual
-norm(max(p_i − q_i, 0)); when all are accepted one more comes from the target. At temperature 0 both distributions are
-one-hot, and this is a comparison of argmaxes.
+i is accepted with probability min(1, p_i(d) / q_i(d)). At the first rejection the next token is drawn from the residual
+norm(max(p_i − q_i, 0)); if all are accepted, one more is drawn from the target. At temperature 0 both distributions are
+one-hot, and this becomes a comparison of argmaxes.
 
-p and q are what is sampled from: after temperature, top-k and top-p. Text is then the warped target's own.
+p and q are the distributions after temperature, top-k and top-p; the text follows the target's distribution after them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Verdict(NamedTuple):
 
     Attributes:
       num_accepted: int32[B], accepted draft tokens, 0 … G; the next token is not among them.
-      next_token: int32[B], the correction token, or the bonus token when all were accepted.
+      next_token: int32[B], the correction token, or the bonus token if all were accepted.
     """
 
     num_accepted: Int[Array, " B"]
@@ -32,10 +32,10 @@ class Verdict(NamedTuple):
 
 
 def warp(logits: Float[Array, "*shape V"], temperature: Float[Array, ""], cutoff: Cutoff) -> Float[Array, "*shape V"]:
-    """Logits of the distribution that is sampled: divided by the temperature (> 0), −inf where the cut-off excludes a token.
+    """Logits of the distribution to sample from: divided by the temperature (> 0), −inf for tokens that the cut-off excludes.
 
-    The order is transformers': temperature, top-k, then top-p of what is left. Unlike there, tokens that tie at the
-    edge stay in together, whatever their ids.
+    The order is that of transformers: temperature, top-k, then top-p of the remaining tokens. Unlike transformers, tokens that
+    tie at the edge are all kept.
     """
     logits = logits / temperature
     if cutoff.top_k:
@@ -48,20 +48,23 @@ def warp(logits: Float[Array, "*shape V"], temperature: Float[Array, ""], cutoff
 
 
 def nucleus_edge(probs: Float[Array, "*shape V"], top_p: float) -> Float[Array, "*shape 1"]:
-    """The least probability that stays: those at or above it have a share of `top_p`, those above it less (1904.09751 §3.1)."""
+    """The least probability that top-p keeps: tokens at or above it sum to at least `top_p`, tokens above it to less.
+
+    Source: arXiv 1904.09751, section 3.1.
+    """
     descending = jnp.sort(probs, axis=-1, descending=True)
     above = jnp.cumsum(descending, axis=-1) - descending
     return jnp.min(jnp.where(above < top_p, descending, jnp.inf), axis=-1, keepdims=True)
 
 
 def fast_nucleus_edge(probs: Float[Array, "*shape V"], top_p: float) -> Float[Array, "*shape 1"]:
-    """`nucleus_edge` by bisection, in 31 sums over the vocabulary: sorting 49,152 tokens takes fifty times as long on a CPU.
+    """`nucleus_edge` by bisection, in 31 sums over the vocabulary. Sorting 49,152 tokens takes fifty times as long on a CPU.
 
-    Positive float32 numbers order like their bit patterns read as integers, so bisecting those ends at the exact edge.
+    Positive float32 numbers sort like their bit patterns read as integers, so bisecting the patterns finds the exact edge.
     """
 
     def halve(_, bounds):
-        low, high = bounds  # enough mass at or above `low`, not at or above `high`
+        low, high = bounds  # invariant: tokens at or above `low` sum to top_p, those at or above `high` do not
         middle = low + (high - low) // 2
         edge = jax.lax.bitcast_convert_type(middle, jnp.float32)
         enough = jnp.sum(jnp.where(probs >= edge, probs, 0.0), axis=-1, keepdims=True) >= top_p
@@ -76,17 +79,17 @@ def fast_nucleus_edge(probs: Float[Array, "*shape V"], top_p: float) -> Float[Ar
 def draw(
     keys: Key[Array, " B"], logits: Float[Array, "B V"], temperature: Float[Array, ""], cutoff: Cutoff = EVERY_TOKEN
 ) -> Int[Array, " B"]:
-    """One token a row: the argmax at temperature 0 (of equals the lowest id), else a sample of the warped distribution."""
+    """Draw one token per row: the argmax at temperature 0 (the lowest id in a tie), else a sample after `warp`."""
 
     def sample():
         return jax.vmap(jax.random.categorical)(keys, warp(logits, temperature, cutoff))
 
-    # A branch, not a select: the random bits of a whole vocabulary cost more than the head at temperature 0.
+    # cond, not where: at temperature 0 the random bits for a whole vocabulary would cost more than the head.
     return jax.lax.cond(temperature > 0, sample, lambda: jnp.argmax(logits, axis=-1)).astype(jnp.int32)
 
 
 def fold_in_rows(keys: Key[Array, " B"], number: Int[Array, "*B"]) -> Key[Array, " B"]:
-    """Each row's key for `number`: its own number or one for all. A position's key draws the token there."""
+    """Fold a number into each row's key: one number for all rows, or one per row."""
     return jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(number, keys.shape))
 
 
@@ -98,22 +101,23 @@ def verify(
     temperature: Float[Array, ""] | float = 0.0,
     cutoff: Cutoff = EVERY_TOKEN,
 ) -> Verdict:
-    """Judge a chain of G draft tokens a row, by speculative sampling (arXiv 2211.17192, algorithm 1).
+    """Verify a chain of G draft tokens per row by speculative sampling (arXiv 2211.17192, algorithm 1).
 
     Args:
       keys: typed keys, one per row, used for nothing else.
-      draft_tokens: int32, what the draft proposed, each drawn by `draw` with the same temperature and cut-off.
-      draft_logits: the draft's float32 logits, of which `draft_tokens` are draws.
+      draft_tokens: int32, the draft's tokens, drawn by `draw` with the same temperature and cut-off.
+      draft_logits: the draft's float32 logits, from which `draft_tokens` were drawn.
       target_logits: float32 logits at the last committed token and at each draft token, G1 = G + 1.
       temperature: scalar; 0 is greedy.
+      cutoff: top-k and top-p.
 
     Returns:
-      How many draft tokens are accepted, and the target's token after them; int32[B] each. Together they are distributed as
-      the target's own text.
+      The number of accepted draft tokens, and the target's token after them; int32[B] each. The accepted tokens and the next
+      token together have the target's distribution.
 
     Example:
       >>> p = jnp.log(jnp.array([[[0.1, 0.9], [0.8, 0.2]]]))  # the target's, at two positions of one row
-      >>> q = jnp.log(jnp.array([[[0.5, 0.5]]]))              # the draft's, at the first of them
+      >>> q = jnp.log(jnp.array([[[0.5, 0.5]]]))              # the draft's, at the first position
       >>> verify(jax.random.split(jax.random.key(0), 1), jnp.array([[1]]), q, p)
       Verdict(num_accepted=Array([1], dtype=int32), next_token=Array([0], dtype=int32))
     """
@@ -146,18 +150,18 @@ def verify_sampled(
     accept_key, residual_key = jax.random.split(key)
     depth = jnp.arange(draft_tokens.shape[0])
     uniform = jax.random.uniform(accept_key, draft_tokens.shape)
-    # u < p/q without the division: q > 0 wherever the draft could draw.
+    # This is u < p/q without the division; q > 0 for every token that the draft can draw.
     accepted = uniform * q[depth, draft_tokens] < p[depth, draft_tokens]
     num_accepted = _leading_true(accepted)
-    # q has no row G: nothing was proposed there, so the residual of a full acceptance is p itself.
+    # Nothing was proposed after the last draft token: q is 0 there, so the residual after a full acceptance is p.
     q = jnp.concatenate([q, jnp.zeros_like(p[:1])])
     residual = jnp.maximum(p[num_accepted] - q[num_accepted], 0.0)
-    # Rounding can leave a rejection without residual only where p and q agree to the last bit; then p is its limit.
+    # A rejection without a residual is only possible through rounding, if p and q are nearly equal; draw from p then.
     residual = jnp.where(jnp.sum(residual) > 0, residual, p[num_accepted])
     next_token = jax.random.categorical(residual_key, jnp.log(residual)).astype(jnp.int32)
     return Verdict(num_accepted, next_token)
 
 
 def _leading_true(flags):
-    """How many flags come before the first False."""
+    """The number of flags before the first False."""
     return jnp.sum(jnp.cumprod(flags.astype(jnp.int32)))

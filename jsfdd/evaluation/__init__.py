@@ -1,1 +1,1 @@
-"""What a draft is worth, measured."""
+"""Measure a draft: acceptance, speed and their intervals, by decoding or by replaying recorded answers."""

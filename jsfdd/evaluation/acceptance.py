@@ -1,4 +1,4 @@
-"""What was counted while decoding, and the figures of a report that come from it (`evaluate.py` defines τ and α)."""
+"""Acceptance counts, and the figures that a report derives from them (`evaluate.py` defines τ and α)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jsfdd.evaluation.intervals import interval, resample_ratios
 
 
 class AcceptanceCounts(NamedTuple):
-    """`records.DecodeStats` by prompt, its turns added up: of decoding whole numbers, of `replay.py` expectations."""
+    """`records.DecodeStats` per prompt, summed over its turns: integers from decoding, expectations from `replay.py`."""
 
     accept_counts: Num[np.ndarray, "N G1"]
     reached: Num[np.ndarray, "N G"]
@@ -29,15 +29,15 @@ class AcceptanceCounts(NamedTuple):
 
 
 def no_counts(num_prompts: int, depth: int, dtype: type = np.int64) -> AcceptanceCounts:
-    """Zeros, for drafts that reach `depth` tokens far."""
+    """Zero counts, for drafts that propose up to `depth` tokens in a row."""
     return AcceptanceCounts(*(np.zeros((num_prompts, columns), dtype) for columns in (depth + 1, depth, depth)))
 
 
 def acceptance_figures(counts: AcceptanceCounts, rows: Bool[np.ndarray, " N"], seed: int) -> dict:
-    """Everything that a report says about acceptance, over the prompts that `rows` picks, with 95% bounds over prompts."""
+    """All acceptance figures of a report over the prompts in `rows`, with 95% intervals over prompts."""
     emitted, steps = counts.emitted[rows], counts.steps[rows]
     reached, accepted = counts.reached[rows], counts.accepted[rows]
-    # A prompt whose answer ended with its first token was never verified: it has no τ of its own.
+    # A prompt whose answer ended with its first token had no verification, so it has no τ.
     verified = steps > 0
     per_prompt = emitted[verified] / steps[verified]
     once = np.ones((len(per_prompt), 1))
@@ -59,7 +59,7 @@ def acceptance_figures(counts: AcceptanceCounts, rows: Bool[np.ndarray, " N"], s
 
 
 def with_interval(name: str, value: float | None, resampled: Num[np.ndarray, " R"]) -> dict:
-    """A figure with its 95% bounds as a report has them."""
+    """A figure and the bounds of its 95% interval, under the names that a report uses."""
     low, high = interval(resampled)
     return {name: value, f"{name}_low": low, f"{name}_high": high}
 

@@ -1,17 +1,17 @@
-"""`evaluate`: acceptance and speed by real speculative decoding of real prompts.
+"""`evaluate`: measure acceptance and speed by speculative decoding of prompts.
 
-Every batch of prompts is answered by the autoregressive baseline and by each draft, one right after the other, so that a
-machine that slows down slows all of them. Later turns go on from the baseline's answers, so that all are asked the same.
-Programs are compiled and run once on nothing before they are timed. A batch holds prompts of one source, so that a source
-has a speed of its own.
+The autoregressive baseline and each draft answer every batch of prompts, one right after the other, so that a machine that
+slows down slows all of them. Later turns continue from the baseline's answers, so that all get the same prompts. Programs are
+compiled, and run once on empty rows, before they are timed. A batch holds prompts of one source, so that every source has a
+speed.
 
     τ (tau)   tokens emitted per target verification, the correction or bonus token included: total over total.
               `tau_macro` is the mean over prompts; `l` is τ − 1, the SFDD paper's measure.
     α_i       share of the verified draft tokens at depth i that were accepted, given that depth i was reached.
     speedup   tokens/s over the baseline's: same model, dtype, batch, prompts, stopping rule; prefill included in both.
 
-An answer's first token comes from the prompt's own forward pass and is in no count but tokens/s. Draft tokens after a
-stop token do not count; a last step that overshoots max_new_tokens counts in full, as servers count it.
+An answer's first token comes from the forward pass over the prompt. It counts in tokens/s, but not in τ and α. Draft tokens
+after a stop token do not count; a last step that overshoots max_new_tokens counts in full, as servers count it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from jsfdd.base.hardware import describe_hardware
 from jsfdd.base.mesh import replicate, round_up_to_shards, shard_rows, to_host
 from jsfdd.base.records import DraftShares, Generation, Prompt
 from jsfdd.decoding.conversation_log import Answer
-from jsfdd.decoding.conversations import Asked, Batches, hold, read_answer
+from jsfdd.decoding.conversations import Batches, PromptGroup, hold, read_answer
 from jsfdd.decoding.generate import make_generate, prepare_params
 from jsfdd.decoding.prompts import prompt_batch, questions_in
 from jsfdd.decoding.settings import EVERY_TOKEN, Cutoff, DecodeSetup, Team, TreeShape, decode_setup
@@ -46,14 +46,14 @@ BASELINE = "autoregressive"
 
 
 class Answers(NamedTuple):
-    """All that was decoded by one system, per prompt (its turns added up) and per batch.
+    """Everything that one system decoded, per prompt and per batch.
 
     Attributes:
       answers: [N][turns].
-      tokens: [N][turns] the answers as int32 ids.
-      counts: int64.
-      shares: int64[N, E] each, of E drafts.
-      batch_tokens, batch_seconds: of each timed call; batch_sources, whose prompts they were.
+      tokens: [N][turns], the answers as int32 ids.
+      counts: int64, summed over a prompt's turns.
+      shares: int64[N, E] each, of E drafts, summed over a prompt's turns.
+      batch_tokens, batch_seconds, batch_sources: tokens, time and source of each timed batch.
     """
 
     answers: list[list[Answer]]
@@ -66,7 +66,7 @@ class Answers(NamedTuple):
 
 
 class _System(NamedTuple):
-    """What answers: the baseline, or drafts."""
+    """The baseline, or one draft or team of drafts, ready to decode."""
 
     setup: DecodeSetup
     params: DecodeParams
@@ -88,21 +88,25 @@ def evaluate(
     cutoff: Cutoff = EVERY_TOKEN,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, dict]:
-    """One report (DESIGN §5's report.json, without the config) per draft, all measured against one baseline run.
+    """Measure drafts against one baseline run. Returns a report per draft: report.json without the config.
 
     Args:
       target: from `load_target`.
-      drafts: name -> a draft, as `load_draft` gives it, or several that decode together. Those of one shape are one program.
-        Without any the one report is of the baseline.
+      drafts: name -> a draft from `load_draft`, or several that decode together. Drafts of the same shape share a program.
+        Without drafts, the only report is the baseline's.
       prompts: from `read_prompts`.
       mesh: rows are split over its "data" axis.
-      batch_size: prompts decoded together, rounded up to the devices that share them.
-      tree: verify trees of this shape, of depth `num_draft_tokens`; chains otherwise.
+      temperature: 0 is greedy.
+      num_draft_tokens: the length of a chain or the depth of a tree.
+      max_new_tokens: the longest answer.
+      batch_size: prompts decoded together, rounded up to a multiple of the mesh's data shards.
+      seed: for sampling, and for the resamples of the intervals.
+      tree: verify trees of this shape, of depth `num_draft_tokens`; chains if None.
       cutoff: top-k and top-p, for drafts and baseline alike.
-      progress: called with (answers done, answers in all); one answer is by the baseline and by every draft.
+      progress: called with (answers done, answers in all). An answer is done when the baseline and every draft have given it.
 
     Raises:
-      ValueError: a prompt with its answer is longer than the target's context, or a draft is of another target.
+      ValueError: a prompt with its answer is longer than the target's context, or a draft belongs to another target.
 
     Example:
       >>> prompts = [Prompt("1", "chat", ("Hello!", "How are you?"))]
@@ -121,17 +125,17 @@ def evaluate(
     answers = {name: _no_answers(len(prompts), system.setup) for name, system in systems.items()}
     clock = _Clock()
 
-    def answer(asked: Asked) -> list[Answer]:
-        batch = shard_rows(prompt_batch(asked.prompts, asked.numbers, batch_size, seed=seed, turn=asked.turn), mesh)
+    def answer(group: PromptGroup) -> list[Answer]:
+        batch = shard_rows(prompt_batch(group.prompts, group.numbers, batch_size, seed=seed, turn=group.turn), mesh)
         for name, system in systems.items():
             out, seconds = clock.decode(system, batch, temperature)
-            _add(target, answers[name], asked.rows, out, seconds, prompts[asked.rows[0]].source)
-        return [answers[BASELINE].answers[row][-1] for row in asked.rows]
+            _add(target, answers[name], group.rows, out, seconds, prompts[group.rows[0]].source)
+        return [answers[BASELINE].answers[row][-1] for row in group.rows]
 
     sources = [prompt.source for prompt in prompts]
     batches = by_source(sources, batch_size)
     hold(target, questions_in(prompts), answer, batches, max_new_tokens=max_new_tokens, progress=progress)
-    # A sampled chain's text has the target's distribution, but is another draw from it than the baseline's.
+    # With sampled chains, a draft's text is another sample from the target's distribution than the baseline's.
     same_text = temperature == 0 or tree is not None
     if not teams:
         return {BASELINE: _report(prompts, answers[BASELINE], answers[BASELINE], clock.compile_seconds, True, seed)}
@@ -145,7 +149,7 @@ def evaluate(
 
 
 def by_source(sources: Sequence[str], batch_size: int) -> Batches:
-    """Batches of prompts of one source, short ones together."""
+    """Batch prompts of one source, sorted by length."""
 
     def batches(lengths: Mapping[int, int]) -> Iterator[list[int]]:
         for source in dict.fromkeys(sources):
@@ -156,7 +160,7 @@ def by_source(sources: Sequence[str], batch_size: int) -> Batches:
 
 
 def compare(reports: dict[str, dict], seed: int) -> list[dict]:
-    """Paired τ differences of every two drafts that were measured on the same prompts in one `evaluate` call."""
+    """Paired τ differences between every two reports of one `evaluate` call."""
     counts = {
         name: (np.array([p["emitted"] for p in r["prompts"]]), np.array([p["steps"] for p in r["prompts"]]))
         for name, r in reports.items()
@@ -168,7 +172,7 @@ def compare(reports: dict[str, dict], seed: int) -> list[dict]:
 
 
 def _systems(target: Target, teams: Mapping[str, Team], mesh: Mesh, **options) -> dict[str, _System]:
-    """The baseline and every draft, ready to decode; those of one setup share a program."""
+    """Prepare the baseline and every draft; drafts with the same setup share a program."""
     plain = decode_setup(target, max_new_tokens=options["max_new_tokens"], cutoff=options["cutoff"])
     params = prepare_params(target.params, mesh=mesh)
     systems = {BASELINE: _System(plain, params, make_generate(plain, mesh))}
@@ -189,13 +193,13 @@ class _Clock:
         self._ready: set[tuple] = set()
 
     def decode(self, system: _System, batch: PromptBatch, temperature: float) -> tuple[Generation, float]:
-        """What a batch comes to, on the host, and the seconds that it took."""
+        """Decode a batch; return the outcome on the host and the seconds that it took."""
         program = system.decode, batch.tokens.shape
         if program not in self._ready:
             begin = time.perf_counter()
-            # Rows of length 0 are done at once: everything is compiled and loaded, hardly anything computed.
-            nothing = batch._replace(lengths=jnp.zeros_like(batch.lengths))
-            jax.block_until_ready(system.decode(system.params, nothing, temperature))
+            # Warm up with rows of length 0, which are done at once: this compiles and loads everything but computes little.
+            empty = batch._replace(lengths=jnp.zeros_like(batch.lengths))
+            jax.block_until_ready(system.decode(system.params, empty, temperature))
             self.compile_seconds += time.perf_counter() - begin
             self._ready.add(program)
         begin = time.perf_counter()
@@ -204,7 +208,7 @@ class _Clock:
 
 
 def _add(target: Target, answers: Answers, rows: Sequence[int], out: Generation, seconds: float, source: str) -> None:
-    """Add one batch's outcome to the answers of `rows`; the batch's filler rows come after them."""
+    """Add one batch's outcome to the answers of `rows`; padding rows come after them and are ignored."""
     for k, row in enumerate(rows):
         tokens = out.tokens[k, : out.lengths[k]]
         answers.tokens[row].append(tokens)
@@ -252,14 +256,14 @@ def _report(prompts, answers: Answers, baseline: Answers, compile_seconds: float
 
 
 def _rate(answers: Answers, seed: int, source: str | None = None) -> tuple[float, Float[np.ndarray, " R"]]:
-    """tokens/s of all batches (of one source), and of resampled ones: a batch is what was timed, so it is resampled."""
+    """tokens/s over all batches (of one source), and its resamples. Batches are resampled, because batches were timed."""
     picked = [source in (None, batch_source) for batch_source in answers.batch_sources]
     tokens, seconds = np.array(answers.batch_tokens)[picked, None], np.array(answers.batch_seconds)[picked, None]
     return float(tokens.sum() / seconds.sum()), resample_ratios(tokens, seconds, seed)[:, 0]
 
 
 def _no_answers(num_prompts: int, setup: DecodeSetup) -> Answers:
-    """What the answers are added to."""
+    """An empty `Answers` to add batches to."""
     answers, tokens = ([[] for _ in range(num_prompts)] for _ in range(2))
     counts, shares = no_counts(num_prompts, setup.num_draft_tokens), no_shares(num_prompts, len(setup.drafts))
     return Answers(answers, tokens, counts, shares, [], [], [])

@@ -1,7 +1,7 @@
-"""Bootstrap intervals: how far a figure would move on other prompts of the same kind.
+"""Bootstrap intervals: how much a figure would vary over other prompts of the same kind.
 
-Prompts, not steps, are resampled: the steps of one answer are not independent. Ratios of totals (τ, α, tokens/s) are
-recomputed on every resample, which keeps the weight of long answers that the headline figure has.
+Prompts are resampled, not steps, because the steps of one answer are not independent. Ratios of totals (τ, α, tokens/s) are
+recomputed on every resample, so long answers weigh as much as they do in the headline figure.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ RESAMPLES = 2000
 
 
 def resample_times(rows: int, seed: int) -> Float[np.ndarray, "R N"]:
-    """How often each of N rows is drawn in each of RESAMPLES draws of N with replacement: a total is then a matrix product."""
+    """How often each of N rows occurs in each of RESAMPLES resamples. With these counts, a total is a matrix product."""
     draws = np.random.default_rng(seed).integers(0, rows, (RESAMPLES, rows))
     times = np.zeros((RESAMPLES, rows))
     np.add.at(times, (np.arange(RESAMPLES)[:, None], draws), 1)
@@ -25,7 +25,7 @@ def resample_ratios(
 ) -> Float[np.ndarray, "R K"]:
     """Ratios of column totals, float64[RESAMPLES, K], over rows drawn with replacement.
 
-    The same seed and N draw the same rows, so that two systems measured on the same prompts are compared in pairs.
+    The same seed and N draw the same rows, so two systems that were measured on the same prompts are compared in pairs.
     0/0 is NaN: the figure does not exist on that resample.
     """
     times = resample_times(len(numerators), seed)
@@ -34,7 +34,7 @@ def resample_ratios(
 
 
 def interval(values: Float[np.ndarray, " R"]) -> tuple[float, float] | tuple[None, None]:
-    """The central 95% of resampled values; (None, None) where the figure exists on none of them."""
+    """The central 95% of resampled values; (None, None) if the figure exists on none of the resamples."""
     values = values[~np.isnan(values)]
     return tuple(float(bound) for bound in np.percentile(values, [2.5, 97.5])) if len(values) else (None, None)
 

@@ -1,4 +1,4 @@
-"""A real decode during training: what the held-out loss only hints at."""
+"""Measure τ during training by decoding a few prompts, since the held-out loss only approximates it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from jsfdd.weights.target import Target
 def make_probe(
     target: Target, draft: DraftConfig, prompts: Sequence[Prompt], mesh: Mesh, *, num_draft_tokens: int, max_new_tokens: int
 ) -> Callable[[dict], dict]:
-    """`probe(draft_params) -> {"tau", "alpha", "n_steps", "n_tokens"}`: greedy chains over every prompt's first turn.
+    """Make `probe(draft_params) -> {"tau", "alpha", "n_steps", "n_tokens"}`: greedy chains over every prompt's first turn.
 
-    One batch, compiled once; the same parameters give the same figures. Few prompts and short answers keep it cheap.
+    All prompts form one batch, compiled once. The same parameters give the same figures. Use few prompts and short answers.
 
     Raises:
-      ValueError: a prompt with its answer is longer than the target's context.
+      ValueError: a prompt with its answer is longer than the target's context; at a call, every answer is one token long.
     """
     rendered = first_prompts(target, prompts, max_new_tokens)
     rows = round_up_to_shards(len(rendered), mesh)

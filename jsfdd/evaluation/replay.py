@@ -1,20 +1,20 @@
-"""Acceptance without decoding: a draft judged on text that the target wrote once.
+"""Replay: measure a draft's acceptance without decoding, on answers that the target wrote once.
 
     recorded = record(target, prompts, mesh, …)                    # the target answers, once
     hidden = store_hidden(…, recorded.samples, …)                  # and reads its answers, once
     judge = make_judge(target, hidden, recorded, draft, mesh, …)   # compiled once for all drafts of one shape
-    counts = walk(recorded, judge(draft_params))                   # what a decoder would have counted
+    counts = walk(recorded, judge(draft_params))                   # the counts that decoding would give
 
-A lossless decoder emits the target's text, whatever the draft. So the text can be decoded once, and a draft is measured by
-asking it at every position of that text. HASS's step i (`models.draft.draft_steps`) is a draft that is i tokens ahead at all
-positions at once; no target has to run. At temperature 0 a draft token is accepted where it is the text's next token, and the
-counts are exactly the decoder's. Above it, speculative sampling (`decoding.verify`) emits x with probability p(x), and emits x
-as an accepted draft token with probability min(p(x), q(x)). So, given the text,
+A lossless decoder emits the target's text with any draft. So the text is decoded once, and a draft is measured by its
+predictions at every position of that text. HASS's step i (`models.draft.draft_steps`) drafts i tokens ahead at all positions
+at once, without running the target. At temperature 0 a draft token is accepted if it is the text's next token, and the counts
+are exactly the decoder's. Above 0, speculative sampling (`decoding.verify`) emits x with probability p(x), and emits x as an
+accepted draft token with probability min(p(x), q(x)). So, given the text,
 
     P(accepted | x) = min(1, q(x) / p(x))
 
-independently from step to step. `walk` sums over all ways in which this can cut the text into steps: only the text is left to
-chance. This is for chains; `replay_trees.py` does trees.
+independently from step to step. `walk` sums over all ways to cut the text into steps, so the text is the only source of
+randomness left. This module replays chains; `replay_trees.py` replays trees.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from jsfdd.base.records import DraftBatch, Prompt, Sample
 from jsfdd.base.tuning import vocabulary_block
 from jsfdd.data.batches import choose_shapes, make_batches, next_power_of_two
 from jsfdd.decoding.conversation_log import Answer
-from jsfdd.decoding.conversations import Asked, by_width, hold, read_answer
+from jsfdd.decoding.conversations import PromptGroup, by_width, hold, read_answer
 from jsfdd.decoding.generate import make_generate, prepare_params
 from jsfdd.decoding.prompts import prompt_batch, questions_in
 from jsfdd.decoding.settings import decode_setup
@@ -48,14 +48,14 @@ from jsfdd.weights.target import Target
 
 
 class Recorded(NamedTuple):
-    """What the target answered, and how.
+    """The target's answers, and how they were decoded.
 
     Attributes:
-      samples: a prompt's turn each: the conversation up to it with the answer, on which `assistant_mask` is True.
-      prompts: int[N], the number of each sample's prompt; turns of one prompt follow each other.
-      temperature: at which the answers were drawn.
-      max_new_tokens: longest answer that counts. Answers that did not stop are recorded for `ahead` more tokens, since a
-        decoder's last step may overshoot.
+      samples: one per turn: the conversation up to that turn and its answer, where `assistant_mask` is True.
+      prompts: int[N], the number of each sample's prompt; the turns of one prompt are adjacent.
+      temperature: the temperature of the answers.
+      max_new_tokens: the longest answer that counts.
+      ahead: answers that did not stop are recorded for this many more tokens, since a decoder's last step may overshoot.
       stop_tokens: the target's.
     """
 
@@ -68,14 +68,14 @@ class Recorded(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """What a draft says at every position of one text, at each depth i = 1 … G; 0 where no step can lead.
+    """A draft's predictions at every position of one text, at each depth i = 1 … G; 0 where no step can reach.
 
-    Entry [i − 1, t] is about token t + 2, as the draft step that reads x_{t+1} gives it.
+    Entry [i − 1, t] is about token t + 2, from the draft step that reads x_{t+1}.
 
     Attributes:
-      accept: chance that the text's own token was accepted there, given that the depth was reached.
-      probability: of the draft's likeliest token, without temperature.
-      entropy: of the draft's distribution, nats, without temperature.
+      accept: the probability that the text's token is accepted there, given that the depth is reached.
+      probability: the probability of the draft's likeliest token, without temperature.
+      entropy: the entropy of the draft's distribution in nats, without temperature.
     """
 
     accept: Float[np.ndarray, "G T"]
@@ -97,7 +97,7 @@ def record(
     """Let the target answer all turns of all prompts, as `evaluate`'s baseline does with the same arguments.
 
     Args:
-      ahead: the longest chain (γ) that will be judged.
+      ahead: the longest chain (γ) that will be replayed.
 
     Raises:
       ValueError: a prompt with its answer is longer than the target's context.
@@ -106,16 +106,16 @@ def record(
     params = prepare_params(target.params, mesh=mesh)
     samples: dict[tuple[int, int], Sample] = {}
 
-    def answer(asked: Asked) -> list[Answer]:
-        # Rows that only fill a batch up are read like any other.
-        rows = round_up_to_shards(min(batch_size, next_power_of_two(len(asked.rows))), mesh)
-        batch = prompt_batch(asked.prompts, asked.numbers, rows, seed=seed, turn=asked.turn)
+    def answer(group: PromptGroup) -> list[Answer]:
+        # Padding rows cost as much as others, so a small group gets a small batch.
+        rows = round_up_to_shards(min(batch_size, next_power_of_two(len(group.rows))), mesh)
+        batch = prompt_batch(group.prompts, group.numbers, rows, seed=seed, turn=group.turn)
         out = to_host(decode(params, shard_rows(batch, mesh), temperature))
-        answers = [tokens[:length] for tokens, length, _ in zip(out.tokens, out.lengths, asked.rows)]
-        for i, ids, tokens in zip(asked.rows, asked.prompts, answers):
+        answers = [tokens[:length] for tokens, length, _ in zip(out.tokens, out.lengths, group.rows)]
+        for i, ids, tokens in zip(group.rows, group.prompts, answers):
             text = np.concatenate([ids, tokens]).astype(np.int32)
             answered = np.arange(len(text)) >= len(ids)
-            samples[i, asked.turn] = Sample(f"{prompts[i].id}/{asked.turn}", prompts[i].source, text, answered)
+            samples[i, group.turn] = Sample(f"{prompts[i].id}/{group.turn}", prompts[i].source, text, answered)
         return [read_answer(target, tokens[:max_new_tokens], max_new_tokens) for tokens in answers]
 
     hold(target, questions_in(prompts), answer, by_width(batch_size), max_new_tokens=max_new_tokens + ahead)
@@ -134,16 +134,16 @@ def make_judge(
     num_draft_tokens: int,
     batch_tokens: int = 4096,
 ) -> Callable[[dict], list[Judged]]:
-    """`judge(draft_params)`: what a draft says along every recorded text, in the order of `recorded.samples`.
+    """Make `judge(draft_params)`, which returns a draft's `Judged` for every recorded text, in the order of the samples.
 
     Args:
-      hidden: the target's hidden states of the samples, by id; float32, or the figures are of rounded ones.
-      draft: the shape of all drafts to come.
+      hidden: the target's hidden states of the samples, by id. They should be float32; rounded ones change the figures.
+      draft: the shape of the drafts.
       num_draft_tokens: γ, at most `recorded.ahead`.
-      batch_tokens: tokens of a batch.
+      batch_tokens: tokens of a batch, padding included.
 
     Raises:
-      ValueError: γ exceeds what was recorded; later, a sample's hidden states are missing.
+      ValueError: γ exceeds `recorded.ahead`; at a call, a sample's hidden states are missing.
     """
     if num_draft_tokens > recorded.ahead:
         raise ValueError(f"num_draft_tokens={num_draft_tokens}: the answers were recorded for up to {recorded.ahead}")
@@ -167,9 +167,9 @@ def make_judge(
 
 
 def _make_judge_step(target: Target, draft: DraftConfig, mesh: Mesh, depth: int, temperature: float):
-    """Compile `((whole, restricted, draft params), DraftBatch) -> [B, 3, G, T]`, the three of `Judged`."""
+    """Compile `((whole, restricted, draft params), DraftBatch) -> [B, 3, G, T]`: the three fields of `Judged`."""
     slots = None
-    if draft.vocabulary:  # where each token is in it, −1 where it is not
+    if draft.vocabulary:  # each token's place in the draft's vocabulary, −1 if it has none
         slots = np.full(target.config.vocab_size, -1, np.int32)
         slots[list(draft.vocabulary)] = np.arange(len(draft.vocabulary))
     block = vocabulary_block(mesh.devices.flat[0].platform)
@@ -188,27 +188,27 @@ def _make_judge_step(target: Target, draft: DraftConfig, mesh: Mesh, depth: int,
         for predicted in draft_steps(draft, draft_params, embedding, hidden[:, :-1], depth):
             verdicts = judge_depth(restricted.output, predicted.reshape(-1, hidden.shape[2]), reached, text, log_p)
             depths.append(jnp.pad(verdicts.reshape(3, rows, length - 1), ((0, 0), (0, 0), (0, 1))))
-            # A step never starts before the answer's first token, so depth i is not reached before its i-th.
+            # A step never starts before the answer's first token, so depth i is not reached before the i-th token.
             reached = batch.counted[:, 1:] & jnp.pad(reached[:, :-1], ((0, 0), (1, 0)))
         return jnp.stack(depths).transpose(2, 1, 0, 3)
 
     def judge_depth(head, predicted, reached, text, log_p):
-        """The three of `Judged` at one depth, [3, positions]; 0 where it is not reached."""
+        """The three fields of `Judged` at one depth, [3, positions]; 0 where the depth is not reached."""
 
         def visit(numbers, verdicts):
             z = vocabulary_logits(head, block_rows(predicted, numbers))
             token = text.at[numbers].get(mode="fill", fill_value=0)
             slot = token if slots is None else jnp.asarray(slots)[token]
-            of_text = jnp.where(slot < 0, -jnp.inf, jnp.take_along_axis(z, jnp.maximum(slot, 0)[None], axis=0)[0])
+            z_text = jnp.where(slot < 0, -jnp.inf, jnp.take_along_axis(z, jnp.maximum(slot, 0)[None], axis=0)[0])
             top = jnp.max(z, axis=0)
             above = jnp.exp(z - top[None])
             total = jnp.sum(above, axis=0)
             entropy = jnp.log(total) - jnp.sum((z - top[None]) * above, axis=0) / total
             if temperature > 0:
-                log_q = (of_text - top) / temperature - jnp.log(jnp.sum(jnp.exp((z - top[None]) / temperature), axis=0))
+                log_q = (z_text - top) / temperature - jnp.log(jnp.sum(jnp.exp((z - top[None]) / temperature), axis=0))
                 accept = jnp.exp(jnp.minimum(log_q - log_p.at[numbers].get(mode="fill", fill_value=0.0), 0.0))
             else:
-                accept = (of_text == top).astype(jnp.float32)
+                accept = (z_text == top).astype(jnp.float32)
             return verdicts.at[:, numbers].set(jnp.stack([accept, 1 / total, entropy]), mode="drop")
 
         return fold_counted(reached.reshape(-1), block, visit, jnp.zeros((3, reached.size)))
@@ -217,20 +217,20 @@ def _make_judge_step(target: Target, draft: DraftConfig, mesh: Mesh, depth: int,
 
 
 def _text_log_probs(head, hidden, counted: Bool[Array, "B T1"], text, temperature: float, block: int):
-    """log p of each text token at the temperature, flat."""
+    """log p of each text token at the temperature, flattened."""
     rows = hidden.reshape(-1, hidden.shape[2])
 
     def visit(numbers, log_p):
         z = vocabulary_logits(head, block_rows(rows, numbers)) / temperature
         token = text.at[numbers].get(mode="fill", fill_value=0)
-        of_text = jnp.take_along_axis(z, token[None], axis=0)[0] - jax.nn.logsumexp(z, axis=0)
-        return log_p.at[numbers].set(of_text, mode="drop")
+        values = jnp.take_along_axis(z, token[None], axis=0)[0] - jax.nn.logsumexp(z, axis=0)
+        return log_p.at[numbers].set(values, mode="drop")
 
     return fold_counted(counted.reshape(-1), block, visit, jnp.zeros(counted.size))
 
 
 def walk(recorded: Recorded, judged: Sequence[Judged]) -> AcceptanceCounts:
-    """The counts that decoding would have, per prompt (its turns added up); above temperature 0 their expectation."""
+    """The counts that decoding would give, per prompt (summed over its turns); above temperature 0, their expectation."""
     depth = judged[0].accept.shape[0]
     counts = no_counts(int(recorded.prompts.max()) + 1, depth, float)
     for sample, number, verdicts in zip(recorded.samples, recorded.prompts, judged):
@@ -247,12 +247,14 @@ def walk_text(
     """Expected counts of one answer, which begins at token `start`, as in `AcceptanceCounts`.
 
     Args:
-      accept: of `Judged`.
+      accept: from `Judged`.
+      start: the position of the answer's first token.
       stops: where the answer holds a stop token.
+      max_new_tokens: the longest answer that counts.
     """
     depth = len(accept)
     histogram, reached, accepted = np.zeros(depth + 1), np.zeros(depth), np.zeros(depth)
-    begins = np.zeros(len(stops) + depth + 2)  # begins[n]: chance that a step starts when n tokens are there
+    begins = np.zeros(len(stops) + depth + 2)  # begins[n]: the probability that a step starts after n tokens
     begins[1] = 1.0
     for n in range(1, min(max_new_tokens, len(stops))):
         chance = begins[n]
@@ -266,7 +268,7 @@ def walk_text(
             begins[n + i + 1] += chance - yes
             chance = yes
             if stops[n + i]:
-                # What lies behind the end of the answer is not judged.
+                # Draft tokens after the end of the answer do not count.
                 histogram[i + 1] += chance
                 chance = 0.0
                 break

@@ -1,8 +1,8 @@
-"""Trees on text that the target wrote once: `replay.py`'s idea for the trees of one draft or several.
+"""Replay for trees of one or several drafts, on answers that the target wrote once (see `replay.py`).
 
-It is the decoding loop with a target that has nothing left to compute: the target's choice at a node is the text's next token,
-and its hidden states were kept when it read the text. A tree's text is plain decoding's at every temperature (`decoding.tree`),
-so the counts are exactly the decoder's at every temperature.
+This is the decoding loop with the target looked up instead of computed: its choice at a node is the text's next token, and its
+hidden states were stored when it read the text. With trees, the text equals plain decoding's at every temperature
+(`decoding.tree`), so the counts are exactly the decoder's at every temperature.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from jsfdd.weights.target import Target
 
 
 class Text(NamedTuple):
-    """Recorded texts of a batch, right-padded: `starts` tokens of prompt, then the answer. A start of 0 only fills up."""
+    """Recorded texts of a batch, right-padded: `starts` prompt tokens, then the answer. Start 0 marks a padding row."""
 
     tokens: Int[Array, "B T"]
     hidden: Float[Array, "B T D"]
@@ -44,20 +44,20 @@ class Text(NamedTuple):
 def make_tree_replay(
     target: Target, hidden: PerToken, recorded: Recorded, setup: DecodeSetup, mesh: Mesh, batch_size: int = 16
 ) -> Callable[[Sequence[dict]], tuple[AcceptanceCounts, DraftShares]]:
-    """`replay(draft_params)`: what decoding by `setup` would count, by prompt, and each draft's part in it.
+    """Make `replay(draft_params)`, which returns the counts that decoding with `setup` would give, by prompt and by draft.
 
     Args:
       hidden: the target's hidden states of the samples, by id; float32.
-      setup: with a tree; its answers are at most as long as recorded ones, its depth is at most `recorded.ahead`.
-      batch_size: texts at a time.
+      setup: with a tree of a depth up to `recorded.ahead`, and max_new_tokens up to the recorded one.
+      batch_size: texts per batch.
 
     Raises:
-      ValueError: `setup` is of chains, or reaches further than what was recorded.
+      ValueError: `setup` has no tree, or goes beyond what was recorded.
     """
     if setup.tree is None or setup.num_draft_tokens > recorded.ahead or setup.max_new_tokens > recorded.max_new_tokens:
         raise ValueError(
-            f"a tree of depth {setup.num_draft_tokens if setup.tree else None} and {setup.max_new_tokens} new tokens: recorded "
-            f"were answers of {recorded.max_new_tokens} tokens for depths up to {recorded.ahead}"
+            f"a tree of depth {setup.num_draft_tokens if setup.tree else None} and {setup.max_new_tokens} new tokens cannot be "
+            f"replayed: the recorded answers have {recorded.max_new_tokens} tokens and allow depths up to {recorded.ahead}"
         )
     run = map_over_devices(lambda params, text: _replay(setup, params, text), mesh)
     frozen = replicate({name: value for name, value in target.params.items() if name != "layers"}, mesh)
@@ -77,12 +77,12 @@ def make_tree_replay(
 
 
 def _batches(hidden: PerToken, recorded: Recorded, batch_size: int, mesh: Mesh):
-    """(sample numbers, Text) of rows of one width."""
+    """Yield (sample numbers, Text) for batches of texts of the same padded width."""
     widths = np.array([bucket_width(len(sample.tokens)) for sample in recorded.samples])
     for width in np.unique(widths):
-        of_width = np.flatnonzero(widths == width)
-        for begin in range(0, len(of_width), batch_size):
-            numbers = of_width[begin : begin + batch_size]
+        rows = np.flatnonzero(widths == width)
+        for begin in range(0, len(rows), batch_size):
+            numbers = rows[begin : begin + batch_size]
             samples, shape = [recorded.samples[i] for i in numbers], (batch_size, int(width))
             starts = np.zeros(batch_size, np.int32)
             starts[: len(samples)] = [np.argmax(sample.assistant_mask) for sample in samples]
@@ -92,20 +92,20 @@ def _batches(hidden: PerToken, recorded: Recorded, batch_size: int, mesh: Mesh):
 
 
 def _replay(setup: DecodeSetup, params: DecodeParams, text: Text) -> Generation:
-    """As `generate.generate`, all that the target would compute looked up."""
+    """`generate.generate`, with the target's outputs looked up."""
     rows, width = text.tokens.shape
     first = text.tokens[jnp.arange(rows), text.starts]
-    # No slots: of the target's cache the loop only needs how long it would be.
-    nothing = empty_cache(setup.target, rows, 0, jnp.float32)._replace(length=text.starts)
-    keys = jax.random.split(jax.random.key(0), rows)  # the text is there, so nothing is drawn
-    state = start(setup, first, text.starts, nothing, keys)
+    # The loop needs only the length of the target's cache, so the cache has no slots.
+    lengths = empty_cache(setup.target, rows, 0, jnp.float32)._replace(length=text.starts)
+    keys = jax.random.split(jax.random.key(0), rows)  # unused: nothing is sampled
+    state = start(setup, first, text.starts, lengths, keys)
     next_tokens = jnp.roll(text.tokens, -1, axis=1)
     state = show_prompt(setup, params, state, text.hidden, next_tokens, setup.cache_slots(width))
     return until_done(setup, state, lambda state: _step(setup, params, state, text))
 
 
 def _step(setup: DecodeSetup, params: DecodeParams, state: DecodeState, text: Text) -> tuple[DecodeState, Emitted]:
-    """As `generate.speculative_step` of a tree."""
+    """`generate.speculative_step` for a tree, with the target's outputs looked up."""
     tree, proposers, state = draft_tree(setup, params, state)
     rows, last = jnp.arange(text.starts.shape[0]), state.target_cache.length
 

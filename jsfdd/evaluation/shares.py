@@ -1,10 +1,10 @@
-"""Each draft's share in the work of drafts that decode together.
+"""The share of each draft in the work of drafts that decode together.
 
-    verified_share   share of the verified draft tokens that the draft proposed. A routed step verifies one draft's tree, so
-                     this is the share of the steps that were routed to the draft.
-    accepted_share   share of the accepted draft tokens that it proposed
+    verified_share   share of the verified draft tokens that the draft proposed. With routing, a step verifies one draft's
+                     tree, so this is the share of the steps that were routed to the draft.
+    accepted_share   share of the accepted draft tokens that the draft proposed
 
-A token that several drafts propose counts for the draft that finds its path most probable (`decoding/merge.py`).
+A token that several drafts propose counts for the draft that gives its path the highest probability (`decoding/merge.py`).
 """
 
 from __future__ import annotations
@@ -20,20 +20,21 @@ from jsfdd.decoding.settings import Combine, TreeShape
 
 
 def no_shares(num_prompts: int, num_drafts: int) -> DraftShares:
-    """Zeros, int64[N, E] each."""
+    """Zero counts, int64[N, E] each."""
     return DraftShares(*(np.zeros((num_prompts, num_drafts), np.int64) for _ in DraftShares._fields))
 
 
 def with_shares(
     report: dict, sources: Sequence[str], shares: DraftShares, names: Sequence[str], combine: Combine, tree: TreeShape
 ) -> dict:
-    """A report with the rule that combined its drafts, and each draft's shares, over all prompts and by source.
+    """Add to a report how its drafts were combined, and each draft's shares, over all prompts and by source.
 
     Args:
-      report: of `evaluate`.
-      sources: one for each prompt.
+      report: from `evaluate`.
+      sources: the source of each prompt.
       shares: [N, E] each, by prompt.
-      names: of the drafts.
+      names: the drafts' names.
+      combine, tree: how the drafts decoded together.
     """
     sources = np.array(sources)
     by_source = {

@@ -1,12 +1,12 @@
 """`flatness.token_scores` in fewer passes over the logits. Only `score_hidden` uses it; a test holds the two equal.
 
-With m = max z, s = Σ e^{z−m}, r = Σ e^{2(z−m)}, w = Σ (z−m)·e^{z−m} and the second largest logit, all scores follow:
+All scores follow from m = max z, s = Σ e^{z−m}, r = Σ e^{2(z−m)}, w = Σ (z−m)·e^{z−m} and the second largest logit:
 
     flatness = s/√(r·V)        top1   = 1/s                         energy = −(m + log s)
     entropy  = log s − w/s     margin = (1 − e^{second − m})/s      nll    = m + log s − z_x
 
-The forms of the sums were measured on a CPU (experiments/001_scoring_overhead); an accelerator's compiler takes them in
-one pass however they are written.
+The sums are written as they ran fastest on a CPU (experiments/001_scoring_overhead). An accelerator's compiler fuses them
+into one pass however they are written.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LANES = 128  # divides nearly every vocabulary, and fills the vector registers 
 
 
 def fast_token_scores(logits: Float[Array, "rows V"], next_tokens: Int[Array, " rows"]) -> TokenScores:
-    """What `flatness.token_scores` gives, but for rounding."""
+    """The scores of `flatness.token_scores`, up to rounding."""
     vocab = logits.shape[-1]
     z = logits.astype(jnp.float32)
     largest, second = _two_largest(z)
@@ -47,8 +47,8 @@ def fast_token_scores(logits: Float[Array, "rows V"], next_tokens: Int[Array, " 
 def _two_largest(z: Float[Array, "rows V"]) -> tuple[Float[Array, " rows"], Float[Array, " rows"]]:
     """The largest and the second largest of each row, equal if the largest occurs twice.
 
-    The vocabulary is dealt out to lanes, and only finding the lanes' maxima takes a pass over it. The second largest is
-    either another lane's maximum, or in the column of the largest.
+    The vocabulary is dealt out to lanes, so that one pass finds every lane's maximum. The second largest is either the
+    maximum of another lane, or in the lane of the largest.
     """
     z = jnp.pad(z, ((0, 0), (0, -z.shape[1] % _LANES)), constant_values=-jnp.inf)
     columns = z.reshape(z.shape[0], -1, _LANES)
@@ -67,9 +67,9 @@ def _max_without(x: Float[Array, "rows n"], place: Int[Array, " rows"]) -> Float
 
 
 def _sum_of_products(x: Float[Array, "rows V"], y: Float[Array, "rows V"]) -> Float[Array, " rows"]:
-    """jnp.sum(x * y, axis=-1), in the form for which XLA's CPU backend takes a quarter of the time.
+    """jnp.sum(x * y, axis=-1), in a form that takes XLA's CPU backend a quarter of the time.
 
-    There the plain sum leaves the fast path, and a sum of quarters keeps three quarters of the products in registers.
+    The plain sum misses XLA's fast path there. Adding quarters first keeps three quarters of the products in registers.
     """
     parts = math.gcd(x.shape[-1], 4)
     folded = sum(jnp.split(x * y, parts, axis=-1))
@@ -77,5 +77,5 @@ def _sum_of_products(x: Float[Array, "rows V"], y: Float[Array, "rows V"]) -> Fl
 
 
 def _computed_once(x: Array) -> Array:
-    """`x`, kept in memory on a CPU, where XLA would compute it again for every sum over it."""
+    """Keep `x` in memory on a CPU, where XLA would otherwise recompute it for every sum over it."""
     return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)

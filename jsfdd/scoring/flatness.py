@@ -12,7 +12,7 @@ With z the logits after token t, p = softmax(z) and x the token that follows:
 Flatness is a monotone function of an entropy: cos(p, uniform) = exp(H₂/2)/√V with H₂ = −log Σp², the Rényi entropy of
 order 2. `effective_choices` undoes the √V, so that targets of different vocabularies can be compared.
 
-`metrics.py` says how a sample's score is made of these.
+`metrics.py` defines how token scores become a sample's score.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from jsfdd.scoring.fast_scores import fast_token_scores
 
 
 def token_flatness(logits: Float[Array, "*shape V"]) -> Float[Array, "*shape"]:
-    """cos(p, uniform) = 1/(√V·‖p‖₂) of p = softmax(logits): 1 if every token is as likely, 1/√V if one is certain.
+    """cos(p, uniform) = 1/(√V·‖p‖₂) of p = softmax(logits): 1 if all tokens are equally likely, 1/√V if one is certain.
 
-    Computed in float32 whatever the logits' dtype. A logit of −inf is a token that cannot occur; it still belongs to V.
-    A row with a NaN or +inf, or without a finite logit, gives NaN.
+    Logits of any dtype are computed in float32. A logit of −inf is a token that cannot occur; it still counts in V. A row
+    with a NaN or +inf, or without a finite logit, gives NaN.
 
     Args:
       logits: unnormalised log-probabilities.
@@ -58,7 +58,7 @@ def token_scores(logits: Float[Array, "*shape V"], next_tokens: Int[Array, "*sha
       next_tokens: the token that followed, for nll.
 
     Returns:
-      Float32 scores of the leading shape.
+      Float32 scores, shaped like `next_tokens`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -81,7 +81,7 @@ def token_scores(logits: Float[Array, "*shape V"], next_tokens: Int[Array, "*sha
 
 
 def effective_choices(flatness: Float[Array, "*shape"], vocab_size: int) -> Float[Array, "*shape"]:
-    """exp(H₂) = V·flatness², in [1, V]: so many equally likely tokens would be just as flat. Arrays of any library.
+    """exp(H₂) = V·flatness², in [1, V]: the number of equally likely tokens that would be as flat. Takes any array type.
 
     Example:
       >>> effective_choices(0.5, 16)
@@ -98,21 +98,21 @@ def score_hidden(
     counted: Bool[Array, "B T"],
     block: int,
 ) -> TokenScores:
-    """The scores of the target's distributions at the counted tokens, float32[B, T]; 0 at the others.
+    """Score the target's distributions at the counted tokens, float32[B, T]; other tokens get 0.
 
-    The head runs on `block` counted tokens at a time and on no others, so memory is block·V, whatever B·T is.
+    The head runs only on counted tokens, `block` at a time, so memory is block·V and does not depend on B·T.
 
     Args:
       config, params: the target; only its head is used.
-      hidden: its hidden states after the final norm.
-      next_tokens: the token after each.
+      hidden: the target's hidden states after the final norm.
+      next_tokens: the token after each position.
       counted: where the score counts (the index rule of `records.py`).
-      block: tokens per round.
+      block: tokens per head call.
     """
     hidden_rows, next_rows = hidden.reshape(-1, hidden.shape[-1]), next_tokens.reshape(-1)
 
     def visit(rows: Int[Array, " block"], scores: Float[Array, "R scores"]) -> Float[Array, "R scores"]:
-        # The rows that fill up the last block read zeros, and their scores are dropped.
+        # Padding rows of the last block read zeros; their scores are dropped.
         logits = head_logits(config, params, hidden_rows.at[rows].get(mode="fill", fill_value=0))
         visited = fast_token_scores(logits, next_rows.at[rows].get(mode="fill", fill_value=0))
         return scores.at[rows].set(jnp.stack(visited, axis=-1), mode="drop")

@@ -1,8 +1,8 @@
-"""The metrics of a sample: what of each token's scores they are made of, and which end a selection keeps.
+"""The metrics of a sample: how token scores become a sample's score, and which end of the scores a selection keeps.
 
-A metric is added here, and nowhere else: scores.parquet gets a column for it, `jsfdd select --metric` and `jsfdd run --arms`
-take it by name, and the report labels it. (A metric of a token score that is not in `TokenScores` needs that score first:
-one line there, in `flatness.token_scores` and in its fast twin.)
+Adding a metric to `METRICS` is enough: scores.parquet gets a column for it, `jsfdd select --metric` and `jsfdd run --arms`
+take its name, and the report labels it. (A metric of a token score that `TokenScores` lacks needs that score first: one
+line there, in `flatness.token_scores` and in its fast twin.)
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """How a sample is scored, and what the score is for.
+    """How a sample is scored, and how a selection uses the score.
 
     Attributes:
-      label: of a table or a plot.
-      token_score: the field of `TokenScores` that it is made of; None if a sample's score does not depend on the target.
+      label: the name in tables and plots.
+      token_score: the field of `TokenScores` that the metric aggregates; None if it does not depend on the target.
       keep: the end of the scores that a selection keeps.
       reason: why that end.
-      of_tokens: from the scores of a sample's counted tokens, float64, to the sample's.
+      aggregate: takes the scores of a sample's counted tokens, float64, and returns the sample's.
     """
 
     label: str
     token_score: str | None
     keep: Literal["large", "small"]
     reason: str
-    of_tokens: Callable[[np.ndarray], float] = np.mean
+    aggregate: Callable[[np.ndarray], float] = np.mean
 
 
 def perplexity(nll: np.ndarray) -> float:

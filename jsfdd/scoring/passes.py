@@ -1,9 +1,9 @@
-"""The driver of batches: a compiled step over samples, host and devices at work at the same time, with a progress bar.
+"""Run a compiled step over batches of samples, with host and devices working at the same time, and a progress bar.
 
     for batch, rows in run_batches(step, params, samples, plans, mesh, label="score"):
-        ...                                                                 # row b of `rows` is batch[b]'s
+        ...                                                                 # row b of `rows` belongs to batch[b]
 
-Scoring, the store of hidden states and the store of soft targets all go over their samples with it.
+Scoring, the store of hidden states and the store of soft targets use it.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ def run_batches(
     progress: bool = True,
     build: Callable[[Sequence[Sample], Shape], Any] = pad_batch,
 ) -> Iterator[tuple[list[Sample], Any]]:
-    """`step(params, batch)` for each plan in order: its samples, and the results on the host, row b for samples[b].
+    """Run `step(params, batch)` for each plan in order; yield its samples and the results on the host, row b for samples[b].
 
-    Every device gets a whole batch of its own, so its program, and every bit of its results, is the same for any number
-    of devices. With several processes, each reads the batches of its own devices and is given their results alone.
+    Every device gets a whole batch, so its program and its results, to the bit, do not depend on the number of devices.
+    With several processes, each reads the batches of its own devices and gets only their results.
 
     Args:
-      step: takes a batch whose rows are split over `mesh`, one plan to a data shard (`mesh.map_over_devices` makes such).
-      params: its first argument, placed on `mesh`.
-      samples: those that the plans number.
-      label: of the bar.
+      step: takes a batch whose rows are split over `mesh`, one plan per data shard, as `mesh.map_over_devices` compiles it.
+      params: the step's first argument, placed on `mesh`.
+      samples: the samples that the plans index.
+      label: the bar's label.
       finished: batches that an earlier call did.
-      progress: show the bar, with the samples' tokens per second (no padding).
-      build: makes the host's arrays of one plan, leading axis shape.rows.
+      progress: show the bar, with tokens per second (without padding).
+      build: makes the host arrays of one plan, whose leading axis is shape.rows.
     """
     groups = list(group_plans(plans, num_data_shards(mesh)))
     shown = progress and is_primary()
@@ -67,26 +67,26 @@ def run_batches(
 def spread_out(plans: Sequence[BatchPlan], size: int) -> list[BatchPlan]:
     """Interleave long and short batches, the first plan still first.
 
-    `make_batches` goes from the longest to the shortest. In this order the batches done at any time have about their share
-    of all tokens, so what a pass keeps on disk grows evenly. Groups of `size` plans, which run at once, stay together.
+    `make_batches` sorts batches from the longest to the shortest. Interleaved, any n batches hold about n batches' share of
+    all tokens, so the files that a pass writes grow evenly. Groups of `size` plans, which run at once, stay together.
     """
     groups = list(group_plans(plans, size))
-    # Multiples of the golden ratio, modulo 1, lie evenly however many are taken.
+    # Multiples of the golden ratio, modulo 1, are spread evenly for any number of groups.
     turns = np.arange(len(groups)) * ((5**0.5 - 1) / 2) % 1
     return [plan for number in np.argsort(turns) for plan in groups[number]]
 
 
 def group_plans(plans: Sequence[BatchPlan], size: int) -> Iterator[tuple[BatchPlan, ...]]:
-    """What runs at once: up to `size` consecutive plans of one shape, one a device."""
+    """Group the plans that run at once: up to `size` consecutive plans of one shape, one per device."""
     for _, alike in itertools.groupby(plans, key=lambda plan: plan.shape):
         while group := tuple(itertools.islice(alike, size)):
             yield group
 
 
 def _one_ahead(groups: Sequence, start: Callable) -> Iterator[tuple]:
-    """(group, start(group)) one after the other, the next one started before the caller handles this one.
+    """Yield (group, start(group)), starting the next group before the caller handles this one.
 
-    So the devices are never idle, and never hold more than two groups' results.
+    This keeps the devices busy, with at most two groups' results in memory.
     """
     waiting: collections.deque = collections.deque()
     for group in groups:
@@ -97,7 +97,7 @@ def _one_ahead(groups: Sequence, start: Callable) -> Iterator[tuple]:
 
 
 def _device_batches(build: Callable, samples: Sequence[Sample], group: Sequence[BatchPlan], mesh: Mesh) -> Any:
-    """One batch a device; devices beyond the group get zeros, in which nothing counts."""
+    """Build one batch per device; devices beyond the group get zeros, where no token counts."""
     shape = group[0].shape
 
     def build_shard(start: int, stop: int) -> Any:

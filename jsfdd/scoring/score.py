@@ -1,4 +1,4 @@
-"""Score all samples with the target: data-parallel, resumable, without an array of all tokens by the vocabulary.
+"""Score all samples with the target: data-parallel, resumable, and without a [tokens, vocabulary] array of a whole batch.
 
 table = score_samples(target, samples, mesh, parts_dir=out / "scores.parts")
 write_scores(out / "scores.parquet", table)
@@ -32,22 +32,22 @@ from jsfdd.scoring.passes import run_batches, spread_out
 from jsfdd.scoring.table import ScoreTable, TokenRow, join, read_scores, write_part
 
 if TYPE_CHECKING:
-    from jsfdd.weights.target import Target  # brings transformers
+    from jsfdd.weights.target import Target  # imports transformers, which is slow
 
 
 class Keeper(Protocol):
-    """Takes the hidden states that a scoring pass computes (`hidden.capture.HiddenKeeper`)."""
+    """Stores the hidden states that a scoring pass computes (`hidden.capture.HiddenKeeper`)."""
 
     device_dtype: Literal["bfloat16", "float32"]
 
     def resume(self, tables: Sequence[ScoreTable]) -> None:
-        """Go on after the scores of an earlier call."""
+        """Continue after the scores of an earlier call."""
 
     def lacks(self, samples: Sequence[Sample]) -> bool:
-        """Whether it wants hidden states of these samples that it does not have."""
+        """Whether hidden states that it should store are missing for any of these samples."""
 
     def keep(self, samples: Sequence[Sample], scores: ScoreTable | None, hidden: np.ndarray) -> None:
-        """Take a batch, row b for samples[b], right-padded; `scores` are None if an earlier call computed them."""
+        """Store a batch, row b for samples[b], right-padded; `scores` is None if an earlier call computed them."""
 
 
 def make_score_step(
@@ -59,14 +59,14 @@ def make_score_step(
 ) -> Callable:
     """Compile the scoring of one batch: `(params, Batch) -> (TokenScores [B, T], hidden [B, T, D] or None)`.
 
-    Every device takes its own rows and runs the head on its own counted tokens, so there is no communication. Traces
-    once for each shape of a batch. Build it once.
+    Every device runs the head on the counted tokens of its own rows, so there is no communication. The step traces once
+    for each shape of a batch; make it once and keep it.
 
     Args:
-      config: the target's.
+      config: the target's architecture.
       mesh: its data axis must divide the batch's rows.
       hidden_dtype: also return the hidden states after the final norm, in this dtype.
-      block: as in `score_hidden`; by default what suits the mesh's devices.
+      block: as in `score_hidden`; by default a size that suits the mesh's devices.
     """
     block = block or _block(mesh)
 
@@ -79,7 +79,7 @@ def make_score_step(
 
 
 def make_head_step(config: DecoderConfig, mesh: Mesh) -> Callable:
-    """Compile `(params, (Batch, hidden [B, T, D])) -> TokenScores [B, T]`: the scores of hidden states that are there."""
+    """Compile `(params, (Batch, hidden [B, T, D])) -> TokenScores [B, T]`, the scores from given hidden states."""
     block = _block(mesh)
 
     def step(params: dict, batch: tuple[Batch, jax.Array]) -> TokenScores:
@@ -90,7 +90,7 @@ def make_head_step(config: DecoderConfig, mesh: Mesh) -> Callable:
 
 
 def _foreign_step(target: ForeignTarget, mesh: Mesh, hidden_dtype) -> Callable:
-    """As `make_score_step` makes, in two programs: the target's own for hidden states, and ours for the scores."""
+    """`make_score_step` for a foreign target, in two programs: its own computes hidden states, ours scores them."""
     head_step = make_head_step(target.config, mesh)
 
     def step(params: dict, batch: Batch) -> tuple[TokenScores, jax.Array | None]:
@@ -101,7 +101,7 @@ def _foreign_step(target: ForeignTarget, mesh: Mesh, hidden_dtype) -> Callable:
 
 
 def _stored_step(target: Target | ForeignTarget, hidden: Mapping[str, np.ndarray], mesh: Mesh) -> tuple[Callable, Callable]:
-    """(step, build) for `run_batches` where hidden states are stored."""
+    """(step, build) for `run_batches` when hidden states are given."""
     head_step = make_head_step(target.config, mesh)
 
     def build(samples: Sequence[Sample], shape: Shape) -> tuple[Batch, np.ndarray]:
@@ -141,30 +141,30 @@ def score_samples(
 ) -> ScoreTable:
     """Score every sample, continuing from the parts that an interrupted call left in `parts_dir`.
 
-    A sample's scores do not depend on what it is batched with, and the result is to the bit what one uninterrupted call
-    gives on any number of data shards and processes (a model axis adds up in another order). The parts hold the whole
-    table in the end, so a further call computes nothing. With several processes, each writes its own parts, and all return
-    the whole table.
+    A sample's scores do not depend on the other samples of its batch. An interrupted and continued call gives the same bits
+    as an uninterrupted one, on any number of data shards and processes; only a model axis changes the order of sums. In the
+    end the parts hold the whole table, so a further call computes nothing. With several processes, each writes its own
+    parts, and all return the whole table.
 
     Args:
-      target: the target, whole; ours or a foreign one.
-      samples: with different ids, at least one.
-      mesh: devices to share the batches.
-      batch_tokens: tokens of a batch, padding included; every device takes one at a time.
-      identity: JSON-ready; what the scores depend on beside the other arguments, by default the target's fingerprint. The
-        table keeps it, with a hash of the samples added; parts of another identity are refused.
-      parts_dir: where finished batches are kept; without it nothing is, and a new call starts anew. Several processes
-        need one that all of them see.
+      target: from `load_target` or `foreign_target`.
+      samples: at least one, with unique ids.
+      mesh: devices that share the batches.
+      batch_tokens: tokens of a batch, padding included; every device takes one batch at a time.
+      identity: JSON-ready: what the scores depend on besides the other arguments, by default the target's fingerprint. The
+        table stores it with a hash of the samples; parts of another identity are refused.
+      parts_dir: where finished batches are stored; if None, a new call starts from the beginning. With several processes,
+        all of them must see it.
       per_token: keep per-token scores in the table.
-      keeper: keeps hidden states of what can still be selected; a fresh one.
-      hidden: the hidden states of all samples by id, [T, D] each, after the final norm: a `HiddenStore`, or arrays from
-        elsewhere. Only the target's head runs then.
+      keeper: stores hidden states of samples that may still be selected; use a new one for each call.
+      hidden: the hidden states of all samples by id, [T, D] each, after the final norm: a `HiddenStore` or any mapping to
+        arrays. Given these, only the target's head runs.
       progress: show a bar with tokens per second.
       seconds_per_part: about how much work an interruption may lose.
 
     Raises:
       ValueError: there is no sample, `parts_dir` holds parts of another identity, or a score is not finite; names the
-        sample and what to do.
+        sample and the remedy.
     """
     if not samples:
         raise ValueError("there is no sample to score; check the data")
@@ -173,9 +173,9 @@ def score_samples(
     if several() and parts_dir is None:
         raise ValueError("several processes can only put their scores together in a parts_dir")
     lengths = [len(sample.tokens) for sample in samples]
-    # The order does not change the scores; in this one a keeper's store grows evenly.
+    # The order does not affect the scores; interleaved, a keeper's store grows evenly.
     plans = spread_out(make_batches(lengths, choose_shapes(lengths, batch_tokens)), num_data_shards(mesh))
-    # Batches of other shapes, and sums over other shards of the model, round differently: only the same ones continue.
+    # Batch shapes and model shards affect rounding, so parts made with others are refused.
     identity = plain({"target": target.fingerprint} if identity is None else identity) | {
         "samples": samples_digest(samples), "batch_tokens": batch_tokens, "model_shards": mesh.shape["model"],
         "per_token": per_token,
@@ -207,7 +207,7 @@ def score_samples(
     fresh: list[ScoreTable] = []  # scored, but in no part yet
     last_part = time.monotonic()
     for batch, (scores, states) in batches:
-        table = None  # the scores are there already; only the batch's hidden states were lost
+        table = None  # an earlier call scored this batch; only its hidden states were lost
         if not scored.issuperset(sample.id for sample in batch):
             table = _summarise(batch, scores, per_token, identity)
             fresh.append(table)
@@ -226,7 +226,7 @@ def score_samples(
 
 
 def _summarise(samples: Sequence[Sample], scores: TokenScores, per_token: bool, identity: dict) -> ScoreTable:
-    """The table of one batch, whose row b is samples[b]."""
+    """Make the table of one batch, row b for samples[b]."""
     columns = {name: np.full(len(samples), np.nan) for name in column_names()}
     rows = []
     for b, sample in enumerate(samples):
@@ -237,7 +237,7 @@ def _summarise(samples: Sequence[Sample], scores: TokenScores, per_token: bool, 
             visited = {name: values[counted].astype(np.float64) for name, values in tokens._asdict().items()}
             _check_finite(sample, visited)
             for name, column in columns.items():
-                column[b] = METRICS[name].of_tokens(visited[METRICS[name].token_score])
+                column[b] = METRICS[name].aggregate(visited[METRICS[name].token_score])
     return ScoreTable(
         ids=tuple(sample.id for sample in samples),
         sources=tuple(sample.source for sample in samples),
@@ -249,7 +249,7 @@ def _summarise(samples: Sequence[Sample], scores: TokenScores, per_token: bool, 
 
 
 def _check_finite(sample: Sample, visited: dict[str, np.ndarray]) -> None:
-    """ValueError names the first of a sample's counted tokens whose score is not finite."""
+    """Raise ValueError, naming the token, if a score of a counted token is not finite."""
     for name, values in visited.items():
         broken = ~np.isfinite(values)
         if broken.any():
@@ -260,7 +260,7 @@ def _check_finite(sample: Sample, visited: dict[str, np.ndarray]) -> None:
 
 
 def _read_parts(directory: Path, identity: dict) -> dict[int, ScoreTable]:
-    """What earlier calls finished, by number; an error if it belongs to something else."""
+    """Read the parts of earlier calls, by number. Raise ValueError if they belong to another run."""
     directory.mkdir(parents=True, exist_ok=True)
     parts = {}
     for path in sorted(directory.glob("part-*.parquet")):
@@ -273,7 +273,7 @@ def _read_parts(directory: Path, identity: dict) -> dict[int, ScoreTable]:
 
 
 def _write_part(directory: Path, parts: dict[int, ScoreTable], tables: Sequence[ScoreTable]) -> None:
-    # Process i of n takes numbers that are i modulo n, so no two take the same.
+    # Process i of n uses numbers congruent to i modulo n, so no two processes use the same.
     number = max(parts, default=-1) + 1
     number += (jax.process_index() - number) % jax.process_count()
     parts[number] = join(tables, [name for table in tables for name in table.ids])

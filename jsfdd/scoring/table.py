@@ -1,4 +1,4 @@
-"""The scores of all samples, and scores.parquet, in which they are kept."""
+"""The table of all samples' scores, and scores.parquet, which stores it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jsfdd.base.files import written_whole
 from jsfdd.scoring.metrics import column_names
 
 _TOKEN_COLUMNS = ("counted", "flatness", "entropy")
-_IN_PART = "token_"  # a part holds samples and tokens in one file, where "flatness" would be both
+_IN_PART = "token_"  # a part holds sample and token columns in one file, so the token columns need a prefix
 _IDENTITY = b"jsfdd_identity"
 _REMEDY = "delete it and score again"
 
@@ -36,11 +36,11 @@ class ScoreTable:
     """Scores of N samples, in the order of the data.
 
     Attributes:
-      ids, sources: of each sample.
+      ids, sources: one per sample.
       num_tokens: int32[N], counted tokens.
       metrics: name -> float64[N], as `metrics.py` defines them; NaN for samples without a counted token.
       identity: JSON-ready; all that the scores depend on.
-      tokens: per-token scores of each sample, where they were asked for.
+      tokens: per-token scores of each sample, or None.
 
     Example:
       >>> table = ScoreTable(("a", "b"), ("chat", "chat"), np.array([3, 0]), {"flatness": np.array([0.02, np.nan])}, {})
@@ -63,7 +63,7 @@ class ScoreTable:
 
 
 def join(tables: Sequence[ScoreTable], ids: Sequence[str]) -> ScoreTable:
-    """One table of the rows of several (at least one, all of one identity), in the order of `ids`."""
+    """Join the rows of several tables (at least one, all of one identity) into one table, in the order of `ids`."""
     row_of_id = {name: row for row, name in enumerate(itertools.chain.from_iterable(table.ids for table in tables))}
     rows = [row_of_id[name] for name in ids]
 
@@ -82,17 +82,17 @@ def join(tables: Sequence[ScoreTable], ids: Sequence[str]) -> ScoreTable:
 
 
 def write_scores(path: Path, table: ScoreTable) -> None:
-    """Write scores.parquet, atomic: one row a sample, the identity in the file's metadata; not the per-token scores."""
+    """Write scores.parquet atomically: one row per sample, no per-token scores, the identity in the file's metadata."""
     _write(path, _sample_columns(table), table.identity)
 
 
 def write_token_scores(path: Path, table: ScoreTable) -> None:
-    """Write token_scores.parquet, atomic: id, and lists over all T tokens: counted, flatness, entropy (nats)."""
+    """Write token_scores.parquet atomically: one row per sample, with its id and T-long lists counted, flatness, entropy."""
     _write(path, {"id": pyarrow.array(table.ids, pyarrow.string()), **_token_columns(table, "")}, table.identity)
 
 
 def write_part(path: Path, table: ScoreTable) -> None:
-    """Write all of a table, per-token scores included, into one file, atomic; `read_scores` reads it."""
+    """Write a whole table, per-token scores included, into one file, atomically; `read_scores` reads it."""
     tokens = {} if table.tokens is None else _token_columns(table, _IN_PART)
     _write(path, {**_sample_columns(table), **tokens}, table.identity)
 
@@ -101,8 +101,8 @@ def read_scores(path: Path) -> ScoreTable:
     """Read scores.parquet or a part.
 
     Raises:
-      FileNotFoundError: there is none.
-      ValueError: the file is damaged, lacks a column or is not jsfdd's, or an id occurs twice; names file and remedy.
+      FileNotFoundError: there is no such file.
+      ValueError: the file is damaged, lacks a column, was not written by jsfdd, or repeats an id; names file and remedy.
     """
     path = Path(path)
     table = _read(path, ("id", "source", "num_tokens", *column_names()))

@@ -2,11 +2,11 @@
 
     mixed = mixture(samples, {"chat": 0.5, "math": 0.5}, unit="samples", total=2000, seed=0)
 
-All mixtures of the same samples, weights, unit and seed are beginnings of one sequence, so a larger one contains a smaller
-one, and two drafts that differ in how much they saw differ in nothing else. The samples of a source are ordered by a hash; the
-place of a sample in the sequence is where its middle lies in that order, in units of the source's weight. (For samples this
-is Sainte-Laguë's rule of apportionment, under which no seats are lost when the house grows.) So in every beginning a source is
-within half a sample of its share.
+All mixtures of the same samples, weights, unit and seed are prefixes of one sequence. A larger mixture therefore contains
+every smaller one, so drafts trained on more or less data differ in nothing else. A hash orders the samples of each source; a
+sample's place in the sequence is the position of its middle in that order, divided by the source's weight. In every prefix,
+each source is then within half a sample of its share. (With unit="samples" this is Sainte-Laguë's apportionment, which never
+takes a seat away when the house grows.)
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ class _Placed(NamedTuple):
 def mixture(
     samples: Sequence[Sample], weights: Mapping[str, float], unit: MixUnit, total: int | None, seed: int
 ) -> list[Sample]:
-    """The samples of a mixture, in the order of `samples`. Which samples they are does not depend on that order.
+    """Choose the samples of a mixture. The choice does not depend on the order of `samples`, which the result keeps.
 
     Args:
-      samples: what may be taken, once.
+      samples: the candidates; each is taken at most once.
       weights: source -> share, up to a common factor; above 0. Samples of other sources are left out.
-      unit: what the shares count: samples, or the tokens that count.
-      total: how many samples to take, or at most how many tokens. None: as many as keep the shares.
+      unit: what the shares count: samples or counted tokens.
+      total: the number of samples, or the largest number of tokens. None: as many as keep the shares.
       seed: decides which samples of a source come first.
 
     Raises:
-      ValueError: no sample is of a source that is named, there are not enough for `total`, or `total` holds none.
+      ValueError: a source in `weights` has no sample, or `total` is more than there is or less than the first sample.
     """
     sizes = Counter(sample.source for sample in samples)
     if unknown := sorted(weights.keys() - sizes.keys()):
         names = ", ".join(f"{source} ({count:,})" for source, count in sorted(sizes.items()))
         raise ValueError(f"--mix: no sample to train on is of source {unknown[0]!r}; choose from {names}")
     queues = {source: _queue(samples, source, weight, unit, seed) for source, weight in weights.items()}
-    # The sequence ends where the first source runs out: where a further sample of it would begin.
+    # The sequence ends where the first source runs out: at the place that its next sample would have.
     available = {source: sum(placed.size for placed in queue) for source, queue in queues.items()}
     limit, scarce = min(((available[source] + 0.5) / weight, source) for source, weight in weights.items())
     sequence = sorted(itertools.chain.from_iterable(queues.values()), key=lambda placed: placed[:2])
@@ -80,13 +80,13 @@ def contents(samples: Sequence[Sample]) -> dict[str, dict[str, int]]:
 
 
 def in_words(counts: Mapping[str, Mapping[str, int]]) -> str:
-    """What `contents` counted, for a person."""
+    """The counts of `contents` as a sentence."""
     parts = [f"{count['samples']:,} of {name} ({count['counted_tokens']:,} counted tokens)" for name, count in counts.items()]
     return f"samples: {', '.join(parts)}"
 
 
 def _queue(samples: Sequence[Sample], source: str, weight: float, unit: MixUnit, seed: int) -> list[_Placed]:
-    """The samples of a source in their order, with their places in the sequence of all."""
+    """The samples of a source in the order of their hashes, with their places in the sequence."""
     ordered = sorted((sample for sample in samples if sample.source == source), key=lambda sample: _rank(sample, seed))
     sizes = [int(sample.counted.sum()) if unit == "tokens" else 1 for sample in ordered]
     ends = itertools.accumulate(sizes)

@@ -3,7 +3,7 @@
     selection = select(read_scores(path), 0.5)
     kept = selected_samples(selection, samples)
 
-The paper's baselines are other metrics of the same selection (`scoring/metrics.py`); `random` is the control.
+The paper's baselines select by other metrics (`scoring/metrics.py`); `random` is the control.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from jaxtyping import Float
 from jsfdd.base.files import decode, differences, read_json, sha256, write_json
 from jsfdd.scoring.metrics import METRICS, MetricName
 
-if TYPE_CHECKING:  # the command line reads names from here, and must start fast
+if TYPE_CHECKING:  # the command line imports this module, and must start fast
     from jsfdd.base.records import Sample
     from jsfdd.scoring.table import ScoreTable
 
@@ -33,15 +33,15 @@ _REMEDY = "select again with `jsfdd select`"
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """What was kept, and why.
+    """The samples that were kept, and by which rule.
 
     Attributes:
-      ids: samples that stay, in the order of the data.
-      dropped: samples without a counted token, in the order of the data: they could teach nothing and were not ranked.
-      metric, retain_ratio, seed, within: as asked for; seed only matters to the metric random.
-      thresholds: source (or "all") -> the score of the last sample kept of it. Lower ones went (higher ones for top1 and
-        margin).
-      inputs: identity of the scores, and their hash.
+      ids: samples that were kept, in the order of the data.
+      dropped: samples without a counted token, in the order of the data: nothing to train on, so they were not ranked.
+      metric, retain_ratio, seed, within: the arguments of `select`; only the metric random depends on the seed.
+      thresholds: source (or "all") -> the score of the last sample kept. Samples with lower scores were not kept (with
+        higher ones for top1 and margin).
+      inputs: identity and hash of the scores.
     """
 
     ids: tuple[str, ...]
@@ -71,16 +71,16 @@ def select(
 ) -> Selection:
     """Keep the k = max(1, round(retain_ratio·N)) most uncertain of the N samples that have a counted token.
 
-    Half a sample always rounds up (Python's round would go to the even neighbour). Of equal scores the smaller id is kept
-    first. The choice does not depend on the order of the data; that of `random` depends only on the seed and the ids.
+    Half a sample always rounds up (Python's `round` goes to the even neighbour). Among equal scores, smaller ids are kept
+    first. The choice does not depend on the order of the data; for `random` it depends only on the seed and the ids.
 
     Args:
-      table: of all samples.
+      table: the scores of all samples.
       retain_ratio: in (0, 1].
-      metric: what ranks them.
-      within: "source" ranks the samples of each source among themselves and keeps the share of each, at least one: not in
-        the paper, whose metrics all choose sources before they choose samples (experiments/013 and 014).
-      seed: of the metric random.
+      metric: the metric that ranks the samples.
+      within: "source" ranks the samples of each source separately and keeps the same share of each, at least one. This is
+        not in the paper: ranked together, its metrics mostly choose between sources (experiments/013 and 014).
+      seed: for the metric random.
 
     Raises:
       ValueError: an unknown metric or `within`, a ratio out of range, or no sample to rank.
@@ -102,7 +102,7 @@ def select(
         if np.isnan(scores).any():
             broken = [table.ids[row] for row in rows[np.isnan(scores)]]
             raise ValueError(f"the {metric} of these samples is not a number: {_few(broken)}; score again")
-        # The rows are in the order of their ids, and a stable sort leaves equal ones so.
+        # The rows are sorted by id, and a stable sort keeps that order among equal scores.
         order = np.argsort(_ascending(metric, scores), kind="stable")[: how_many(retain_ratio, len(rows))]
         kept.append(rows[order])
         thresholds[name] = float(scores[order[-1]])
@@ -120,23 +120,23 @@ def select(
 
 
 def how_many(retain_ratio: float, number: int) -> int:
-    """k of `number` samples: at least one, and half a sample rounds up."""
+    """How many of `number` samples to keep: at least one; half a sample rounds up."""
     return max(1, math.floor(retain_ratio * number + 0.5))
 
 
 def place_in_order(metric: str, score: float, sample_id: str) -> tuple[float, str]:
-    """A sample's place in the order in which `select` keeps samples: the smallest is kept first. No two are equal."""
+    """The sort key by which `select` keeps samples, the smallest first. Keys of different samples differ."""
     return _ascending(metric, score), sample_id
 
 
 def random_score(seed: int, sample_id: str) -> float:
-    """The metric `random` of a sample, in [0, 1): a pure function of its arguments, known before anything is scored."""
+    """A sample's score under the metric `random`, in [0, 1). It depends on its arguments only, so scoring is not needed."""
     digest = hashlib.sha256(f"jsfdd random: {seed}: {sample_id}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def selected_samples(selection: Selection, samples: Sequence[Sample]) -> list[Sample]:
-    """The samples that stay, in the order of the data. ValueError names a few that the data lacks."""
+    """The samples that were kept, in the order of the data. ValueError names samples that the data lacks."""
     missing = sorted({*selection.ids, *selection.dropped} - {sample.id for sample in samples})
     if missing:
         raise ValueError(
@@ -148,7 +148,7 @@ def selected_samples(selection: Selection, samples: Sequence[Sample]) -> list[Sa
 
 
 def write_selection(path: Path, selection: Selection) -> None:
-    """Write selection.json, atomic."""
+    """Write selection.json atomically."""
     write_json(path, dataclasses.asdict(selection))
 
 
@@ -156,8 +156,8 @@ def read_selection(path: Path) -> Selection:
     """Read selection.json.
 
     Raises:
-      FileNotFoundError: there is none.
-      ValueError: it is not what `write_selection` writes; names file, value and remedy.
+      FileNotFoundError: there is no such file.
+      ValueError: the file is damaged, or not a selection; names file, value and remedy.
     """
     values = read_json(path, remedy=_REMEDY)
     try:
@@ -167,18 +167,19 @@ def read_selection(path: Path) -> Selection:
 
 
 def selection_facts(path: Path, identity: dict | None) -> dict:
-    """What a model card says of selection.json; JSON-ready, without the lists of ids.
+    """The facts of selection.json for a model card; JSON-ready, without the lists of ids.
 
     Args:
-      identity: of the training run that used it, if known.
+      identity: the identity of the training run that used the selection, if known.
 
     Raises:
-      FileNotFoundError, ValueError: as in `read_selection`, or it was made for another target than the run's.
+      FileNotFoundError: as in `read_selection`.
+      ValueError: as in `read_selection`, or the selection was made for another target than the run's.
     """
     selection = read_selection(path)
     if identity is not None:
         keys = ("target", "tokenizer")
-        scored, trained = ({key: made.get(key) for key in keys} for made in (selection.inputs["scores"], identity))
+        scored, trained = ({key: inputs.get(key) for key in keys} for inputs in (selection.inputs["scores"], identity))
         if changed := differences(scored, trained):
             raise ValueError(f"{path}: not the selection that the draft was trained on ({changed}); give its own --selection")
     facts = dataclasses.asdict(selection)
@@ -199,7 +200,7 @@ def _check_options(metric: str, retain_ratio: float, within: str) -> None:
 
 
 def _strata(table: ScoreTable, ranked: np.ndarray, within: Within) -> dict[str, np.ndarray]:
-    """name -> those of the row numbers `ranked` that compete with each other, in the same order."""
+    """Split the row numbers `ranked` into groups that are ranked separately: name -> rows, in the same order."""
     if within == "all":
         return {"all": ranked}
     sources = np.array([table.sources[row] for row in ranked], object)
@@ -213,12 +214,12 @@ def _scores(table: ScoreTable, metric: str, rows: np.ndarray, seed: int) -> Floa
 
 
 def _ascending(metric: str, scores):
-    """Scores turned so that what is kept first is smallest."""
+    """Scores with their sign set so that the sample kept first has the smallest."""
     return -scores if METRICS[metric].keep == "large" else scores
 
 
 def _digest(table: ScoreTable) -> str:
-    """sha256 of the ids, counts and scores."""
+    """SHA-256 of the ids, counts and scores."""
     sha = hashlib.sha256("\0".join(table.ids).encode())
     for values in (table.num_tokens, *table.metrics.values()):
         sha.update(np.ascontiguousarray(values).tobytes())

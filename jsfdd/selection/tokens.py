@@ -1,9 +1,9 @@
-"""Token selection: within the samples that stay, train on the tokens with the flattest targets, or weigh tokens by it.
+"""Token selection: within the kept samples, train only on the tokens with the flattest targets, or weight tokens by flatness.
 
     weights = token_weights(samples, read_token_scores(path), metric="flatness", retain_ratio=0.5, weighting="hard", seed=0)
 
-The vocabulary projection, most of a training step, visits a token only where its weight is above 0. The rest of the draft
-reads whole samples as before: a token that is not trained on is still context for the others.
+The head, which takes most of a training step, runs only on tokens whose weight is above 0. The rest of the draft still reads
+whole samples: a token without weight is context for the others.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from jaxtyping import Float
 
-if TYPE_CHECKING:  # the command line reads names from here, and must start fast
+if TYPE_CHECKING:  # the command line imports this module, and must start fast
     from jsfdd.base.records import Sample
     from jsfdd.scoring.table import TokenRow
 
@@ -31,19 +31,18 @@ def token_weights(
     weighting: Literal["hard", "soft"],
     seed: int,
 ) -> dict[str, Float[np.ndarray, " T"]]:
-    """sample id -> token weights, float32[T], 0 where a token is not trained on.
+    """Give every token a training weight: sample id -> float32[T], 0 for tokens that are not trained on.
 
-    The counted tokens of all samples are ranked together, and the round(retain_ratio · N) with the highest metric stay, at
-    least one; ties are broken by the order of the samples and tokens.
+    The counted tokens of all samples are ranked together. The round(retain_ratio · N) with the highest metric are kept, at
+    least one; earlier samples and tokens win ties.
 
     Args:
-      samples: those that are trained on; only their tokens are ranked.
-      scores: per-token scores, for these samples at least.
+      samples: the training samples; only their tokens are ranked.
+      scores: per-token scores, of these samples at least.
       metric: flatness or entropy (nats) of the target's distribution; `random` ranks by chance.
-      retain_ratio: share of the tokens that stays.
-      weighting: hard: tokens that stay weigh 1. soft: in proportion to the metric, so that those that stay weigh 1 on
-        average.
-      seed: of `random`.
+      retain_ratio: the share of the tokens to keep.
+      weighting: "hard" gives kept tokens the weight 1. "soft" gives them weights in proportion to the metric, with mean 1.
+      seed: for the metric random.
 
     Raises:
       ValueError: a sample has no scores, or scores of other tokens.

@@ -1,4 +1,4 @@
-"""A draft's own vocabulary: the tokens worth proposing, so that its head is small (EAGLE-3's draft vocabulary, FR-Spec)."""
+"""A draft's reduced vocabulary: the most frequent tokens, so that its head is small (EAGLE-3's draft vocabulary, FR-Spec)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from jsfdd.base.records import Sample
 
 
 def frequent_tokens(samples: Sequence[Sample], size: int, vocab_size: int) -> tuple[int, ...]:
-    """The `size` most frequent tokens of the answers, ascending; between equals the lower id wins.
+    """The `size` most frequent tokens of the answers, ascending; lower ids win ties.
 
-    What counts is what a draft could have proposed: the next token of every counted position. Tokens that are in no answer are
-    taken only if there are not enough others, lowest first.
+    Only tokens that a draft could have proposed are counted: the next token of every counted position. If the answers have
+    too few different tokens, the lowest other ids fill the vocabulary.
 
     Raises:
       ValueError: `size` exceeds `vocab_size`.
