@@ -100,7 +100,7 @@ def test_a_missing_file_and_another_kind_of_value_are_named(tmp_path):
         read_json(tmp_path / "x.json")
     write_json(tmp_path / "x.json", [1])
     assert read_json(tmp_path / "x.json") == [1]
-    with pytest.raises(ValueError, match=r"x\.json: a JSON object.*list; take another"):
+    with pytest.raises(ValueError, match=r"x\.json: expected a JSON object, got list; take another"):
         read_json(tmp_path / "x.json", dict, remedy="take another")
 
 
