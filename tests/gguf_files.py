@@ -35,10 +35,36 @@ def write_model(
 
     `kinds`: GGUF tensor name -> type, F32 where absent. `edit(writer)` adds what else the file should hold.
     """
-    tensors = {}
-    for file in sorted(directory.glob("*.safetensors")):
-        tensors |= load_file(file)
-    names = get_tensor_name_map(_ARCHITECTURES[architecture], config.num_layers)
+    writer = _with_settings(path, architecture, config)
+    for name, tensor in _tensors(architecture, directory, config):
+        kind = (kinds or {}).get(name)
+        if kind is None:
+            writer.add_tensor(name, tensor)
+        else:
+            writer.add_tensor(name, quantize(tensor, kind), raw_dtype=kind)
+    return finish(writer, edit)
+
+
+def write_parts(folder: Path, architecture: str, directory: Path, config: DecoderConfig, count: int) -> list[Path]:
+    """The same in `count` files as llama.cpp's gguf-split names and marks them: the settings are in the first alone."""
+    folder.mkdir()
+    tensors = list(_tensors(architecture, directory, config))
+    paths = [folder / f"model-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
+    for number, path in enumerate(paths):
+        writer = GGUFWriter(path, architecture) if number else _with_settings(path, architecture, config)
+        for name, tensor in tensors[number::count]:
+            writer.add_tensor(name, tensor)
+
+        def marked(writer, number=number):
+            writer.add_uint16("split.no", number)
+            writer.add_uint16("split.count", count)
+            writer.add_int32("split.tensors.count", len(tensors))
+
+        finish(writer, marked)
+    return paths
+
+
+def _with_settings(path: Path, architecture: str, config: DecoderConfig) -> GGUFWriter:
     writer = GGUFWriter(path, architecture)
     writer.add_block_count(config.num_layers)
     writer.add_context_length(config.max_position)
@@ -52,18 +78,21 @@ def write_model(
     writer.add_rope_freq_base(config.rope.theta)
     if config.sliding_window:
         writer.add_sliding_window(config.sliding_window)
+    return writer
+
+
+def _tensors(architecture: str, directory: Path, config: DecoderConfig):
+    """(name, values) as llama.cpp stores them."""
+    tensors = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        tensors |= load_file(file)
+    names = get_tensor_name_map(_ARCHITECTURES[architecture], config.num_layers)
     for name, tensor in tensors.items():
         if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
             tensor = interleave(tensor, config.num_heads if "q_proj" in name else config.num_kv_heads)
         if architecture == "gemma3" and "norm" in name:
             tensor = tensor + np.float32(1)
-        stored_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        kind = (kinds or {}).get(stored_name)
-        if kind is None:
-            writer.add_tensor(stored_name, tensor)
-        else:
-            writer.add_tensor(stored_name, quantize(tensor, kind), raw_dtype=kind)
-    return finish(writer, edit)
+        yield names.get_name(name, try_suffixes=(".weight", ".bias")), tensor
 
 
 def write_vocabulary(path: Path, tokens, kinds, edit) -> Path:

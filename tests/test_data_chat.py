@@ -8,6 +8,7 @@ import pytest
 
 from jsfdd.data import formats
 from jsfdd.data.chat import read_chat_files, read_chats, read_prompts
+from jsfdd.data.forms import conversation_of, unread
 from jsfdd.data.skipped import BadRow, check_skipped
 
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello 👋"}]
@@ -40,9 +41,12 @@ def test_entries_of_a_list_are_placed_by_line_and_number(tmp_path):
         read_chats([path])
 
 
-def test_an_id_of_two_conversations_names_both_places(tmp_path):
+def test_an_id_of_two_conversations(tmp_path):
     first = write(tmp_path / "one.jsonl", ROW)
     second = write(tmp_path / "two.jsonl", {"messages": TURNS * 2}, ROW | {"messages": TURNS * 3})
+    found = read_chat_files([first, second])
+    assert [chat.id for chat in found.chats] == ["a", "two-1", "two-2"] and found.renamed == 1
+    assert found.notes() == ["1 rows have the id of another and are named after their file and place in it"]
     with pytest.raises(ValueError, match=r"two\.jsonl:2: id 'a' was already used at .*one\.jsonl:1; make ids unique"):
         read_chats([first, second])
     prompts = write(tmp_path / "p.jsonl", {"id": "a", "turns": ["x"]})
@@ -135,6 +139,15 @@ def message(role="user", content="Hi", **extra):
         ({"input_ids": [1, 2], "loss_mask": [1]}, "no_form", "2 'input_ids' and 1 'loss_mask'; expected one each"),
         ({"input_ids": [1, -2], "loss_mask": [1, 1]}, "no_form", "a number that is no token id"),
         ({"input_ids": [1, 2.5], "loss_mask": [1, 1]}, "no_form", "'input_ids' is no list of whole numbers"),
+        ({"input_ids": [1, float("nan")], "loss_mask": [1, 1]}, "no_form", "'input_ids' is no list of whole numbers"),
+        ({"input_ids": [1, 2], "labels": [2, -100]}, "no_form", "'labels' are neither .*; were they shifted"),
+        ({"input_ids": [1, 2, 3], "loss_mask": [1] * 3, "attention_mask": [1, 0, 1]}, "no_form", "over one whole stretch"),
+        ({"input_ids": [1, 2], "loss_mask": [1, 1], "attention_mask": [0, 0]}, "empty", "'attention_mask' is 1 nowhere"),
+        (ROW | {"image_paths": ["a.png"]}, "media", "'image_paths' is given"),
+        (message(audio_url="a.wav"), "media", "message 1: 'audio_url' is given"),
+        ([], "no_form", "found a list; a row is an object"),
+        ("row", "no_form", "found a string; a row is an object"),
+        (None, "no_form", "found null; a row is an object"),
     ],
 )
 def test_bad_rows_are_named_or_skipped_and_counted(tmp_path, row, reason, error):
@@ -149,17 +162,15 @@ def test_bad_rows_are_named_or_skipped_and_counted(tmp_path, row, reason, error)
     assert found.skipped.first[reason].startswith(f"{path}:2: ")
 
 
-@pytest.mark.parametrize(
-    "row, error",
-    [
-        ([], "found a list; a row is an object"),
-        (ROW | {"id": True}, "'id' is true or false; expected a string"),
-        (ROW | {"source": {}}, "'source' is an object; expected a string"),
-    ],
-)
-def test_rows_that_are_none_end_the_reading(tmp_path, row, error):
-    with pytest.raises(ValueError, match=rf"bad\.jsonl:1: {error}"):
-        read_chat_files([write(tmp_path / "bad.jsonl", row)])
+def test_an_id_or_source_that_is_neither_text_nor_number_is_not_read(tmp_path):
+    values = ["x", 7, 7.5, 8.0, True, {"a": 1}, "\ud83d", ""]
+    rows = [{"id": value, "source": value, "messages": TURNS * n} for n, value in enumerate(values, 1)]
+    path = tmp_path / "i.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = read_chat_files([path])
+    assert [chat.id for chat in found.chats] == ["x", "7", "7.5", "8", "i-5", "i-6", "i-7", "i-8"]
+    assert [chat.source for chat in found.chats] == ["x", "7", "7.5", "8", "i", "i", "i", "i"]
+    assert found.unread == {"id": 3, "source": 3}
 
 
 def test_more_bad_rows_than_allowed_are_an_error_that_lists_every_reason():
@@ -200,6 +211,32 @@ def test_keys_that_are_not_read_are_counted(tmp_path):
     assert found.unread == {"score": 2, "rejected": 1, "messages[].toxic": 1}
     assert found.unread_words() == "not read: 2 rows have 'score', 1 rows have 'messages[].toxic', 1 rows have 'rejected'"
     assert read_chat_files([write(tmp_path / "v.jsonl", {"messages": TURNS})]).unread_words() == ""
+
+
+USER, ANSWER = TURNS
+
+
+@pytest.mark.parametrize(
+    "row, keys",
+    [
+        ({"messages": TURNS, "output": "x", "text": "y", "history": [["a", "b"]]}, {"output", "text", "history"}),
+        ({"system": "other", "messages": [{"role": "system", "content": "S"}, *TURNS]}, {"system"}),
+        ({"system": "S", "messages": [{"role": "system", "content": "S"}, *TURNS]}, set()),
+        ({"system": "S", "messages": TURNS, "tools": [{"name": "f"}]}, set()),
+        ({"instruction": "Q", "output": "A", "input": "", "prompt": "whole", "weight": 0}, {"prompt", "weight"}),
+        ({"text": "<s>", "tools": [{"name": "f"}], "system": "S"}, {"tools", "system"}),
+        ({"input_ids": [1, 2], "loss_mask": [1, 1], "labels": [1, 2], "position_ids": [0, 1]}, {"labels", "position_ids"}),
+        ({"messages": [USER | {"reasoning": "r", "tool_calls": []}, ANSWER]}, {"messages[].reasoning"}),
+        ({"messages": [USER, ANSWER | {"tool_call_id": "c", "refusal": None}]}, {"messages[].tool_call_id"}),
+        ({"messages": [USER, ANSWER | {"value": "other", "from": "assistant"}]}, {"messages[].value"}),
+        ({"messages": json.dumps([USER, ANSWER | {"rating": 1}])}, {"messages[].rating"}),
+        ({"conversations": {"from": ["human", "gpt"], "value": ["Q", "A"], "rating": [1, 2]}}, {"conversations[].rating"}),
+        ({"messages": [USER | {"weight": 1}, ANSWER | {"weight": 1, "truncated": False, "thinking": None}]}, set()),
+    ],
+)
+def test_a_key_counts_as_read_where_it_is(row, keys):
+    found = conversation_of(row, "f:1")
+    assert unread(row, found) == keys
 
 
 GOOD = json.dumps(ROW).encode()

@@ -101,6 +101,17 @@ def system(text):
          [answer("A", weight=0), answer("B"), answer("C", weight=0), answer("D")]),
         ({"messages": [user("Q") | {"weight": 0.3}, answer("A")]}, [user("Q"), answer("A")]),
         ({"conversations": [turn("human", "Q"), turn("gpt", "A") | {"weight": 0}]}, [user("Q"), answer("A", weight=0)]),
+        ({"messages": [answer("A", loss=False), answer("B", trainable=True), answer("C", loss_mask=0), answer("D", loss=1.0)]},
+         [answer("A", weight=0), answer("B"), answer("C", weight=0), answer("D")]),
+        ({"messages": [turn("Human", "Q"), turn("GPT", "A")]}, [user("Q"), answer("A")]),
+        ({"conversations": [{"role": "User", "value": "Q"}, {"from": "model", "content": "A"}]}, [user("Q"), answer("A")]),
+        ({"messages": [turn("human", "Q"), turn("function_call", BARE), turn("observation", "9")]},
+         [user("Q"), answer("", tool_calls=[ROME]), {"role": "tool", "content": "9", "tool_call_id": "call00001"}]),
+        ({"messages": [user("Q") | {"name": "Ann"}, answer("A")]}, [user("Q") | {"name": "Ann"}, answer("A")]),
+        ({"query": "Q", "response": "A", "history": [user("q"), answer("a")]},
+         [user("q"), answer("a"), user("Q"), answer("A")]),
+        ({"instruction": "Q", "output": "A", "history": ""}, [user("Q"), answer("A")]),
+        ({"instruction": "Q", "output": "A", "history": '[["q", "a"]]'}, [user("q"), answer("a"), user("Q"), answer("A")]),
     ],
 )  # fmt: skip
 def test_a_row_stands_for_these_messages(row, messages):
@@ -115,6 +126,7 @@ TOOL = {"name": "f", "parameters": {"type": "object", "properties": {"x": {"defa
     [
         {"tools": [{"type": "function", "function": TOOL}]}, {"tools": [TOOL]}, {"functions": [TOOL]},
         {"tools": json.dumps([TOOL])}, {"tools": [json.dumps(TOOL)]}, {"tools": TOOL}, {"tools": [TOOL], "functions": []},
+        {"tools": [{"type": "function", **TOOL}]},
     ],
 )  # fmt: skip
 def test_definitions_of_tools_in_every_spelling(given):
@@ -129,6 +141,10 @@ def test_rows_that_were_rendered_or_tokenized():
     assert conversation_of({"input_ids": [5, 6, 7], "assistant_masks": [0, 1, 1]}, "f:1") == tokenized
     assert conversation_of({"input_ids": [5, 6, 7], "loss_mask": [False, True, True]}, "f:1") == tokenized
     assert conversation_of({"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, "f:1") == tokenized
+    assert conversation_of({"input_ids": [5, 6, 7], "loss_mask": [0.0, 1.0, 1.0]}, "f:1") == tokenized
+    padded = {"input_ids": [0, 5, 6, 7, 0, 0], "attention_mask": [0, 1, 1, 1, 0, 0], "loss_mask": [0, 0, 1, 1, 0, 0]}
+    assert conversation_of(padded, "f:1") == tokenized
+    assert conversation_of({key: json.dumps(value) for key, value in padded.items()}, "f:1") == tokenized
 
 
 def test_a_row_to_be_answered_needs_a_question_only():

@@ -1,5 +1,6 @@
 """Which files a name stands for, and that every kind of file gives the same rows."""
 
+import csv
 import gzip
 import json
 import sys
@@ -9,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jsfdd.data.chat import read_chats
+from jsfdd.data.chat import read_chat_files, read_chats
 from jsfdd.data.hub import dataset_rows
 from jsfdd.data.rows import InputFile, expand_names, input_digests
 
@@ -27,11 +28,8 @@ ROWS = [
 
 def write(path, *rows):
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".parquet":
-        keys = dict.fromkeys(key for row in rows for key in row)
-        columns = {key: [str(row[key]) if key == "id" and key in row else row.get(key) for row in rows] for key in keys}
-        pq.write_table(pa.table(columns), path)
-        return path
+    if path.suffix in (".parquet", ".arrow", ".csv"):
+        return write_columns(path, rows)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     data = json.dumps(list(rows), indent=1).encode() if ".json" in path.suffixes else lines
     pack = {".gz": gzip.compress, ".zst": lambda data: pa.compress(data, "zstd", asbytes=True)}.get(path.suffix, bytes)
@@ -39,7 +37,31 @@ def write(path, *rows):
     return path
 
 
-@pytest.mark.parametrize("ending", ["jsonl", "json", "jsonl.gz", "json.gz", "jsonl.zst", "json.zst", "parquet"])
+def write_columns(path, rows):
+    """As Parquet, as an Arrow file, or as CSV with lists and objects as JSON text."""
+    keys = dict.fromkeys(key for row in rows for key in row)
+    columns = {key: [str(row[key]) if key == "id" and key in row else row.get(key) for row in rows] for key in keys}
+    if path.suffix == ".csv":
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(columns)
+            cells = [
+                [json.dumps(value) if isinstance(value, list) else value for value in column] for column in columns.values()
+            ]
+            writer.writerows(zip(*cells))
+    elif path.suffix == ".arrow":
+        table = pa.table(columns)
+        with pa.ipc.new_file(path, table.schema) as writer:
+            writer.write_table(table, max_chunksize=3)
+    else:
+        pq.write_table(pa.table(columns), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "ending",
+    ["jsonl", "ndjson", "json", "JSONL", "jsonl.gz", "json.gz", "jsonl.zst", "json.zst", "parquet", "arrow", "csv"],
+)
 def test_every_kind_of_file_gives_the_same_chats(tmp_path, ending):
     chats = read_chats([write(tmp_path / f"x.{ending}", *ROWS)])
     assert [chat.id for chat in chats] == ["a", "7", "x-3", "x-4"]
@@ -66,6 +88,55 @@ def test_a_parquet_row_is_named_and_other_columns_are_not_read(tmp_path):
     path = write(tmp_path / "y.parquet", {"blob": b"\x00"})
     with pytest.raises(ValueError, match=r"y\.parquet: no column of .*turns.*; it has blob; rename"):
         read_chats([path])
+
+
+@pytest.mark.parametrize("ending", ["parquet", "arrow"])
+def test_columns_that_are_not_read_are_counted_in_rows_that_have_them(tmp_path, ending):
+    rows = [{"prompt": f"Q{i}", "response": "A", "score": i or None, "kwargs": {"a": 1}, "none": None} for i in range(5)]
+    found = read_chat_files([write(tmp_path / f"x.{ending}", *rows)])
+    assert found.unread == {"score": 4, "kwargs": 5} and len(found.chats) == 5
+
+
+def test_lists_in_parquet_as_json_text_or_as_an_object_of_lists(tmp_path):
+    texts = {"messages": [json.dumps(TURNS)], "tools": [json.dumps([{"name": "f"}])]}
+    pq.write_table(pa.table(texts), tmp_path / "text.parquet")
+    lists = {"conversations": [{"from": ["human", "gpt"], "value": ["Hi", "Hello 👋"]}]}
+    pq.write_table(pa.table(lists), tmp_path / "lists.parquet")
+    text, whole = (read_chats([tmp_path / name])[0] for name in ("text.parquet", "lists.parquet"))
+    assert list(text.messages) == list(whole.messages) == TURNS
+    assert text.tools == ({"type": "function", "function": {"name": "f"}},)
+
+
+def save_to_disk(folder, *tables):
+    """A dataset as the datasets library's save_to_disk lays it out, a stream a table, and a cache file beside."""
+    folder.mkdir(parents=True)
+    names = [f"data-{i:05d}-of-{len(tables):05d}.arrow" for i in range(len(tables))]
+    for name, rows in [*zip(names, tables), ("cache-1.arrow", [{"messages": TURNS * 9}])]:
+        table = pa.Table.from_pylist(rows)
+        with pa.ipc.new_stream(folder / name, table.schema) as writer:
+            writer.write_table(table)
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names], "_split": "train"}))
+    (folder / "dataset_info.json").write_text("{}")
+    return folder
+
+
+def test_a_dataset_that_was_saved_to_disk(tmp_path):
+    one = save_to_disk(tmp_path / "one", [{"messages": TURNS}], [{"messages": TURNS * 2}])
+    assert [len(chat.messages) for chat in read_chats([one])] == [2, 4]
+    for split in ("test", "train"):
+        save_to_disk(tmp_path / "two" / split, [{"messages": TURNS * (3 if split == "train" else 4)}])
+    (tmp_path / "two" / "dataset_dict.json").write_text('{"splits": ["test", "train"]}')
+    assert [len(chat.messages) for chat in read_chats([tmp_path / "two"])] == [6]
+    assert [len(chat.messages) for chat in read_chats([tmp_path / "two" / "test"])] == [8]
+    (one / "data-00001-of-00002.arrow").unlink()
+    with pytest.raises(FileNotFoundError, match=r"data-00001-of-00002\.arrow: no such file, but .*state\.json names it"):
+        read_chats([one])
+    (one / "state.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"state\.json: no list of data files"):
+        read_chats([one])
+    (tmp_path / "two" / "train" / "state.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"two: a saved dataset with the splits test; name one"):
+        read_chats([tmp_path / "two"])
 
 
 def test_a_truncated_parquet_file_is_refused(tmp_path):
@@ -125,6 +196,9 @@ class FakeDataset:
 
     def __iter__(self):
         return iter(self.rows)
+
+    def __len__(self):
+        return len(self.rows)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import gguf_files
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFWriter, dequantize, quantize
@@ -14,6 +15,7 @@ from safetensors.numpy import load_file
 from jsfdd.models.architecture import Rope
 from jsfdd.weights import gguf, gguf_file, huggingface, layout
 from jsfdd.weights.gguf_file import read_header, read_tensor
+from jsfdd.weights.target import fingerprint
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -79,6 +81,43 @@ def test_in_whatever_pieces_the_same_parameters(tmp_path, monkeypatch):
     assert len(embedding) == 128 and np.array_equal(read_tensor(file, "token_embd.weight", slice(3, 70)), embedding[3:70])
 
 
+def test_a_model_in_parts_is_the_model_in_one(tmp_path):
+    """In whatever part it is asked for, metadata in the first alone; and every way in which parts do not fit together."""
+    whole, directory, config = write(tmp_path, "llama")
+    parts = gguf_files.write_parts(tmp_path / "parts", "llama", directory, config, 3)
+    expected = gguf.read_params(read_header(whole), gguf.read_config(read_header(whole)))
+    for part in parts:
+        file = read_header(part)
+        assert file.path == parts[0] and gguf.read_config(file) == gguf.read_config(read_header(whole))
+        assert {tensor.path for tensor in file.tensors.values()} == set(parts)
+        assert jax.tree.all(jax.tree.map(np.array_equal, gguf.read_params(file, config), expected))
+    first = fingerprint(parts[0], config)
+    assert first == fingerprint(parts[2], config) != fingerprint(whole, config)
+    stored = parts[2].read_bytes()
+    parts[2].write_bytes(stored[:-1] + b"!")
+    assert fingerprint(parts[0], config) != first
+    parts[2].write_bytes(stored[:-4096])
+    with pytest.raises(ValueError, match=r"00003-of-00003\.gguf: tensor .*the file is truncated"):
+        read_header(parts[0])
+    parts[2].write_bytes(parts[1].read_bytes())
+    with pytest.raises(ValueError, match=r"00003-of-00003\.gguf: not part 3 of 3, as its name says"):
+        read_header(parts[0])
+    parts[2].unlink()
+    with pytest.raises(FileNotFoundError, match=r"00003-of-00003\.gguf: no such file; .*get all of them"):
+        read_header(parts[1])
+
+
+def test_bfloat16_throughout(tmp_path):
+    """What llama.cpp writes of most models today: matrices in bfloat16, norms in float32."""
+    names = [name for name in read_header(write(tmp_path, "llama")[0]).tensors if not name.endswith("norm.weight")]
+    path, directory, config = write(tmp_path, "llama", kinds=dict.fromkeys(names, GGMLQuantizationType.BF16))
+    got, exact = gguf.read_params(read_header(path), config), huggingface.read_params(directory, config)
+    rounded = jax.tree.map(lambda x: x if x.ndim < 2 or x.shape[-1] == 1 else x.astype(jnp.bfloat16).astype(np.float32), exact)
+    norms = ("input_norm", "mlp_norm")
+    rounded["layers"] |= {name: exact["layers"][name] for name in norms}
+    assert jax.tree.all(jax.tree.map(np.array_equal, got, rounded))
+
+
 def test_rope_divisors_become_config(tmp_path):
     divisors = np.linspace(1, 8, 8, dtype=np.float32)
     path, *_ = write(tmp_path, "llama", edit=lambda w: w.add_tensor("rope_freqs.weight", divisors))
@@ -113,7 +152,7 @@ def test_gemma_windows_and_scales(tmp_path):
         (lambda w: w.add_uint32("llama.expert_count", 8), "llama.expert_count"),
         (lambda w: w.add_string("llama.rope.scaling.type", "longrope"), "longrope.*supported are none, linear, yarn"),
         (lambda w: w.add_uint32("llama.rope.dimension_count", 4), "rope.dimension_count"),
-        (lambda w: w.add_uint16("split.count", 3), "one of 3 parts.*llama-gguf-split --merge"),
+        (lambda w: w.add_uint16("split.count", 3), "one of 3 parts.*-00001-of-00003.gguf.*llama-gguf-split --merge"),
         (lambda w: w.add_tensor("blk.0.attn_q.bias", np.ones(64, np.float32)), r"unknown tensor blk.0.attn_q.bias"),
         (lambda w: w.add_tensor("rope_freqs.weight", np.ones(3, np.float32)), r"rope_freqs.weight has shape \[3\]; 8"),
     ],

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from jsfdd.commands.inputs import describe_target, identity_of, load_weights, longest_sample, target_dtype
+from jsfdd.commands.inputs import describe_target, identity_of, load_weights, longest_sample, show_counts, target_dtype
 from jsfdd.commands.options import (
     ChatOptions,
     DecodingOptions,
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
     from jsfdd.hidden.store import HiddenStore
     from jsfdd.models.draft import Draft
 
-_READ = 6  # conversations that the target reads, and whose prompts it answers; template and mask are checked on more
+_READ = 6  # conversations that the target reads, and whose prompts it answers
+_LOOKED_AT = 200  # whose template and mask are checked; a fault of the template is in all of them
 
 EXAMPLES = """
 jsfdd doctor --target smollm2 --data chats.jsonl --draft draft
@@ -72,33 +74,41 @@ class DoctorConfig:
 
 class Prepared(NamedTuple):
     """What is examined. Conversations are cut where they were in the draft's training, so that tokens and masks can be
-    compared with it."""
+    compared with it.
+
+    Attributes:
+      chats: those of some of the samples.
+    """
 
     chats: list[Chat]
     draft: Draft | None
     store: HiddenStore | None
     max_length: int
-    samples: list[Sample]
+    samples: Sequence[Sample]
     summary: TokenizeSummary
 
 
 def prepare(config: DoctorConfig) -> Prepared:
-    from jsfdd.data.chat import read_chat_files
-    from jsfdd.data.template import tokenize_chats
+    from jsfdd.data.chat import ReadCounts, stream_chats
+    from jsfdd.data.tokenized import read_samples, usable_processes
+    from jsfdd.doctor.findings import spread_over
     from jsfdd.weights.draft import load_draft
 
-    chats = read_chat_files(config.data).chats
     draft = load_draft(config.draft[0]) if config.draft else None
     record = (draft and draft.record) or {}
     store = _find_store(config)
     max_length = record.get("max_length", ChatOptions.max_length)
     target = describe_target(config.model)
     max_length = longest_sample(target, max_length)
-    samples, summary = tokenize_chats(
-        chats, target.tokenizer, max_length, config.mask_spans,
-        vocab_size=target.config.vocab_size, split_answers=config.split_answers,
+    found = read_samples(
+        config.data, target.tokenizer, max_length, config.mask_spans, vocab_size=target.config.vocab_size,
+        split_answers=config.split_answers, max_skipped=1.0, processes=usable_processes(),
     )  # fmt: skip
-    return Prepared(chats, draft, store, max_length, samples, summary)
+    show_counts(found.files, found.notes)
+    names = {sample.id for sample in spread_over(found.samples, _LOOKED_AT)}
+    names |= {name.rpartition("/")[0] for name in names}  # of one answer's sample
+    chats = [chat for chat in stream_chats(config.data, ReadCounts()) if chat.id in names]
+    return Prepared(chats, draft, store, max_length, found.samples, found.summary)
 
 
 def run(config: DoctorConfig, prepared: Prepared) -> Outcome:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 from jsfdd.commands.inputs import describe_target, read_chats_for
@@ -122,17 +122,17 @@ def _read(config: PlanConfig) -> tuple[DecoderConfig, Lengths]:
     import numpy as np
 
     from jsfdd.commands.costs import Lengths
-    from jsfdd.data.chat import read_chat_files
+    from jsfdd.data.chat import ReadCounts, stream_chats
     from jsfdd.data.tokenized import usable_processes
     from jsfdd.weights.target import locate_target, read_architecture
 
     name = config.model.target
     target, path = read_architecture(name), locate_target(name, weights=False)
     if path.is_dir() and not any((path / file).exists() for file in _TOKENIZER_FILES):
-        chats = read_chat_files(config.chats.data, strict=config.chats.strict).chats
+        chats = stream_chats(config.chats.data, ReadCounts(), strict=config.chats.strict)
         return target, estimate_lengths(chats, min(config.chats.max_length, target.max_position))
     samples = read_chats_for(describe_target(config.model), config.chats, processes=usable_processes()).samples
-    counted = np.array([sample.counted.sum() for sample in samples])
+    counted = np.fromiter((sample.counted.sum() for sample in samples), np.int64, len(samples))
     return target, Lengths(samples.lengths, counted, "tokenized")
 
 
@@ -244,7 +244,7 @@ def find_devices(count: int | None, kind: str | None) -> Devices:
     return Devices(count, kind, _memory_here(), _matmul_rate(), "measured here")
 
 
-def estimate_lengths(chats: Sequence[Chat], max_length: int) -> Lengths:
+def estimate_lengths(chats: Iterable[Chat], max_length: int) -> Lengths:
     """Where there is no tokenizer: four characters a token, and five tokens of template a message."""
     import numpy as np
 

@@ -166,7 +166,7 @@ def prepare(config: RespondConfig) -> Prepared:
     )
     files = count_questions_by_file(found, summary)
     if is_primary():
-        show_counts(files, list(filter(None, [found.unread_words()])))
+        show_counts(files, found.notes())
     check_too_many_skipped(files, found.skipped.first | summary.first, share_of("--max-skipped", config.max_skipped))
     return Prepared(questions, files, team, setup, longest_prompt)
 

@@ -5,7 +5,8 @@ Which files a name stands for is in `data.rows`, how they are read in `data.form
 "source" are optional everywhere.
 
 A conversation with the same messages as an earlier one, in whichever file, is a duplicate: it is left out and counted,
-whatever its id. Two different conversations (or two prompts) with one id are an error.
+whatever its id. One with the id of another is named after file and line instead, and counted; two prompts with one id are an
+error, because results are compared by them.
 """
 
 from __future__ import annotations
@@ -59,12 +60,19 @@ class ReadCounts:
       duplicates: how many of them were left out as duplicates.
       skipped: those that cannot be learned from.
       unread: rows by key, of keys that have a value and are not read.
+      renamed: rows with the id of an earlier one.
     """
 
     read: Counter[str] = dataclasses.field(default_factory=Counter)
     duplicates: Counter[str] = dataclasses.field(default_factory=Counter)
     skipped: SkippedRows = dataclasses.field(default_factory=SkippedRows)
     unread: Counter[str] = dataclasses.field(default_factory=Counter)
+    renamed: int = 0
+
+    def notes(self) -> list[str]:
+        """What was not read as it stands, in sentences."""
+        said = "rows have the id of another and are named after their file and place in it"
+        return [*filter(None, [self.unread_words()]), *([f"{self.renamed:,} {said}"] if self.renamed else [])]
 
     def unread_words(self) -> str:
         """What was not read, in a sentence; empty if everything was."""
@@ -111,11 +119,11 @@ def stream_chats(
       strict: whether a row that cannot be learned from is an error; else it is skipped and counted.
 
     Raises FileNotFoundError for a missing file, and ValueError "file:line: what; remedy" for a damaged file, a malformed
-    line, an id that two conversations have, and a file without rows.
+    line, and a file without rows; if `strict`, also for an id that two conversations have.
     """
     seen: set[int] = set()
     ids: set[int] = set()
-    for row in read_rows(names, COLUMNS):
+    for row in read_rows(names, COLUMNS, counts.unread):
         counts.read[row.file] += 1
         try:
             found = conversation_of(row.value, row.place, answered)
@@ -124,13 +132,16 @@ def stream_chats(
                 raise
             counts.skipped.add(row.file, error)
             continue
-        counts.unread.update(unread(row.value))
+        counts.unread.update(unread(row.value, found, answered))
         digest = _short_digest(_conversation_bytes(found))
         if digest in seen:
             counts.duplicates[row.file] += 1
             continue
         seen.add(digest)
-        _check_id(row, ids, names, COLUMNS)
+        if not strict and _short_digest(row.id.encode()) in ids:
+            counts.renamed += 1
+            row = row._replace(id=row.name)
+        _check_id(row, ids, names)
         yield Chat(row.id, row.source, found.messages, row.place, row.file, *found[1:])
 
 
@@ -144,7 +155,7 @@ def read_prompts(names: str | Path | Sequence[str | Path]) -> list[Prompt]:
     ids: set[int] = set()
     for row in read_rows(names, COLUMNS):
         prompt = _prompt(row)
-        _check_id(row, ids, names, COLUMNS)
+        _check_id(row, ids, names)
         prompts.append(prompt)
     return prompts
 
@@ -179,11 +190,11 @@ def content_digest(messages: Sequence[Message], tools: Sequence[dict] = ()) -> b
     return hashlib.sha256(_conversation_bytes(Conversation(tuple(messages), tuple(tools)))).digest()
 
 
-def _check_id(row: Row, ids: set[int], names: Sequence[str | Path], columns: Sequence[str]) -> None:
+def _check_id(row: Row, ids: set[int], names: Sequence[str | Path]) -> None:
     """ValueError with both places if the row's id is another's. `ids` holds digests: a million ids are 70 MB."""
     digest = _short_digest(row.id.encode())
     if digest in ids:
-        first = next((other.place for other in read_rows(names, columns) if other.id == row.id), row.place)
+        first = next((other.place for other in read_rows(names, COLUMNS) if other.id == row.id), row.place)
         raise ValueError(
             f"{row.place}: id {row.id!r} was already used at {first}; make ids unique, or leave 'id' out and "
             "name the files differently"

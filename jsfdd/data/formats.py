@@ -7,6 +7,7 @@ row; places name the file and the line, and no error shows what a message says.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import csv
 import gzip
 import io
@@ -14,6 +15,7 @@ import itertools
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +23,7 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet
 
-from jsfdd.data.messages import kind_of
+from jsfdd.data.messages import MEDIA
 
 # A row that is longer is no row: a few KB of gzip can unfold to any size.
 MAX_ROW_BYTES = 64 << 20
@@ -270,37 +272,80 @@ def _too_long(place: str) -> str:
 # --- Columns -------------------------------------------------------------------------------------------------------
 
 
-def _parquet(path: Path, columns: Collection[str]) -> Iterator[Entry]:
+def columns_beside(path: Path, columns: Collection[str]) -> Counter[str]:
+    """The other columns of a columnar file than these, with the rows that have a value there; of other files none.
+
+    Nothing of the columns themselves is read, so nested ones of a Parquet file count in all rows.
+
+    Raises ValueError for a damaged file.
+    """
+    ending = form_of(path).ending
+    found: Counter[str] = Counter()
+    if ending == "parquet":
+        with _reading(path, "Parquet"), pa.parquet.ParquetFile(path) as file:
+            for group in map(file.metadata.row_group, range(file.metadata.num_row_groups)):
+                for name in _names_beside(file.schema_arrow, columns):
+                    found[name] += group.num_rows - _nulls(group, name)
+    elif ending == "arrow":
+        with _reading(path, "Arrow"), _arrow_batches(path) as (schema, batches):
+            names = _names_beside(schema, columns)
+            for batch in batches if names else ():
+                for name in names:
+                    found[name] += batch.num_rows - batch.column(name).null_count
+    return +found
+
+
+def _names_beside(schema: pa.Schema, columns: Collection[str]) -> list[str]:
+    return [field.name for field in schema if field.name not in columns and not pa.types.is_null(field.type)]
+
+
+def _nulls(group, name: str) -> int:
+    """Nulls of a column in a row group of a Parquet file, as far as the file's statistics say."""
+    leaves = [leaf for leaf in map(group.column, range(group.num_columns)) if leaf.path_in_schema == name]
+    statistics = leaves[0].statistics if leaves else None
+    return statistics.null_count if statistics is not None and statistics.has_null_count else 0
+
+
+@contextlib.contextmanager
+def _reading(path: Path, kind: str) -> Iterator[None]:
     try:
-        with pa.parquet.ParquetFile(path) as file:
-            wanted = _wanted(path, file.schema_arrow.names, columns)
-            yield from _rows(path, file.iter_batches(_ROWS, columns=wanted))
+        yield
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read as Parquet ({error}); copy or write the file again") from error
+        raise ValueError(f"{path}: cannot be read as {kind} ({error}); copy or write the file again") from error
+
+
+def _parquet(path: Path, columns: Collection[str]) -> Iterator[Entry]:
+    with _reading(path, "Parquet"), pa.parquet.ParquetFile(path) as file:
+        wanted = _wanted(path, file.schema_arrow.names, columns)
+        yield from _rows(path, file.iter_batches(_ROWS, columns=wanted))
 
 
 def _arrow(path: Path, columns: Collection[str]) -> Iterator[Entry]:
-    """An Arrow file, or the stream that datasets' save_to_disk writes."""
-    try:
-        with pa.memory_map(str(path)) as source:
-            if source.read(6) == b"ARROW1":
-                source.seek(0)
-                reader = pa.ipc.open_file(source)
-                batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
-            else:
-                source.seek(0)
-                batches = reader = pa.ipc.open_stream(source)
-            wanted = _wanted(path, reader.schema.names, columns)
-            parts = (batch.select(wanted).slice(begin, _ROWS) for batch in batches for begin in range(0, batch.num_rows, _ROWS))
-            yield from _rows(path, parts)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read as Arrow ({error}); copy or write the file again") from error
+    with _reading(path, "Arrow"), _arrow_batches(path) as (schema, batches):
+        wanted = _wanted(path, schema.names, columns)
+        parts = (batch.select(wanted).slice(begin, _ROWS) for batch in batches for begin in range(0, batch.num_rows, _ROWS))
+        yield from _rows(path, parts)
+
+
+@contextlib.contextmanager
+def _arrow_batches(path: Path) -> Iterator[tuple[pa.Schema, Iterator[pa.RecordBatch]]]:
+    """Of an Arrow file, or of the stream that datasets' save_to_disk writes."""
+    with pa.memory_map(str(path)) as source:
+        packed = source.read(6) == b"ARROW1"
+        source.seek(0)
+        if packed:
+            reader = pa.ipc.open_file(source)
+            yield reader.schema, (reader.get_batch(i) for i in range(reader.num_record_batches))
+        else:
+            reader = pa.ipc.open_stream(source)
+            yield reader.schema, iter(reader)
 
 
 def _wanted(path: Path, names: list[str], columns: Collection[str]) -> list[str]:
     wanted = [name for name in names if name in columns]
     if not wanted:
-        raise ValueError(f"{path}: no column of {', '.join(sorted(columns))}; it has {', '.join(names)}; rename them")
+        known = ", ".join(sorted(set(columns) - MEDIA))
+        raise ValueError(f"{path}: no column of {known}; it has {', '.join(names)}; rename them")
     return wanted
 
 
@@ -308,10 +353,3 @@ def _rows(path: Path, batches) -> Iterator[Entry]:
     rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
     for number, value in enumerate(rows, 1):
         yield without_nulls(value), f"{path}: row {number}", number
-
-
-def row_of(value: object, place: str) -> dict:
-    """The value of an entry, which has to be an object."""
-    if not isinstance(value, dict):
-        raise ValueError(f"{place}: found {kind_of(value)}; a row is an object {{…}}")
-    return value

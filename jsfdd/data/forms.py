@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jsfdd.data.messages import (
+    MEDIA,
     Message,
     check_no_media,
     check_text,
@@ -33,6 +34,7 @@ from jsfdd.data.messages import (
     text_in,
     unread_keys,
 )
+from jsfdd.data.rows import label_of
 from jsfdd.data.skipped import BadRow
 
 _LISTS = ("messages", "conversations", "conversation")
@@ -42,13 +44,12 @@ _MORE = ("input", "context")  # beside a question
 _SYSTEMS = ("system", "system_prompt")
 _TOOLS = ("tools", "functions")
 _MASKS = ("assistant_masks", "assistant_mask", "loss_mask", "labels")
-_MEDIA = ("image", "images", "image_url", "video", "videos", "audio", "audios")
 _NOT_LEARNED = -100  # in labels
-COLUMNS = (
-    *_LISTS, *_QUESTIONS, "prompt", *_ANSWERS, *_MORE, "history", "text", "input_ids", *_MASKS, *_SYSTEMS, *_TOOLS, "turns",
-    *_MEDIA,
-)  # fmt: skip
-_NAMED = {*COLUMNS, "id", "source", "answered_by"}  # the last is what `jsfdd respond` writes
+COLUMNS = {
+    *_LISTS, *_QUESTIONS, "prompt", *_ANSWERS, *_MORE, "history", "text", "input_ids", "attention_mask", *_MASKS, *_SYSTEMS,
+    *_TOOLS, "turns", *MEDIA,
+}  # fmt: skip
+_LABELS = ("id", "source")
 
 
 class Conversation(NamedTuple):
@@ -68,7 +69,7 @@ class Conversation(NamedTuple):
     mask: tuple[bool, ...] = ()
 
 
-def conversation_of(row: dict, place: str, answered: bool = True) -> Conversation:
+def conversation_of(row: object, place: str, answered: bool = True) -> Conversation:
     """The conversation of a chat row in any of the forms.
 
     Args:
@@ -78,6 +79,8 @@ def conversation_of(row: dict, place: str, answered: bool = True) -> Conversatio
 
     Raises BadRow, which names place, fault and remedy.
     """
+    if not isinstance(row, dict):
+        raise BadRow("no_form", place, f"found {kind_of(row)}; a row is an object {{…}}")
     row = {key: value for key, value in row.items() if value is not None}
     check_no_media(row, place)
     lists = [key for key in _LISTS if key in row]
@@ -103,24 +106,39 @@ def conversation_of(row: dict, place: str, answered: bool = True) -> Conversatio
     return Conversation(messages, tools)
 
 
-def unread(row: dict) -> set[str]:
-    """The keys of a row, and of its messages as "messages[].KEY", that have values and are not read."""
-    keys = {key for key, value in row.items() if value is not None and key not in _NAMED}
-    for key in _LISTS:
-        if isinstance(row.get(key), list):
-            keys |= {f"{key}[].{name}" for name in unread_keys(row[key])}
-    return keys
+def unread(row: dict, found: Conversation, answered: bool = True) -> set[str]:
+    """The keys that say something and are not read: of a row, and of its messages as "messages[].KEY".
+
+    Args:
+      row: a chat row, of which `conversation_of` made what was `found`.
+      answered: as it was for that.
+    """
+    used = {"answered_by", *(key for key in _LABELS if label_of(row.get(key)))}  # the first is what `jsfdd respond` writes
+    if lists := [key for key in _LISTS if row.get(key) is not None]:
+        used |= {*lists, *_TOOLS}
+        keys = {f"{lists[0]}[].{name}" for name in unread_keys(_turn_list(row[lists[0]], lists[0], ""))}
+    elif found.messages:
+        question = _question_key(row, "", answered)
+        used |= {question, *_ANSWERS, *_MORE, "history", *_TOOLS} if question else {"turns", *_TOOLS}
+        keys = set()
+    else:
+        used |= {"text"} if found.text else {"input_ids", "attention_mask", _mask_key(row)}
+        keys = set()
+    systems = [message["content"] for message in found.messages if message["role"] == "system"]
+    used |= {key for key in _SYSTEMS if row.get(key) in systems}
+    return keys | {key for key, value in row.items() if value not in (None, "", [], {}) and key not in used}
 
 
 def _question_key(row: dict, place: str, answered: bool) -> str | None:
-    asked = [key for key in _QUESTIONS if key in row]
+    asked = [key for key in _QUESTIONS if row.get(key) is not None]
     if len(asked) > 1:
         raise BadRow("no_form", place, f"a chat row has exactly one question; found {' and '.join(map(repr, asked))}")
     if asked:
         return asked[0]
-    if "prompt" in row:
+    if row.get("prompt") is not None:
         return "prompt"
-    return "input" if "input" in row and (not answered or any(key in row for key in _ANSWERS)) else None
+    has_answer = any(row.get(key) is not None for key in _ANSWERS)
+    return "input" if row.get("input") is not None and (has_answer or not answered) else None
 
 
 def _pair(row: dict, question: str, place: str) -> tuple[Message, ...]:
@@ -138,14 +156,16 @@ def _pair(row: dict, question: str, place: str) -> tuple[Message, ...]:
 def _side(row: dict, key: str, role: str, place: str) -> list[Message]:
     """One side of a plain pair: a text is one message of `role`."""
     if isinstance(row[key], list):
-        return list(messages_from(row[key], False, place))
+        return list(messages_from(row[key], place))
     return [Message(role=role, content=text_in(row, key, place))]
 
 
 def _history(row: dict, place: str) -> list[Message]:
-    """Alpaca's earlier turns: [question, answer] pairs."""
+    """Alpaca's earlier turns: [question, answer] pairs, or messages."""
     history = row.get("history", [])
-    history = object_or_text(history) if isinstance(history, str) else history
+    history = object_or_text(history) if isinstance(history, str) and history else history or []
+    if isinstance(history, list) and history and all(isinstance(turn, dict) for turn in history):
+        return list(messages_from(history, place))
     if not isinstance(history, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in history):
         raise BadRow("no_form", place, "'history' is no list of [question, answer] pairs")
     messages = []
@@ -157,12 +177,16 @@ def _history(row: dict, place: str) -> list[Message]:
 
 
 def _turns(value: object, key: str, place: str) -> tuple[Message, ...]:
+    return messages_from(_turn_list(value, key, place), place)
+
+
+def _turn_list(value: object, key: str, place: str) -> list:
     value = object_or_text(value) if isinstance(value, str) else value
     if isinstance(value, dict):
         value = _transposed(value, key, place)
     if not isinstance(value, list):
         raise BadRow("no_form", place, f"{key!r} is {kind_of(value)}; expected a list")
-    return messages_from(value, key != "messages", place)
+    return value
 
 
 def _transposed(columns: dict, key: str, place: str) -> list[dict]:
@@ -212,7 +236,13 @@ def _tools(row: dict, place: str) -> tuple[dict, ...]:
         function = tool.get("function", tool) if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise BadRow("tools", place, f"tool {number} of {keys[0]!r} is no definition with a name")
-    return tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in tools)
+    return tuple(tool if "function" in tool else _wrapped(tool) for tool in tools)
+
+
+def _wrapped(function: dict) -> dict:
+    """A bare definition, which may have the wrapper's type beside its own keys, as chat templates take it."""
+    bare = {key: value for key, value in function.items() if (key, value) != ("type", "function")}
+    return {"type": "function", "function": bare}
 
 
 def read_tools(path: Path) -> tuple[dict, ...]:
@@ -228,19 +258,39 @@ def read_tools(path: Path) -> tuple[dict, ...]:
     return tools
 
 
+def _mask_key(row: dict) -> str | None:
+    return next((key for key in _MASKS if row.get(key) is not None), None)
+
+
 def _tokenized(row: dict, place: str) -> Conversation:
-    masks = [key for key in _MASKS if key in row]
-    if not masks:
+    key = _mask_key(row)
+    if key is None:
         raise BadRow("no_form", place, f"'input_ids' without a mask of the assistant's tokens; add one of {', '.join(_MASKS)}")
-    ids, mask = row["input_ids"], row[masks[0]]
-    if isinstance(ids, str) and isinstance(mask, str):
-        ids, mask = object_or_text(ids), object_or_text(mask)
-    for key, values in (("input_ids", ids), (masks[0], mask)):
-        if not isinstance(values, list) or not all(type(value) in (int, bool) for value in values):
-            raise BadRow("no_form", place, f"{key!r} is no list of whole numbers")
-    if len(ids) != len(mask) or not ids:
-        raise BadRow("no_form", place, f"{len(ids)} 'input_ids' and {len(mask)} {masks[0]!r}; expected one each")
+    ids, mask = _whole_numbers(row, "input_ids", place), _whole_numbers(row, key, place)
+    attended = _whole_numbers(row, "attention_mask", place) if "attention_mask" in row else [1] * len(ids)
+    if not len(ids) == len(mask) == len(attended) or not ids:
+        raise BadRow("no_form", place, f"{len(ids)} 'input_ids' and {len(mask)} {key!r}; expected one each")
     if min(ids) < 0 or max(ids) >= 1 << 31:
         raise BadRow("no_form", place, "'input_ids' holds a number that is no token id")
-    learned = (value != _NOT_LEARNED for value in mask) if masks[0] == "labels" else (bool(value) for value in mask)
-    return Conversation(tokens=tuple(ids), mask=tuple(learned))
+    learned = [value != _NOT_LEARNED if key == "labels" else bool(value) for value in mask]
+    if key == "labels" and any(label != token for label, token, counts in zip(mask, ids, learned) if counts):
+        raise BadRow("no_form", place, "'labels' are neither the 'input_ids' nor −100; were they shifted?")
+    begin, end = _attended(attended, place)
+    return Conversation(tokens=tuple(ids[begin:end]), mask=tuple(learned[begin:end]))
+
+
+def _whole_numbers(row: dict, key: str, place: str) -> list[int]:
+    values = object_or_text(row[key]) if isinstance(row[key], str) else row[key]
+    if not isinstance(values, list) or not all(type(v) in (int, bool) or type(v) is float and v.is_integer() for v in values):
+        raise BadRow("no_form", place, f"{key!r} is no list of whole numbers")
+    return [int(value) for value in values]
+
+
+def _attended(attended: list[int], place: str) -> tuple[int, int]:
+    """Where the text begins and ends between padding."""
+    if 1 not in attended:
+        raise BadRow("empty", place, "'attention_mask' is 1 nowhere; drop the row")
+    begin, end = attended.index(1), len(attended) - attended[::-1].index(1)
+    if set(attended[begin:end]) != {1}:
+        raise BadRow("no_form", place, "'attention_mask' is not 1 over one whole stretch; a row is one conversation")
+    return begin, end

@@ -7,7 +7,10 @@ data is read: a dataset that needs a script of its own is refused by the library
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator
+
+from jsfdd.data.messages import MEDIA
 
 _NAME = re.compile(r"hf:(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<config>[\w.-]+))?(:(?P<split>[\w.-]+))?")
 
@@ -17,16 +20,30 @@ def is_dataset(name: str) -> bool:
     return name.startswith("hf:")
 
 
-def dataset_rows(name: str, columns: Collection[str] | None) -> Iterator[dict]:
+def dataset_rows(name: str, columns: Collection[str] | None, beside: Counter[str] | None = None) -> Iterator[dict]:
     """The rows of a dataset, in its order.
 
     Args:
       name: as in the module's docstring.
       columns: those to read, as far as the dataset has them; all if None.
+      beside: to it the others are added, each with the number of rows.
 
     Raises ValueError if the name is malformed, the extra is missing, the dataset has no such config or split, or none of
     the columns; FileNotFoundError if the dataset is neither in the cache nor within reach.
     """
+    dataset = _loaded(name)
+    if columns is not None:
+        wanted = [column for column in dataset.column_names if column in columns]
+        if not wanted:
+            found, known = ", ".join(dataset.column_names), ", ".join(sorted(set(columns) - MEDIA))
+            raise ValueError(f"{name}: no column of {known}; it has {found}")
+        if beside is not None:
+            beside.update(dict.fromkeys((column for column in dataset.column_names if column not in columns), len(dataset)))
+        dataset = dataset.select_columns(wanted)
+    return iter(dataset)
+
+
+def _loaded(name: str):
     parts = _NAME.fullmatch(name)
     if parts is None:
         raise ValueError(f"{name}: a dataset is named hf:NAME, hf:NAME:SPLIT or hf:NAME@CONFIG:SPLIT")
@@ -37,7 +54,7 @@ def dataset_rows(name: str, columns: Collection[str] | None) -> Iterator[dict]:
             f"{name}: reading a Hugging Face dataset needs the package datasets; run: pip install 'jsfdd[datasets]'"
         ) from error
     try:
-        dataset = datasets.load_dataset(parts["name"], parts["config"], split=parts["split"] or "train")
+        return datasets.load_dataset(parts["name"], parts["config"], split=parts["split"] or "train")
     except OSError as error:  # what the library and its HTTP client raise for everything out of reach
         raise FileNotFoundError(
             f"{name}: not in the cache, and the hub does not give it ({type(error).__name__}: {error}); check the name and the "
@@ -45,10 +62,3 @@ def dataset_rows(name: str, columns: Collection[str] | None) -> Iterator[dict]:
         ) from error
     except ValueError as error:
         raise ValueError(f"{name}: {error}; name another split or config: hf:NAME@CONFIG:SPLIT") from error
-    if columns is not None:
-        wanted = [column for column in dataset.column_names if column in columns]
-        if not wanted:
-            found = ", ".join(dataset.column_names)
-            raise ValueError(f"{name}: no column of {', '.join(sorted(columns))}; it has {found}")
-        dataset = dataset.select_columns(wanted)
-    return iter(dataset)

@@ -1,12 +1,14 @@
 """A message of a conversation as chat templates take it, made from the ways in which datasets spell it.
 
 Roles are system, user, assistant and tool, as chat templates know them; "developer" means system, "function" and ShareGPT's
-"observation" mean tool, "human" user, "gpt", "chatgpt" and "function_call" assistant. Content is a text, or a list of parts
-of text. In an assistant's message
+"observation" mean tool, "human" user, "gpt", "chatgpt", "model" and "function_call" assistant; capital letters make no
+difference. They stand under "role" or "from". Content, under "content" or "value", is a text, or a list of parts of text. In
+an assistant's message
 
     reasoning_content, reasoning, thinking    its thought, also as a part {"type": "thinking"} of the content
     tool_calls, function_call                 calls of tools; the arguments are an object or JSON text
-    "weight": 0, "train": false               the answer is context: it is read and does not count
+    "weight": 0, "train": false               the answer is context: it is read and does not count; also "loss", "training",
+                                              "trainable", "train_on", "loss_weight", "loss_mask"
     "truncated": true                         the text was cut short (`jsfdd respond` writes it): the text counts, the
                                               end-of-turn token that a template puts after it does not
 
@@ -26,22 +28,28 @@ from typing import Any, Literal, TypedDict
 from jsfdd.data.skipped import BadRow
 
 _ROLES = {
-    "system": "system", "user": "user", "assistant": "assistant", "tool": "tool", "developer": "system", "function": "tool",
-    "ipython": "tool", "tool_response": "tool", "tool_call": "assistant",
+    "system": "system", "user": "user", "assistant": "assistant", "tool": "tool", "developer": "system", "human": "user",
+    "gpt": "assistant", "chatgpt": "assistant", "model": "assistant",
+    "function_call": "assistant", "function-call": "assistant", "tool_call": "assistant", "tool-call": "assistant",
+    "function": "tool", "observation": "tool", "ipython": "tool", "tool_response": "tool", "tool-response": "tool",
+    "function_response": "tool", "function-response": "tool",
 }  # fmt: skip
-_SHAREGPT_ROLES = _ROLES | {
-    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "function_call": "assistant", "observation": "tool",
-    "function-call": "assistant", "function_response": "tool", "function-response": "tool",
-}  # fmt: skip
-_CALLERS = ("function_call", "function-call", "tool_call")  # their text is a call
+_CALLERS = ("function_call", "function-call", "tool_call", "tool-call")  # their text is a call
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _TEXT_PARTS = ("text", "input_text", "output_text")
-_WEIGHTS = ("weight", "train", "training", "loss")
-_MEDIA = ("image", "images", "image_url", "video", "videos", "audio", "audios")
+_WEIGHTS = ("weight", "train", "training", "trainable", "train_on", "loss", "loss_weight", "loss_mask")
+_OF_ALL = {"role", "from", "content", "value", "name", *_WEIGHTS}  # keys that are read of every message
 _READ = {
-    "role", "content", "from", "value", "tool_calls", "function_call", "tool_call_id", "name", "truncated",
-    *_THOUGHTS, *_WEIGHTS, *_MEDIA,
-}  # fmt: skip
+    "assistant": {*_OF_ALL, *_THOUGHTS, "tool_calls", "function_call", "truncated"},
+    "tool": {*_OF_ALL, "tool_call_id"},
+}
+# Keys that name images, films or sounds, of a row and of a message.
+MEDIA = {
+    f"{what}{plural}{form}"
+    for what in ("image", "img", "video", "audio")
+    for plural in ("", "s")
+    for form in ("", "_url", "_urls", "_path", "_paths", "_file", "_files", "_bytes", "_base64", "_data")
+} | {"pixel_values"}
 _SHOWN = 30  # characters of an unknown role that an error shows: a misplaced message must not end up in a log
 _KINDS = {str: "a string", list: "a list", dict: "an object", bool: "true or false", int: "a number", float: "a number"}
 
@@ -59,20 +67,13 @@ class Message(TypedDict, total=False):
     weight: int  # of an answer that is only context: 0; there only then
 
 
-def messages_from(turns: Sequence[object], sharegpt: bool, place: str) -> tuple[Message, ...]:
-    """The messages of a list of turns.
-
-    Args:
-      turns: {"role", "content"} each; where `sharegpt`, also {"from", "value"} with ShareGPT's roles.
-      place: of the row, for errors.
-
-    Raises BadRow.
-    """
+def messages_from(turns: Sequence[object], place: str) -> tuple[Message, ...]:
+    """The messages of a list of turns; `place` is of the row, for errors. Raises BadRow."""
     if not turns:
         raise BadRow("empty", place, "the conversation is empty; add messages or drop the row")
     messages: list[Message] = []
     for number, turn in enumerate(turns, 1):
-        message = _message(turn, sharegpt, f"{place}: message {number}")
+        message = _message(turn, f"{place}: message {number}")
         if _is_caller(turn) and messages and messages[-1]["role"] == "assistant":
             last = messages[-1]
             last["tool_calls"] = [*last.get("tool_calls", []), *message["tool_calls"]]
@@ -83,9 +84,18 @@ def messages_from(turns: Sequence[object], sharegpt: bool, place: str) -> tuple[
     return tuple(messages)
 
 
-def unread_keys(turns: Sequence[object]) -> set[str]:
+def unread_keys(turns: Sequence[dict]) -> set[str]:
     """The keys of a list of turns that say something and are not read."""
-    return {key for turn in turns if isinstance(turn, dict) for key, value in turn.items() if value is not None} - _READ
+    keys: set[str] = set()
+    for turn in turns:
+        said = {key for key, value in turn.items() if value not in (None, "", [], {})}
+        keys |= said - _READ.get(_ROLES[_role_in(turn)], _OF_ALL)
+        keys |= {
+            other
+            for key, other in (("role", "from"), ("content", "value"))
+            if {key, other} <= said and turn[key] != turn[other]
+        }
+    return keys
 
 
 def check_text(value: object, what: str, place: str) -> None:
@@ -121,8 +131,8 @@ def text_of_calls(calls: list[dict]) -> str:
 
 def check_no_media(values: dict, place: str) -> None:
     """BadRow if one of the keys that name images, films or sounds has a value."""
-    for key in _MEDIA:
-        if values.get(key) not in (None, [], "", {}):
+    for key in values.keys() & MEDIA:
+        if values[key] not in (None, [], "", {}):
             raise BadRow("media", place, f"{key!r} is given; only text can be learned from: drop the row")
 
 
@@ -135,16 +145,18 @@ def object_or_text(text: str) -> Any:
     return value if isinstance(value, dict | list) else text
 
 
-def _message(turn: object, sharegpt: bool, where: str) -> Message:
-    sharegpt = sharegpt and not (isinstance(turn, dict) and turn.get("role") is not None)
-    role_key, key = ("from", "value") if sharegpt else ("role", "content")
+def _message(turn: object, where: str) -> Message:
     if not isinstance(turn, dict):
-        raise BadRow("no_form", where, f"found {kind_of(turn)}; expected {{{role_key!r}: …, {key!r}: …}}")
-    role, roles = text_in(turn, role_key, where), _SHAREGPT_ROLES if sharegpt else _ROLES
-    if role not in roles:
-        raise BadRow("unknown_role", where, f"unknown role {role[:_SHOWN]!r}; use one of {', '.join(roles)}")
+        raise BadRow("no_form", where, f"found {kind_of(turn)}; expected {{'role': …, 'content': …}}")
+    said = text_in(turn, "from" if turn.get("role") is None and "from" in turn else "role", where)
+    role = _role_in(turn)
+    if role not in _ROLES:
+        raise BadRow("unknown_role", where, f"unknown role {said[:_SHOWN]!r}; use one of {', '.join(_ROLES)}")
+    key = "value" if turn.get("content") is None and "value" in turn else "content"
     check_no_media(turn, where)
-    message = Message(role=roles[role], content="")
+    message = Message(role=_ROLES[role], content="")
+    if turn.get("name") is not None:  # some templates write it
+        message["name"] = text_in(turn, "name", where)
     if role in _CALLERS and turn.get("tool_calls") is None:
         value = turn.get(key)
         message["tool_calls"] = _calls_in_text(value if isinstance(value, dict | list) else text_in(turn, key, where), where)
@@ -152,14 +164,19 @@ def _message(turn: object, sharegpt: bool, where: str) -> Message:
     text, thought = _content(turn, key, where)
     if message["role"] != "assistant":
         message["content"] = _due(text, key, where)
-        for name in ("tool_call_id", "name"):  # some templates ask for them
-            if message["role"] == "tool" and turn.get(name) is not None:
-                message[name] = text_in(turn, name, where)
+        if message["role"] == "tool" and turn.get("tool_call_id") is not None:
+            message["tool_call_id"] = text_in(turn, "tool_call_id", where)
         return message
     calls = _calls(turn, where)
     thought = _thought(turn, where) or thought
     message["content"] = text or "" if calls or thought else _due(text, key, where)
     return message | _given(reasoning_content=thought, tool_calls=calls) | _weight(turn, where) | _truncated(turn, where)
+
+
+def _role_in(turn: dict) -> str:
+    """As it is looked up: capital letters make no difference."""
+    role = turn.get("from") if turn.get("role") is None else turn["role"]
+    return role.strip().lower() if isinstance(role, str) else ""
 
 
 def _due(text: str | None, key: str, where: str) -> str:
@@ -173,7 +190,7 @@ def _given(**values) -> dict:
 
 
 def _is_caller(turn: object) -> bool:
-    return isinstance(turn, dict) and (turn.get("role") or turn.get("from")) in _CALLERS
+    return isinstance(turn, dict) and _role_in(turn) in _CALLERS
 
 
 def _content(turn: dict, key: str, where: str) -> tuple[str | None, str]:

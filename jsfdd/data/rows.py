@@ -20,29 +20,31 @@ import hashlib
 import itertools
 import json
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from jsfdd.base.files import sha256
-from jsfdd.data.formats import ENDINGS, Entry, entries_of, form_of, row_of, without_nulls
+from jsfdd.data.formats import ENDINGS, Entry, columns_beside, entries_of, form_of, without_nulls
 from jsfdd.data.hub import dataset_rows, is_dataset
-from jsfdd.data.messages import check_text
 
 
 class Row(NamedTuple):
-    """One object of a file, its id and source settled.
+    """One row of a file, its id and source settled.
 
     Attributes:
-      value: the object.
-      id: its own "id", or "NAME-NUMBER": the file's name without its endings, and the row's number in it.
-      source: its own "source", or the file's name without its endings.
+      value: nearly always an object.
+      id: its own "id" if that is a text or a number; else `name`.
+      name: "NAME-NUMBER": the file's name without its endings, and the row's number in it.
+      source: its own "source" if that is a text or a number; else the file's name without its endings.
       place: "file:line", for errors.
       file: as `expand_names` gives it.
     """
 
-    value: dict
+    value: object
     id: str
+    name: str
     source: str
     place: str
     file: str
@@ -95,29 +97,38 @@ def input_digests(names: Sequence[str | Path]) -> dict[str, str]:
     return {path: _dataset_digest(path) if is_dataset(path) else sha256(Path(path)) for path in paths}
 
 
-def read_rows(names: Sequence[str | Path], columns: Collection[str]) -> Iterator[Row]:
+def read_rows(names: Sequence[str | Path], columns: Collection[str], beside: Counter[str] | None = None) -> Iterator[Row]:
     """The rows of all files.
 
     Args:
       names: see the module's docstring.
       columns: the only ones that are read of columnar files and datasets, beside "id" and "source".
+      beside: to it the others are added, with the number of rows that have a value there.
 
-    Raises FileNotFoundError for what is missing, and ValueError "file:line: what; remedy" for a row that is not an
-    object, an id or source that is no text, a damaged file, or one without rows.
+    Raises FileNotFoundError for what is missing, and ValueError "file:line: what; remedy" for a damaged file, or one without
+    rows.
     """
     columns = {"id", "source", *columns}
+    beside = Counter() if beside is None else beside
     for file, stem in expand_names(names):
         place = None
-        for value, place, number in _entries(file, columns):
-            row = row_of(value, place)
-            row_id, source = row.get("id"), row.get("source")
-            row_id = f"{stem}-{number}" if row_id is None else str(row_id) if type(row_id) is int else row_id
-            source = stem if source is None else source
-            check_text(row_id, "'id'", place)
-            check_text(source, "'source'", place)
-            yield Row(row, row_id, source, place, file)
+        for value, place, number in _entries(file, columns, beside):
+            own, name = value if isinstance(value, dict) else {}, f"{stem}-{number}"
+            yield Row(value, label_of(own.get("id")) or name, name, label_of(own.get("source")) or stem, place, file)
         if place is None:
             raise ValueError(f"{file}: the file holds no rows; remove it from the list or write it again")
+
+
+def label_of(value: object) -> str | None:
+    """An id or a source as a text: of a text or a number. None for anything else, and for what UTF-8 cannot hold."""
+    if type(value) is float and value.is_integer():  # what a table makes of whole numbers in a column with gaps
+        value = int(value)
+    text = str(value) if type(value) in (str, int, float) else ""
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell
+        return None
+    return text or None
 
 
 def _directory(path: Path) -> list[InputFile]:
@@ -160,10 +171,11 @@ def _input_file(path: Path, base: Path) -> InputFile:
     return InputFile(str(path), path.relative_to(base).with_name(form.stem).as_posix())
 
 
-def _entries(file: str, columns: Collection[str]) -> Iterator[Entry]:
+def _entries(file: str, columns: Collection[str], beside: Counter[str]) -> Iterator[Entry]:
     if is_dataset(file):
-        rows = enumerate(dataset_rows(file, columns), 1)
+        rows = enumerate(dataset_rows(file, columns, beside), 1)
         return ((without_nulls(value), f"{file}: row {number}", number) for number, value in rows)
+    beside.update(columns_beside(Path(file), columns))
     return entries_of(Path(file), columns)
 
 

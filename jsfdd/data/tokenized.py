@@ -93,7 +93,7 @@ def read_samples(
         everything = total(files)
         raise ValueError(nothing_left(everything.read, everything.skipped, first))
     notes = [f"skipped as {MEANINGS[reason]}, the first: {text}" for reason, text in first.items()]
-    notes += filter(None, [counts.unread_words(), summary.left_out_words()])
+    notes += [*counts.notes(), *filter(None, [summary.left_out_words()])]
     return TokenizedChats(samples, summary, files, notes)
 
 

@@ -88,7 +88,8 @@ def check_data(
 
     Args:
       tokenizer: the target's, with its chat template.
-      chats, samples, summary: what `tokenize_chats` was given and gave.
+      chats: those of the samples that are looked at.
+      samples, summary: what reading them all gave.
       stop_tokens: ids after which the target's answers are over.
       masks_spans: whether parts of answers were left out of the mask on purpose.
     """

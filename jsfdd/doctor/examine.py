@@ -52,7 +52,8 @@ def examine(
     Args:
       target: from `load_target`.
       location: its directory or .gguf file.
-      chats, samples, summary: what `tokenize_chats` was given and gave; at least one sample.
+      chats: those of the samples whose template and mask are looked at.
+      samples, summary: what reading them all gave; at least one sample.
       identity: of target, template and data, as the pipeline records it.
       draft: None without one.
       store: hidden states of the training run, if there are any.
@@ -68,7 +69,8 @@ def examine(
 
     progress("reading conversations with the target")
     read = spread_over(samples, conversations)
-    stored = spread_over([sample for sample in samples if store and sample.id in store] or samples, conversations)
+    in_store = [i for i, sample in enumerate(samples) if store and sample.id in store] or range(len(samples))
+    stored = [samples[i] for i in spread_over(in_store, conversations)]
     longest = max(len(sample.tokens) for sample in [*read, *stored])
     reader = Reader(target, min(longest, _LONGEST_READ))
     findings.append(check_data_choices(reader, read))

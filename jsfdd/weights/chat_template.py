@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 _GIVEN = ("messages", "tools", "documents", "add_generation_prompt")  # by who renders, so no variable of a user's
 _WORDS = ("none", "true", "false", "not", "and", "or", "in", "is", "if", "else", "for")  # of Jinja's own
-_CODES = "aAbBcdHIjmMpSUwWxXyY"  # of strftime
+_CODES = "aAbBcdDeFGhHIjmMnprRStTuUVwWxXyYzZ"  # of strftime
 
 
 class TemplateOptions(NamedTuple):

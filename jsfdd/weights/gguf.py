@@ -1,4 +1,4 @@
-"""One GGUF file to `DecoderConfig` and the params tree: architectures llama (Mistral too), qwen2, qwen3 and gemma3."""
+"""A GGUF file to `DecoderConfig` and the params tree: architectures llama (Mistral too), qwen2, qwen3 and gemma3."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def read_params(file: GGUFFile, config: DecoderConfig, dtype=np.float32, mesh: M
       ValueError: a tensor is missing, unknown, misshapen or of a type that cannot be dequantised.
     """
     sources = {
-        name: Source(file.path, tensor.shape, functools.partial(_read, file, name))
+        name: Source(tensor.path, tensor.shape, functools.partial(_read, file, name))
         for name, tensor in file.tensors.items()
         if name != _ROPE_DIVISORS  # part of the config
     }

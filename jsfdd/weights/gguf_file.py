@@ -8,11 +8,14 @@ package still does what only it knows: the block sizes and the dequantisation of
 Format: little-endian; magic "GGUF", u32 version, u64 tensor count, u64 key count; the keys, each a string, a u32 type
 and a value; the tensors, each a string, u32 number of dimensions, u64 dimensions (fastest first), u32 type, u64 offset
 into the data section, which starts at the next multiple of general.alignment.
+
+A model may lie in several files, NAME-00001-of-00003.gguf and so on: each is whole by itself, the first has the metadata.
 """
 
 from __future__ import annotations
 
 import mmap
+import re
 import struct
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,12 +29,14 @@ _SCALARS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 
 _STRING, _ARRAY = 8, 9
 _LENGTH = struct.Struct("<Q")
 _MAX_DIMENSIONS = 4
+_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<ending>\.gguf)", re.IGNORECASE)
 _CHUNK = 1 << 16  # numbers dequantised at once
 
 
 class GGUFTensor(NamedTuple):
-    """One entry of the tensor directory: shape as NumPy has it (slowest first), place and size in bytes."""
+    """One entry of the tensor directory: its file, shape as NumPy has it (slowest first), place and size in bytes."""
 
+    path: Path
     shape: tuple[int, ...]
     kind: GGMLQuantizationType
     offset: int
@@ -39,7 +44,10 @@ class GGUFTensor(NamedTuple):
 
 
 class GGUFFile(NamedTuple):
-    """A GGUF file's metadata (numbers, strings, lists of them) and tensor directory, all inside the file's bounds."""
+    """A GGUF file's metadata (numbers, strings, lists of them) and tensor directory, all inside the file's bounds.
+
+    Of a model in several files, `path` is the first, and the directory is that of all.
+    """
 
     path: Path
     metadata: dict[str, Any]
@@ -47,15 +55,52 @@ class GGUFFile(NamedTuple):
 
 
 def read_header(path: str | Path) -> GGUFFile:
-    """Metadata and tensor directory of a GGUF file; no tensor data is read.
+    """Metadata and tensor directory of a GGUF file, or of all files of the model of which it is a part; no tensor data is read.
 
     Raises:
-      FileNotFoundError: no such file.
-      ValueError: not a GGUF file, truncated, corrupt, big-endian, of an unknown version, or one part of several.
+      FileNotFoundError: no such file, or another part is missing.
+      ValueError: not a GGUF file, truncated, corrupt, big-endian, of an unknown version, or parts that are not of one model.
     """
+    file = _read_part(Path(path))
+    count = file.metadata.get("split.count", 1)
+    if count in (0, 1):
+        return file
+    named = _PART.fullmatch(file.path.name)
+    if named is None or int(named["count"]) != count:
+        raise ValueError(
+            f"{path}: one of {count} parts of a model, whose names end in -00001-of-{count:05d}.gguf; give all of them such "
+            "names, or join them with llama.cpp's llama-gguf-split --merge"
+        )
+    return _joined([_read_part(part) for part in part_files(path)])
+
+
+def part_files(path: str | Path) -> list[Path]:
+    """The files of the model that a GGUF file belongs to, as its name tells: often that file alone."""
     path = Path(path)
+    named = _PART.fullmatch(path.name)
+    if named is None:
+        return [path]
+    numbers = range(1, int(named["count"]) + 1)
+    return [path.with_name(f"{named['stem']}-{number:05d}-of-{named['count']}{named['ending']}") for number in numbers]
+
+
+def _joined(parts: list[GGUFFile]) -> GGUFFile:
+    tensors: dict[str, GGUFTensor] = {}
+    for number, part in enumerate(parts):
+        if (part.metadata.get("split.no"), part.metadata.get("split.count")) != (number, len(parts)):
+            raise ValueError(f"{part.path}: not part {number + 1} of {len(parts)}, as its name says; download the parts again")
+        if twice := tensors.keys() & part.tensors.keys():
+            raise ValueError(f"{part.path}: tensor {min(twice)} is in another part too; download the parts again")
+        tensors |= part.tensors
+    expected = parts[0].metadata.get("split.tensors.count", len(tensors))
+    if len(tensors) != expected:
+        raise ValueError(f"{parts[0].path}: its parts hold {len(tensors)} tensors, and should {expected}; download them again")
+    return GGUFFile(parts[0].path, parts[0].metadata, tensors)
+
+
+def _read_part(path: Path) -> GGUFFile:
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+        raise FileNotFoundError(f"{path}: no such file; check the path, and of a model in parts get all of them")
     if path.stat().st_size < 24:
         raise ValueError(f"{path}: {path.stat().st_size} bytes are no GGUF file, whose header alone has 24")
     with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -79,9 +124,10 @@ def read_tensor(file: GGUFFile, name: str, rows: slice = slice(None)) -> np.ndar
 
 def _dequantized(file: GGUFFile, name: str, offset: int, num_bytes: int) -> np.ndarray:
     kind = file.tensors[name].kind
-    data = np.fromfile(file.path, np.uint8, num_bytes, offset=offset)
+    path = file.tensors[name].path
+    data = np.fromfile(path, np.uint8, num_bytes, offset=offset)
     if data.size != num_bytes:
-        raise ValueError(f"{file.path}: tensor {name} ends before its last bytes: the file has shrunk")
+        raise ValueError(f"{path}: tensor {name} ends before its last bytes: the file has shrunk")
     block, block_bytes = GGML_QUANT_SIZES[kind]
     values = np.empty(num_bytes // block_bytes * block, np.float32)
     size = _CHUNK // block
@@ -92,7 +138,7 @@ def _dequantized(file: GGUFFile, name: str, offset: int, num_bytes: int) -> np.n
             values[first * block : (first + size) * block] = dequantize(blocks, kind)[0]
         except NotImplementedError as error:
             raise ValueError(
-                f"{file.path}: tensor {name} has type {kind.name}, which the gguf package cannot dequantise; "
+                f"{path}: tensor {name} has type {kind.name}, which the gguf package cannot dequantise; "
                 "requantise the model, for example to Q8_0"
             ) from error
     return values
@@ -180,11 +226,6 @@ class _Cursor:
             if key in metadata:
                 raise self.error(f"metadata key {key} appears twice")
             metadata[key] = self.value(self.integer("I", f"the type of {key}"), f"metadata key {key}")
-        if metadata.get("split.count", 1) not in (0, 1):
-            raise ValueError(
-                f"{self.path}: one of {metadata['split.count']} parts of a model; join them first with llama.cpp's "
-                "llama-gguf-split --merge"
-            )
         entries = [self.directory_entry(index) for index in range(num_tensors)]
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
@@ -220,4 +261,4 @@ class _Cursor:
         num_bytes = elements // block * block_bytes
         if offset + num_bytes > self.size:
             raise self.error(f"tensor {name} at byte {offset} needs {num_bytes} bytes of a file of {self.size}")
-        return GGUFTensor(shape, kind, offset, num_bytes)
+        return GGUFTensor(self.path, shape, kind, offset, num_bytes)

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jsfdd.models.architecture import DecoderConfig
 from jsfdd.weights import gguf, huggingface
 from jsfdd.weights.chat_template import TemplateOptions, settle_template
-from jsfdd.weights.gguf_file import GGUFFile, read_header
+from jsfdd.weights.gguf_file import GGUFFile, part_files, read_header
 from jsfdd.weights.huggingface_config import read_object
 from jsfdd.weights.tokenizer import tokenizer_from_directory, tokenizer_from_gguf
 
@@ -157,7 +157,7 @@ def fingerprint(path: Path, config: DecoderConfig) -> str:
     not against forgery.
     """
     digest = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode())
-    for file in huggingface.weight_files(path) if path.is_dir() else [path]:
+    for file in huggingface.weight_files(path) if path.is_dir() else part_files(path):
         size = file.stat().st_size
         digest.update(size.to_bytes(8, "little"))
         with file.open("rb") as stream:
@@ -205,6 +205,9 @@ def _read_tokenizer(model: Path | GGUFFile, chat_template: ChatTemplate) -> PreT
     tokenizer = tokenizer_from_directory(model) if isinstance(model, Path) else tokenizer_from_gguf(model)
     path = model / "tokenizer_config.json" if isinstance(model, Path) else model.path
     options = chat_template if isinstance(chat_template, TemplateOptions) else TemplateOptions(chat_template)
+    beside = path.with_name("chat_template.json")  # where models that also read images keep it
+    if isinstance(model, Path) and not tokenizer.chat_template and beside.is_file():
+        tokenizer.chat_template, path = read_object(beside).get("chat_template"), beside
     tokenizer.chat_template = settle_template(tokenizer.chat_template, options, path)
     return tokenizer
 
