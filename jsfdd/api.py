@@ -177,6 +177,7 @@ def train(
       >>> trained.config == draft.config
       True
     """
+    from jsfdd.base.lock import sole_writer
     from jsfdd.data.held_out import split_held_out
     from jsfdd.hidden.capture import store_hidden
     from jsfdd.models.sharding import split_vocabulary
@@ -199,19 +200,21 @@ def train(
     shared = {"identity": {"target": target.fingerprint}, "progress": progress}
     with tempfile.TemporaryDirectory() if out is None else nullcontext(out) as folder:
         folder, draft = Path(folder), draft_of(target.config, recipe, learned)
-        if hidden is None:
-            hidden = store_hidden(target, [*learned, *held_out], mesh, directory=folder / "hidden", **shared)
-        data = TrainingData(learned, hidden)
-        kind = recipe.stored_soft_targets(hidden_is_stored=not callable(hidden))
-        if kind is not None:
-            borrowed = split_vocabulary(borrow(target.config, target.params), mesh)
-            soft_targets = store_soft_targets(
-                kind, data, borrowed, draft, recipe, mesh, directory=folder / "soft_targets", **shared
+        folder.mkdir(parents=True, exist_ok=True)
+        with sole_writer(folder):
+            if hidden is None:
+                hidden = store_hidden(target, [*learned, *held_out], mesh, directory=folder / "hidden", **shared)
+            data = TrainingData(learned, hidden)
+            kind = recipe.stored_soft_targets(hidden_is_stored=not callable(hidden))
+            if kind is not None:
+                borrowed = split_vocabulary(borrow(target.config, target.params), mesh)
+                soft_targets = store_soft_targets(
+                    kind, data, borrowed, draft, recipe, mesh, directory=folder / "soft_targets", **shared
+                )
+                data = data._replace(soft_targets=soft_targets)
+            result = train_draft(
+                target, data, TrainingData(held_out, hidden), recipe, mesh, out=folder, seed=seed, draft=draft, **shared
             )
-            data = data._replace(soft_targets=soft_targets)
-        result = train_draft(
-            target, data, TrainingData(held_out, hidden), recipe, mesh, out=folder, seed=seed, draft=draft, **shared
-        )
     return result.draft
 
 

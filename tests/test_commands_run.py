@@ -1,5 +1,6 @@
 """Every stage on a toy target in seconds: the whole loop, run twice, stage by stage, and from Python."""
 
+import fcntl
 import json
 from pathlib import Path
 
@@ -423,3 +424,18 @@ def test_a_selection_of_other_data_is_refused(inputs, tmp_path):
                 TrainConfig, **(shared | {"data": (other,)}), selection=tmp_path / "selection.json", out=tmp_path / "draft"
             )
         )
+
+
+def test_no_stage_writes_where_another_process_does(inputs, tmp_path):
+    target, data, _ = inputs
+    with (tmp_path / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        common = dict(target=target, data=(data,), out=tmp_path, max_length=128, batch_tokens=512)
+        for call in (
+            lambda: score.score(from_options(ScoreConfig, **common)),
+            lambda: _train(from_options(TrainConfig, **common)),
+            lambda: run.run_stages(_run_config(inputs, tmp_path)),
+        ):
+            with pytest.raises(ValueError, match="another process is writing here"):
+                call()
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]

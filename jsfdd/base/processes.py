@@ -77,6 +77,11 @@ def wait_for_all(moment: str) -> None:
         multihost_utils.sync_global_devices(moment)
 
 
+def true_on_primary(value: bool) -> bool:
+    """What `value` is on process 0, on every process."""
+    return bool(_gather(np.array([value]))[0, 0]) if several() else value
+
+
 def agree(values: dict) -> None:
     """Raise ValueError, in every process, if one of `values` (JSON-ready) is not the same in all of them."""
     if not several():

@@ -124,12 +124,23 @@ def evaluate(config: EvaluateConfig, prepared: Prepared | None = None) -> dict[s
 
     Drafts that are combined are one, named as what combines them.
     """
+    from jsfdd.base.lock import sole_writer
+    from jsfdd.base.processes import is_primary
+
+    prepared = prepared or prepare(config)
+    if is_primary():
+        config.out.mkdir(parents=True, exist_ok=True)
+    with sole_writer(config.out):
+        return _evaluate(config, prepared)
+
+
+def _evaluate(config: EvaluateConfig, prepared: Prepared) -> dict[str, dict]:
     from jsfdd.base.files import write_json
     from jsfdd.base.mesh import make_mesh
     from jsfdd.base.processes import agree, is_primary, wait_for_all
     from jsfdd.evaluation.evaluate import compare
 
-    prompts, teams, _ = prepared or prepare(config)
+    prompts, teams, _ = prepared
     mesh = make_mesh(model=config.model.model_shards)
     target = load_weights(config.model, mesh)
     agree({"the options": to_json(config), "the prompts": [dataclasses.asdict(prompt) for prompt in prompts]})

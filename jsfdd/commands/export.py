@@ -80,12 +80,14 @@ def describe(config: ExportConfig, prepared: Prepared) -> Outcome:
 
 def export(config: ExportConfig, prepared: Prepared | None = None) -> None:
     """Write the directory."""
+    from jsfdd.base.lock import sole_writer
     from jsfdd.weights.export import write_draft
 
     draft, serving, provenance = prepared or prepare(config)
-    write_draft(
-        config.out, *draft[:2], config.export.flavour, dtype=config.export.export_dtype, serving=serving, provenance=provenance
-    )
+    flavour, dtype = config.export.flavour, config.export.export_dtype
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    with sole_writer(config.out):
+        write_draft(config.out, *draft[:2], flavour, dtype=dtype, serving=serving, provenance=provenance)
 
 
 def _provenance(config: ExportConfig, identity: dict | None) -> Provenance:

@@ -211,21 +211,29 @@ def describe(config: RespondConfig, prepared: Prepared) -> Outcome:
 
 def respond(config: RespondConfig, asked: Prepared | None = None) -> Responses:
     """Write a file of chats; returns what it holds. A second call continues, never decodes again."""
+    from jsfdd.base.lock import sole_writer
+    from jsfdd.base.processes import agree_on_directory
+
+    asked = asked or prepare(config)
+    agree_on_directory(config.out.parent)
+    with sole_writer(config.out):
+        return _respond(config, asked)
+
+
+def _respond(config: RespondConfig, asked: Prepared) -> Responses:
     import numpy as np
 
     from jsfdd.base.mesh import make_mesh, round_up_to_shards
-    from jsfdd.base.processes import agree, agree_on_directory, is_primary, wait_for_all
+    from jsfdd.base.processes import agree, is_primary, wait_for_all
     from jsfdd.base.progress import progress
     from jsfdd.decoding.conversation_log import append_batch, open_log, read_log
     from jsfdd.decoding.conversations import answer_all
 
-    asked = asked or prepare(config)
     mesh = make_mesh(model=config.model.model_shards)
     target = load_weights(config.model, mesh)
     batch_size = round_up_to_shards(config.batch_size, mesh)
     identity = _identity(config, target, asked, batch_size)
     agree({"the options": to_json(config), **identity})
-    agree_on_directory(config.out.parent)
     log = parts_of(config.out)
     finished = read_log(log, identity)
     agree({"the answers that an earlier call left": finished})  # and so that no one writes before all have read

@@ -163,17 +163,20 @@ def run_stages(config: RunConfig, prepared: Prepared | None = None) -> dict:
     missing, or, where nothing is, reads the summary and computes nothing.
     """
     from jsfdd.base.files import read_json
+    from jsfdd.base.lock import sole_writer
     from jsfdd.base.progress import console
     from jsfdd.report.report import write_report
 
     prompts, found = prepared or prepare(config)
-    _claim(config)
-    if found is None:
-        console.print(f"{config.out}: finished before; nothing to compute", soft_wrap=True)
-    else:
-        _compute(config, prompts, found)
-    if not (config.out / "report.html").exists():
-        write_report(config.out)
+    config.out.mkdir(parents=True, exist_ok=True)
+    with sole_writer(config.out):
+        _claim(config)
+        if found is None:
+            console.print(f"{config.out}: finished before; nothing to compute", soft_wrap=True)
+        else:
+            _compute(config, prompts, found)
+        if not (config.out / "report.html").exists():
+            write_report(config.out)
     return read_json(config.out / "summary.json")
 
 
@@ -324,7 +327,6 @@ def _claim(config: RunConfig) -> None:
     from jsfdd.base.files import write_json
 
     claim = check_claim(config)
-    config.out.mkdir(parents=True, exist_ok=True)
     if not (config.out / "run.json").exists():
         write_json(config.out / "config.json", to_json(config))
         write_json(config.out / "run.json", claim)

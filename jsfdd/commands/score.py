@@ -108,12 +108,20 @@ def describe(config: ScoreConfig, inputs: Inputs) -> Outcome:
 
 def score(config: ScoreConfig, loaded: Loaded | None = None) -> ScoreTable:
     """Write scores.parquet (token_scores.parquet, hidden/); returns the table."""
-    from jsfdd.base.processes import agree_on_directory, is_primary, wait_for_all
-    from jsfdd.scoring.score import score_samples
-    from jsfdd.scoring.table import write_scores, write_token_scores
+    from jsfdd.base.lock import sole_writer
+    from jsfdd.base.processes import agree_on_directory
 
     loaded = loaded or load(config)
     agree_on_directory(config.out)
+    with sole_writer(config.out):
+        return _score(config, loaded)
+
+
+def _score(config: ScoreConfig, loaded: Loaded) -> ScoreTable:
+    from jsfdd.base.processes import is_primary, wait_for_all
+    from jsfdd.scoring.score import score_samples
+    from jsfdd.scoring.table import write_scores, write_token_scores
+
     with keeper(config, loaded) if config.keep_hidden else nullcontext() as kept:
         table = score_samples(
             loaded.target,

@@ -69,12 +69,14 @@ def describe(config: SelectConfig, selection: Selection) -> Outcome:
 
 def select(config: SelectConfig, selection: Selection | None = None) -> Selection:
     """Write selection.json; returns the selection."""
+    from jsfdd.base.lock import sole_writer
     from jsfdd.base.processes import is_primary, wait_for_all
     from jsfdd.selection import sfdd
 
     selection = selection or prepare(config)
     config.out.mkdir(parents=True, exist_ok=True)
-    if is_primary():
-        sfdd.write_selection(config.out / "selection.json", selection)
-    wait_for_all("selection written")
+    with sole_writer(config.out):
+        if is_primary():
+            sfdd.write_selection(config.out / "selection.json", selection)
+        wait_for_all("selection written")
     return selection

@@ -154,13 +154,28 @@ def train(
 ) -> TrainResult:
     """Write checkpoints/ and metrics.jsonl; returns what happened. Hidden states and soft targets are computed, stored or read
     as the config asks unless given."""
-    from jsfdd.base.processes import agree, agree_on_directory, is_primary
+    from jsfdd.base.lock import sole_writer
+    from jsfdd.base.processes import agree_on_directory
+
+    agree_on_directory(config.out)
+    with sole_writer(config.out):
+        return _train(config, loaded, kept, held_out, hidden, soft_targets)
+
+
+def _train(
+    config: TrainConfig,
+    loaded: Loaded,
+    kept: Sequence[Sample],
+    held_out: Sequence[Sample],
+    hidden: HiddenStates | None,
+    soft_targets: PerToken | None,
+) -> TrainResult:
+    from jsfdd.base.processes import agree, is_primary
     from jsfdd.base.progress import console
     from jsfdd.selection.mixture import contents, in_words
     from jsfdd.training import train as training
     from jsfdd.training.batch import TrainingData
 
-    agree_on_directory(config.out)
     agree({"the selection": [sample.id for sample in kept]})
     if config.mixture.mix and is_primary():
         console.print(f"mixture of {in_words(contents(kept))}", soft_wrap=True)
