@@ -1,8 +1,9 @@
 """The drafts' part of a step: propose tokens for the target to verify, then observe the outcome.
 
-A draft reads pairs: the hidden state at a position and the token after it (`read_pairs`). It outputs a guess of the next
-hidden state, which the target's head turns into a distribution (`next_logits`). Several drafts run one after the other, each
-with its own cache; `ensemble.py` and `merge.py` decide which of their proposals are verified.
+A draft reads pairs: a state at a position and the token after it (`read_pairs`). The state is what the draft makes of the
+target's hidden states there (`read_states`), or its own output one position earlier, which the draft's head turns into a
+distribution (`next_logits`). Several drafts run one after the other, each with its own cache; `ensemble.py` and `merge.py`
+decide which of their proposals are verified. Only `models/draft.py` knows what kind a draft is of.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from jsfdd.base.records import KVCache
@@ -23,8 +23,8 @@ from jsfdd.decoding.state import DecodeParams, DecodeState
 from jsfdd.decoding.tree import Proposals, Tree, grow, path_probs, propose_nothing, rerank, root_only
 from jsfdd.decoding.verify import draw, fold_in_rows
 from jsfdd.models.attention import View, cached_view
-from jsfdd.models.draft import EagleLayer
-from jsfdd.models.target import embed_tokens, head_logits
+from jsfdd.models.draft import draft_head_logits, layer_of
+from jsfdd.models.target import embed_tokens
 
 
 def draft_chain(
@@ -106,16 +106,20 @@ def observe(
     setup: DecodeSetup,
     params: DecodeParams,
     state: DecodeState,
-    hidden: Float[Array, "B T D"],
+    hidden: Float[Array, "B T S"],
     next_tokens: Int[Array, "B T"],
     count: Int[Array, " B"],
 ) -> DecodeState:
-    """Feed every draft the true pairs (hidden[:, i], next_tokens[:, i]), i < count, and keep its output at the last one."""
+    """Feed every draft the true pairs (hidden[:, i], next_tokens[:, i]), i < count, and keep its output at the last one.
+
+    `hidden` is the target's, with the streams that enter `setup.layers` in front.
+    """
     rows, last = jnp.arange(count.shape[0]), jnp.maximum(count - 1, 0)
 
     def read(number, cache, kept):
         view = cached_view(cache, next_tokens.shape[1])
-        outputs, cache = read_pairs(setup, params, number, cache, view, hidden, next_tokens)
+        states = read_states(setup, params, number, hidden)
+        outputs, cache = read_pairs(setup, params, number, cache, view, states, next_tokens)
         kept = jnp.where((count > 0)[:, None], outputs[rows, last], kept)
         return cache._replace(length=cache.length + count), kept
 
@@ -127,31 +131,35 @@ def observe(
     return state._replace(draft_caches=caches, draft_hidden=outputs)
 
 
+def read_states(setup: DecodeSetup, params: DecodeParams, number: int, hidden: Float[Array, "B T S"]) -> Float[Array, "B T D"]:
+    """What draft `number` reads of the target's hidden states."""
+    draft = setup.drafts[number]
+    if draft.target_layers and draft.target_layers != setup.layers:  # other drafts read other layers
+        streams = jnp.split(hidden, len(setup.layers) + 1, axis=-1)
+        hidden = jnp.concatenate([*(streams[setup.layers.index(layer)] for layer in draft.target_layers), streams[-1]], axis=-1)
+    return layer_of(draft).apply({"params": params.drafts[number]}, hidden, method="read")
+
+
 def read_pairs(
     setup: DecodeSetup,
     params: DecodeParams,
     number: int,
     cache: KVCache,
     view: View,
-    hidden: Float[Array, "B T D"],
+    states: Float[Array, "B T D"],
     tokens: Int[Array, "B T"],
 ) -> tuple[Float[Array, "B T D"], KVCache]:
     """Run draft `number` on pairs that follow its cache, attending as `view` allows; return its outputs and the cache."""
     embedding = embed_tokens(setup.target, params.target, tokens)
-    layer = EagleLayer(setup.drafts[number])
-    return layer.apply({"params": params.drafts[number]}, embedding, hidden, view, cache, method="decode")
+    layer = layer_of(setup.drafts[number])
+    return layer.apply({"params": params.drafts[number]}, embedding, states, view, cache, method="decode")
 
 
 def next_logits(
-    setup: DecodeSetup, params: DecodeParams, number: int, hidden: Float[Array, "*shape D"]
+    setup: DecodeSetup, params: DecodeParams, number: int, output: Float[Array, "*shape D"]
 ) -> Float[Array, "*shape V"]:
-    """Draft `number`'s logits, from the target's head; −inf for tokens that the draft's reduced vocabulary lacks."""
-    vocabulary = setup.drafts[number].vocabulary
-    if not vocabulary:
-        return head_logits(setup.target, params.target, hidden)
-    tokens = np.array(vocabulary)
-    logits = head_logits(setup.target, params.target, hidden, tokens)
-    return jnp.full((*logits.shape[:-1], setup.target.vocab_size), -jnp.inf).at[..., tokens].set(logits)
+    """Draft `number`'s logits after an output; −inf for tokens that the draft's reduced vocabulary lacks."""
+    return draft_head_logits(setup.target, params.target, setup.drafts[number], params.drafts[number], output)
 
 
 def next_log_probs(

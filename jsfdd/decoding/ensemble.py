@@ -82,7 +82,14 @@ def average_drafts(drafts: Mapping[str, Draft], weights: Sequence[float]) -> Dra
       ValueError: the drafts' shapes, rotary embeddings or vocabularies differ; names the difference.
     """
     configs = {name: draft.config for name, draft in drafts.items()}
-    _check_equal(configs, lambda c: vars(c.decoder) | {"fc_bias": c.fc_bias, "the draft vocabulary": c.vocabulary})
+    _check_equal(
+        configs,
+        lambda config: (
+            {name: value for name, value in vars(config).items() if name not in ("decoder", "vocabulary")}
+            | vars(config.decoder)
+            | {"the draft vocabulary": config.vocabulary}
+        ),
+    )
     averaged = jax.tree.map(
         lambda *leaves: sum(weight * leaf for weight, leaf in zip(weights, leaves, strict=True)),
         *(draft.params for draft in drafts.values()),

@@ -4,7 +4,7 @@ One step. Before it, a row has committed tokens x_0 … x_c. The target's cache 
 pairs (h_t, x_{t+1}) for t < c, and `draft_hidden` is its output at the last pair, its guess of h_c.
 
     draft    q_1 = head(draft_hidden) gives d_1; the draft then reads its own guesses (ĥ_c, d_1), … for d_2 … d_G
-    verify   the target reads x_c, d_1 … d_G in one forward pass: hidden h_c … h_{c+G} and p_0 … p_G
+    verify   the target reads x_c, d_1 … d_G in one forward pass: hidden h_c … h_{c+G} and p_0 … p_G; h has what a draft reads
     commit   a accepted tokens and one more from the target; both caches keep a+1 of their new slots
     observe  the draft reads the pairs again with the *true* hidden states, ready for the next step
 
@@ -33,7 +33,7 @@ from jsfdd.decoding.tree import Path, keep_path, one_branch, tree_view, walk
 from jsfdd.decoding.verify import draw, fold_in_rows, verify
 from jsfdd.models.attention import cached_view, empty_cache
 from jsfdd.models.sharding import place_params
-from jsfdd.models.target import decode, head_logits, unstack_layers
+from jsfdd.models.target import decode, final_state, head_logits, unstack_layers
 
 
 def generate(setup: DecodeSetup, params: DecodeParams, batch: PromptBatch, temperature: Float[Array, ""]) -> Generation:
@@ -56,8 +56,8 @@ def speculative_step(
         tree, proposers, state = draft_tree(setup, params, state)
 
     view = tree_view(state.target_cache, tree)
-    hidden, target_cache = decode(setup.target, params.stepping, tree.tokens, view, state.target_cache)
-    logits = head_logits(setup.target, params.target, hidden)
+    hidden, target_cache = decode(setup.target, params.stepping, tree.tokens, view, state.target_cache, setup.layers)
+    logits = head_logits(setup.target, params.target, final_state(setup.target, hidden))
 
     if setup.is_chain:
         verify_keys = fold_in_rows(keys, setup.num_draft_tokens)
@@ -81,14 +81,14 @@ def commit(
     state: DecodeState,
     path: Path,
     proposers: Int[Array, "B N"],
-    hidden: Float[Array, "B G1 D"],
+    hidden: Float[Array, "B G1 S"],
     target_cache: KVCache,
 ) -> tuple[DecodeState, Emitted]:
     """Commit the target's path through the draft tokens: return the new state and what was emitted.
 
     Args:
       proposers: which draft proposed each node that the target read.
-      hidden: the target's hidden states at the last committed token and at the accepted ones.
+      hidden: the target's hidden states at the last committed token and at the accepted ones, as drafts observe them.
       target_cache: with its length before the step; the slots of the accepted tokens follow it.
     """
     row, column = jnp.arange(state.done.shape[0]), jnp.arange(setup.num_draft_tokens + 1)[None, :]
@@ -124,9 +124,9 @@ def prefill(setup: DecodeSetup, params: DecodeParams, batch: PromptBatch, temper
     """Read the prompts, draw each row's first token from the target, and let the drafts read the prompts' pairs."""
     rows, width = batch.tokens.shape
     cache = empty_cache(setup.target, rows, setup.cache_slots(width), _dtype(params))
-    hidden, cache = decode(setup.target, params.target, batch.tokens, cached_view(cache, width), cache)
+    hidden, cache = decode(setup.target, params.target, batch.tokens, cached_view(cache, width), cache, setup.layers)
     row, last = jnp.arange(rows), jnp.maximum(batch.lengths - 1, 0)
-    logits = head_logits(setup.target, params.target, hidden[row, last])
+    logits = head_logits(setup.target, params.target, final_state(setup.target, hidden[row, last]))
     first = draw(fold_in_rows(batch.keys, batch.lengths), logits, temperature, setup.cutoff)
     state = start(setup, first, batch.lengths, cache._replace(length=batch.lengths), batch.keys)
     next_tokens = jnp.roll(batch.tokens, -1, axis=1).at[row, last].set(first)
@@ -152,7 +152,7 @@ def show_prompt(
     setup: DecodeSetup,
     params: DecodeParams,
     state: DecodeState,
-    hidden: Float[Array, "B P D"],
+    hidden: Float[Array, "B P S"],
     next_tokens: Int[Array, "B P"],
     slots: int,
 ) -> DecodeState:
@@ -162,7 +162,7 @@ def show_prompt(
     rows = state.done.shape[0]
     state = state._replace(
         draft_caches=tuple(empty_cache(draft.decoder, rows, slots, _dtype(params)) for draft in setup.drafts),
-        draft_hidden=(jnp.zeros_like(hidden[:, 0]),) * len(setup.drafts),
+        draft_hidden=(jnp.zeros_like(final_state(setup.target, hidden[:, 0])),) * len(setup.drafts),
     )
     state = observe(setup, params, state, hidden, next_tokens, state.target_cache.length)
     return state._replace(routing=no_routing(setup.combine, rows, len(setup.drafts)))

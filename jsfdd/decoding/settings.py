@@ -123,6 +123,11 @@ class DecodeSetup:
     def __post_init__(self):
         if bool(self.drafts) != (self.num_draft_tokens > 0):
             raise ValueError(f"num_draft_tokens={self.num_draft_tokens} with {len(self.drafts)} drafts: both or neither")
+        for number in self.layers:
+            if number >= self.target.num_layers:
+                raise ValueError(
+                    f"a draft reads the input of layer {number}, and the target has {self.target.num_layers} layers"
+                )
         if self.tree and self.tree.depth != self.num_draft_tokens:
             raise ValueError(f"num_draft_tokens={self.num_draft_tokens} with a tree of depth {self.tree.depth}")
         for name, top_k in (("tree's top-k", self.tree.top_k if self.tree else 0), ("top-k", self.cutoff.top_k)):
@@ -135,6 +140,11 @@ class DecodeSetup:
         for draft in self.drafts if self.tree else ():
             if draft.vocabulary and self.tree.top_k > (size := len(draft.vocabulary)):
                 raise ValueError(f"tree's top-k {self.tree.top_k} exceeds the draft's vocabulary of {size} tokens")
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The target's layers whose inputs some draft reads, ascending: they stand in front of its hidden states."""
+        return tuple(sorted({number for draft in self.drafts for number in draft.target_layers}))
 
     @property
     def is_chain(self) -> bool:

@@ -39,10 +39,10 @@ from jsfdd.decoding.prompts import prompt_batch, questions_in
 from jsfdd.decoding.settings import decode_setup
 from jsfdd.evaluation.acceptance import AcceptanceCounts, no_counts
 from jsfdd.models.counted import fold_counted
-from jsfdd.models.draft import DraftConfig, draft_steps
-from jsfdd.models.target import embed_tokens
+from jsfdd.models.draft import DraftConfig, draft_head, draft_steps
+from jsfdd.models.target import embed_tokens, final_state
 from jsfdd.training.batch import PerToken, TrainingData, device_batch
-from jsfdd.training.loss import Borrowed, borrow, restrict
+from jsfdd.training.loss import Borrowed, borrow
 from jsfdd.training.visited_loss import block_rows, vocabulary_logits
 from jsfdd.weights.target import Target
 
@@ -137,7 +137,8 @@ def make_judge(
     """Make `judge(draft_params)`, which returns a draft's `Judged` for every recorded text, in the order of the samples.
 
     Args:
-      hidden: the target's hidden states of the samples, by id. They should be float32; rounded ones change the figures.
+      hidden: the target's hidden states of the samples, by id, with the streams that the draft reads in front, if any. They
+        should be float32; rounded ones change the figures.
       draft: the shape of the drafts.
       num_draft_tokens: γ, at most `recorded.ahead`.
       batch_tokens: tokens of a batch, padding included.
@@ -148,14 +149,13 @@ def make_judge(
     if num_draft_tokens > recorded.ahead:
         raise ValueError(f"num_draft_tokens={num_draft_tokens}: the answers were recorded for up to {recorded.ahead}")
     step = _make_judge_step(target, draft, mesh, num_draft_tokens, recorded.temperature)
-    whole = borrow(target.config, target.params)
-    frozen = replicate((whole, restrict(whole, draft)), mesh)
+    frozen = replicate(borrow(target.config, target.params), mesh)
     data = TrainingData(recorded.samples, hidden)
     lengths = [len(sample.tokens) for sample in recorded.samples]
     plans = make_batches(lengths, choose_shapes(lengths, batch_tokens))
 
     def judge(draft_params: dict) -> list[Judged]:
-        params = (*frozen, replicate(draft_params, mesh))
+        params = frozen, replicate(draft_params, mesh)
         by_text: dict[int, Judged] = {}
         for plan in plans:
             judged = step(params, device_batch(data, plan.indices, plan.shape, mesh))
@@ -167,26 +167,28 @@ def make_judge(
 
 
 def _make_judge_step(target: Target, draft: DraftConfig, mesh: Mesh, depth: int, temperature: float):
-    """Compile `((whole, restricted, draft params), DraftBatch) -> [B, 3, G, T]`: the three fields of `Judged`."""
+    """Compile `((borrowed, draft params), DraftBatch) -> [B, 3, G, T]`: the three fields of `Judged`."""
     slots = None
     if draft.vocabulary:  # each token's place in the draft's vocabulary, −1 if it has none
         slots = np.full(target.config.vocab_size, -1, np.int32)
         slots[list(draft.vocabulary)] = np.arange(len(draft.vocabulary))
     block = vocabulary_block(mesh.devices.flat[0].platform)
 
-    def step(params: tuple[Borrowed, Borrowed, dict], batch: DraftBatch) -> Float[Array, "B three G T"]:
-        whole, restricted, draft_params = params
+    def step(params: tuple[Borrowed, dict], batch: DraftBatch) -> Float[Array, "B three G T"]:
+        borrowed, draft_params = params
         rows, length = batch.tokens.shape
         hidden = batch.hidden.astype(jnp.float32)
-        embedding = embed_tokens(target.config, {"embed": {"embedding": whole.embedding}}, batch.tokens[:, 1:])
+        embedding = embed_tokens(target.config, {"embed": {"embedding": borrowed.embedding}}, batch.tokens[:, 1:])
+        head = draft_head(draft, draft_params, borrowed.output)
         text = jnp.pad(batch.tokens[:, 2:], ((0, 0), (0, 1))).reshape(-1)
         reached = batch.counted[:, 1:]
         log_p = jnp.zeros(0)
         if temperature > 0:
-            log_p = _text_log_probs(whole.output, hidden[:, 1:], reached, text, temperature, block)
+            truth = final_state(target.config, hidden[:, 1:])
+            log_p = _text_log_probs(borrowed.output, truth, reached, text, temperature, block)
         depths = []
         for predicted in draft_steps(draft, draft_params, embedding, hidden[:, :-1], depth):
-            verdicts = judge_depth(restricted.output, predicted.reshape(-1, hidden.shape[2]), reached, text, log_p)
+            verdicts = judge_depth(head, predicted.reshape(-1, predicted.shape[2]), reached, text, log_p)
             depths.append(jnp.pad(verdicts.reshape(3, rows, length - 1), ((0, 0), (0, 0), (0, 1))))
             # A step never starts before the answer's first token, so depth i is not reached before the i-th token.
             reached = batch.counted[:, 1:] & jnp.pad(reached[:, :-1], ((0, 0), (1, 0)))

@@ -37,7 +37,7 @@ class Text(NamedTuple):
     """Recorded texts of a batch, right-padded: `starts` prompt tokens, then the answer. Start 0 marks a padding row."""
 
     tokens: Int[Array, "B T"]
-    hidden: Float[Array, "B T D"]
+    hidden: Float[Array, "B T S"]
     starts: Int[Array, " B"]
 
 
@@ -47,7 +47,7 @@ def make_tree_replay(
     """Make `replay(draft_params)`, which returns the counts that decoding with `setup` would give, by prompt and by draft.
 
     Args:
-      hidden: the target's hidden states of the samples, by id; float32.
+      hidden: the target's hidden states of the samples, by id, with the streams that the drafts read in front, if any; float32.
       setup: with a tree of a depth up to `recorded.ahead`, and max_new_tokens up to the recorded one.
       batch_size: texts per batch.
 

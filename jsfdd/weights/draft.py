@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jsfdd.models.draft import Draft, DraftConfig
+from jsfdd.models.draft import Draft, DraftConfig, check_layers
 from jsfdd.weights.checkpoint import read_trained_draft
 from jsfdd.weights.eagle import is_exported, read_draft
 from jsfdd.weights.target import Target
@@ -26,6 +26,7 @@ def load_draft(path: str | Path) -> Draft:
 
 def check_draft(target: Target, draft: DraftConfig, name: str) -> None:
     """Raise ValueError where a draft cannot be of this target, naming what differs."""
+    check_layers(draft.target_layers, target.config.num_layers)
     for field in ("vocab_size", "hidden_size", "rope"):
         found, wanted = getattr(draft.decoder, field), getattr(target.config, field)
         if found != wanted:
