@@ -13,15 +13,17 @@ from toy import as_target, toy_config
 
 from jsfdd.base.mesh import make_mesh, shard_rows
 from jsfdd.base.records import Sample
-from jsfdd.data.batches import choose_shapes, make_batches, pad_batch
+from jsfdd.data.batches import Shape, choose_shapes, make_batches, pad_batch
 from jsfdd.hidden import writer as writer_module
 from jsfdd.hidden.best_k import StillPossible
 from jsfdd.hidden.capture import keep_hidden, make_recompute, store_hidden
 from jsfdd.hidden.rows import row_bytes
 from jsfdd.hidden.store import HiddenStore
+from jsfdd.models.foreign import foreign_target
 from jsfdd.models.target import hidden_states, init_params
 from jsfdd.scoring.metrics import column_names
 from jsfdd.scoring.passes import group_plans, spread_out
+from jsfdd.scoring.score import score_samples
 from jsfdd.scoring.table import ScoreTable, join
 from jsfdd.selection.sfdd import select
 
@@ -223,3 +225,56 @@ def test_spread_out_mixes_all_lengths_and_keeps_the_longest_first(size):
     done = np.cumsum([len(plan.indices) for plan in order]) / MANY
     tokens = np.cumsum([sum(lengths[i] for i in plan.indices) for plan in order]) / sum(lengths)
     assert np.abs(done - tokens).max() < 3 * size / len(order)  # some groups' worth
+
+
+# --- Streams in front of the final state -----------------------------------------------------------------------------
+
+DEEP = toy_config(vocab_size=97, hidden_size=16, num_layers=4)
+DEEP_TARGET = as_target(DEEP, jax.jit(init_params, static_argnums=0)(DEEP, jax.random.key(0)))
+LAYERS = (0, 2, 3)
+
+
+def deep_states(sample, layers=LAYERS):
+    read = jax.jit(lambda tokens: hidden_states(DEEP, DEEP_TARGET.params, tokens, layers))
+    return np.asarray(read(jnp.pad(sample.tokens, (0, 128 - len(sample.tokens)))[None])[0, : len(sample.tokens)])
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+def test_one_pass_scores_and_keeps_the_streams(tmp_path, foreign):
+    samples, mesh = make_samples()[:5], make_mesh(data=1)
+    target = DEEP_TARGET
+    if foreign:
+        embedding, head = DEEP_TARGET.params["embed"]["embedding"], DEEP_TARGET.params["head"]["kernel"].T
+        read = jax.jit(lambda tokens: hidden_states(DEEP, DEEP_TARGET.params, tokens, LAYERS))
+        target = foreign_target(read, embedding, head, DEEP, name="mine")
+    options = dict(batch_tokens=256, progress=False)
+    alone = score_samples(target, samples, mesh, **options)
+    everything = StillPossible(samples, [], 1.0, 0, {sample.id for sample in samples})
+    with keep_hidden(
+        target, everything, directory=tmp_path, identity=IDENTITY, kept_for={}, dtype="float32", layers=LAYERS
+    ) as keeper:
+        table = score_samples(target, samples, mesh, keeper=keeper, **options)
+    np.testing.assert_allclose(table["flatness"], alone["flatness"], rtol=1e-6)
+    store = HiddenStore.open(tmp_path, IDENTITY, verify=True)
+    assert store.layers == LAYERS and set(store) == {sample.id for sample in samples}
+    for sample in samples:
+        np.testing.assert_allclose(store[sample.id], deep_states(sample), rtol=1e-4, atol=1e-5)
+    again = score_samples(target, samples, mesh, hidden=store, **options)  # the last part is what the head reads
+    np.testing.assert_allclose(again["flatness"], table["flatness"], rtol=1e-5)
+    if foreign:
+        with pytest.raises(ValueError, match=r"mine: hidden_states gave .* the inputs of layers \[0, 1\]"):
+            make_recompute(target, mesh, "float32", (0, 1))(shard_rows(pad_batch(samples[:1], Shape(1, 128)), mesh))
+
+
+def test_each_part_has_its_own_scale(tmp_path):
+    samples, mesh = make_samples()[:3], make_mesh(data=1)
+    options = dict(batch_tokens=256, identity=IDENTITY, progress=False, dtype="int8")
+    store = store_hidden(DEEP_TARGET, samples, mesh, directory=tmp_path, layers=LAYERS, **options)
+    assert sum(path.stat().st_size for path in tmp_path.glob("*.bin")) == sum(len(s.tokens) for s in samples) * 4 * (16 + 4)
+    for sample in samples:
+        true = deep_states(sample).reshape(-1, 4, 16)
+        error = np.abs(store[sample.id].reshape(-1, 4, 16) - true).max(axis=2)
+        assert np.all(error <= np.abs(true).max(axis=2) / 127)
+    for layers in ((0, 1, 3), ()):
+        with pytest.raises(ValueError, match=r"layers: found \[0, 2, 3\]|hidden_size: found 64"):
+            store_hidden(DEEP_TARGET, samples, mesh, directory=tmp_path, layers=layers, **options)

@@ -45,10 +45,11 @@ class HiddenKeeper:
 
     Attributes:
       device_dtype: the dtype in which it wants them from the device.
+      layers: the target's layers whose inputs it wants in front of the final state.
     """
 
-    def __init__(self, writer: HiddenWriter, possible: StillPossible, device_dtype: _DeviceDtype):
-        self._writer, self._possible, self.device_dtype = writer, possible, device_dtype
+    def __init__(self, writer: HiddenWriter, possible: StillPossible, device_dtype: _DeviceDtype, layers: tuple[int, ...] = ()):
+        self._writer, self._possible, self.device_dtype, self.layers = writer, possible, device_dtype, layers
 
     def resume(self, tables: Sequence[ScoreTable]) -> None:
         """Go on after the scores of an earlier call.
@@ -64,7 +65,7 @@ class HiddenKeeper:
         """Whether a sample that may be selected, by the scores so far, is not stored."""
         return any(sample.id in self._possible and sample.id not in self._writer.ids for sample in samples)
 
-    def keep(self, samples: Sequence[Sample], scores: ScoreTable | None, hidden: Float[np.ndarray, "B T D"]) -> None:
+    def keep(self, samples: Sequence[Sample], scores: ScoreTable | None, hidden: Float[np.ndarray, "B T S"]) -> None:
         """Take a batch, row b for samples[b], right-padded; `scores` are None if an earlier call computed them."""
         if scores is not None:
             fallen = self._possible.score(scores)
@@ -82,13 +83,14 @@ def keep_hidden(
     identity: dict,
     kept_for: dict,
     dtype: HiddenDtype = "bfloat16",
+    layers: tuple[int, ...] = (),
 ) -> Iterator[HiddenKeeper]:
     """A keeper of hidden states for one scoring pass; the store in `directory` is complete when the block ends.
 
     Args:
       target: of the pass.
       possible: what may be selected; a fresh one.
-      directory, identity, kept_for, dtype: as in `HiddenWriter`.
+      directory, identity, kept_for, dtype, layers: as in `HiddenWriter`.
 
     Raises:
       ValueError: as in `HiddenWriter`, or there are several processes, of which none would know the others' scores.
@@ -98,33 +100,35 @@ def keep_hidden(
             "what can still be selected is only known where all scores are: keep hidden states with one process, or leave "
             "--keep-hidden out, and `jsfdd train` computes them for what was selected"
         )
-    width = target.config.hidden_size
-    shard_bytes = moderate_shard_bytes(possible.expected_tokens * row_bytes(dtype, width))
-    with HiddenWriter(directory, width, dtype, identity, shard_bytes, kept_for) as writer:
-        yield HiddenKeeper(writer, possible, _device_dtype(dtype))
+    parts = len(layers) + 1
+    width = parts * target.config.hidden_size
+    shard_bytes = moderate_shard_bytes(possible.expected_tokens * row_bytes(dtype, width, parts))
+    with HiddenWriter(directory, width, dtype, identity, shard_bytes, kept_for, layers) as writer:
+        yield HiddenKeeper(writer, possible, _device_dtype(dtype), layers)
 
 
-def make_hidden_step(config: DecoderConfig, mesh: Mesh, dtype: _DeviceDtype) -> Callable:
-    """Compile `(params, Batch) -> hidden [B, T, D]` in `dtype`, after the final norm. Build it once."""
+def make_hidden_step(config: DecoderConfig, mesh: Mesh, dtype: _DeviceDtype, layers: tuple[int, ...] = ()) -> Callable:
+    """Compile `(params, Batch) -> hidden [B, T, S]` in `dtype`: as `models.target.hidden_states`. Build it once."""
 
     def step(params: dict, batch: Batch):
-        return hidden_states(config, params, batch.tokens).astype(dtype)
+        return hidden_states(config, params, batch.tokens, layers).astype(dtype)
 
     return map_over_devices(step, mesh)
 
 
 def make_recompute(
-    target: Target | ForeignTarget, mesh: Mesh, dtype: _DeviceDtype
-) -> Callable[[Batch], Float[jax.Array, "B T D"]]:
+    target: Target | ForeignTarget, mesh: Mesh, dtype: _DeviceDtype, layers: tuple[int, ...] = ()
+) -> Callable[[Batch], Float[jax.Array, "B T S"]]:
     """`batch -> hidden` in `dtype`: the target computes the hidden states of a batch anew, and they never leave the devices.
 
     The call returns before they are computed, so a caller that goes on to its own step keeps the devices busy. The batch's
     rows are split over the data axis. The result is to the bit what a store in `dtype` holds if that was computed in
-    batches of the same shape per device; otherwise it differs by rounding.
+    batches of the same shape per device; otherwise it differs by rounding. The streams that enter `layers` stand in front of
+    the final state.
     """
     if isinstance(target, ForeignTarget):
-        return lambda batch: foreign_hidden(target, batch, mesh).astype(dtype)
-    return functools.partial(make_hidden_step(target.config, mesh, dtype), place_params(target.params, mesh))
+        return lambda batch: foreign_hidden(target, batch, mesh, layers).astype(dtype)
+    return functools.partial(make_hidden_step(target.config, mesh, dtype, layers), place_params(target.params, mesh))
 
 
 def store_hidden(
@@ -136,6 +140,7 @@ def store_hidden(
     directory: Path,
     identity: dict | None = None,
     dtype: HiddenDtype = "bfloat16",
+    layers: tuple[int, ...] = (),
     shard_bytes: int = SHARD_BYTES,
     progress: bool = True,
 ) -> HiddenStore:
@@ -144,8 +149,9 @@ def store_hidden(
     Args: as in `HiddenWriter` and `score.score_samples`. Errors as in `HiddenWriter`.
     """
     identity = {"target": target.fingerprint} if identity is None else identity
-    hidden_of = make_recompute(target, mesh, _device_dtype(dtype))
-    with HiddenWriter(directory, target.config.hidden_size, dtype, identity, shard_bytes) as writer:
+    hidden_of = make_recompute(target, mesh, _device_dtype(dtype), layers)
+    width = (len(layers) + 1) * target.config.hidden_size
+    with HiddenWriter(directory, width, dtype, identity, shard_bytes, layers=layers) as writer:
         write_missing(
             writer, lambda _, batch: hidden_of(batch), None, samples, mesh,
             batch_tokens=batch_tokens, label="hidden states", progress=progress,

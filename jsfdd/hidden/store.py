@@ -31,17 +31,18 @@ _DELETE_SHARD = "delete this shard and store again: only its samples are compute
 
 
 class HiddenStore(Mapping[str, np.ndarray]):
-    """The hidden states of a store by sample id: [T, D], read-only. Made by `open`.
+    """The hidden states of a store by sample id, read-only: [T, D], or with streams in front [T, (n + 1) D]. Made by `open`.
 
     bfloat16 and float32 are views of the files; int8 is dequantised to float32 whenever it is asked for.
 
     Attributes:
       dtype: in which they are kept.
       kept_for: the rule by which samples were kept, as given to the writer; None if all were.
+      layers: the target's layers whose inputs stand in front of the final state.
     """
 
-    def __init__(self, rows: dict[str, np.ndarray], dtype: RowDtype, kept_for: dict | None):
-        self._rows, self.dtype, self.kept_for = rows, dtype, kept_for
+    def __init__(self, rows: dict[str, np.ndarray], dtype: RowDtype, kept_for: dict | None, layers: tuple[int, ...] = ()):
+        self._rows, self.dtype, self.kept_for, self.layers = rows, dtype, kept_for, layers
 
     @classmethod
     def open(cls, directory: Path, identity: dict | None, verify: bool = False) -> HiddenStore:
@@ -70,10 +71,10 @@ class HiddenStore(Mapping[str, np.ndarray]):
             if verify:
                 check_sum(directory, shard, rows)
             rows_by_id |= samples_of(shard, rows)
-        return cls(rows_by_id, manifest["dtype"], manifest.get("kept_for"))
+        return cls(rows_by_id, manifest["dtype"], manifest.get("kept_for"), tuple(manifest.get("layers", ())))
 
     def __getitem__(self, sample_id: str) -> Float[np.ndarray, "T D"]:
-        return decode(self._rows[sample_id], self.dtype)
+        return decode(self._rows[sample_id], self.dtype, len(self.layers) + 1)
 
     def __contains__(self, sample_id: object) -> bool:  # Mapping's would read the sample
         return sample_id in self._rows
@@ -88,7 +89,7 @@ class HiddenStore(Mapping[str, np.ndarray]):
 def shard_rows(directory: Path, manifest: dict, shard: dict) -> np.ndarray:
     """uint8[tokens, row]: a shard's file, memory-mapped."""
     rows = np.asarray(np.memmap(directory / shard["file"], np.uint8, mode="r"))
-    return rows.reshape(-1, row_bytes(manifest["dtype"], manifest["hidden_size"]))
+    return rows.reshape(-1, _row_bytes(manifest))
 
 
 def samples_of(shard: dict, rows: np.ndarray) -> dict[str, np.ndarray]:
@@ -147,4 +148,8 @@ def check_belongs(directory: Path, manifest: dict, expected: dict) -> None:
 
 
 def _shard_size(manifest: dict, shard: dict) -> int:
-    return row_bytes(manifest["dtype"], manifest["hidden_size"]) * sum(length for _, length in shard["samples"])
+    return _row_bytes(manifest) * sum(length for _, length in shard["samples"])
+
+
+def _row_bytes(manifest: dict) -> int:
+    return row_bytes(manifest["dtype"], manifest["hidden_size"], len(manifest.get("layers", ())) + 1)

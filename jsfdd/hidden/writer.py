@@ -74,11 +74,12 @@ class HiddenWriter:
 
     Args:
       directory: of the store; made if missing.
-      hidden_size: D.
+      hidden_size: D, of all parts together.
       dtype: in which hidden states are kept; bfloat16 takes half the disk of float32, int8 about a quarter.
       identity: JSON-ready; what the hidden states depend on. A store of another identity is refused.
       shard_bytes: a shard is closed once it is this large; a kill loses less than that.
       kept_for: JSON-ready; the rule by which samples are kept, if not all of them. A store of another rule is refused.
+      layers: the target's layers whose inputs stand in front of its final state. A store of others is refused.
 
     Raises:
       ValueError: the directory holds another store or a damaged one; the message names the difference and the remedy.
@@ -92,10 +93,13 @@ class HiddenWriter:
         identity: dict,
         shard_bytes: int = SHARD_BYTES,
         kept_for: dict | None = None,
+        layers: tuple[int, ...] = (),
     ):
         self._directory, self._shard_bytes = Path(directory), shard_bytes
         self._directory.mkdir(parents=True, exist_ok=True)
         self._head = {"dtype": dtype, "hidden_size": hidden_size, "identity": plain(identity), "kept_for": plain(kept_for)}
+        if layers:
+            self._head["layers"] = list(layers)
         if is_primary():
             self._take_over()
         wait_for_all("the store is ready")
@@ -132,7 +136,7 @@ class HiddenWriter:
             raise ValueError(f"sample {sample_id}: hidden states of shape {hidden.shape} in a store of [T, {width}]")
         if not np.isfinite(hidden).all():
             raise ValueError(f"sample {sample_id}: the target's hidden states are not finite; check its weights")
-        self._append(sample_id, encode(hidden, self._head["dtype"]))
+        self._append(sample_id, encode(hidden, self._head["dtype"], len(self._head.get("layers", ())) + 1))
         if self._stream.tell() >= self._shard_bytes:
             self._close_shard()
 

@@ -61,8 +61,9 @@ def foreign_target(
 
     Args:
       hidden_states: from tokens (numpy, int32[B, T], right-padded with token 0) to the states [B, T, D], float32 or
-        bfloat16, that the head multiplies: after the final norm. It must be causal, so that padding does not matter. Jit it.
-        It is called with a few different shapes. None if hidden states are always given as arrays.
+        bfloat16, that the head multiplies: after the final norm. For an EAGLE-3 draft the streams that enter its layers
+        stand in front of them: [B, T, (n + 1) D]. It must be causal, so that padding does not matter. Jit it. It is called with
+        a few different shapes. None if hidden states are always given as arrays.
       embedding: of the tokens, scaled as the model scales them but for `config.embedding_scale`.
       head: logits are `hidden @ head.T`; None where the embedding is the head.
       config: of the model; of it `vocab_size`, `hidden_size`, the heads, the rotation and the norm's eps shape a draft.
@@ -101,8 +102,10 @@ def foreign_target(
     return ForeignTarget(config, params, hidden_states, tokenizer, name, fingerprint)
 
 
-def foreign_hidden(target: ForeignTarget, batch: Batch, mesh: Mesh) -> Float[Array, "B T D"]:
-    """The hidden states of a batch, its rows split over `mesh`.
+def foreign_hidden(target: ForeignTarget, batch: Batch, mesh: Mesh, layers: tuple[int, ...] = ()) -> Float[Array, "B T S"]:
+    """The hidden states of a batch, its rows split over `mesh`, with the streams that enter `layers` in front.
+
+    Without `layers` the final states alone, also of a function that gives streams in front of them.
 
     Raises:
       ValueError: the target's function gave another shape, or there are several processes: a batch's tokens are then on
@@ -114,7 +117,13 @@ def foreign_hidden(target: ForeignTarget, batch: Batch, mesh: Mesh) -> Float[Arr
         raise ValueError(f"{target.name}: has no function for hidden states; give them as arrays (hidden=…)")
     tokens = to_host(batch.tokens)
     hidden = target.hidden_states(tokens)
-    expected = (*tokens.shape, target.config.hidden_size)
+    width = target.config.hidden_size
+    if not layers and hidden.shape[-1] % width == 0:
+        hidden = hidden[..., -width:]
+    expected = (*tokens.shape, (len(layers) + 1) * width)
     if hidden.shape != expected:
-        raise ValueError(f"{target.name}: hidden_states gave {hidden.shape} for tokens {tokens.shape}; it must give {expected}")
+        streams = f": the inputs of layers {list(layers)}, and the final state behind them" if layers else ""
+        raise ValueError(
+            f"{target.name}: hidden_states gave {hidden.shape} for tokens {tokens.shape}; it must give {expected}{streams}"
+        )
     return jax.device_put(hidden, NamedSharding(mesh, P("data")))

@@ -25,7 +25,7 @@ from jsfdd.data.batches import BatchPlan, Shape, choose_shapes, make_batches, pa
 from jsfdd.models.architecture import DecoderConfig
 from jsfdd.models.foreign import ForeignTarget, foreign_hidden
 from jsfdd.models.sharding import place_params
-from jsfdd.models.target import hidden_states
+from jsfdd.models.target import final_state, hidden_states
 from jsfdd.scoring.flatness import score_hidden
 from jsfdd.scoring.metrics import METRICS, column_names
 from jsfdd.scoring.passes import run_batches, spread_out
@@ -39,6 +39,7 @@ class Keeper(Protocol):
     """Stores the hidden states that a scoring pass computes (`hidden.capture.HiddenKeeper`)."""
 
     device_dtype: Literal["bfloat16", "float32"]
+    layers: tuple[int, ...]
 
     def resume(self, tables: Sequence[ScoreTable]) -> None:
         """Continue after the scores of an earlier call."""
@@ -55,9 +56,10 @@ def make_score_step(
     mesh: Mesh,
     *,
     hidden_dtype: Literal["bfloat16", "float32"] | None = None,
+    layers: tuple[int, ...] = (),
     block: int | None = None,
 ) -> Callable:
-    """Compile the scoring of one batch: `(params, Batch) -> (TokenScores [B, T], hidden [B, T, D] or None)`.
+    """Compile the scoring of one batch: `(params, Batch) -> (TokenScores [B, T], hidden [B, T, S] or None)`.
 
     Every device runs the head on the counted tokens of its own rows, so there is no communication. The step traces once
     for each shape of a batch; make it once and keep it.
@@ -66,35 +68,37 @@ def make_score_step(
       config: the target's architecture.
       mesh: its data axis must divide the batch's rows.
       hidden_dtype: also return the hidden states after the final norm, in this dtype.
+      layers: with the streams that enter these layers in front of them.
       block: as in `score_hidden`; by default a size that suits the mesh's devices.
     """
     block = block or _block(mesh)
 
     def step(params: dict, batch: Batch) -> tuple[TokenScores, jax.Array | None]:
-        hidden = hidden_states(config, params, batch.tokens)
-        scores = score_hidden(config, params, hidden, _next_tokens(batch), batch.counted, block)
+        hidden = hidden_states(config, params, batch.tokens, layers)
+        final = final_state(config, hidden)
+        scores = score_hidden(config, params, final, _next_tokens(batch), batch.counted, block)
         return scores, None if hidden_dtype is None else hidden.astype(hidden_dtype)
 
     return map_over_devices(step, mesh)
 
 
 def make_head_step(config: DecoderConfig, mesh: Mesh) -> Callable:
-    """Compile `(params, (Batch, hidden [B, T, D])) -> TokenScores [B, T]`, the scores from given hidden states."""
+    """Compile `(params, (Batch, hidden [B, T, S])) -> TokenScores [B, T]`, the scores from given hidden states."""
     block = _block(mesh)
 
     def step(params: dict, batch: tuple[Batch, jax.Array]) -> TokenScores:
         batch, hidden = batch
-        return score_hidden(config, params, hidden, _next_tokens(batch), batch.counted, block)
+        return score_hidden(config, params, final_state(config, hidden), _next_tokens(batch), batch.counted, block)
 
     return map_over_devices(step, mesh)
 
 
-def _foreign_step(target: ForeignTarget, mesh: Mesh, hidden_dtype) -> Callable:
+def _foreign_step(target: ForeignTarget, mesh: Mesh, hidden_dtype, layers: tuple[int, ...]) -> Callable:
     """`make_score_step` for a foreign target, in two programs: its own computes hidden states, ours scores them."""
     head_step = make_head_step(target.config, mesh)
 
     def step(params: dict, batch: Batch) -> tuple[TokenScores, jax.Array | None]:
-        hidden = foreign_hidden(target, batch, mesh)
+        hidden = foreign_hidden(target, batch, mesh, layers)
         return head_step(params, (batch, hidden)), None if hidden_dtype is None else hidden.astype(hidden_dtype)
 
     return step
@@ -106,8 +110,10 @@ def _stored_step(target: Target | ForeignTarget, hidden: Mapping[str, np.ndarray
 
     def build(samples: Sequence[Sample], shape: Shape) -> tuple[Batch, np.ndarray]:
         for sample in samples:
-            if sample.id not in hidden or hidden[sample.id].shape != (len(sample.tokens), target.config.hidden_size):
-                present = hidden[sample.id].shape if sample.id in hidden else "nothing"
+            shape_of = hidden[sample.id].shape if sample.id in hidden else None
+            # What stands in front of the final state is an EAGLE-3 draft's, and not scored.
+            if shape_of is None or shape_of[0] != len(sample.tokens) or shape_of[1] % target.config.hidden_size:
+                present = shape_of or "nothing"
                 raise ValueError(
                     f"sample {sample.id}: hidden states [{len(sample.tokens)}, {target.config.hidden_size}] are needed, "
                     f"found {present}; compute them for the same tokens with the same target"
@@ -192,14 +198,14 @@ def score_samples(
         return scored.issuperset(sample.id for sample in batch) and (keeper is None or not keeper.lacks(batch))
 
     remaining = [plan for plan in plans if not is_finished(plan)]
-    hidden_dtype = None if keeper is None else keeper.device_dtype
+    hidden_dtype, layers = (None, ()) if keeper is None else (keeper.device_dtype, keeper.layers)
     build = pad_batch
     if hidden is not None:
         step, build = _stored_step(target, hidden, mesh)
     elif isinstance(target, ForeignTarget):
-        step = _foreign_step(target, mesh, hidden_dtype)
+        step = _foreign_step(target, mesh, hidden_dtype, layers)
     else:
-        step = make_score_step(target.config, mesh, hidden_dtype=hidden_dtype)
+        step = make_score_step(target.config, mesh, hidden_dtype=hidden_dtype, layers=layers)
     batches = run_batches(
         step, place_params(target.params, mesh), samples, remaining, mesh,
         label="score", finished=len(plans) - len(remaining), progress=progress, build=build,
