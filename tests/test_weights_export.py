@@ -19,7 +19,8 @@ from jsfdd.models.architecture import Rope
 from jsfdd.models.draft import draft_config, init_draft
 from jsfdd.weights.card import Provenance, Serving
 from jsfdd.weights.eagle import read_draft
-from jsfdd.weights.export import check_flavour, write_draft
+from jsfdd.weights.export import write_draft
+from jsfdd.weights.flavours import check_flavour
 
 FLAVOURS = ["eagle", "vllm", "sglang", "speculators"]
 SERVING = Serving("org/target", 3)
@@ -317,7 +318,7 @@ def _with_decoder(**changes):
         ("eagle", _with_decoder(rope=ROPES["llama3"]), ["rope_scaling", "llama3"]),
         ("eagle", _with_decoder(rope=ROPES["yarn"]), ["rope_scaling", "yarn"]),
         ("eagle", _with_decoder(rope=Rope(1e5, "linear", factor=2.0)), ["rope_theta", "100000"]),
-        ("vllm", draft_config(toy_config(), fc_bias=True), ["fc_bias", "--fc-bias"]),
+        ("vllm", draft_config(toy_config(), fc_bias=True), ["fc_bias", "sglang"]),
         ("vllm", _with_decoder(activation="gelu_tanh"), ["hidden_act", "gelu_pytorch_tanh"]),
         ("sglang", _with_decoder(activation="gelu_tanh"), ["hidden_act"]),
         ("sglang", _with_decoder(qkv_bias=True), ["qkv_bias", "o_proj"]),
@@ -335,7 +336,7 @@ def test_what_a_flavour_cannot_say_is_refused_and_leaves_nothing(tmp_path, flavo
 
 @pytest.mark.parametrize("target", [None, "smollm2", "models/target.gguf"])
 def test_speculators_needs_a_target_that_a_server_finds(tmp_path, target):
-    with pytest.raises(ValueError, match="verifier.name_or_path.*--served-target"):
+    with pytest.raises(ValueError, match="verifier.name_or_path.*--target"):
         write_draft(tmp_path / "draft", *a_draft(), "speculators", serving=Serving(target))
     write_draft(tmp_path / "draft", *a_draft(), "vllm", serving=Serving(target))
 
@@ -394,7 +395,7 @@ COMMANDS = {
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_the_card_tells_what_is_known(tmp_path, flavour):
-    written(tmp_path / "draft", flavour, a_draft(), provenance=Provenance({"target": "f00d"}, SELECTION, REPORT))
+    written(tmp_path / "draft", flavour, a_draft(), provenance=Provenance({"target": "f00d"}, SELECTION, (REPORT,)))
     card = (tmp_path / "draft" / "README.md").read_text()
     assert card.startswith('---\nbase_model: "org/target"\n')
     assert "**τ = 1.294** [1.250, 1.340]" in card and "24 prompts (p.jsonl); greedy" in card and "0.250, 0.100, –" in card
@@ -404,7 +405,12 @@ def test_the_card_tells_what_is_known(tmp_path, flavour):
     command = re.search(COMMANDS[flavour], card, re.DOTALL)
     assert command
     if flavour == "vllm":
-        assert json.loads(command[1]) == {"method": "eagle", "model": "./draft", "num_speculative_tokens": 3}
+        assert json.loads(command[1]) == {
+            "method": "eagle",
+            "model": "./draft",
+            "num_speculative_tokens": 3,
+            "draft_sample_method": "probabilistic",
+        }
 
 
 def test_the_card_says_what_is_not_known(tmp_path):

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from jsfdd.commands.options import DecodingOptions, ExportOptions, OptionalPath, OptionalText, check_num_draft_tokens
+from jsfdd.commands.options import DecodingOptions, ExportOptions, OptionalPath, OptionalText, Paths, check_num_draft_tokens
 from jsfdd.commands.outcome import Outcome, planned
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ class ExportConfig:
     """Directory to write; must not exist yet."""
     target: OptionalText = None
     """Hub name or directory by which a server finds the target, for the model card; what the report says unless given."""
-    report: OptionalPath = None
-    """report.json of `jsfdd evaluate`, for the model card; the one in the training run's directory unless given."""
+    report: Paths = ()
+    """report.json of `jsfdd evaluate`, one or more, for the model card; the training run's own unless given."""
     selection: OptionalPath = None
     """selection.json, as `jsfdd select` wrote it; the one in the training run's directory unless given."""
     num_draft_tokens: int = DecodingOptions.num_draft_tokens
@@ -52,11 +52,11 @@ def prepare(config: ExportConfig) -> Prepared:
     """ValueError names what the flavour cannot represent."""
     from jsfdd.weights.card import Serving
     from jsfdd.weights.draft import load_draft
-    from jsfdd.weights.export import check_flavour
+    from jsfdd.weights.flavours import check_flavour
 
     draft = load_draft(config.draft)
     provenance = _provenance(config, draft.record)
-    named = None if provenance.report is None else provenance.report["config"]["target"]
+    named = provenance.reports[0]["config"]["target"] if provenance.reports else None
     serving = Serving(config.target or named, config.num_draft_tokens)
     check_flavour(draft.config, config.export.flavour, serving)
     return Prepared(draft, serving, provenance)
@@ -96,10 +96,10 @@ def _provenance(config: ExportConfig, identity: dict | None) -> Provenance:
     from jsfdd.weights.card import Provenance, read_report
 
     run = config.draft.parent if config.draft.name == "checkpoints" else config.draft
-    report = config.report or run / "report.json"
+    reports = config.report or tuple(path for path in (run / "report.json",) if path.exists())
     selection = config.selection or run / "selection.json"
     return Provenance(
         training=identity,
         selection=selection_facts(selection, identity) if config.selection or selection.exists() else None,
-        report=read_report(report) if config.report or report.exists() else None,
+        reports=tuple(read_report(path) for path in reports),
     )

@@ -94,7 +94,7 @@ def prepare(config: RunConfig) -> Prepared:
     from jsfdd.data.chat import read_prompts
     from jsfdd.training.draft_shape import draft_of
     from jsfdd.weights.card import Serving
-    from jsfdd.weights.export import check_flavour
+    from jsfdd.weights.flavours import check_flavour
 
     tree_shape(config.decoding)
     if several():

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from jsfdd.base.files import read_json
 
 if TYPE_CHECKING:
-    from jsfdd.models.draft import DraftConfig
+    from jsfdd.models.architecture import DecoderConfig
+    from jsfdd.models.draft import DraftConfig, DraftKind
 
-Flavour = Literal["eagle", "vllm", "sglang", "speculators"]
+Flavour = Literal["vllm", "sglang", "eagle", "speculators", "tpu-inference", "sglang-jax"]
 ExportDtype = Literal["keep", "float32", "bfloat16", "float16"]
 
 _REPORT_KEYS = ("config", "tau", "tau_low", "tau_high", "alpha", "n_prompts")
@@ -44,12 +45,12 @@ class Provenance(NamedTuple):
     Attributes:
       training: the identity that its training run's checkpoint holds.
       selection: selection.json's metric, retain_ratio, thresholds, within, seed, the counts kept and dropped, and sha256.
-      report: report.json of `jsfdd evaluate`.
+      reports: report.json of `jsfdd evaluate` each, of one temperature or several.
     """
 
     training: dict | None = None
     selection: dict | None = None
-    report: dict | None = None
+    reports: tuple[dict, ...] = ()
 
 
 def read_report(path: Path) -> dict:
@@ -72,23 +73,22 @@ def model_card(name: str, config: DraftConfig, flavour: Flavour, dtype: str, ser
     """README.md of the directory `name`, with the metadata block that model hubs read."""
     target = serving.target_name
     head = ["---", *([f"base_model: {json.dumps(target)}"] if target else [])]
-    head += ["tags:", "- speculative-decoding", "- eagle", f"- {flavour}", "---"]
-    d = config.decoder
+    head += ["tags:", *(f"- {tag}" for tag in dict.fromkeys(["speculative-decoding", config.kind, flavour])), "---"]
+    d, name_of_kind = config.decoder, "EAGLE" if config.kind == "eagle" else "EAGLE-3"
     about = (
         f"One decoder layer that proposes tokens for a target of hidden size {d.hidden_size} and {d.vocab_size} tokens, which "
         f"the target then verifies: its text stays the target's own. {d.num_heads} query and {d.num_kv_heads} key heads of "
         f"{d.head_dim}, feed-forward {d.intermediate_size}, rope theta {d.rope.theta:g} ({d.rope.kind}), up to "
-        f"{d.max_position} positions, {dtype}. Embedding and head are the target's. Written by jsfdd {version('jsfdd')}, "
-        f"flavour {flavour}."
+        f"{extended_context(d)} positions, {dtype}. {_parts(config)} Written by jsfdd {version('jsfdd')}, flavour {flavour}."
     )
     sections = [
         "\n".join(head),
-        f"# EAGLE draft for {target or serving.target or 'a target that was not named'}",
+        f"# {name_of_kind} draft for {target or serving.target or 'a target that was not named'}",
         about,
         "## Serving",
-        *_serving(name, flavour, serving),
+        *_serving(name, config.kind, flavour, serving),
         "## Acceptance",
-        _acceptance(provenance.report),
+        *_acceptance(provenance.reports, flavour),
         "## Training data",
         _selection(provenance.selection),
         _training(provenance.training),
@@ -96,42 +96,111 @@ def model_card(name: str, config: DraftConfig, flavour: Flavour, dtype: str, ser
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _serving(name: str, flavour: Flavour, serving: Serving) -> list[str]:
+def extended_context(decoder: DecoderConfig) -> int:
+    """The positions up to which a decoder is meant to go: max_position, or what YaRN makes of the context it extends.
+
+    Past its draft's length vLLM goes on without drafting, and without a word. A linear factor engines apply by themselves.
+    """
+    rope = decoder.rope
+    extended = round(rope.factor * rope.original_max_position) if rope.kind == "yarn" else 0
+    return max(decoder.max_position, extended)
+
+
+def _parts(config: DraftConfig) -> str:
+    """What the draft borrows, and what it reads."""
+    if config.kind == "eagle":
+        return "Embedding and head are the target's."
+    size, layers = config.decoder.vocab_size, [str(number) for number in config.target_layers]
+    return (
+        f"It reads what enters the target's layers {', '.join(layers)}, counted from 0, and has a head of its own over "
+        f"{len(config.vocabulary) or size} of the {size} tokens. The embedding is the target's."
+    )
+
+
+def _serving(name: str, kind: DraftKind, flavour: Flavour, serving: Serving) -> list[str]:
     """How its engine loads the directory `name`."""
     target = shlex.quote(serving.target_name or _PLACEHOLDER)
-    draft, depth = f"./{name}", serving.num_draft_tokens
-    where = None
-    if serving.target_name is None:
+    lines = {
+        "vllm": _vllm,
+        "sglang": _sglang,
+        "eagle": _eagle,
+        "speculators": _speculators,
+        "tpu-inference": _tpu_inference,
+        "sglang-jax": _sglang_jax,
+    }
+    language, code, note = lines[flavour](target, f"./{name}", kind, serving)
+    if serving.target_name is None and _PLACEHOLDER in code:
         trained = f"; the draft was trained for {serving.target}" if serving.target else ""
-        where = f"{_PLACEHOLDER} stands for the hub name or directory of the target's Hugging Face weights{trained}."
-    if flavour == "vllm":
-        speculation = json.dumps({"method": "eagle", "model": draft, "num_speculative_tokens": depth})
-        code = f"vllm serve {target} --speculative-config {shlex.quote(speculation)}"
-    elif flavour == "sglang":
-        code = (
-            f"python -m sglang.launch_server --model-path {target} --speculative-algorithm EAGLE \\\n"
-            f"  --speculative-draft-model-path {shlex.quote(draft)} --speculative-num-steps {depth} \\\n"
-            f"  --speculative-eagle-topk 1 --speculative-num-draft-tokens {depth + 1}"
-        )
-    elif flavour == "eagle":
-        code = (
-            "from eagle.model.ea_model import EaModel\n"
-            f"EaModel.from_pretrained(use_eagle3=False, base_model_path={serving.target_name or _PLACEHOLDER!r}, "
-            f"ea_model_path={draft!r})"
-        )
-    else:
-        code = f"from speculators import SpeculatorModel\nSpeculatorModel.from_pretrained({draft!r})"
-        where = (
-            "The speculators package has EAGLE-1 drafts up to version 0.4. vLLM 0.32 takes only later algorithms in this "
-            "format: to serve the draft there, export it with `--flavour vllm`."
-        )
-    language = "python" if flavour in ("eagle", "speculators") else "sh"
-    return [f"```{language}\n{code}\n```", *([where] if where else [])]
+        stands = f"{_PLACEHOLDER} stands for the hub name or directory of the target's Hugging Face weights{trained}."
+        note = f"{stands} {note}".rstrip()
+    return [f"```{language}\n{code}\n```", *([note] if note else [])]
 
 
-def _acceptance(report: dict | None) -> str:
-    if report is None:
-        return "Not measured yet: `jsfdd evaluate` makes a report.json, and `jsfdd export --report` puts its figures here."
+def _vllm(target: str, draft: str, kind: DraftKind, serving: Serving) -> tuple[str, str, str]:
+    speculation = {"method": kind, "model": draft, "num_speculative_tokens": serving.num_draft_tokens}
+    speculation["draft_sample_method"] = "probabilistic"
+    code = f"vllm serve {target} --speculative-config {shlex.quote(json.dumps(speculation))}"
+    return "sh", code, "Of vLLM 0.32. Without `draft_sample_method` it proposes the likeliest token, and at T > 0 accepts less."
+
+
+def _sglang(target: str, draft: str, kind: DraftKind, serving: Serving) -> tuple[str, str, str]:
+    return "sh", _sglang_line("sglang", target, draft, kind, serving), ""
+
+
+def _sglang_jax(target: str, draft: str, kind: DraftKind, serving: Serving) -> tuple[str, str, str]:
+    return "sh", _sglang_line("sgl_jax", target, draft, kind, serving), ""
+
+
+def _sglang_line(package: str, target: str, draft: str, kind: DraftKind, serving: Serving) -> str:
+    depth = serving.num_draft_tokens
+    return (
+        f"python -m {package}.launch_server --model-path {target} --speculative-algorithm {kind.upper()} \\\n"
+        f"  --speculative-draft-model-path {shlex.quote(draft)} --speculative-num-steps {depth} \\\n"
+        f"  --speculative-eagle-topk 1 --speculative-num-draft-tokens {depth + 1}"
+    )
+
+
+def _eagle(target: str, draft: str, kind: DraftKind, serving: Serving) -> tuple[str, str, str]:
+    base = serving.target_name or _PLACEHOLDER
+    code = (
+        "from eagle.model.ea_model import EaModel\n"
+        f"EaModel.from_pretrained(use_eagle3={kind == 'eagle3'}, base_model_path={base!r}, ea_model_path={draft!r})"
+    )
+    return "python", code, ""
+
+
+def _speculators(target: str, draft: str, kind: DraftKind, serving: Serving) -> tuple[str, str, str]:
+    if kind == "eagle3":
+        return "sh", f"vllm serve {shlex.quote(draft)}", "vLLM reads from the directory which target it is for."
+    note = (
+        "The speculators package has EAGLE-1 drafts up to version 0.4. vLLM 0.32 takes only later algorithms in this "
+        "format: to serve the draft there, export it with `--flavour vllm`."
+    )
+    return "python", f"from speculators import SpeculatorModel\nSpeculatorModel.from_pretrained({draft!r})", note
+
+
+def _tpu_inference(target: str, draft: str, kind: DraftKind, serving: Serving) -> tuple[str, str, str]:
+    speculation = {"method": kind, "model": draft, "num_speculative_tokens": serving.num_draft_tokens}
+    speculation["draft_tensor_parallel_size"] = 1
+    code = (
+        "MODEL_IMPL_TYPE=flax_nnx DRAFT_MODEL_IMPL_TYPE=flax_nnx \\\n"
+        f"  vllm serve {target} --speculative-config {shlex.quote(json.dumps(speculation))}"
+    )
+    return "sh", code, "Of tpu-inference 0.32, whose Llama targets alone give an EAGLE-3 draft what it reads."
+
+
+def _acceptance(reports: tuple[dict, ...], flavour: Flavour) -> list[str]:
+    if not reports:
+        return ["Not measured yet: `jsfdd evaluate` makes a report.json, and `jsfdd export --report` puts its figures here."]
+    sampled = any(report["config"]["temperature"] > 0 and not report["config"].get("tree_nodes") for report in reports)
+    remark = (
+        "At a temperature above 0 the drafts measured here were drawn from their distribution. This engine proposes the "
+        "likeliest token instead: expect less."
+    )
+    return [*map(_figures, reports), *([remark] if sampled and flavour != "vllm" else [])]
+
+
+def _figures(report: dict) -> str:
     options = report["config"]
     prompts = ", ".join(Path(path).name for path in options["prompts"])
     temperature = options["temperature"]

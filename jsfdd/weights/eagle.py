@@ -1,14 +1,7 @@
-"""EAGLE-1/2 drafts as files: which tensors there are under which names, and reading them, whoever wrote them.
+"""Exported drafts of EAGLE-1, 2 and 3, read from their directories, whoever wrote them (names: `weights/draft_tensors.py`).
 
-Two layouts hold the same tensors, all as torch's Linear stores them ([out, in]):
-
-    flat (EAGLE, vLLM, SGLang)              nested (speculators)
-    fc.weight [D, 2D], fc.bias [D]          fusion_fc.weight, fusion_fc.bias
-    layers.0.self_attn.*, layers.0.mlp.*    transformer.self_attn.*, transformer.mlp.*
-    layers.0.post_attention_layernorm       transformer.post_attention_layernorm
-
-fc reads (embedding, hidden). There is no input norm, final norm, embedding or head: the first two do not exist, the others
-are the target's. `weights/export.py` writes these directories, with what each engine wants of config.json.
+Strict: what would change the draft and what jsfdd does not compute is an error that names it, and so are files of which one
+says EAGLE-3 and another EAGLE-1/2. `weights/export.py` writes these directories, with what each engine wants of config.json.
 """
 
 from __future__ import annotations
@@ -18,101 +11,66 @@ import json
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from safetensors import safe_open
 
 from jsfdd.models.architecture import DecoderConfig
-from jsfdd.models.draft import Draft, DraftConfig
+from jsfdd.models.draft import Draft, DraftConfig, DraftKind
+from jsfdd.weights.draft_tensors import FLAT, MIDLAYER, NESTED, STACKED, Layout, tensor_names, tensor_shapes
+from jsfdd.weights.eagle3_settings import draft_kind, eagle3_settings
 from jsfdd.weights.huggingface import weight_sources
 from jsfdd.weights.huggingface_config import parse_decoder, read_object
-from jsfdd.weights.layout import Source, insert_leaf, stored_shapes
+from jsfdd.weights.layout import Source, insert_leaf
 
-
-class Layout(NamedTuple):
-    """The names that a layout gives to the fusing map and to the decoder layer."""
-
-    fc: str
-    layer: str
-
-
-FLAT = Layout("fc", "layers.0")
-NESTED = Layout("fusion_fc", "transformer")
-
-# The decoder layer's modules in the params tree and in files.
-_MODULES = {
-    "attention/q_proj": "self_attn.q_proj",
-    "attention/k_proj": "self_attn.k_proj",
-    "attention/v_proj": "self_attn.v_proj",
-    "attention/o_proj": "self_attn.o_proj",
-    "mlp_norm": "post_attention_layernorm",
-    "mlp/gate_proj": "mlp.gate_proj",
-    "mlp/up_proj": "mlp.up_proj",
-    "mlp/down_proj": "mlp.down_proj",
-}
-_KINDS = {"kernel": "weight", "scale": "weight", "bias": "bias"}
-# Peers save a copy of the target's embedding with the draft; here it is always the target's own.
-_BORROWED = "embed_tokens.weight"
+# Peers save copies of what is the target's; here it is always the target's own.
+_BORROWED = ("embed_tokens.weight", "verifier_norm.weight", "verifier_lm_head.weight")
 _PICKLED = ("*.bin", "*.pt", "*.pth")
+_NAMES = {"eagle": "EAGLE-1/2", "eagle3": "EAGLE-3"}
 
 
-def tensor_names(config: DraftConfig, layout: Layout) -> dict[str, str]:
-    """Leaf of the params tree ("layer/mlp/up_proj/kernel") -> name of its tensor, for every leaf that the draft has."""
-    return {leaf: _tensor_name(leaf, layout) for leaf in tensor_shapes(config)}
+def read_draft(directory: str | Path, num_layers: int | None = None) -> Draft:
+    """A draft from any layout, written here or by a peer; arrays keep their dtype.
 
-
-def tensor_shapes(config: DraftConfig) -> dict[str, tuple[int, ...]]:
-    """Leaf -> its shape in files, where matrices are [out, in]."""
-    width = config.decoder.hidden_size
-    shapes: dict[str, tuple[int, ...]] = {"fc/kernel": (width, 2 * width)}
-    if config.fc_bias:
-        shapes["fc/bias"] = (width,)
-    for leaf, shape in stored_shapes(config.decoder).items():
-        if leaf.startswith("layers/") and leaf != "layers/input_norm/scale":
-            shapes["layer/" + leaf.removeprefix("layers/")] = shape
-    return shapes
-
-
-def draft_tensors(config: DraftConfig, params: dict, layout: Layout) -> dict[str, np.ndarray]:
-    """The tensors of a draft by name, as files store them, in the dtype that they have."""
-    tensors = {}
-    for leaf, name in tensor_names(config, layout).items():
-        value = params
-        for key in leaf.split("/"):
-            value = value[key]
-        tensors[name] = np.ascontiguousarray(np.asarray(value).T if leaf.endswith("/kernel") else value)
-    return tensors
-
-
-def read_draft(directory: str | Path) -> Draft:
-    """A draft from either layout, written here or by a peer; arrays keep their dtype.
+    Args:
+      num_layers: the target's, for an EAGLE-3 draft whose files do not say which of them it reads.
 
     Raises:
       FileNotFoundError: config.json or the weights are missing, or only pickled weights are there.
-      ValueError: a tensor is missing, unknown or misshapen, or a setting is not supported; the message names it.
+      ValueError: a tensor is missing, unknown or misshapen, a setting is not supported, d2t names a token twice or one that
+        there is not, or the files are of two kinds of draft; the message names it.
     """
     directory = Path(directory)
     path = directory / "config.json"
     raw = read_object(path)
-    _refuse_eagle3(path, raw)
+    kind, nested = draft_kind(raw), "speculators_model_type" in raw
     _refuse_pickled(directory)
-    layout = NESTED if "speculators_model_type" in raw else FLAT
-    decoder = _decoder(path, raw, layout)
+    decoder = _decoder(path, raw, kind)
     found = weight_sources(directory)
-    found.pop(_BORROWED, None)
-    bias = layout.fc + ".bias"
-    if layout == FLAT and bias in found and _is_padding(found[bias], raw):
-        del found[bias]
-    has_bias = bias in found
-    if layout == NESTED and has_bias != bool(raw.get("fusion_bias", False)):
-        raise ValueError(f"{path}: fusion_bias is {raw.get('fusion_bias', False)}, but the weights say {has_bias}")
-    config = DraftConfig(decoder, fc_bias=has_bias)
+    for name in _BORROWED:
+        found.pop(name, None)
+    _check_kind(path, kind, found)
+    if kind == "eagle":
+        layout = NESTED if nested else FLAT
+        fields, order = {}, None
+    else:
+        layout = MIDLAYER if any(name.startswith("midlayer.") for name in found) else STACKED
+        settings = eagle3_settings(path, raw, num_layers)
+        vocabulary, order = _vocabulary(path, raw.get("draft_vocab_size"), decoder.vocab_size, found)
+        fields = {"kind": kind, "vocabulary": vocabulary, **settings}
+    try:
+        config = DraftConfig(decoder, fc_bias=_has_bias(path, raw, layout, found), **fields)
+    except ValueError as error:  # it checks what must hold between fields, but does not know the file
+        raise ValueError(f"{path}: {error}") from error
     names = tensor_names(config, layout)
-    _check(directory, names, tensor_shapes(config), found)
+    _check(directory, kind, names, tensor_shapes(config), found)
     params: dict = {}
     for leaf, name in names.items():
         value = found[name].whole()
+        if leaf == "head/rows" and order is not None:
+            value = value[order]
         insert_leaf(params, leaf, jnp.asarray(value.T if leaf.endswith("/kernel") else value))
     return Draft(config, params)
 
@@ -124,18 +82,12 @@ def is_exported(directory: str | Path) -> bool:
     return (directory / "config.json").is_file() and bool(weights)
 
 
-def _tensor_name(leaf: str, layout: Layout) -> str:
-    module, kind = leaf.rsplit("/", 1)
-    name = layout.fc if module == "fc" else f"{layout.layer}.{_MODULES[module.removeprefix('layer/')]}"
-    return f"{name}.{_KINDS[kind]}"
-
-
-def _decoder(path: Path, raw: dict[str, Any], layout: Layout) -> DecoderConfig:
+def _decoder(path: Path, raw: dict[str, Any], kind: DraftKind) -> DecoderConfig:
     """The draft's layer as its config.json describes it."""
     prefix = ""
-    if layout == NESTED:
-        if raw["speculators_model_type"] != "eagle":
-            raise ValueError(f"{path}: speculators_model_type is {raw['speculators_model_type']!r}; only eagle is read here")
+    if "speculators_model_type" in raw:
+        if raw["speculators_model_type"] != kind:
+            raise ValueError(f"{path}: speculators_model_type is {raw['speculators_model_type']!r}; eagle and eagle3 are read")
         if raw.get("layernorms"):
             raise ValueError(f"{path}: layernorms is true: a draft with norms of its own, which jsfdd does not compute")
         raw, prefix = raw.get("transformer_layer_config"), "transformer_layer_config."
@@ -143,11 +95,36 @@ def _decoder(path: Path, raw: dict[str, Any], layout: Layout) -> DecoderConfig:
             raise ValueError(f"{path}: transformer_layer_config is {raw!r}, not an object")
     decoder = parse_decoder(path, raw, prefix)
     if decoder.family != "llama":
-        raise ValueError(f"{path}: {prefix}model_type is {raw['model_type']!r}; an EAGLE-1/2 draft is a llama layer")
+        raise ValueError(f"{path}: {prefix}model_type is {raw['model_type']!r}; only drafts of a llama layer are read")
     if decoder.num_layers != 1:
-        raise ValueError(f"{path}: {prefix}num_hidden_layers is {decoder.num_layers}; an EAGLE-1/2 draft has one layer")
-    # EAGLE's switch for drafts of Qwen2. Ties say nothing about a draft: it has neither embedding nor head.
+        raise ValueError(f"{path}: {prefix}num_hidden_layers is {decoder.num_layers}; only drafts of one layer are read")
+    if "sliding_attention" in (raw.get("layer_types") or []):  # which transformers' Llama would overlook
+        raise ValueError(f"{path}: {prefix}layer_types has sliding_attention; only drafts that attend to everything are read")
+    # EAGLE's switch for drafts of Qwen2. Ties say nothing about a draft: a head of its own is a tensor of its own.
     return dataclasses.replace(decoder, qkv_bias=raw.get("qkv_bias") is True, tie_embeddings=False)
+
+
+def _check_kind(path: Path, kind: DraftKind, found: Mapping[str, Source]) -> None:
+    """EAGLE-3's layer norms the hidden state; nothing in an EAGLE-1/2 draft does."""
+    marks = sorted(name for name in found if name.endswith(".hidden_norm.weight"))
+    stored = "eagle3" if marks else "eagle"
+    if stored != kind:
+        mark = f"tensor {marks[0]}" if marks else "no tensor …hidden_norm.weight"
+        remedy = 'add "draft_vocab_size" to it, or download both again' if marks else "download both again"
+        raise ValueError(
+            f"{path}: describes an {_NAMES[kind]} draft, and the weights are of {_NAMES[stored]} ({mark}); {remedy}"
+        )
+
+
+def _has_bias(path: Path, raw: dict[str, Any], layout: Layout, found: dict[str, Source]) -> bool:
+    """Whether fc has a bias that says something; one that does not is dropped from `found`."""
+    name = layout.fc + ".bias"
+    if layout != NESTED and name in found and _is_padding(found[name], raw):
+        del found[name]
+    has_bias = name in found
+    if layout == NESTED and has_bias != bool(raw.get("fusion_bias", False)):
+        raise ValueError(f"{path}: fusion_bias is {raw.get('fusion_bias', False)}, but the weights say {has_bias}")
+    return has_bias
 
 
 def _is_padding(bias: Source, raw: dict[str, Any]) -> bool:
@@ -158,30 +135,70 @@ def _is_padding(bias: Source, raw: dict[str, Any]) -> bool:
     return raw.get("bias") is not True and len(bias.shape) == 1 and not np.any(bias.whole())
 
 
+def _vocabulary(path: Path, draft_size: Any, size: int, found: dict[str, Source]) -> tuple[tuple[int, ...], np.ndarray | None]:
+    """(the tokens that a draft proposes, ascending and empty for all; the order that sorts its head's rows, None if sorted).
+
+    Takes d2t and t2d out of `found`.
+    """
+    draft_size = size if draft_size is None else draft_size
+    if not isinstance(draft_size, int) or not 0 < draft_size <= size:
+        raise ValueError(f"{path}: draft_vocab_size is {draft_size!r:.80}, not a number of the target's {size} tokens")
+    d2t, t2d = found.pop("d2t", None), found.pop("t2d", None)
+    if d2t is None:
+        if draft_size < size:
+            raise ValueError(
+                f"{path}: draft_vocab_size is {draft_size} of {size} tokens, but there is no tensor d2t that says which"
+            )
+        return (), None
+    offsets = _whole(d2t, "d2t", draft_size)
+    tokens = np.arange(draft_size) + offsets
+    if outside := np.flatnonzero((tokens < 0) | (tokens >= size)).tolist():
+        raise ValueError(
+            f"{d2t.file}: tensor d2t: row {outside[0]} would be of token {tokens[outside[0]]}, and the target has {size}; it "
+            "holds each token less the number of the row"
+        )
+    order = np.argsort(tokens, kind="stable")
+    twice = np.flatnonzero(np.diff(tokens[order]) == 0).tolist()
+    if twice:
+        rows = sorted(order[twice[0] : twice[0] + 2].tolist())
+        raise ValueError(f"{d2t.file}: tensor d2t: rows {rows[0]} and {rows[1]} are both of token {tokens[rows[0]]}")
+    if t2d is not None and not np.array_equal(_whole(t2d, "t2d", size) != 0, np.isin(np.arange(size), tokens)):
+        raise ValueError(f"{t2d.file}: tensor t2d marks other tokens than d2t gives rows to; one of them is damaged")
+    vocabulary = () if draft_size == size else tuple(tokens[order].tolist())
+    return vocabulary, None if np.array_equal(order, np.arange(draft_size)) else order
+
+
+def _whole(source: Source, name: str, size: int) -> np.ndarray:
+    """A tensor of whole numbers or truth values, [size]."""
+    with safe_open(source.file, framework="numpy") as handle:
+        kind = handle.get_slice(name).get_dtype()
+        if kind not in ("I64", "I32", "I8", "U8", "BOOL"):
+            raise ValueError(f"{source.file}: tensor {name} has type {kind}, which holds no whole numbers")
+        value = handle.get_tensor(name)
+    if value.shape != (size,):
+        raise ValueError(f"{source.file}: tensor {name} has shape {list(value.shape)}, the config says [{size}]")
+    return value
+
+
 def _check(
-    directory: Path, names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, Source]
+    directory: Path,
+    kind: DraftKind,
+    names: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, Source],
 ) -> None:
     for name in sorted(set(found) - set(names.values())):
         raise ValueError(
-            f"{found[name].file}: unknown tensor {name}; an EAGLE-1/2 draft has {', '.join(names.values())}, and leaving "
-            "one out would change the draft"
+            f"{found[name].file}: unknown tensor {name}; an {_NAMES[kind]} draft of these settings has "
+            f"{', '.join(names.values())}, and leaving one out would change the draft"
         )
     for leaf, name in names.items():
         if name not in found:
-            raise ValueError(f"{directory}: tensor {name} {list(shapes[leaf])} is missing; is this an EAGLE-1/2 draft?")
+            raise ValueError(f"{directory}: tensor {name} {list(shapes[leaf])} is missing; is this an {_NAMES[kind]} draft?")
         if found[name].shape != shapes[leaf]:
             raise ValueError(
                 f"{found[name].file}: tensor {name} has shape {list(found[name].shape)}, the config says {list(shapes[leaf])}"
             )
-
-
-def _refuse_eagle3(path: Path, raw: dict[str, Any]) -> None:
-    """EAGLE-3 drafts have other inputs and a vocabulary of their own; their files say so in several ways."""
-    named = [raw.get("speculators_model_type"), *(raw.get("architectures") or [])]
-    kinds = [str(name) for name in named if name and "eagle3" in str(name).lower().replace("-", "").replace("_", "")]
-    if kinds or "draft_vocab_size" in raw:
-        what = kinds[0] if kinds else "draft_vocab_size"
-        raise ValueError(f"{path}: {what} is of an EAGLE-3 draft; drafts of EAGLE-1 and EAGLE-2 are read")
 
 
 def _refuse_pickled(directory: Path) -> None:

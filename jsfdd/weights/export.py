@@ -1,19 +1,14 @@
 """Drafts written for the engines that serve them: one directory per flavour, which its engine loads unchanged.
 
-    eagle        SafeAILab/EAGLE (EAGLE-1/2). "bias" says whether fc has one; heads of D / N; of rope scalings only "linear",
-                 and with that only theta 10,000.
-    vllm         vLLM, method "eagle". No fc bias: it would be dropped without a word.
-    sglang       SGLang, algorithm EAGLE. fc.bias is always there; "bias" is the attention's; no attention_factor is read.
-    speculators  speculators 0.1 to 0.4. Settings are nested, tensors have other names, the target's name is written.
-
-Everywhere "attention_bias" and "mlp_bias" are spelled out as false: to some engines a missing or true switch means biases
-of their own, left as they were in memory. Whatever a flavour cannot represent is refused with the field's name.
+What each flavour can say is in `weights/flavours.py`, what its tensors are called in `weights/draft_tensors.py`; here is what
+its engine reads of config.json. Everywhere "attention_bias" and "mlp_bias" are spelled out as false: to some engines a missing
+or true switch means biases of their own, left as they were in memory. For the same reason an EAGLE-3 draft's four norm switches
+and its rope_theta are always there, and the target's layers in both ways of numbering them (`weights/eagle3_settings.py`).
 """
 
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from pathlib import Path
 
@@ -22,15 +17,20 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jsfdd.base.files import sync
-from jsfdd.models.architecture import Rope
-from jsfdd.models.draft import DraftConfig
-from jsfdd.weights.card import ExportDtype, Flavour, Provenance, Serving, model_card
-from jsfdd.weights.eagle import FLAT, NESTED, draft_tensors
+from jsfdd.models.architecture import DecoderConfig, Rope
+from jsfdd.models.draft import DraftConfig, DraftKind
+from jsfdd.weights.card import ExportDtype, Flavour, Provenance, Serving, extended_context, model_card
+from jsfdd.weights.draft_tensors import FLAT, MIDLAYER, NESTED, STACKED, draft_tensors, vocabulary_tensors
+from jsfdd.weights.eagle3_settings import LAYERS, NORM_FLAGS
+from jsfdd.weights.flavours import ACTIVATIONS, check_flavour
 from jsfdd.weights.huggingface_config import read_object
 
-_SPECULATORS_VERSION = "0.4.0.1"  # the last release that has EAGLE-1 drafts
-_EAGLE_THETA = 10_000.0  # what EAGLE's scaled rotations use, whatever config.json says
-_ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}
+# The last release of speculators that has EAGLE-1 drafts, and one of those that have EAGLE-3's.
+_SPECULATORS_VERSIONS = {"eagle": "0.4.0.1", "eagle3": "0.9.0"}
+# By what each engine finds its EAGLE-3 class.
+_EAGLE3_CLASSES = {"speculators": "Eagle3Speculator", "tpu-inference": "Eagle3LlamaForCausalLM"}
+_EAGLE3_CLASS = "LlamaForCausalLMEagle3"
+_ALWAYS_D2T = ("tpu-inference", "sglang-jax")  # their classes have the tensor whatever the vocabulary
 
 
 def write_draft(
@@ -59,10 +59,13 @@ def write_draft(
     if directory.exists():
         raise FileExistsError(f"{directory}: already there; choose another --out or remove it")
     check_flavour(config, flavour, serving)
-    tensors = _cast(draft_tensors(config, params, NESTED if flavour == "speculators" else FLAT), dtype)
+    flat, nested = (FLAT, NESTED) if config.kind == "eagle" else (MIDLAYER, STACKED)
+    tensors = _cast(draft_tensors(config, params, nested if flavour == "speculators" else flat), dtype)
     written = next(iter(tensors.values())).dtype
-    if flavour == "sglang" and not config.fc_bias:
+    if config.kind == "eagle" and flavour == "sglang" and not config.fc_bias:
         tensors["fc.bias"] = np.zeros(config.decoder.hidden_size, written)
+    if config.vocabulary or config.kind == "eagle3" and flavour in _ALWAYS_D2T:
+        tensors |= vocabulary_tensors(config)
     settings = draft_settings(config, flavour, written.name, serving)
     card = model_card(directory.name, config, flavour, written.name, serving, provenance)
 
@@ -81,93 +84,17 @@ def write_draft(
     sync(directory.parent)
 
 
-def check_flavour(config: DraftConfig, flavour: Flavour, serving: Serving) -> None:
-    """Raise ValueError, naming the field and a way out, where a flavour cannot represent a draft."""
-    d, rope = config.decoder, config.decoder.rope
-
-    def refuse(field: str, why: str):
-        raise ValueError(f"--flavour {flavour} cannot represent this draft: {field}: {why}")
-
-    if d.embedding_scale != 1.0:
-        refuse(
-            "embedding_scale",
-            f"this target scales its embeddings by {d.embedding_scale:g}, for which no engine's EAGLE layout has a place; "
-            "such a draft can only be used from its checkpoint",
-        )
-    if rope.frequency_divisors:
-        refuse(
-            "rope",
-            "this target's GGUF stores its rope scaling as a table of divisors, which config.json cannot hold; train with "
-            "the target's Hugging Face directory instead",
-        )
-    if config.vocabulary:
-        refuse(
-            "vocabulary",
-            f"this draft proposes {len(config.vocabulary)} tokens, and no EAGLE-1/2 layout has a place for which (SGLang takes "
-            "them as a pickled tensor beside the draft); such a draft can only be used from its checkpoint",
-        )
-    if flavour == "eagle":
-        if d.head_dim * d.num_heads != d.hidden_size:
-            refuse("head_dim", f"{d.num_heads} heads of {d.head_dim} are not hidden_size {d.hidden_size}; use vllm or sglang")
-        if rope.kind not in ("default", "linear"):
-            refuse("rope_scaling", f"EAGLE's own code knows no {rope.kind} scaling; use vllm or sglang")
-        if rope.kind == "linear" and rope.theta != _EAGLE_THETA:
-            refuse("rope_theta", f"with scaling EAGLE's own code takes 10000, not {rope.theta:g}; use vllm or sglang")
-    if flavour == "vllm" and config.fc_bias:
-        refuse("fc_bias", "vLLM drops an fc bias without a word, so τ would fall; train without --fc-bias, or use sglang")
-    if flavour in ("sglang", "speculators") and d.qkv_bias:
-        refuse("qkv_bias", "its one switch would put a bias on o_proj too; use eagle or vllm")
-    if flavour in ("vllm", "sglang") and d.activation != "silu":
-        refuse("hidden_act", f"it computes silu only, not {_ACTIVATIONS[d.activation]}; use eagle")
-    if flavour == "sglang" and rope.kind == "yarn" and not _is_default_attention(rope):
-        refuse("attention_factor", f"SGLang reads none, and this rope's is {rope.attention_factor:g}; use vllm")
-    if flavour == "speculators" and serving.target_name is None:
-        refuse(
-            "verifier.name_or_path",
-            f"it names the target by a hub name or a Hugging Face directory, not {serving.target!r}; give --served-target",
-        )
-
-
 def draft_settings(config: DraftConfig, flavour: Flavour, dtype: str, serving: Serving) -> dict:
     """config.json of a draft that `check_flavour` accepts."""
-    d = config.decoder
-    layer = {
-        "model_type": "llama",
-        "num_hidden_layers": 1,
-        "hidden_size": d.hidden_size,
-        "intermediate_size": d.intermediate_size,
-        "num_attention_heads": d.num_heads,
-        "num_key_value_heads": d.num_kv_heads,
-        "head_dim": d.head_dim,
-        "vocab_size": d.vocab_size,
-        "max_position_embeddings": d.max_position,
-        "rms_norm_eps": d.rms_norm_eps,
-        "rope_theta": d.rope.theta,
-        "rope_scaling": _rope_scaling(d.rope, "type" if flavour == "eagle" else "rope_type"),
-        "hidden_act": _ACTIVATIONS[d.activation],
-        # A draft has neither embedding nor head, and SGLang fails to lend it the target's where they are called one.
-        "tie_word_embeddings": False,
-        "attention_bias": False,
-        "mlp_bias": False,
-    }
+    return (_eagle_settings if config.kind == "eagle" else _eagle3_settings)(config, flavour, dtype, serving)
+
+
+def _eagle_settings(config: DraftConfig, flavour: Flavour, dtype: str, serving: Serving) -> dict:
+    layer = _layer_settings(config.decoder, flavour)
     if flavour == "speculators":
         return {
             "architectures": ["EagleSpeculator", "LlamaDecoderLayer"],
-            "speculators_model_type": "eagle",
-            "speculators_version": _SPECULATORS_VERSION,
-            "speculators_config": {
-                "algorithm": "eagle",
-                "default_proposal_method": "greedy",
-                "proposal_methods": [
-                    {
-                        "proposal_type": "greedy",
-                        "speculative_tokens": serving.num_draft_tokens,
-                        "verifier_accept_k": 1,
-                        "accept_tolerance": 0.0,
-                    }
-                ],
-                "verifier": {"name_or_path": serving.target_name, "architectures": _architectures(serving.target_name)},
-            },
+            **_speculators_settings("eagle", serving),
             "transformer_layer_architecture": "LlamaDecoderLayer",
             "transformer_layer_config": layer,
             "layernorms": False,
@@ -179,8 +106,73 @@ def draft_settings(config: DraftConfig, flavour: Flavour, dtype: str, serving: S
         **layer,
         # To EAGLE this is fc's; to SGLang and vLLM it is the attention's.
         "bias": config.fc_bias and flavour == "eagle",
-        **({"qkv_bias": True} if d.qkv_bias else {}),
+        **({"qkv_bias": True} if config.decoder.qkv_bias else {}),
         "torch_dtype": dtype,
+    }
+
+
+def _eagle3_settings(config: DraftConfig, flavour: Flavour, dtype: str, serving: Serving) -> dict:
+    layer, layers = _layer_settings(config.decoder, flavour), list(config.target_layers)
+    own = {
+        "draft_vocab_size": len(config.vocabulary) or config.decoder.vocab_size,
+        LAYERS: layers,
+        **{flag: getattr(config, flag) for flag in NORM_FLAGS},
+    }
+    architectures = {"architectures": [_EAGLE3_CLASSES.get(flavour, _EAGLE3_CLASS)]}
+    if flavour == "speculators":
+        speculators = _speculators_settings("eagle3", serving)
+        return {**architectures, **speculators, "transformer_layer_config": layer, **own, "torch_dtype": dtype}
+    return {
+        **architectures,
+        **layer,
+        **own,
+        "eagle_config": {"use_aux_hidden_state": True, LAYERS: [number - 1 for number in layers]},
+        "num_aux_hidden_states": len(layers),
+        "bias": False,
+        "torch_dtype": dtype,
+    }
+
+
+def _layer_settings(d: DecoderConfig, flavour: Flavour) -> dict:
+    """What transformers' Llama reads."""
+    return {
+        "model_type": "llama",
+        "num_hidden_layers": 1,
+        "hidden_size": d.hidden_size,
+        "intermediate_size": d.intermediate_size,
+        "num_attention_heads": d.num_heads,
+        "num_key_value_heads": d.num_kv_heads,
+        "head_dim": d.head_dim,
+        "vocab_size": d.vocab_size,
+        "max_position_embeddings": extended_context(d),
+        "rms_norm_eps": d.rms_norm_eps,
+        "rope_theta": d.rope.theta,
+        "rope_scaling": _rope_scaling(d.rope, "type" if flavour == "eagle" else "rope_type"),
+        "hidden_act": ACTIVATIONS[d.activation],
+        # A draft has no embedding to tie a head to: SGLang would take the target's embedding for its head.
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "mlp_bias": False,
+    }
+
+
+def _speculators_settings(algorithm: DraftKind, serving: Serving) -> dict:
+    """What speculators and, of its directories, vLLM are told about decoding."""
+    proposal = {
+        "proposal_type": "greedy",
+        "speculative_tokens": serving.num_draft_tokens,
+        "verifier_accept_k": 1,
+        "accept_tolerance": 0.0,
+    }
+    return {
+        "speculators_model_type": algorithm,
+        "speculators_version": _SPECULATORS_VERSIONS[algorithm],
+        "speculators_config": {
+            "algorithm": algorithm,
+            "default_proposal_method": "greedy",
+            "proposal_methods": [proposal],
+            "verifier": {"name_or_path": serving.target_name, "architectures": _architectures(serving.target_name)},
+        },
     }
 
 
@@ -197,12 +189,6 @@ def _rope_scaling(rope: Rope, kind_key: str) -> dict | None:
     if rope.kind in ("llama3", "yarn"):
         scaling["original_max_position_embeddings"] = rope.original_max_position
     return scaling
-
-
-def _is_default_attention(rope: Rope) -> bool:
-    """Whether YaRN's attention factor is the one that every engine computes when it is told none."""
-    default = 0.1 * math.log(max(rope.factor, 1.0)) + 1.0
-    return rope.attention_factor is None or math.isclose(rope.attention_factor, default, rel_tol=1e-6)
 
 
 def _architectures(target: str) -> list[str]:
