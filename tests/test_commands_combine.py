@@ -20,7 +20,7 @@ def trained(monkeypatch):
     """Drafts that are there by their paths alone: runs/NAME-of-TARGET, trained for that target, or exported/NAME."""
     config = toy_config()
 
-    def load(path):
+    def load(path, num_layers):
         _, _, target = path.name.partition("-of-")
         return Draft(*toy_draft(config, seed=len(path.name)), {"target": target * 8} if target else None)
 
@@ -30,7 +30,7 @@ def trained(monkeypatch):
 def _measured(*paths, **options):
     names = tuple(map(Path, paths))
     config = from_options(EvaluateConfig, target="t", prompts=(Path("p"),), out=Path("o"), draft=names, **options)
-    return evaluate.measured_teams(config.drafts)
+    return evaluate.measured_teams(config.drafts, toy_config().num_layers)
 
 
 def test_drafts_trained_for_other_targets_are_refused(trained):

@@ -150,7 +150,9 @@ def test_export_finds_or_takes_what_its_card_tells(finished, tmp_path):
         "name_or_path": config.model.target,
         "architectures": ["LlamaForCausalLM"],
     }
-    named = from_options(ExportConfig, draft=arm, out=tmp_path / "b", report=other / "report.json", target="org/toy", **shared)
+    named = from_options(
+        ExportConfig, draft=arm, out=tmp_path / "b", report=(other / "report.json",), target="org/toy", **shared
+    )
     export.export(named)
     card = (tmp_path / "b" / "README.md").read_text()
     assert f"τ = {read_json(other / 'report.json')['tau']:.3f}" in card and "org/toy" in card and "12 conversations" in card
@@ -170,7 +172,8 @@ def test_cards_are_not_made_from_other_runs(finished, tmp_path, name, edit, mess
     arm = config.out / "arms" / "flatness"
     values = read_json(arm / f"{name}.json") | edit
     (tmp_path / "file.json").write_text(json.dumps({key: value for key, value in values.items() if value is not ...}))
-    config = from_options(ExportConfig, draft=arm, out=tmp_path / "draft", **{name: tmp_path / "file.json"})
+    given = (tmp_path / "file.json",) if name == "report" else tmp_path / "file.json"
+    config = from_options(ExportConfig, draft=arm, out=tmp_path / "draft", **{name: given})
     if message is None:
         export.export(config)
         return

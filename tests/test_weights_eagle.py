@@ -81,8 +81,8 @@ def test_a_truncated_file_is_named(tmp_path):
         ("eagle", {"num_hidden_layers": 2}, "num_hidden_layers is 2"),
         ("eagle", {"attention_bias": True}, "attention_bias is True"),
         ("eagle", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic'"),
-        ("eagle", {"qkv_bias": True}, "q_proj.bias .* is missing"),
-        ("speculators", {"speculators_model_type": "eagle3"}, "eagle3 is of an EAGLE-3 draft"),
+        ("eagle", {"qkv_bias": True}, "_proj.bias .* is missing"),
+        ("speculators", {"speculators_model_type": "eagle3"}, "describes an EAGLE-3 draft"),
         ("speculators", {"layernorms": True}, "layernorms is true"),
         ("speculators", {"fusion_bias": True}, "fusion_bias is True, but the weights say False"),
         ("speculators", {"transformer_layer_config": None}, "transformer_layer_config is None"),
@@ -131,14 +131,12 @@ def test_pickled_weights_are_refused_with_the_command_that_converts_them(tmp_pat
         {"architectures": ["LlamaForCausalLMEagle3"], "draft_vocab_size": 64},
         {"architectures": ["Eagle3LlamaForCausalLM"]},
         {"draft_vocab_size": 32000},
-        {"speculators_model_type": "eagle3"},
     ],
 )
-def test_an_eagle3_draft_is_named_before_how_it_is_packed(tmp_path, settings):
+def test_an_eagle1_draft_that_is_said_to_be_eagle3_is_named(tmp_path, settings):
     directory, _ = _written(tmp_path)
     _edit_settings(directory, **settings)
-    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"config\.json: .* is of an EAGLE-3 draft; drafts of EAGLE-1 and EAGLE-2 are read"):
+    with pytest.raises(ValueError, match=r"config\.json: describes an EAGLE-3 draft, and the weights are of EAGLE-1/2"):
         read_draft(directory)
 
 

@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from jsfdd.models.draft import Draft
 
 
-def load_drafts(paths: Sequence[Path]) -> dict[str, Draft]:
-    """The drafts, each under as much of its path's end as tells it from the others."""
+def load_drafts(paths: Sequence[Path], num_layers: int) -> dict[str, Draft]:
+    """The drafts of a target of so many layers, each under as much of its path's end as tells it from the others."""
     from jsfdd.weights.draft import load_draft
 
-    return {name: load_draft(path) for name, path in names_of(paths).items()}
+    return {name: load_draft(path, num_layers) for name, path in names_of(paths).items()}
 
 
 def names_of(drafts: Sequence[Path]) -> dict[str, Path]:
@@ -48,13 +48,17 @@ def check_combine(drafts: DraftOptions, decoding: DecodingOptions) -> None:
         )
 
 
-def one_team(options: DraftOptions) -> Team:
-    """What decodes together: no draft, one, or several as --combine says. ValueError for several without it."""
+def one_team(options: DraftOptions, num_layers: int) -> Team:
+    """What decodes together for a target of so many layers: no draft, one, or several as --combine says.
+
+    Raises:
+      ValueError: several drafts without --combine.
+    """
     from jsfdd.decoding.settings import Team
 
     if len(options.draft) > 1 and options.combine is None:
         raise ValueError(f"--draft: got {len(options.draft)}, but without --combine one draft decodes")
-    drafts = load_drafts(options.draft)
+    drafts = load_drafts(options.draft, num_layers)
     return Team(drafts) if options.combine is None else combined(drafts, options.combine)
 
 

@@ -94,11 +94,11 @@ def prepare(config: DoctorConfig) -> Prepared:
     from jsfdd.doctor.findings import spread_over
     from jsfdd.weights.draft import load_draft
 
-    draft = load_draft(config.draft[0]) if config.draft else None
+    target = describe_target(config.model)
+    draft = load_draft(config.draft[0], target.config.num_layers) if config.draft else None
     record = (draft and draft.record) or {}
     store = _find_store(config)
     max_length = record.get("max_length", ChatOptions.max_length)
-    target = describe_target(config.model)
     max_length = longest_sample(target, max_length)
     found = read_samples(
         config.data, target.tokenizer, max_length, config.mask_spans, vocab_size=target.config.vocab_size,

@@ -75,8 +75,8 @@ def prepare(config: EvaluateConfig) -> Prepared:
 
     tree_shape(config.decoding)
     prompts = read_prompts(config.prompts)
-    teams = measured_teams(config.drafts)
     target = describe_target(config.model)
+    teams = measured_teams(config.drafts, target.config.num_layers)
     for team in teams.values():
         for name, draft in team.drafts.items():
             check_draft(target, draft.config, name)
@@ -157,11 +157,11 @@ def _evaluate(config: EvaluateConfig, prepared: Prepared) -> dict[str, dict]:
     return reports
 
 
-def measured_teams(options: DraftOptions) -> dict[str, Team]:
-    """All that is measured, by name: each draft, or what they are together."""
+def measured_teams(options: DraftOptions, num_layers: int) -> dict[str, Team]:
+    """All that is measured of a target of so many layers, by name: each draft, or what they are together."""
     from jsfdd.decoding.settings import Team
 
-    drafts = load_drafts(options.draft)
+    drafts = load_drafts(options.draft, num_layers)
     if options.combine is not None:
         return {options.combine: combined(drafts, options.combine)}
     return {name: Team({name: draft}) for name, draft in drafts.items()}

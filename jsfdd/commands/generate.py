@@ -72,8 +72,8 @@ def prepare(config: GenerateConfig) -> Prepared:
     from jsfdd.weights.draft import check_draft
 
     tree_shape(config.decoding)
-    team = one_team(config.drafts)
     target = describe_target(config.model)
+    team = one_team(config.drafts, target.config.num_layers)
     for name, draft in team.drafts.items():
         check_draft(target, draft.config, name)
     tools = () if config.tools is None else read_tools(config.tools)

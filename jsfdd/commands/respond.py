@@ -151,8 +151,8 @@ def prepare(config: RespondConfig) -> Prepared:
     if config.out.exists() and not parts_of(config.out).exists():
         raise FileExistsError(f"{config.out}: already there, without {parts_of(config.out).name}; choose another --out")
     found = read_chat_files(config.data, answered=False, strict=config.strict)
-    team = one_team(config.drafts)
     target = describe_target(config.model)
+    team = one_team(config.drafts, target.config.num_layers)
     for name, draft in team.drafts.items():
         check_draft(target, draft.config, name)
     setup = setup_of(target, team, config.decoding)
