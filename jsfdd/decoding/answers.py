@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -20,9 +19,6 @@ from jsfdd.decoding.settings import EVERY_TOKEN, Cutoff, Team, TreeShape, decode
 from jsfdd.models.draft import Draft
 from jsfdd.weights.draft import check_draft
 from jsfdd.weights.target import Target
-
-# A notebook calls `generate` many times with the same settings; keep their compiled programs.
-_make_generate = functools.lru_cache(maxsize=4)(loop.make_generate)
 
 
 class Answers(NamedTuple):
@@ -94,7 +90,7 @@ def generate(
         tree=tree,
         cutoff=cutoff,
     )
-    decode = _make_generate(setup, mesh)
+    decode = loop.make_generate(setup, mesh)
     params = loop.prepare_params(target.params, team.params, mesh)
     tokens: dict[int, np.ndarray] = {}
     accept_counts = np.zeros(setup.num_draft_tokens + 1, np.int64)

@@ -16,6 +16,7 @@ nothing to observe: the loop is then plain autoregressive decoding, the baseline
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -218,6 +219,7 @@ def prepare_params(target_params: dict, draft_params: Sequence[dict] = (), mesh:
     return DecodeParams(target_params, stepping, tuple(draft_params))
 
 
+@functools.lru_cache(maxsize=8)
 def make_generate(setup: DecodeSetup, mesh: Mesh) -> Callable[[DecodeParams, PromptBatch, float], Generation]:
     """Compile `generate(params, batch, temperature)`. Rows are split over the devices, and each device stops by itself.
 
@@ -236,6 +238,7 @@ def make_generate(setup: DecodeSetup, mesh: Mesh) -> Callable[[DecodeParams, Pro
     return decode_batch
 
 
+@functools.lru_cache(maxsize=8)
 def make_stream(setup: DecodeSetup) -> tuple[Callable, Callable]:
     """Compile (prefill, step) for text that is shown while it is decoded: one call per step; `step` donates the state.
 

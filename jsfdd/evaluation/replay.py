@@ -19,6 +19,7 @@ randomness left. This module replays chains; `replay_trees.py` replays trees.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -38,6 +39,7 @@ from jsfdd.decoding.generate import make_generate, prepare_params
 from jsfdd.decoding.prompts import prompt_batch, questions_in
 from jsfdd.decoding.settings import decode_setup
 from jsfdd.evaluation.acceptance import AcceptanceCounts, no_counts
+from jsfdd.models.architecture import DecoderConfig
 from jsfdd.models.counted import fold_counted
 from jsfdd.models.draft import DraftConfig, draft_head, draft_steps
 from jsfdd.models.target import embed_tokens, final_state
@@ -148,7 +150,7 @@ def make_judge(
     """
     if num_draft_tokens > recorded.ahead:
         raise ValueError(f"num_draft_tokens={num_draft_tokens}: the answers were recorded for up to {recorded.ahead}")
-    step = _make_judge_step(target, draft, mesh, num_draft_tokens, recorded.temperature)
+    step = _make_judge_step(target.config, draft, mesh, num_draft_tokens, recorded.temperature)
     frozen = replicate(borrow(target.config, target.params), mesh)
     data = TrainingData(recorded.samples, hidden)
     lengths = [len(sample.tokens) for sample in recorded.samples]
@@ -166,11 +168,12 @@ def make_judge(
     return judge
 
 
-def _make_judge_step(target: Target, draft: DraftConfig, mesh: Mesh, depth: int, temperature: float):
+@functools.lru_cache(maxsize=8)
+def _make_judge_step(config: DecoderConfig, draft: DraftConfig, mesh: Mesh, depth: int, temperature: float):
     """Compile `((borrowed, draft params), DraftBatch) -> [B, 3, G, T]`: the three fields of `Judged`."""
     slots = None
     if draft.vocabulary:  # each token's place in the draft's vocabulary, −1 if it has none
-        slots = np.full(target.config.vocab_size, -1, np.int32)
+        slots = np.full(config.vocab_size, -1, np.int32)
         slots[list(draft.vocabulary)] = np.arange(len(draft.vocabulary))
     block = vocabulary_block(mesh.devices.flat[0].platform)
 
@@ -178,13 +181,13 @@ def _make_judge_step(target: Target, draft: DraftConfig, mesh: Mesh, depth: int,
         borrowed, draft_params = params
         rows, length = batch.tokens.shape
         hidden = batch.hidden.astype(jnp.float32)
-        embedding = embed_tokens(target.config, {"embed": {"embedding": borrowed.embedding}}, batch.tokens[:, 1:])
+        embedding = embed_tokens(config, {"embed": {"embedding": borrowed.embedding}}, batch.tokens[:, 1:])
         head = draft_head(draft, draft_params, borrowed.output)
         text = jnp.pad(batch.tokens[:, 2:], ((0, 0), (0, 1))).reshape(-1)
         reached = batch.counted[:, 1:]
         log_p = jnp.zeros(0)
         if temperature > 0:
-            truth = final_state(target.config, hidden[:, 1:])
+            truth = final_state(config, hidden[:, 1:])
             log_p = _text_log_probs(borrowed.output, truth, reached, text, temperature, block)
         depths = []
         for predicted in draft_steps(draft, draft_params, embedding, hidden[:, :-1], depth):

@@ -7,6 +7,7 @@ hidden states were stored when it read the text. With trees, the text equals pla
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -41,6 +42,11 @@ class Text(NamedTuple):
     starts: Int[Array, " B"]
 
 
+@functools.lru_cache(maxsize=8)
+def _make_replay_step(setup: DecodeSetup, mesh: Mesh):
+    return map_over_devices(lambda params, text: _replay(setup, params, text), mesh)
+
+
 def make_tree_replay(
     target: Target, hidden: PerToken, recorded: Recorded, setup: DecodeSetup, mesh: Mesh, batch_size: int = 16
 ) -> Callable[[Sequence[dict]], tuple[AcceptanceCounts, DraftShares]]:
@@ -59,7 +65,7 @@ def make_tree_replay(
             f"a tree of depth {setup.num_draft_tokens if setup.tree else None} and {setup.max_new_tokens} new tokens cannot be "
             f"replayed: the recorded answers have {recorded.max_new_tokens} tokens and allow depths up to {recorded.ahead}"
         )
-    run = map_over_devices(lambda params, text: _replay(setup, params, text), mesh)
+    run = _make_replay_step(setup, mesh)
     frozen = replicate({name: value for name, value in target.params.items() if name != "layers"}, mesh)
     batches = list(_batches(hidden, recorded, round_up_to_shards(batch_size, mesh), mesh))
 

@@ -107,8 +107,9 @@ def keep_hidden(
         yield HiddenKeeper(writer, possible, _device_dtype(dtype), layers)
 
 
+@functools.lru_cache(maxsize=8)
 def make_hidden_step(config: DecoderConfig, mesh: Mesh, dtype: _DeviceDtype, layers: tuple[int, ...] = ()) -> Callable:
-    """Compile `(params, Batch) -> hidden [B, T, S]` in `dtype`: as `models.target.hidden_states`. Build it once."""
+    """Compile `(params, Batch) -> hidden [B, T, S]` in `dtype`: as `models.target.hidden_states`."""
 
     def step(params: dict, batch: Batch):
         return hidden_states(config, params, batch.tokens, layers).astype(dtype)

@@ -6,6 +6,7 @@ write_scores(out / "scores.parquet", table)
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -51,6 +52,7 @@ class Keeper(Protocol):
         """Store a batch, row b for samples[b], right-padded; `scores` is None if an earlier call computed them."""
 
 
+@functools.lru_cache(maxsize=8)
 def make_score_step(
     config: DecoderConfig,
     mesh: Mesh,
@@ -62,7 +64,7 @@ def make_score_step(
     """Compile the scoring of one batch: `(params, Batch) -> (TokenScores [B, T], hidden [B, T, S] or None)`.
 
     Every device runs the head on the counted tokens of its own rows, so there is no communication. The step traces once
-    for each shape of a batch; make it once and keep it.
+    for each shape of a batch.
 
     Args:
       config: the target's architecture.
@@ -82,6 +84,7 @@ def make_score_step(
     return map_over_devices(step, mesh)
 
 
+@functools.lru_cache(maxsize=8)
 def make_head_step(config: DecoderConfig, mesh: Mesh) -> Callable:
     """Compile `(params, (Batch, hidden [B, T, S])) -> TokenScores [B, T]`, the scores from given hidden states."""
     block = _block(mesh)

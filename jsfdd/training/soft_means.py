@@ -12,6 +12,7 @@ of tokens that do not count are 0.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Literal
 
@@ -69,10 +70,11 @@ def head_means(
     return fold_counted(weight > 0, block, visit, jnp.zeros((truth.shape[0], truth.shape[1] + 1), dtype))
 
 
+@functools.lru_cache(maxsize=8)
 def make_means_step(
     distance: Distance, mesh: Mesh, block: int, dtype: MeansDtype, vocabulary: tuple[int, ...] = ()
 ) -> Callable[[Borrowed, DraftBatch], Float[Array, "B T D1"]]:
-    """Compile `(borrowed, batch) -> means`. Build it once."""
+    """Compile `(borrowed, batch) -> means`."""
 
     def step(borrowed: Borrowed, batch: DraftBatch):
         shape = batch.hidden.shape

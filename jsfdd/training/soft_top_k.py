@@ -10,6 +10,7 @@ all that the draft cannot propose. Rows of tokens that do not count are 0.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -60,10 +61,11 @@ def top_outcomes(
     return fold_counted(weight > 0, block, visit, packed)
 
 
+@functools.lru_cache(maxsize=8)
 def make_top_k_step(
     k: int, mesh: Mesh, block: int, vocabulary: tuple[int, ...] = ()
 ) -> Callable[[Borrowed, DraftBatch], UInt16[Array, "B T W"]]:
-    """Compile `(borrowed, batch) -> rows`. Build it once."""
+    """Compile `(borrowed, batch) -> rows`."""
 
     def step(borrowed: Borrowed, batch: DraftBatch):
         shape = batch.hidden.shape

@@ -44,6 +44,7 @@ def learning_rate_schedule(recipe: Recipe, num_steps: int) -> optax.Schedule:
     return optax.join_schedules([rise, fall], [warmup])
 
 
+@functools.lru_cache(maxsize=8)
 def make_optimizer(recipe: Recipe, num_steps: int) -> optax.GradientTransformation:
     """AdamW(0.9, 0.95) without weight decay behind a clip of the global norm: EAGLE's recipe."""
     return optax.chain(
@@ -70,6 +71,7 @@ def state_shardings(
     return places
 
 
+@functools.lru_cache(maxsize=8)
 def make_train_step(
     draft: DraftConfig,
     optimizer: optax.GradientTransformation,
@@ -91,6 +93,7 @@ def make_train_step(
     return jax.jit(train_step, donate_argnames=("state",), out_shardings=places)
 
 
+@functools.lru_cache(maxsize=8)
 def make_accumulating_step(
     draft: DraftConfig,
     optimizer: optax.GradientTransformation,
@@ -153,6 +156,7 @@ def _parts(draft, optimizer, mesh, recipe, shard_optimizer):
     return gradient, update, (state_shardings(draft, optimizer, mesh, shard_optimizer), whole)
 
 
+@functools.lru_cache(maxsize=8)
 def make_evaluate_step(draft: DraftConfig, mesh: Mesh, recipe: Recipe) -> Callable[[Borrowed, dict, DraftBatch], LossSums]:
     """The compiled `(borrowed, draft_params, batch) -> LossSums`, without noise or gradient."""
     loss = _loss(draft, mesh, recipe)
