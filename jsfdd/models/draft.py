@@ -20,6 +20,7 @@ Hidden states are [.., S]: streams in front, the final state last (`models/targe
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 from collections.abc import Iterator
@@ -313,6 +314,7 @@ def draft_steps(
         state = jnp.pad(state[:, :-1], ((0, 0), (1, 0), (0, 0)))
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def init_draft(config: DraftConfig, key: Array, head: Float[Array, "V D"] | None = None) -> dict:
     """Fresh parameters, float32: {"fc": …, "layer": …}, and of EAGLE-3 {"norm": …, "head": {"rows": [Vq, D]}} too.
 
