@@ -175,10 +175,16 @@ def test_a_shape_is_traced_once(monkeypatch):
     traced = []
     original = score_module.score_hidden
     monkeypatch.setattr(score_module, "score_hidden", lambda *a: traced.append(a[3].shape) or original(*a))
-    step = make_score_step(CONFIG, make_mesh(data=1), block=16)
+    step = make_score_step.__wrapped__(CONFIG, make_mesh(data=1), block=16)
     for first, last, rows in [(0, 2, 2), (4, 5, 2), (0, 4, 4), (2, 4, 2)]:
         step(PARAMS, pad_batch(SAMPLES[first:last], Shape(rows, 160)))
     assert traced == [(2, 160), (4, 160)]
+
+
+def test_the_same_arguments_give_the_same_program():
+    step = make_score_step(CONFIG, make_mesh(data=1), block=16)
+    assert make_score_step(CONFIG, make_mesh(data=1), block=16) is step
+    assert make_score_step(CONFIG, make_mesh(data=1), block=32) is not step
 
 
 class Killed(BaseException):
