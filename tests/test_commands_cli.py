@@ -152,7 +152,7 @@ _SCORE = ["score", "--target", "t", "--data", "d", "--out", "o"]
         (["train", *_SCORE[1:], "--mix", "a=0.5", "b"], "--mix: got ('a=0.5', 'b'), but it must be different SOURCE=WEIGHT"),
         (["train", *_SCORE[1:], "--mix", "a=1", "b=0"], "weights above 0, as in math=0.5 chat=0.5"),
         (["train", *_SCORE[1:], "--mix", "a=1", "a=2"], "different SOURCE=WEIGHT"),
-        (["train", *_SCORE[1:], "--mix-total", "9"], "say of what with --mix SOURCE=WEIGHT"),
+        (["train", *_SCORE[1:], "--mix-total", "9"], "give its sources with --mix SOURCE=WEIGHT"),
         (["train", *_SCORE[1:], "--mix", "a=1", "--mix-total", "0"], "--mix-total: got 0"),
         (["train", *_SCORE[1:], "--soft-top-k", "0"], "--soft-top-k: got"),
         (["train", *_SCORE[1:], "--token-loss", "hybrid", "--soft-targets", "means"], "take top_k"),

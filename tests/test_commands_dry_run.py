@@ -80,7 +80,7 @@ def test_score(place, capsys):
 def test_what_was_begun_would_be_continued(place, capsys):
     (place / "out" / "scores.parts").mkdir(parents=True)
     values, words = _dry(capsys, "score", *DATA, "--out", "out")
-    assert values["continues"] and "continue what was begun in out" in words
+    assert values["continues"] and "continue in out" in words
 
 
 def test_select(place, capsys):

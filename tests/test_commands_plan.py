@@ -65,7 +65,7 @@ def test_unknown_devices_are_refused_and_those_here_are_measured(tmp_path, capsy
     arguments = ["plan", "--target", str(tmp_path / "target"), "--data", str(tmp_path / "chats.jsonl")]
     arguments += ["--device-kind", "Abacus"]
     assert main(arguments) == 2
-    assert "'Abacus' is not known; known are" in capsys.readouterr().err
+    assert "'Abacus' is unknown; choose from" in capsys.readouterr().err
     assert main([*arguments[:-2], "--json"]) == 0  # of the devices that are here
     values = json.loads(capsys.readouterr().out)
     assert values["devices"]["kind"] == "cpu" and values["devices"]["rate"] > 0

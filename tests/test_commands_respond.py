@@ -342,7 +342,7 @@ def test_the_command_line(inputs, tmp_path, capsys):
     assert main(arguments) == 0
     assert f"cut at --max-new-tokens {LONGEST}; ended early: " in capsys.readouterr().out
     assert main([*arguments, "--dry-run"]) == 0
-    assert "continue what was begun in" in capsys.readouterr().out
+    assert "continue in" in capsys.readouterr().out
 
 
 def test_two_processes_answer_as_one(inputs, finished, tmp_path):

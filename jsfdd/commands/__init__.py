@@ -1,1 +1,1 @@
-"""`jsfdd X` is x.py: its options, what it reads and checks, what it does, what it says."""
+"""The command line. `jsfdd X` is x.py, which holds the command's options, `prepare`, `run` and `describe`."""

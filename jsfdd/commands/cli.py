@@ -1,8 +1,8 @@
-"""The `jsfdd` command: one sub-command per stage, its options generated from the stage's config.
+"""The `jsfdd` command: one subcommand per stage, whose options come from the stage's config.
 
-Exit codes: 0 done; 1 `jsfdd doctor` found an error; 2 wrong input or options (the message says which file, line or
-value, and the remedy; nothing half-written stays); 3 another process of the run ended, so this one did too; 130 interrupted;
-141 the reader of the output has closed it (`jsfdd … | head`); anything else is a fault of jsfdd and comes with its traceback.
+Exit codes: 0 success; 1 `jsfdd doctor` found an error; 2 wrong input or options (the message names the file, line or value,
+and the remedy; no half-written file is left); 3 another process of the run ended, so this one did too; 130 interrupted;
+141 the reader of the output closed it (`jsfdd … | head`). Any other code is a bug in jsfdd and comes with a traceback.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 if os.environ.get("NO_COLOR"):
-    os.environ.setdefault("PYTHON_TYRO_ANSI_CODES", "False")  # tyro knows the variable by this name alone, and reads it once
+    os.environ.setdefault("PYTHON_TYRO_ANSI_CODES", "False")  # tyro reads only this variable, and only when it is imported
 
 from jsfdd.commands.outcome import show
-from jsfdd.commands.parser import Asked, Command, parse
+from jsfdd.commands.parser import Command, Invocation, parse
 
-# Wrong input reaches the command line as one of these; library code raises them with the remedy in the message.
+# The rooms raise one of these for wrong input, with the remedy in the message.
 _INPUT_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
-_BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell reports of other tools
+_BROKEN_PIPE = 141  # 128 + SIGPIPE, as shells report it
 
 # `jsfdd X` is commands/x.py with XConfig, EXAMPLES, prepare, run and describe.
 COMMANDS = (
@@ -36,45 +36,45 @@ _DESCRIPTION = "Cheap training of draft models for speculative decoding."
 
 _EPILOGUE = """
 The stages in order: score chats by the flatness of the target's distributions, select the most
-valuable share, train a draft on it, evaluate its acceptance, export it for serving; run does all
-of them in one directory, for several selections at once. Before them, respond lets the target
-answer the chats itself.
+valuable share, train a draft on it, evaluate its acceptance, export it for serving. `run` does all
+of them in one directory, for several selections at once. Before the stages, `respond` can replace
+the chats' answers with the target's own.
 
 start here:
-  jsfdd demo                  all of it on a small model, on a CPU, in minutes
+  jsfdd demo                  all stages on a small model, on a CPU, in minutes
   jsfdd COMMAND --help        options and examples of a command
   jsfdd COMMAND … --dry-run   what a command would do with these inputs
 
 exit codes:
-  0    done
+  0    success
   1    doctor found an error
-  2    wrong input or options; stderr says which, and the remedy
+  2    wrong input or options; stderr names the fault and the remedy
   3    another process of the run ended, so this one did too
   130  interrupted; the same command continues where it stopped
-  141  the reader of the output has closed it
-  Anything else is a fault of jsfdd and comes with a traceback.
+  141  the reader of the output closed it
+  Any other code is a bug in jsfdd and comes with a traceback.
 
 environment:
   NO_COLOR=1          no colours
-  JSFDD_TRACEBACK=1   show where wrong input was noticed
+  JSFDD_TRACEBACK=1   show a traceback for wrong input, too
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code. The console script's entry point."""
+    """Run one command and return the exit code. This is the console script's entry point."""
     try:
         try:
             code = _answer(arguments)
-        except SystemExit:  # of --help
+        except SystemExit:  # from --help
             sys.stdout.flush()
             raise
-        sys.stdout.flush()  # here and not at the process's end, where a closed pipe could only be complained of
+        sys.stdout.flush()  # a closed pipe must raise here: at the end of the process nothing can catch it
         return code
     except BrokenPipeError:
-        # Whatever is still to be flushed goes nowhere.
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.dup2(nowhere, sys.stderr.fileno())
+        # Discard the rest of the output.
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.dup2(null, sys.stderr.fileno())
         return _leave(_BROKEN_PIPE)
 
 
@@ -96,11 +96,11 @@ def _answer(arguments: Sequence[str] | None) -> int:
         print(f"jsfdd: error: {error}", file=sys.stderr)
         return _leave(2)
     except RuntimeError as error:
-        if not _needed_other_processes(error):
+        if not _is_distributed(error):
             raise
         print(
             f"jsfdd: error: a step that needs all processes failed ({str(error).splitlines()[0]}). If another process has "
-            "ended, its own message says why; start all of them again with the same command, which continues",
+            "ended, its message says why. Start all of them again with the same command, which continues",
             file=sys.stderr,
         )
         return _leave(3)
@@ -110,7 +110,7 @@ def _answer(arguments: Sequence[str] | None) -> int:
 
 
 def overview() -> str:
-    """What `jsfdd --help` prints."""
+    """The text of `jsfdd --help`."""
     width = max(map(len, COMMANDS)) + 2
     first_sentences = (inspect.getdoc(command(name).config).splitlines()[0].split(". ")[0].rstrip(".") for name in COMMANDS)
     lines = [f"  {name:{width}}{sentence}" for name, sentence in zip(COMMANDS, first_sentences, strict=True)]
@@ -118,7 +118,7 @@ def overview() -> str:
 
 
 def command(name: str) -> Command:
-    """A command by its name. ValueError for one that there is not."""
+    """Look up a command by its name. ValueError if there is none."""
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, 1)
         raise ValueError(f"no command {name!r}; " + (f"did you mean {close[0]}?" if close else f"take {', '.join(COMMANDS)}"))
@@ -126,14 +126,15 @@ def command(name: str) -> Command:
     return Command(getattr(module, f"{name.capitalize()}Config"), textwrap.indent(module.EXAMPLES.strip("\n"), "  "))
 
 
-def _needed_other_processes(error: RuntimeError) -> bool:
+def _is_distributed(error: RuntimeError) -> bool:
+    """Whether JAX raised the error in a run of several processes."""
     import jax
 
     return isinstance(error, jax.errors.JaxRuntimeError) and jax.distributed.is_initialized()
 
 
 def _leave(code: int) -> int:
-    """The exit code. One of several processes ends here and now: it would wait for the others, and they for it."""
+    """Return the exit code. A process of several exits at once, because a normal end would wait for the others."""
     if (jax := sys.modules.get("jax")) and jax.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
@@ -145,9 +146,9 @@ def _module(name: str):
     return importlib.import_module(f"jsfdd.commands.{name}")
 
 
-def _run(name: str, asked: Asked) -> int:
-    """Carry a command out; returns the exit code. JAX and the rooms are only imported here, so that --help answers at once."""
-    module, config, output = _module(name), asked.config, asked.output
+def _run(name: str, invocation: Invocation) -> int:
+    """Carry out a command and return the exit code. Only this function imports JAX and the rooms, to keep --help fast."""
+    module, config, output = _module(name), invocation.config, invocation.output
     if name == "completion":
         show(module.run(config, module.prepare(config)), output.json)
         return 0
@@ -164,7 +165,7 @@ def _run(name: str, asked: Asked) -> int:
 
 
 def _prepare_jax() -> None:
-    """Compile once per machine, not once per process."""
+    """Share compiled programs between processes, through a cache on disk."""
     import jax
 
     if not jax.config.jax_compilation_cache_dir:

@@ -1,4 +1,4 @@
-"""Several drafts by name, and what --combine makes of them."""
+"""Load several drafts by name, and combine them as --combine asks."""
 
 from __future__ import annotations
 
@@ -13,43 +13,41 @@ if TYPE_CHECKING:
 
 
 def load_drafts(paths: Sequence[Path], num_layers: int) -> dict[str, Draft]:
-    """The drafts of a target of so many layers, each under as much of its path's end as tells it from the others."""
+    """Load the drafts of a target of `num_layers` layers, each named by the shortest end of its path that is unique."""
     from jsfdd.weights.draft import load_draft
 
-    return {name: load_draft(path, num_layers) for name, path in names_of(paths).items()}
+    return {name: load_draft(path, num_layers) for name, path in name_drafts(paths).items()}
 
 
-def names_of(drafts: Sequence[Path]) -> dict[str, Path]:
-    """Paths by names. ValueError where they cannot be told apart."""
+def name_drafts(drafts: Sequence[Path]) -> dict[str, Path]:
+    """Name each path by its shortest end that is unique. ValueError if there is no such name."""
     if not drafts:
         return {}
     if len(set(drafts)) < len(drafts):
-        raise ValueError(f"--draft: one draft is given twice: {', '.join(map(str, drafts))}")
+        raise ValueError(f"--draft: a draft is given twice: {', '.join(map(str, drafts))}")
     for length in range(1, max(len(path.parts) for path in drafts) + 1):
         names = ["-".join(path.parts[-length:]).strip("/") for path in drafts]
         if len(set(names)) == len(names):
             return dict(zip(names, drafts, strict=True))
-    raise ValueError(f"--draft: {', '.join(map(str, drafts))} cannot be told apart by name; rename one")
+    raise ValueError(f"--draft: {', '.join(map(str, drafts))} have no different names; rename one")
 
 
 def check_combine(drafts: DraftOptions, decoding: DecodingOptions) -> None:
-    """ValueError where --combine does not go with --draft or --tree-nodes."""
+    """Raise ValueError if --combine does not go with --draft or --tree-nodes."""
     combine, count = drafts.combine, len(drafts.draft)
     if combine is not None and count < 2:
         raise ValueError(f"--combine {combine}: needs two drafts or more, but --draft gives {count}")
     if decoding.tree_nodes and not count:
-        raise ValueError("--tree-nodes is about a draft's tokens; give --draft DIR or leave it out")
-    if combine is None:
-        return
-    if combine != "average" and not decoding.tree_nodes:
+        raise ValueError("--tree-nodes sets the size of a draft's tree; give --draft DIR or leave it out")
+    if combine in ("route", "merge") and not decoding.tree_nodes:
         raise ValueError(
-            f"--combine {combine} works on trees, since a choice between sampled chains would change what is sampled; "
+            f"--combine {combine} works on trees, since a choice between sampled chains would change the text's distribution; "
             "give --tree-nodes, with --tree-top-k 1 for a tree that is a chain"
         )
 
 
 def one_team(options: DraftOptions, num_layers: int) -> Team:
-    """What decodes together for a target of so many layers: no draft, one, or several as --combine says.
+    """Load the drafts that decode together for a target of `num_layers` layers: none, one, or several with --combine.
 
     Raises:
       ValueError: several drafts without --combine.
@@ -63,12 +61,12 @@ def one_team(options: DraftOptions, num_layers: int) -> Team:
 
 
 def combined(drafts: Mapping[str, Draft], combine: str) -> Team:
-    """What --combine makes of the drafts. ValueError says which of them are not alike, and how."""
+    """Combine drafts by a --combine rule. ValueError names the drafts that do not go together, and the difference."""
     from jsfdd.decoding.ensemble import average_drafts, check_one_target
     from jsfdd.decoding.settings import Combine, Team
 
     check_one_target({name: draft.config for name, draft in drafts.items()})
-    # An exported draft does not say which weights its target had.
+    # An exported draft has no record, so its target's weights are unknown.
     targets = [(name, draft.record["target"]) for name, draft in drafts.items() if draft.record is not None]
     for name, target in targets[1:]:
         if target != targets[0][1]:

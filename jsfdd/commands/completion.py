@@ -23,11 +23,11 @@ class CompletionConfig:
     """Print a completion script for a shell."""
 
     shell: tyro.conf.Positional[typing.Literal[_SHELLS]]
-    """Whose script."""
+    """The shell that the script is for."""
 
 
 def prepare(config: CompletionConfig) -> None:
-    """Nothing."""
+    """Nothing to prepare."""
 
 
 def run(config: CompletionConfig, _: None) -> Outcome:

@@ -1,11 +1,9 @@
-"""What each stage takes, from shapes alone: bytes of one device, FLOPs, bytes written.
+"""The cost of each stage, computed from shapes: memory of one device, FLOPs, bytes written.
 
-The figures:
-
-    memory      of one device: parameters, batch, what a step keeps, and the largest of its temporaries. The compiler
-                fuses some of these and pads others; the tests hold the sum against what it allocates.
-    arithmetic  multiply-adds of matrix products times two, padding included, masked attention too: it is computed.
-    disk        what the stage writes, at most.
+memory      bytes on one device: parameters, batch, the arrays that a step keeps, and its largest temporaries. The
+            compiler fuses some of these and pads others; tests compare the sum with its allocation.
+arithmetic  two FLOPs per multiply-add of the matrix products, including padding and masked attention, which are computed.
+disk        the most that the stage writes.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ from jsfdd.training.recipe import Recipe
 
 
 class Lengths(NamedTuple):
-    """Per conversation: tokens, and those of them that count. `source` says how they were found."""
+    """Tokens and counted tokens of each conversation. `source` says how they were determined."""
 
     tokens: np.ndarray
     counted: np.ndarray
@@ -37,7 +35,7 @@ class Lengths(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """Cost of one stage: `memory` of one device in bytes by part, FLOPs of the whole stage, bytes written."""
+    """The cost of one stage: `memory` of one device in bytes, by part; FLOPs of the whole stage; bytes written."""
 
     name: str
     memory: dict[str, float]
@@ -61,12 +59,12 @@ def param_bytes(config: DecoderConfig, itemsize: int, model_shards: int) -> int:
 
 
 def draft_params(draft: DraftConfig) -> int:
-    """How many parameters a draft trains."""
+    """The number of parameters of a draft."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(jax.eval_shape(lambda: init_draft(draft, jax.random.key(0)))))
 
 
 def layer_temporaries(config: DecoderConfig, shape: Shape, itemsize: int, model_shards: int) -> float:
-    """Bytes of the larger of attention's and the MLP's temporaries, of one layer and batch on one device."""
+    """Bytes of one layer's temporaries for one batch on one device: attention's or the MLP's, whichever is larger."""
     tokens = shape.rows * shape.length
     heads = config.num_heads / model_shards
     projections = tokens * (config.num_heads + 2 * config.num_kv_heads) * config.head_dim / model_shards * itemsize
@@ -77,15 +75,15 @@ def layer_temporaries(config: DecoderConfig, shape: Shape, itemsize: int, model_
 
 
 def head_temporaries(config: DecoderConfig, block: int, model_shards: int, arrays: int) -> float:
-    """Bytes of `arrays` float32 arrays of a block of tokens by the vocabulary."""
+    """Bytes of `arrays` float32 arrays of shape [block, vocabulary]."""
     return arrays * 4 * block * config.vocab_size / model_shards
 
 
 def score_stage(config: DecoderConfig, lengths: Lengths, batch_tokens: int, itemsize: int, model_shards: int) -> Stage:
-    """The target over all conversations, each device with batches of its own, and its head over what counts."""
+    """Scoring: the target reads all conversations, one batch per device, and its head the counted tokens."""
     shapes = _batch_shapes(lengths.tokens, batch_tokens)
     largest = max(shapes, key=lambda shape: layer_temporaries(config, shape, itemsize, model_shards))
-    stream = 3 * largest.rows * largest.length * config.hidden_size * itemsize  # before, after, and the other branch
+    stream = 3 * largest.rows * largest.length * config.hidden_size * itemsize  # a layer's input, output and residual branch
     temporaries = max(
         layer_temporaries(config, largest, itemsize, model_shards),
         head_temporaries(config, scoring_block(jax.default_backend()), model_shards, 3),
@@ -102,7 +100,7 @@ def score_stage(config: DecoderConfig, lengths: Lengths, batch_tokens: int, item
 def hidden_stage(
     config: DecoderConfig, lengths: Lengths, batch_tokens: int, retain_ratio: float, itemsize: int, model_shards: int
 ) -> Stage:
-    """The same without the head, over what is kept; the hidden states go to disk as bfloat16."""
+    """Computing hidden states: scoring without the head, on the kept samples; the states are stored as bfloat16."""
     score = score_stage(config, lengths, batch_tokens, itemsize, model_shards)
     kept = retain_ratio * float(lengths.tokens.sum())
     return Stage(
@@ -122,7 +120,7 @@ def soft_targets_stage(
     itemsize: int,
     model_shards: int,
 ) -> Stage:
-    """Soft targets of the kept samples, once: the head over the stored hidden states that count, and for means back."""
+    """Computing soft targets of the kept samples: one product with the head per counted token, for means two."""
     kept = retain_ratio * float(lengths.tokens.sum())
     largest = max(_batch_shapes(lengths.tokens, batch_tokens), key=lambda shape: shape.rows * shape.length)
     head = 0 if config.tie_embeddings else config.vocab_size * config.hidden_size * itemsize / model_shards
@@ -150,10 +148,10 @@ def train_stage(
     model_shards: int,
     data_shards: int,
 ) -> Stage:
-    """The draft, its gradient and two moments in float32 on every device; the batch is split over the data shards.
+    """Training. Every device holds the draft, its gradient and two moments in float32; the data shards share the batch.
 
-    The target stays where it is, and a head of its own is copied the other way round (`loss.borrow`). With soft targets a token
-    meets the head twice, for q's logits and back; without them once more, for the target's.
+    The target's parameters stay in memory, and an untied head is copied, transposed (`loss.borrow`). With soft targets a token
+    needs two products with the head, for the draft's logits and their gradient; without them a third, for the target's logits.
     """
     draft = draft_config(config)
     shapes = _batch_shapes(lengths.tokens, batch_tokens)
@@ -162,7 +160,7 @@ def train_stage(
     tokens, width = largest.rows * largest.length, config.hidden_size
     head = 0 if config.tie_embeddings else config.vocab_size * width * itemsize / model_shards
     size = draft_params(draft) * 4
-    # What the backward pass needs of the forward pass is kept; with it, each kept array's gradient for a while.
+    # The arrays that the forward pass keeps for the backward pass; doubled below, for their gradients.
     kept = tokens * 4 * (2 * width + 6 * width + 4 * config.intermediate_size)
     kept += layer_temporaries(draft.decoder, largest, 4, 1)
     counted = float(lengths.counted.sum())
@@ -186,7 +184,7 @@ def train_stage(
 def evaluate_stage(
     config: DecoderConfig, slots: int, batch_size: int, itemsize: int, model_shards: int, data_shards: int
 ) -> Stage:
-    """Decoding: the target, the draft, and both caches of so many slots. The arithmetic depends on τ, so none is given."""
+    """Decoding: the target, the draft, and both caches of `slots` slots. FLOPs depend on τ, so they are NaN."""
     rows = -(-batch_size // data_shards)
     cache = 2 * (config.num_layers + 1) * rows * config.num_kv_heads * config.head_dim * slots * itemsize
     draft = draft_params(draft_config(config)) * 4

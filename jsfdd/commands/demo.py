@@ -18,12 +18,12 @@ jsfdd demo --seed 1 --out demo-seed-1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """The whole loop on SmolLM2-135M and packaged chats, on a CPU, in minutes."""
+    """Run all stages on SmolLM2-135M and packaged chats, on a CPU, in minutes."""
 
     out: Path = Path("demo-run")
-    """Directory of the run; a second call continues it and repeats nothing."""
+    """Directory of the run. A second call continues it and repeats nothing."""
     seed: int = 0
-    """Seeds every random choice of the command."""
+    """Seed of every random choice of the command."""
 
 
 def prepare(config: DemoConfig) -> Prepared:
@@ -39,7 +39,7 @@ def describe(config: DemoConfig, prepared: Prepared) -> Outcome:
 
 
 def demo_run(config: DemoConfig) -> RunConfig:
-    """The demo's preset: small enough for two CPU cores, real in every part."""
+    """The demo's options, small enough for two CPU cores."""
     from importlib.resources import files
 
     folder = Path(str(files("jsfdd.data.demo")))

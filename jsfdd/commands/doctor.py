@@ -1,4 +1,4 @@
-"""`jsfdd doctor`: find what would make a draft's served acceptance differ from its training."""
+"""`jsfdd doctor`: find faults that make a draft accept less when served than in training."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from jsfdd.hidden.store import HiddenStore
     from jsfdd.models.draft import Draft
 
-_READ = 6  # conversations that the target reads, and whose prompts it answers
-_LOOKED_AT = 200  # whose template and mask are checked; a fault of the template is in all of them
+_READ = 6  # how many conversations the target reads and answers
+_EXAMINED = 200  # how many conversations' template and masks are checked; a fault of the template shows in all of them
 
 EXAMPLES = """
 jsfdd doctor --target smollm2 --data chats.jsonl --draft draft
@@ -41,9 +41,9 @@ jsfdd doctor --target DIR --data chats.jsonl --draft draft-vllm && vllm serve â€
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DoctorConfig:
-    """Find what would make a draft accept less when served than in training.
+    """Find faults that make a draft accept less when served than in training.
 
-    Exits with 1 on an error."""
+    The exit code is 1 if there is an error."""
 
     model: ModelOptions
     data: Paths
@@ -53,15 +53,15 @@ class DoctorConfig:
     split_answers: Flag = False
     """As for `jsfdd train`."""
     draft: Paths = ()
-    """A training run's directory, its checkpoints/, or an exported draft. Without one, target and data alone are examined."""
+    """A training run's directory, its checkpoints/, or an exported draft. Without it, only target and data are examined."""
     hidden_from: OptionalPath = None
-    """A store of hidden states to compare with fresh ones; hidden/ in the training run's directory unless given."""
+    """A store of hidden states to compare with newly computed ones. Default: hidden/ in the training run's directory."""
     num_draft_tokens: int = DecodingOptions.num_draft_tokens
     """Draft tokens in a row (Î³)."""
     max_new_tokens: int = DecodingOptions.max_new_tokens
     """Longest answer, in tokens."""
     out: OptionalPath = None
-    """Directory for doctor.json; without it the findings are only printed."""
+    """Directory for doctor.json. Without it, the findings are only printed."""
 
     def __post_init__(self):
         check("--data", self.data, len(self.data) > 0, "at least one chat file")
@@ -73,11 +73,11 @@ class DoctorConfig:
 
 
 class Prepared(NamedTuple):
-    """What is examined. Conversations are cut where they were in the draft's training, so that tokens and masks can be
-    compared with it.
+    """The inputs to examine. Conversations are cut at the same length as in the draft's training, so that tokens and masks
+    can be compared.
 
     Attributes:
-      chats: those of some of the samples.
+      chats: the chats of some of the samples.
     """
 
     chats: list[Chat]
@@ -105,7 +105,7 @@ def prepare(config: DoctorConfig) -> Prepared:
         split_answers=config.split_answers, max_skipped=1.0, processes=usable_processes(),
     )  # fmt: skip
     show_counts(found.files, found.notes)
-    names = {sample.id for sample in spread_over(found.samples, _LOOKED_AT)}
+    names = {sample.id for sample in spread_over(found.samples, _EXAMINED)}
     names |= {name.rpartition("/")[0] for name in names}  # of one answer's sample
     chats = [chat for chat in stream_chats(config.data, ReadCounts()) if chat.id in names]
     return Prepared(chats, draft, store, max_length, found.samples, found.summary)
@@ -126,7 +126,7 @@ def describe(config: DoctorConfig, prepared: Prepared) -> Outcome:
 
 
 def doctor(config: DoctorConfig, prepared: Prepared | None = None) -> Diagnosis:
-    """Examine and, with --out, write doctor.json; returns the findings."""
+    """Examine the inputs, write doctor.json if --out is given, and return the findings."""
     from jsfdd.base.files import write_json
     from jsfdd.base.progress import console
     from jsfdd.doctor.examine import examine
@@ -157,7 +157,7 @@ def doctor(config: DoctorConfig, prepared: Prepared | None = None) -> Diagnosis:
 
 
 def _find_store(config: DoctorConfig) -> HiddenStore | None:
-    """The store that is asked for, or the one beside the draft if there is one; whatever it belongs to."""
+    """Open the store of --hidden-from, or else the one in the training run's directory if there is one."""
     from jsfdd.hidden.store import HiddenStore
 
     if config.hidden_from is not None:

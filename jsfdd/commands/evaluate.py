@@ -1,4 +1,4 @@
-"""`jsfdd evaluate`: acceptance and speed of drafts by real speculative decoding, as report.json."""
+"""`jsfdd evaluate`: measure acceptance and speed of drafts by speculative decoding, and write report.json."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from jsfdd.commands.combine import check_combine, combined, load_drafts, names_of
+from jsfdd.commands.combine import check_combine, combined, load_drafts, name_drafts
 from jsfdd.commands.inputs import describe_target, load_weights, tree_shape
 from jsfdd.commands.options import (
     DecodingOptions,
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from jsfdd.base.records import Prompt
+    from jsfdd.decoding.settings import Team
     from jsfdd.models.draft import Draft
     from jsfdd.weights.target import Target
 
@@ -39,20 +40,21 @@ jsfdd evaluate --target DIR --draft a b --combine merge --tree-nodes 60 --prompt
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Measure acceptance and speed by real speculative decoding."""
+    """Measure acceptance and speed of drafts by speculative decoding."""
 
     model: ModelOptions
     decoding: DecodingOptions = DecodingOptions()
     drafts: DraftOptions = DraftOptions()
     processes: ProcessOptions = ProcessOptions()
     prompts: Paths
-    """Prompts: files, directories or patterns as for --data; rows with "turns"; each turn's own answer feeds the next."""
+    """Prompts: files, directories or patterns as for --data. Rows have "turns"; a turn is asked after the answers to the
+    turns before it."""
     batch_size: int = 8
     """Prompts decoded together."""
     out: Path
-    """Directory for report.json, or where several drafts are compared for a directory of each and differences.json."""
+    """Directory for report.json. For several drafts, it gets a directory per draft and differences.json."""
     seed: int = 0
-    """Seeds every random choice of the command."""
+    """Seed of every random choice of the command."""
 
     def __post_init__(self):
         check("--draft", self.drafts.draft, len(self.drafts.draft) > 0, "at least one draft")
@@ -62,7 +64,7 @@ class EvaluateConfig:
 
 
 class Prepared(NamedTuple):
-    """Prompts, what decodes them by name, and the target without its weights."""
+    """The prompts, the drafts or teams by name, and the target without its weights."""
 
     prompts: list[Prompt]
     teams: dict[str, Team]
@@ -85,7 +87,7 @@ def prepare(config: EvaluateConfig) -> Prepared:
 
 
 def run(config: EvaluateConfig, prepared: Prepared) -> Outcome:
-    """The outcome has the figures alone; prompts and examples are in each draft's file."""
+    """Evaluate. The outcome holds only the figures; prompts and examples are in each draft's report.json."""
     from rich.console import Console
 
     from jsfdd.evaluation.evaluate import compare
@@ -98,7 +100,7 @@ def run(config: EvaluateConfig, prepared: Prepared) -> Outcome:
         | {key: report[key] for key in ("alpha", "accept_counts", "combined", "drafts") if key in report}
         for name, report in reports.items()
     }
-    # A figure cut off is worse than a line that wraps.
+    # On a narrow terminal, let lines wrap instead of cutting figures off.
     width = max(Console().width, 100)
     table = rendered(lambda out: print_evaluation(reports, differences, out), soft_wrap=True, width=width)
     values = {"command": "evaluate", "drafts": drafts, "differences": differences, "out": config.out}
@@ -113,16 +115,15 @@ def describe(config: EvaluateConfig, prepared: Prepared) -> Outcome:
     if combine is not None:
         how = {"average": "their average", "route": "each step routed to one of them", "merge": "their trees merged"}
         size = f", {many(nodes, 'node')} a tree" if nodes else ""
-        words.append(f"{combine}: {' and '.join(names_of(config.drafts.draft))}, {how[combine]}{size}")
-    several = [*(f"{name}/report.json" for name in teams), "differences.json"]
-    files = several if len(teams) > 1 else ["report.json"]
+        words.append(f"{combine}: {' and '.join(name_drafts(config.drafts.draft))}, {how[combine]}{size}")
+    files = [*(f"{name}/report.json" for name in teams), "differences.json"] if len(teams) > 1 else ["report.json"]
     return planned("evaluate", values | {"drafts": list(teams), "combine": combine}, words, config.out, files)
 
 
 def evaluate(config: EvaluateConfig, prepared: Prepared | None = None) -> dict[str, dict]:
-    """Write a report.json a draft (and differences.json); returns {draft's name: report}.
+    """Write a report.json per draft (and differences.json if there are several), and return {draft's name: report}.
 
-    Drafts that are combined are one, named as what combines them.
+    Combined drafts have one report, named by the --combine rule.
     """
     from jsfdd.base.lock import sole_writer
     from jsfdd.base.processes import is_primary
@@ -158,7 +159,7 @@ def _evaluate(config: EvaluateConfig, prepared: Prepared) -> dict[str, dict]:
 
 
 def measured_teams(options: DraftOptions, num_layers: int) -> dict[str, Team]:
-    """All that is measured of a target of so many layers, by name: each draft, or what they are together."""
+    """What is measured on a target of `num_layers` layers, by name: every draft by itself, or all drafts combined."""
     from jsfdd.decoding.settings import Team
 
     drafts = load_drafts(options.draft, num_layers)
@@ -176,7 +177,7 @@ def measure(
     prompts: Sequence[Prompt],
     mesh: Mesh,
 ) -> dict[str, dict]:
-    """The reports of drafts that are measured together, so paired."""
+    """Measure drafts together, so that their figures are paired; return their reports."""
     from jsfdd.base.progress import progress
     from jsfdd.decoding.settings import Cutoff
     from jsfdd.evaluation import evaluate as evaluation
@@ -199,7 +200,7 @@ def measure(
 
 
 def check_prompts(target: Target, prompts: Sequence[Prompt], max_new_tokens: int) -> list[int]:
-    """Tokens of each prompt's first turn. ValueError names a prompt that leaves no room for an answer."""
+    """The length of each prompt's first turn. ValueError names a prompt that leaves no room for an answer."""
     from jsfdd.decoding.prompts import first_prompts
 
     return [len(tokens) for tokens in first_prompts(target, prompts, max_new_tokens)]
@@ -208,7 +209,7 @@ def check_prompts(target: Target, prompts: Sequence[Prompt], max_new_tokens: int
 def describe_decoding(
     decoding: DecodingOptions, batch_size: int, model_shards: int, target: Target, prompts: Sequence[Prompt]
 ) -> tuple[dict, list[str]]:
-    """What decoding the prompts takes: (values, words)."""
+    """Describe the decoding of the prompts: (values, words)."""
     from jsfdd.base.mesh import make_mesh, round_up_to_shards
 
     # Prompts of one source and turn are decoded together.

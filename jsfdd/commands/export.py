@@ -1,4 +1,4 @@
-"""`jsfdd export`: a draft as a directory that a serving engine loads."""
+"""`jsfdd export`: write a draft as a directory that a serving engine loads."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ jsfdd export --draft draft --flavour vllm --out draft-vllm
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """Write a draft, with a model card, as a serving engine loads it."""
+    """Write a draft and its model card in the layout of a serving engine."""
 
     export: ExportOptions = ExportOptions()
     draft: Path
     """A training run's directory, its checkpoints/, or an exported draft."""
     out: Path
-    """Directory to write; must not exist yet."""
+    """Directory to write. It must not exist yet."""
     target: OptionalText = None
-    """Hub name or directory by which a server finds the target, for the model card; what the report says unless given."""
+    """Hub name or directory where a server finds the target, for the model card. Default: the target in the report."""
     report: Paths = ()
-    """report.json of `jsfdd evaluate`, one or more, for the model card; the training run's own unless given."""
+    """One or more report.json from `jsfdd evaluate`, for the model card. Default: the one in the training run's directory."""
     selection: OptionalPath = None
-    """selection.json, as `jsfdd select` wrote it; the one in the training run's directory unless given."""
+    """selection.json from `jsfdd select`, for the model card. Default: the one in the training run's directory."""
     num_draft_tokens: int = DecodingOptions.num_draft_tokens
-    """Draft tokens in a row (γ) that the model card and config recommend."""
+    """Draft tokens in a row (γ) that the model card and the config recommend."""
 
     def __post_init__(self):
         check_num_draft_tokens(self.num_draft_tokens)
 
 
 class Prepared(NamedTuple):
-    """All that is written."""
+    """The contents of the exported directory."""
 
     draft: Draft
     serving: Serving
@@ -49,7 +49,7 @@ class Prepared(NamedTuple):
 
 
 def prepare(config: ExportConfig) -> Prepared:
-    """ValueError names what the flavour cannot represent."""
+    """Read the draft and the files for its card. ValueError names what the flavour cannot represent."""
     from jsfdd.weights.card import Serving
     from jsfdd.weights.draft import load_draft
     from jsfdd.weights.flavours import check_flavour
@@ -87,11 +87,11 @@ def export(config: ExportConfig, prepared: Prepared | None = None) -> None:
     flavour, dtype = config.export.flavour, config.export.export_dtype
     config.out.parent.mkdir(parents=True, exist_ok=True)
     with sole_writer(config.out):
-        write_draft(config.out, *draft[:2], flavour, dtype=dtype, serving=serving, provenance=provenance)
+        write_draft(config.out, draft.config, draft.params, flavour, dtype=dtype, serving=serving, provenance=provenance)
 
 
 def _provenance(config: ExportConfig, identity: dict | None) -> Provenance:
-    """What the model card says: from the files that the config names, else from those in the training run's directory."""
+    """Read what the model card states from the files that the config names, or else from the training run's directory."""
     from jsfdd.selection.sfdd import selection_facts
     from jsfdd.weights.card import Provenance, read_report
 

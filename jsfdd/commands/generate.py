@@ -1,7 +1,6 @@
-"""`jsfdd generate`: one answer on the terminal, printed as it is decoded.
+"""`jsfdd generate`: print one answer on the terminal as it is decoded.
 
-The text goes to stdout and nothing else does; τ, tokens/s and whose tokens were accepted go to stderr, so that a pipe gets
-the text alone.
+Only the text goes to stdout, for pipes. τ, tokens/s and the accepted tokens of each draft go to stderr.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from jsfdd.commands.outcome import Outcome, described, many
 if TYPE_CHECKING:
     from jsfdd.decoding.settings import Team
 
-_COLOURS = (32, 33, 36, 35, 34)  # of text on a terminal: green, yellow, cyan, magenta, blue
+_COLOURS = (32, 33, 36, 35, 34)  # ANSI codes of green, yellow, cyan, magenta, blue
 
 EXAMPLES = """
 jsfdd generate --target smollm2 --draft draft --prompt "Why is the sky blue?"
@@ -43,12 +42,12 @@ class GenerateConfig:
     system: str = ""
     """A system message before it."""
     tools: OptionalPath = None
-    """A JSON file with definitions of tools, as the "tools" of a chat; the chat template writes them."""
+    """A JSON file with tool definitions, like the "tools" of a chat, for the chat template."""
     show_accepted: Flag = False
-    """Mark the tokens that the draft proposed: green on a terminal, in [brackets] elsewhere. Of several drafts each has its
-    colour, or its number: [1:…] [2:…]."""
+    """Mark the tokens that the draft proposed: green on a terminal, in [brackets] elsewhere. Several drafts have different
+    colours, or numbers: [1:…] [2:…]."""
     seed: int = 0
-    """Seeds every random choice of the command."""
+    """Seed of every random choice of the command."""
 
     def __post_init__(self):
         check_combine(self.drafts, self.decoding)
@@ -83,7 +82,7 @@ def prepare(config: GenerateConfig) -> Prepared:
 
 
 def run(config: GenerateConfig, prepared: Prepared) -> Outcome:
-    """Decode the answer to `config.prompt`, printing as it comes: no words are left for the end."""
+    """Decode the answer to `config.prompt` and print it meanwhile; the outcome has no words left to print."""
     from jsfdd.base.mesh import make_mesh
     from jsfdd.decoding.generate import prepare_params
     from jsfdd.decoding.stream import stream_answer
@@ -110,16 +109,15 @@ def run(config: GenerateConfig, prepared: Prepared) -> Outcome:
 
 def describe(config: GenerateConfig, prepared: Prepared) -> Outcome:
     team, tokens = prepared
-    how = " and ".join(team.drafts) or "no draft, a token a step"
-    words = f"answer {many(len(tokens), 'token')} with up to {config.decoding.max_new_tokens:,}, by {how}"
+    how = f"drafted by {' and '.join(team.drafts)}" if team.drafts else "without a draft"
+    words = f"answer a prompt of {many(len(tokens), 'token')} with up to {config.decoding.max_new_tokens:,}, {how}"
     return described("generate", {"drafts": list(team.drafts), "prompt_tokens": len(tokens)}, [words])
 
 
 class _Writer:
-    """Prints text whose tokens come in groups, those of a draft between two marks of its own.
+    """Prints the text of tokens that come in groups, and puts marks around a draft's tokens.
 
-    A character can be spread over several tokens: a group is printed as far as its text is settled, and what is left of
-    it comes with the next one.
+    A character can span several tokens, so a group that ends inside a character is printed together with the next group.
     """
 
     def __init__(self, tokenizer, marks: Sequence[tuple[str, str]]):
@@ -128,13 +126,13 @@ class _Writer:
         self.written = ""
 
     def show(self, tokens: list[int], proposers: list[int]) -> None:
-        """Print tokens of which the first were proposed, by the drafts of these numbers."""
+        """Print tokens, of which the first len(proposers) were proposed by the drafts of those numbers."""
         for proposer, pairs in itertools.groupby(zip(proposers, tokens), key=lambda pair: pair[0]):
             self._group([token for _, token in pairs], *self.marks[proposer])
         self._group(tokens[len(proposers) :], "", "")
 
     def finish(self) -> None:
-        """Print what was held back, and end the line."""
+        """Print the remaining text, and end the line."""
         print(self._text()[len(self.written) :])
 
     def _group(self, tokens, before, after):
@@ -150,8 +148,8 @@ class _Writer:
 
 
 def _marks(drafts: int) -> list[tuple[str, str]]:
-    """Around each draft's tokens: a colour, green the first, where a terminal shows colours; elsewhere brackets, numbered if
-    there are several drafts."""
+    """The marks around each draft's tokens: colours on a terminal that shows them, else brackets, numbered if several drafts
+    decode."""
     coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     if coloured:
         return [(f"\x1b[{_COLOURS[number % len(_COLOURS)]}m", "\x1b[0m") for number in range(drafts)]

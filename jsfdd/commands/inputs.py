@@ -1,4 +1,4 @@
-"""What several commands read: a target, its mesh and the tokenized chats, the same in every process; a draft."""
+"""The inputs that several commands share: a target, its mesh, and the tokenized chats, the same in every process."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from jsfdd.decoding.settings import DecodeSetup, Team, TreeShape
     from jsfdd.weights.target import Target
 
-_FILES_SHOWN = 40
+_MAX_LISTED_FILES = 40
 
 
 class Inputs(NamedTuple):
-    """What is known before any weights are read; the target has none yet."""
+    """The inputs before any weights are read; the target has none yet."""
 
     target: Target
     mesh: Mesh
     samples: Sequence[Sample]
     summary: TokenizeSummary
-    files: list[FileCounts]  # what became of each input file's rows
+    files: list[FileCounts]  # counts of each input file's rows
     shapes: tuple[Shape, ...]
 
 
@@ -41,35 +41,35 @@ class Loaded(NamedTuple):
     mesh: Mesh
     samples: Sequence[Sample]
     summary: TokenizeSummary
-    files: list[FileCounts]  # what became of each input file's rows
+    files: list[FileCounts]  # counts of each input file's rows
     shapes: tuple[Shape, ...]
-    identity: dict  # what every result from them depends on; JSON-ready
+    identity: dict  # JSON-ready: what every result from them depends on
 
 
 def read_inputs(model: ModelOptions, chats: ChatOptions) -> Inputs:
-    """The tokenized chats, and the target without its weights: a bad line should not cost a minute."""
+    """Read and tokenize the chats, and describe the target. Weights are not read, so that a bad line fails at once."""
     from jsfdd.base.mesh import make_mesh
     from jsfdd.base.processes import is_primary
     from jsfdd.data.batches import choose_shapes
     from jsfdd.data.rows import expand_names
     from jsfdd.data.tokenized import usable_processes
 
-    expand_names(chats.data)  # a name that is wrong should not even cost the target's tokenizer
+    expand_names(chats.data)  # fails on a wrong file name before the target's tokenizer is loaded
     mesh = make_mesh(model=model.model_shards)
     target = describe_target(model)
-    found = read_chats_for(target, chats, processes=usable_processes())
+    tokenized = read_chats_for(target, chats, processes=usable_processes())
     if is_primary():
-        show_counts(found.files, found.notes)
-    shapes = choose_shapes(found.samples.lengths, chats.batch_tokens)
-    return Inputs(target, mesh, found.samples, found.summary, found.files, shapes)
+        show_counts(tokenized.files, tokenized.notes)
+    shapes = choose_shapes(tokenized.samples.lengths, chats.batch_tokens)
+    return Inputs(target, mesh, tokenized.samples, tokenized.summary, tokenized.files, shapes)
 
 
 def read_chats_for(target: Target, chats: ChatOptions, processes: int = 1) -> TokenizedChats:
-    """The chats as the target's tokenizer reads them, cut where its context ends."""
+    """Read and tokenize the chats, and cut them at --max-length or where the target's context ends."""
     from jsfdd.data.tokenized import read_samples
 
     length = longest_sample(target, chats.max_length)
-    found = read_samples(
+    tokenized = read_samples(
         chats.data,
         target.tokenizer,
         length,
@@ -80,21 +80,21 @@ def read_chats_for(target: Target, chats: ChatOptions, processes: int = 1) -> To
         max_skipped=share_of("--max-skipped", chats.max_skipped),
         processes=processes,
     )
-    if length < chats.max_length and found.summary.truncated:
-        found.notes.append(
-            f"{len(found.summary.truncated):,} conversations are cut after {length} tokens, where the target's context ends "
-            f"(max_position_embeddings), before --max-length {chats.max_length}"
+    if length < chats.max_length and tokenized.summary.truncated:
+        tokenized.notes.append(
+            f"{len(tokenized.summary.truncated):,} conversations are cut after {length} tokens, where the target's context "
+            f"ends (max_position_embeddings), before --max-length {chats.max_length}"
         )
-    return found
+    return tokenized
 
 
 def longest_sample(target: Target, max_length: int) -> int:
-    """Tokens after which a conversation is cut."""
+    """The number of tokens after which a conversation is cut."""
     return min(max_length, target.config.max_position)
 
 
 def load(config, inputs: Inputs | None = None) -> Loaded:
-    """The inputs (those that `config.model` and `config.chats` name unless given) with the target's weights."""
+    """Load the target's weights, and read the inputs that `config.model` and `config.chats` name unless they are given."""
     from jsfdd.base.processes import agree
     from jsfdd.base.records import samples_digest, tokens_digest
 
@@ -102,7 +102,7 @@ def load(config, inputs: Inputs | None = None) -> Loaded:
     target = load_weights(config.model, inputs.mesh)
     length = longest_sample(target, config.chats.max_length)
     identity = identity_of(target, config.chats.data, length, target_dtype(config.model))
-    # What is stored belongs to tokens: another template that writes the same is no other, and the same one may write others.
+    # Results depend on the tokens, not on the template's text: different templates may write the same tokens.
     del identity["template"]
     identity["tokens"] = tokens_digest(inputs.samples)
     if "strftime_now" in target.tokenizer.chat_template:
@@ -112,7 +112,7 @@ def load(config, inputs: Inputs | None = None) -> Loaded:
 
 
 def load_weights(model: ModelOptions, mesh: Mesh | None = None) -> Target:
-    """The target with its weights, on the devices of a mesh or whole on the first device."""
+    """Load the target with its weights, onto the devices of a mesh, or whole onto the first device."""
     import jax.numpy as jnp
 
     from jsfdd.weights.target import load_target
@@ -128,7 +128,7 @@ def describe_target(model: ModelOptions) -> Target:
 
 
 def target_dtype(model: ModelOptions) -> str:
-    """What --dtype comes to on the devices that are here."""
+    """Resolve --dtype for the devices of this machine."""
     import jax
 
     if model.dtype != "auto":
@@ -137,7 +137,7 @@ def target_dtype(model: ModelOptions) -> str:
 
 
 def identity_of(target: Target, data: Sequence[Path], max_length: int, dtype: str) -> dict:
-    """What every result from a target and chats depends on; JSON-ready."""
+    """The identity of results from a target and chats: all that they depend on, JSON-ready."""
     from jsfdd.data.rows import input_digests
     from jsfdd.weights.tokenizer import tokenizer_digest
 
@@ -152,19 +152,19 @@ def identity_of(target: Target, data: Sequence[Path], max_length: int, dtype: st
 
 
 def template_digest(target: Target) -> str:
-    """sha256 hex of the chat template with all that the user said about it."""
+    """SHA-256 of the chat template, with the user's template options applied."""
     return hashlib.sha256(target.tokenizer.chat_template.encode()).hexdigest()
 
 
 def show_counts(files: Sequence[FileCounts], notes: Sequence[str] = ()) -> None:
-    """One line a file on stderr, their sums, and notes; of very many files only the first."""
+    """Print a line per file on stderr (at most 40), their sum, and notes."""
     from jsfdd.base.progress import console
     from jsfdd.data.counts import total
 
-    for counts in files[:_FILES_SHOWN]:
+    for counts in files[:_MAX_LISTED_FILES]:
         console.print(str(counts), soft_wrap=True)
-    if len(files) > _FILES_SHOWN:
-        console.print(f"… and {len(files) - _FILES_SHOWN} more files", soft_wrap=True)
+    if len(files) > _MAX_LISTED_FILES:
+        console.print(f"… and {len(files) - _MAX_LISTED_FILES} more files", soft_wrap=True)
     if len(files) > 1:
         console.print(str(total(files)), soft_wrap=True)
     for note in notes:
@@ -172,7 +172,7 @@ def show_counts(files: Sequence[FileCounts], notes: Sequence[str] = ()) -> None:
 
 
 def tree_shape(decoding: DecodingOptions) -> TreeShape | None:
-    """The tree that is asked for, None for chains. ValueError if its depth cannot hold it."""
+    """The tree shape of the options, None for chains. ValueError if the tree is larger than its depth allows."""
     from jsfdd.decoding.settings import TreeShape
 
     if not decoding.tree_nodes:
@@ -181,7 +181,7 @@ def tree_shape(decoding: DecodingOptions) -> TreeShape | None:
 
 
 def setup_of(target: Target, team: Team, decoding: DecodingOptions) -> DecodeSetup:
-    """How the target answers with these drafts."""
+    """Make the decoding setup for a target, its drafts and the options."""
     from jsfdd.decoding.settings import Cutoff, decode_setup
 
     return decode_setup(

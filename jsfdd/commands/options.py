@@ -1,7 +1,7 @@
 """Groups of options that several commands share. A command's config has them as fields, and tyro draws each as a panel.
 
-An option has one name, one meaning and one default wherever it appears. A group checks its values when it is made, on the
-command line and in Python alike: a bad one is a ValueError with the remedy, before any work.
+An option has the same name, meaning and default in every command. A group checks its values when it is made, from the command
+line or from Python: a wrong value raises ValueError, with the remedy, before any work is done.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jsfdd.training.recipe import PYTHON_ONLY, Recipe
 from jsfdd.weights.card import ExportDtype, Flavour
 from jsfdd.weights.chat_template import TemplateOptions, parse_date
 
-# "(default: None)" and "(default: False)" would say nothing.
+# Leave out hints such as "(default: None)" and "(default: False)".
 _UNSET = tyro.conf.arg(help_behavior_hint="")
 Flag = Annotated[bool, _UNSET]
 Paths = Annotated[tuple[Path, ...], tyro.conf.arg(help_behavior_hint="", metavar="PATH …")]
@@ -35,13 +35,13 @@ OptionalShare = Annotated[str | None, tyro.conf.arg(help_behavior_hint="", metav
 
 
 def check(option: str, value, good: bool, wanted: str) -> None:
-    """ValueError unless a value is `good`."""
+    """Raise ValueError unless `good`."""
     if not good:
         raise ValueError(f"{option}: got {value!r}, but it must be {wanted}")
 
 
 def share_of(option: str, text: str | None) -> float | None:
-    """A share that is written as 5% or 0.05; ValueError for anything else."""
+    """Parse a share written as 5% or 0.05; ValueError for anything else."""
     if text is None:
         return None
     number, factor = (text[:-1], 0.01) if text.endswith("%") else (text, 1.0)
@@ -58,18 +58,18 @@ def check_share(option: str, value: float) -> None:
 
 
 def check_at_least(least: int, **values: int | None) -> None:
-    """ValueError for the first option whose value is given and below `least`."""
+    """Raise ValueError for the first option whose value is below `least`; None passes."""
     for name, value in values.items():
         check(option_of(name), value, value is None or value >= least, f"{least} or more")
 
 
 def option_of(name: str) -> str:
-    """A field as one types it."""
+    """The option of a field: "--" and dashes for underscores."""
     return "--" + name.replace("_", "-")
 
 
 def flat(config) -> dict:
-    """The value of each option by its name, those of groups among them."""
+    """All options of a config by name, including those of its groups."""
     values = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -78,7 +78,7 @@ def flat(config) -> dict:
 
 
 def to_json(config) -> dict:
-    """A config as artifacts have it: flat, paths as strings, and nothing of the processes."""
+    """A config in the form that artifacts store: flat, paths as strings, without the process options."""
     processes = {field.name for field in dataclasses.fields(ProcessOptions)}
     return {name: _plain(value) for name, value in flat(config).items() if name not in processes}
 
@@ -90,7 +90,7 @@ def _plain(value):
 
 
 def options_of(kind: type) -> dict[str, tuple[type, dataclasses.Field]]:
-    """Every option of a config class: its type and field, by name; those of its groups among them."""
+    """All options of a config class by name, including those of its groups: (type, field)."""
     types, options = typing.get_type_hints(kind, include_extras=True), {}
     for field in dataclasses.fields(kind):
         if dataclasses.is_dataclass(types[field.name]):
@@ -101,9 +101,10 @@ def options_of(kind: type) -> dict[str, tuple[type, dataclasses.Field]]:
 
 
 def from_options(kind: type, **options):
-    """The config with these options, whichever group they belong to: `from_options(ScoreConfig, target="smollm2", …)`.
+    """Make a config from a flat list of options: `from_options(ScoreConfig, target="smollm2", …)`.
 
-    Raises ValueError for a name that the config does not have.
+    Raises:
+      ValueError: the config has no option of that name.
     """
     if unknown := sorted(set(options) - set(options_of(kind))):
         raise ValueError(f"{kind.__name__} has no option {', '.join(unknown)}; it has {', '.join(options_of(kind))}")
@@ -121,40 +122,40 @@ def from_options(kind: type, **options):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """The model that the draft is for."""
+    """The target model, for which the draft is trained."""
 
     target: str
     """The target model: a Hugging Face directory, a .gguf file, a hub name, or `smollm2` (the packaged demo model)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the target's weights and activations; `auto` is bfloat16 on a GPU or TPU and float32 on a CPU. Metrics, softmax and
-    losses are float32 either way."""
+    """Dtype of the target's weights and activations. `auto` is bfloat16 on a GPU or TPU, and float32 on a CPU. Metrics,
+    softmax and losses are always float32."""
     model_shards: int = 1
-    """Devices that share one copy of the target; the others take different rows. Must divide the devices."""
+    """Devices that share one copy of the target; each such group takes different rows. Must divide the number of devices."""
     chat_template: Annotated[str | None, tyro.conf.arg(help_behavior_hint="", metavar="FILE")] = None
-    """Another chat template than the target's: a file with Jinja text, or the name of one of several that it has."""
+    """A chat template to use instead of the target's: a Jinja file, or the name of one of the target's templates."""
     template_kwargs: Annotated[str | None, tyro.conf.arg(help_behavior_hint="", metavar="JSON")] = None
-    """Variables that the chat template reads, as in '{"enable_thinking": false}'; give what is served with."""
+    """Variables for the chat template, such as '{"enable_thinking": false}'. Use the values that the server uses."""
     date: str = "2024-07-26"
-    """What a chat template takes for today: one day, so that the same chats have the same tokens whenever they are read."""
+    """The date that chat templates see as today. It is fixed, so that the same chats always give the same tokens."""
 
     def __post_init__(self):
         check("--model-shards", self.model_shards, self.model_shards >= 1, "1 (whole on every device) or more")
         self.template_options()
 
     def template_options(self) -> TemplateOptions:
-        """What is said about the chat template. ValueError for a date that is none, or variables that are no JSON object."""
+        """The chat template's options. ValueError if the date is invalid, or the variables are not a JSON object."""
         parse_date(self.date)
         try:
             kwargs = json.loads(self.template_kwargs or "{}")
         except ValueError as error:
-            raise ValueError(f"--template-kwargs: got {self.template_kwargs!r}, which is no JSON ({error})") from error
+            raise ValueError(f"--template-kwargs: got {self.template_kwargs!r}, which is not JSON ({error})") from error
         check("--template-kwargs", self.template_kwargs, isinstance(kwargs, dict), "a JSON object of variables")
         return TemplateOptions(self.chat_template, kwargs, self.date)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChatOptions:
-    """The conversations, what counts in them, and how they are cut into batches."""
+    """The conversations, which of their tokens count, and their batches."""
 
     data: Paths
     """Chats: files (.jsonl, .json or .csv, each also .gz or .zst; .parquet, .arrow), directories, patterns such as
@@ -162,18 +163,18 @@ class ChatOptions:
     question and its answer."""
     mask_spans: MaskSpans = ()
     """Parts of answers that are read but neither scored nor trained on: `thinking` (`<think>…</think>`), `tool_calls`. By
-    default all of an answer counts."""
+    default the whole answer counts."""
     max_length: int = 2048
-    """Conversations are cut after this many tokens, or where the target's context ends."""
+    """Cut conversations after this many tokens, or where the target's context ends."""
     split_answers: Flag = False
-    """Where the chat template leaves out the thoughts of earlier answers, make every answer a sample, with its thought."""
+    """If the chat template drops the thoughts of earlier answers, make every answer a sample of its own, with its thought."""
     strict: Flag = False
-    """Make the first row that cannot be learned from an error; without it such rows are skipped and counted."""
+    """Stop at the first row that cannot be learned from. By default such rows are skipped and counted."""
     max_skipped: OptionalShare = None
-    """More skipped rows than this share of all are an error, as in 1%; 5%, if they are more than three, unless given."""
+    """Stop if more than this share of the rows is skipped, such as 1%. By default 5%, if more than three rows are skipped."""
     batch_tokens: int = 4096
-    """Tokens in one batch, padding included: rows × length of a bucket. A training step divides one over all devices;
-    scoring gives each device one. Neither scores nor drafts depend on how many devices there are."""
+    """Tokens in one batch, padding included: rows × length of a bucket. A training step divides a batch over all devices;
+    scoring gives each device a batch. Scores and drafts do not depend on the number of devices."""
 
     def __post_init__(self):
         check("--data", self.data, len(self.data) > 0, "at least one chat file")
@@ -184,12 +185,12 @@ class ChatOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SelectionOptions:
-    """What is kept of the scored samples."""
+    """Which of the scored samples are kept."""
 
     retain_ratio: float = 0.5
     """Share of the samples to keep."""
     within: Within = "all"
-    """Among which samples a share is kept: among all, or among those of each source, at least one of it."""
+    """Rank `all` samples together, or those of each `source` separately; then each source keeps this share, at least one."""
 
     def __post_init__(self):
         check_share("--retain-ratio", self.retain_ratio)
@@ -197,15 +198,15 @@ class SelectionOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MixtureOptions:
-    """How much of each source is trained on."""
+    """How much of each source is in the training data."""
 
     mix: Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="", metavar="SOURCE=WEIGHT …")] = ()
-    """Train on a mixture of sources, as in `math=0.5 chat=0.5`; a row's source is its "source" or else its file's name. Weights
-    are shares of the conversations; sources without one are left out. What is selected and not held out is mixed, and nothing
-    is repeated."""
+    """Train on a mixture of sources, such as `math=0.5 chat=0.5`. A row's source is its "source", or else its file's name.
+    Weights are shares of the conversations; sources without a weight are left out. The mixture takes selected samples that are
+    not held out, each at most once."""
     mix_total: OptionalInt = None
-    """Conversations in the mixture; as many as the scarcest source allows unless given. A larger mixture holds a smaller
-    one's."""
+    """Conversations in the mixture. Default: as many as the scarcest source allows. A larger mixture contains the smaller
+    ones."""
 
     def __post_init__(self):
         parts = [re.fullmatch(r"(.+)=(\d+|\d*\.\d+)", part) for part in self.mix]
@@ -213,16 +214,16 @@ class MixtureOptions:
         check("--mix", self.mix, good, "different SOURCE=WEIGHT with weights above 0, as in math=0.5 chat=0.5")
         check_at_least(1, mix_total=self.mix_total)
         if self.mix_total is not None and not self.mix:
-            raise ValueError("--mix-total is the size of a mixture; say of what with --mix SOURCE=WEIGHT …")
+            raise ValueError("--mix-total is the size of a mixture; give its sources with --mix SOURCE=WEIGHT …")
 
     @property
     def shares(self) -> dict[str, float]:
-        """Each source's share of the mixture; empty without one."""
+        """Each source's share of the mixture; empty without a mixture."""
         weights = {source: float(weight) for source, _, weight in (part.rpartition("=") for part in sorted(self.mix))}
         return {source: weight / sum(weights.values()) for source, weight in weights.items()}
 
 
-# The recipe, but for what only Python can set: the command line neither shows nor takes those.
+# The recipe on the command line: fields that only Python can set are fixed and hidden.
 RecipeOptions = dataclasses.make_dataclass(
     "RecipeOptions",
     [(name, tyro.conf.Fixed[typing.get_type_hints(Recipe)[name]], getattr(Recipe, name)) for name in PYTHON_ONLY],
@@ -238,9 +239,9 @@ class HiddenOptions:
     """The target's hidden states, which training reads."""
 
     no_hidden_store: Flag = False
-    """Store none: the target computes those of each batch anew in every epoch."""
+    """Do not store hidden states. The target then computes those of each batch again in every epoch."""
     hidden_dtype: HiddenDtype = "bfloat16"
-    """How they are stored. int8 has a scale for each token and takes half of bfloat16's disk."""
+    """Dtype of stored hidden states. int8 has a scale per token and takes half of bfloat16's disk."""
 
     def __post_init__(self):
         if self.no_hidden_store and self.hidden_dtype == "int8":
@@ -254,17 +255,17 @@ class DecodingOptions:
     max_new_tokens: int = 128
     """Longest answer, in tokens."""
     temperature: float = 0.0
-    """0 decodes greedily; above 0 samples from the target's distribution at this temperature."""
+    """0 decodes greedily; above 0, sample from the target's distribution at this temperature."""
     top_k: int = 0
-    """Above temperature 0, sample among the target's this many most probable tokens; 0 for all."""
+    """Above temperature 0, sample only from the k most probable tokens; 0 for all."""
     top_p: float = 1.0
-    """Above temperature 0, sample among the fewest most probable tokens that together have this share of the probability."""
+    """Above temperature 0, sample only from the smallest set of most probable tokens with at least this total probability."""
     num_draft_tokens: int = 4
-    """Draft tokens in a row (γ): the length of a chain, the depth of a tree."""
+    """Draft tokens in a row (γ): the length of a chain or the depth of a tree."""
     tree_nodes: int = 0
-    """Verify a tree of this many draft tokens (EAGLE-2 takes 60) instead of a chain, which is 0."""
+    """Verify a tree of this many draft tokens (EAGLE-2 uses 60); 0 verifies a chain."""
     tree_top_k: int = 10
-    """Children of a tree's node, and nodes that the draft reads per level."""
+    """Children per node of a tree, and nodes that the draft reads per level."""
 
     def __post_init__(self):
         check_at_least(1, max_new_tokens=self.max_new_tokens, tree_top_k=self.tree_top_k)
@@ -277,13 +278,13 @@ class DecodingOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DraftOptions:
-    """The drafts that decode."""
+    """The drafts to decode with."""
 
     draft: Paths = ()
-    """Training runs' directories, their checkpoints/, or exported drafts. Without one, a token a step."""
+    """Training runs' directories, their checkpoints/, or exported drafts. Without a draft, decoding is plain."""
     combine: Annotated[CombineBy | None, _UNSET] = None
-    """Decode with all drafts at once: `average` their weights into one draft, `route` each step to the draft that is surest of
-    its tree, or `merge` their trees into one of --tree-nodes. The earlier draft counts where they tie."""
+    """Decode with all drafts at once: `average` their weights into one draft, `route` each step to the draft whose tree is the
+    most probable, or `merge` their trees into one of --tree-nodes. In a tie the earlier draft wins."""
 
 
 def check_num_draft_tokens(value: int) -> None:
@@ -292,31 +293,31 @@ def check_num_draft_tokens(value: int) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """Exported drafts."""
+    """The format of exported drafts."""
 
     flavour: Flavour = "vllm"
-    """Whose layout exported drafts have."""
+    """The layout of exported drafts."""
     export_dtype: ExportDtype = "keep"
-    """Of an exported draft's tensors; `keep` writes them as they are, and they are trained in float32."""
+    """Dtype of exported tensors. `keep` writes them as they are; training makes them float32."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProcessOptions:
-    """How several processes find each other. No result depends on it, so no artifact stores it."""
+    """How several processes find each other. Results do not depend on these options, so no artifact stores them."""
 
     coordinator: OptionalText = None
-    """HOST:PORT of process 0, the same for all processes; or `auto` on a TPU pod or under SLURM. One process unless given."""
+    """HOST:PORT of process 0, the same for all processes; or `auto` on a TPU pod or under SLURM. Default: a single process."""
     num_processes: OptionalInt = None
-    """How many processes there are; goes with --coordinator HOST:PORT."""
+    """Number of processes. Goes with --coordinator HOST:PORT."""
     process_id: OptionalInt = None
-    """Which of them this is, from 0."""
+    """Number of this process, from 0. Goes with --coordinator HOST:PORT."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OutputOptions:
-    """What is done and printed."""
+    """How the command runs and prints."""
 
     dry_run: Flag = False
-    """Read and check the inputs, print what would be done, and stop: no model runs and no file is written."""
+    """Read and check the inputs, print what would be done, and stop. No model runs and no file is written."""
     json: Flag = False
-    """Print the result as one line of JSON on stdout, for scripts; progress and errors stay on stderr."""
+    """Print the result as one line of JSON on stdout, for scripts. Progress and errors stay on stderr."""

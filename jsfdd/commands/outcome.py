@@ -1,4 +1,4 @@
-"""What a command gives back: values for `--json`, words for a person, and the exit code."""
+"""The outcome of a command: values for `--json`, words for a person, and the exit code."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 
 class Outcome(NamedTuple):
-    """A finished command.
+    """The outcome of a command.
 
     Attributes:
-      values: JSON-ready; "command" and the paths of what was written among them.
-      words: the same in short, for a person.
-      exit_code: of the process.
+      values: JSON-ready, including "command" and the paths of written files.
+      words: a summary for a person.
+      exit_code: the process's exit code.
     """
 
     values: dict
@@ -38,27 +38,28 @@ def show(outcome: Outcome, as_json: bool) -> None:
 def planned(
     command: str, values: dict, words: Sequence[str], out: Path, files: Sequence[str], continues: Path | None = None
 ) -> Outcome:
-    """The outcome of a dry run that would write files; `continues` is what an earlier start would have left.
+    """Make the outcome of a dry run that would write files. If `continues` exists, an earlier call was interrupted.
 
-    Raises NotADirectoryError if `out` is a file.
+    Raises:
+      NotADirectoryError: `out` is a file.
     """
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"{out}: not a directory; choose another --out")
     started = continues is not None and continues.exists()
     paths = [f"{out / file}{'/' if file.endswith('/') else ''}" for file in files]
-    begin = "continue what was begun in" if started else "write to"
+    begin = "continue in" if started else "write to"
     values = values | {"continues": started, "would_write": paths}
     return described(command, values, [*words, f"{begin} {out}: {', '.join(files)}"])
 
 
 def described(command: str, values: dict, words: Sequence[str]) -> Outcome:
-    """The outcome of a dry run that would write no file."""
+    """Make the outcome of a dry run that would write no file."""
     lines = [f"dry run of {command}: nothing was computed or written", *words]
     return Outcome({"command": command, "dry_run": True} | values, "\n  ".join(lines))
 
 
 def rendered(draw: Callable[[Console], None], **settings) -> str:
-    """What `draw` prints on a console, as text."""
+    """Capture what `draw` prints on a console, as text."""
     from rich.console import Console
 
     out = Console(highlight=False, **settings)
@@ -68,7 +69,7 @@ def rendered(draw: Callable[[Console], None], **settings) -> str:
 
 
 def counts_to_json(files: Sequence[FileCounts]) -> list[dict]:
-    """The counts of `data.counts`, JSON-ready."""
+    """The counts of input files, JSON-ready."""
     return [counts.to_json() for counts in files]
 
 

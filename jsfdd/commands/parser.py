@@ -1,4 +1,4 @@
-"""The command line's parser: a config's fields are options and its groups panels, drawn by tyro; examples below."""
+"""Parse the command line with tyro: a config's fields become options, its groups panels; examples follow the help."""
 
 from __future__ import annotations
 
@@ -20,36 +20,40 @@ _STYLE = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff, tyro.conf.Dis
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked(Generic[Config]):
-    """A command's config, and how to answer."""
+class Invocation(Generic[Config]):
+    """A parsed command line: the command's config, and the output options."""
 
     config: Annotated[Config, tyro.conf.arg(name="")]
     output: OutputOptions
 
 
 class Command(NamedTuple):
-    """The config class of a command, and what its help ends with."""
+    """A command's config class, and the examples that end its help."""
 
     config: type
     examples: str
 
 
-def parse(name: str, command: Command, words: Sequence[str]) -> Asked:
-    """The config that a command's words ask for.
+def parse(name: str, command: Command, words: Sequence[str]) -> Invocation:
+    """Parse a command's arguments into its config and the output options.
 
     Raises:
       SystemExit: 0 after --help, 2 for an unknown or missing option.
-      ValueError: a value is not a good one, or an option of several values is given twice: tyro would forget the first.
+      ValueError: a value is wrong, or an option that takes several values is given twice; tyro would drop the first.
     """
     _explain(command.config)
-    several = {option_of(option) for option, (kind, _) in options_of(command.config).items() if _is_tuple(kind)}
-    given = [word.partition("=")[0].replace("_", "-") for word in words]
-    for option in sorted(several):
-        if given.count(option) > 1:
-            raise ValueError(f"{option}: given {given.count(option)} times; give all its values after one, as in {option} A B")
+    lists = {option_of(option) for option, (kind, _) in options_of(command.config).items() if _is_tuple(kind)}
+    names = [word.partition("=")[0].replace("_", "-") for word in words]
+    for option in sorted(lists):
+        if (count := names.count(option)) > 1:
+            raise ValueError(f"{option}: given {count} times; give all its values after one, as in {option} A B")
     try:
         return tyro.cli(
-            Asked[command.config], args=words, prog=f"jsfdd {name}", description=inspect.getdoc(command.config), config=_STYLE
+            Invocation[command.config],
+            args=words,
+            prog=f"jsfdd {name}",
+            description=inspect.getdoc(command.config),
+            config=_STYLE,
         )
     except SystemExit as stop:
         if not stop.code:
@@ -58,11 +62,12 @@ def parse(name: str, command: Command, words: Sequence[str]) -> Asked:
 
 
 def completion_script(commands: Mapping[str, Command], shell: str) -> str:
-    """A completion script of the whole command line, for bash, zsh or fish."""
+    """Make the completion script of the whole command line, for bash, zsh or fish."""
     for command in commands.values():
         _explain(command.config)
     members = tuple(
-        Annotated[Asked[command.config], tyro.conf.subcommand(name, prefix_name=False)] for name, command in commands.items()
+        Annotated[Invocation[command.config], tyro.conf.subcommand(name, prefix_name=False)]
+        for name, command in commands.items()
     )
     with contextlib.redirect_stdout(io.StringIO()) as script, contextlib.suppress(SystemExit):
         tyro.cli(typing.Union[members], prog="jsfdd", args=["--tyro-write-completion", shell, "-"], config=_STYLE)  # noqa: UP007
@@ -70,7 +75,7 @@ def completion_script(commands: Mapping[str, Command], shell: str) -> str:
 
 
 def _explain(kind: type) -> None:
-    """Give tyro the docstring under each option as one paragraph; left alone, it keeps the line breaks of the source."""
+    """Give tyro the docstring of each option as one paragraph. By default it keeps the source's line breaks."""
     fields = {field.name: field for field in dataclasses.fields(kind)}
     for base in reversed([base for base in kind.__mro__ if dataclasses.is_dataclass(base)]):
         for option in docstring_parser.parse_from_object(base).params:

@@ -1,7 +1,7 @@
-"""`plan`: does it fit on these devices, and for how long does it run at least? The costs of the stages are in `costs.py`.
+"""`jsfdd plan`: estimate whether a run fits on the devices, and its shortest time. `costs.py` computes each stage's cost.
 
-No weights are read and nothing is allocated: a 70B config.json will do. Time is arithmetic over all devices' peak or
-measured matmul rate: a lower bound, never a promise.
+No weights are read and nothing is allocated, so a 70B model's config.json is enough. The time is the FLOPs divided by the
+devices' peak or measured rate of matrix products, which is a lower bound.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 
 GB = 1e9
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_CHARACTERS_PER_TOKEN = 4  # where there is no tokenizer to ask
-_TEMPLATE_TOKENS = 5  # per message, where there is none
-_USABLE = 0.9  # of a device's memory: the runtime and fragmentation take the rest
+_CHARACTERS_PER_TOKEN = 4  # an estimate, for targets without a tokenizer
+_TEMPLATE_TOKENS = 5  # per message; an estimate, for targets without a tokenizer
+_USABLE = 0.9  # share of a device's memory; the runtime and fragmentation take the rest
 
 EXAMPLES = """
 jsfdd plan --target smollm2 --data chats.jsonl
@@ -48,7 +48,7 @@ jsfdd plan --target DIR --data chats.jsonl --devices 16 --device-kind "TPU v5"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanConfig:
-    """Estimate memory, time and disk of every stage from shapes alone."""
+    """Estimate memory, time and disk of every stage, without weights."""
 
     model: ModelOptions
     chats: ChatOptions
@@ -57,17 +57,17 @@ class PlanConfig:
     epochs: int = RecipeOptions.epochs
     """Passes over the kept samples."""
     soft_targets: SoftTargets = RecipeOptions.soft_targets
-    """What is stored of the target's distributions, as for `jsfdd train`."""
+    """Soft targets to store, as for `jsfdd train`."""
     soft_top_k: int = RecipeOptions.soft_top_k
-    """Tokens that --soft-targets top_k stores of each distribution."""
+    """Tokens per distribution that --soft-targets top_k stores."""
     max_new_tokens: int = DecodingOptions.max_new_tokens
     """Longest answer of an evaluation, in tokens."""
     batch_size: int = 8
     """Prompts decoded together."""
     devices: OptionalInt = None
-    """How many devices; those that are here unless given."""
+    """Number of devices. Default: those of this machine."""
     device_kind: OptionalText = None
-    """Which, as JAX names them: "TPU v5 lite", "NVIDIA H200", …; those that are here unless given."""
+    """Kind of the devices, as JAX names it: "TPU v5 lite", "NVIDIA H200", … Default: that of this machine."""
 
     def __post_init__(self):
         check_share("--retain-ratio", self.retain_ratio)
@@ -76,13 +76,13 @@ class PlanConfig:
 
 
 class Devices(NamedTuple):
-    """What there is to run on.
+    """The devices of a plan.
 
     Attributes:
-      count, kind: how many of which.
-      memory: bytes of one.
-      rate: FLOP/s of one in matrix products.
-      source: where the rate is from.
+      count, kind: their number and JAX's name of their kind.
+      memory: bytes of one device.
+      rate: FLOP/s of one device in matrix products.
+      source: where the rate comes from.
     """
 
     count: int
@@ -93,7 +93,7 @@ class Devices(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What `prepare` found; `suggested` is the fewest model shards that fit, None if no number does."""
+    """The estimates; `suggested` is the smallest number of model shards that fits, None if none does."""
 
     stages: list[Stage]
     devices: Devices
@@ -103,11 +103,11 @@ class Plan(NamedTuple):
 
 
 def prepare(config: PlanConfig) -> Plan:
-    """The plan of all stages for what `config` names: all of the work, which is arithmetic.
+    """Compute the whole plan.
 
     Raises:
-      ValueError: --model-shards does not divide the devices or a parameter, or a device is not known; and what reading
-        the config and the chats raises.
+      ValueError: --model-shards does not divide the devices or a parameter, a device kind is unknown, or the target's config
+        or the chats are wrong.
     """
     devices, model_shards = find_devices(config.devices, config.device_kind), config.model.model_shards
     if devices.count % model_shards:
@@ -118,7 +118,7 @@ def prepare(config: PlanConfig) -> Plan:
 
 
 def _read(config: PlanConfig) -> tuple[DecoderConfig, Lengths]:
-    """The target's architecture, and how long the conversations are."""
+    """Read the target's architecture, and the lengths of the conversations."""
     import numpy as np
 
     from jsfdd.commands.costs import Lengths
@@ -137,7 +137,7 @@ def _read(config: PlanConfig) -> tuple[DecoderConfig, Lengths]:
 
 
 def suggest_model_shards(config: PlanConfig, target: DecoderConfig, lengths: Lengths, devices: Devices) -> int | None:
-    """The fewest model shards with which every stage fits in 90% of a device's memory; None if no number does."""
+    """The smallest number of model shards for which every stage fits in 90% of a device's memory; None if there is none."""
     for shards in range(1, devices.count + 1):
         if devices.count % shards == 0 and _divides(target, shards):
             stages = plan_stages(config, target, lengths, devices, shards)
@@ -149,7 +149,7 @@ def suggest_model_shards(config: PlanConfig, target: DecoderConfig, lengths: Len
 def plan_stages(
     config: PlanConfig, target: DecoderConfig, lengths: Lengths, devices: Devices, model_shards: int
 ) -> list[Stage]:
-    """All stages on a mesh of `devices` of which `model_shards` share a copy of the target."""
+    """The costs of all stages on `devices`, of which groups of `model_shards` share a copy of the target."""
     from jsfdd.commands import costs
     from jsfdd.training.recipe import Recipe
 
@@ -166,31 +166,31 @@ def plan_stages(
 
 
 def _dtype(config: PlanConfig, devices: Devices) -> str:
-    """The dtype that --dtype comes to on these devices."""
+    """Resolve --dtype for these devices."""
     if config.model.dtype != "auto":
         return config.model.dtype
     return "float32" if devices.kind == "cpu" else "bfloat16"
 
 
 def run(config: PlanConfig, plan: Plan) -> Outcome:
-    stages = [{name: _known(value) for name, value in stage._asdict().items()} for stage in plan.stages]
+    stages = [{name: _nan_to_none(value) for name, value in stage._asdict().items()} for stage in plan.stages]
     values = {"command": "plan", "stages": stages, "devices": plan.devices._asdict()}
     values |= {"model_shards": plan.model_shards, "suggested_model_shards": plan.suggested}
     return Outcome(values, rendered(lambda out: print_plan(plan, out)).rstrip("\n"))
 
 
 def describe(config: PlanConfig, plan: Plan) -> Outcome:
-    """A plan runs no model and writes nothing: its dry run is the plan."""
+    """A plan runs no model and writes nothing, so its dry run is the plan."""
     return run(config, plan)
 
 
-def _known(value):
-    """A value for JSON, which has no NaN."""
+def _nan_to_none(value):
+    """JSON has no NaN."""
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def print_plan(plan: Plan, out: Console) -> None:
-    """The plan as a table."""
+    """Print the plan as a table."""
     from rich import box
     from rich.table import Table
 
@@ -216,7 +216,9 @@ def print_plan(plan: Plan, out: Console) -> None:
         )  # fmt: skip
     out.print(table)
     if plan.suggested is None:
-        out.print(f"no mesh of these {devices.count} devices holds every stage: take more, larger ones, or --batch-tokens less")
+        out.print(
+            f"no mesh of these {devices.count} devices fits every stage: use more or larger devices, or less --batch-tokens"
+        )
     else:
         out.print(
             f"smallest that fits: --model-shards {plan.suggested}, a mesh of {devices.count // plan.suggested} × "
@@ -225,27 +227,27 @@ def print_plan(plan: Plan, out: Console) -> None:
 
 
 def find_devices(count: int | None, kind: str | None) -> Devices:
-    """So many devices of a kind; what is None is taken from the devices that are here.
+    """Describe `count` devices of a kind; None stands for the number or kind of this machine's devices.
 
     Raises:
-      ValueError: a kind that is neither here nor known.
+      ValueError: a kind that is unknown and not this machine's.
     """
     import jax
 
     from jsfdd.base.hardware import KNOWN_DEVICES
 
-    here = jax.devices()[0]
-    kind, count = kind or here.device_kind, count or jax.device_count()
+    local_kind = jax.devices()[0].device_kind
+    kind, count = kind or local_kind, count or jax.device_count()
     if kind in KNOWN_DEVICES:
         gigabytes, teraflops = KNOWN_DEVICES[kind]
         return Devices(count, kind, gigabytes * GB, teraflops * 1e12, "peak, bfloat16")
-    if kind != here.device_kind:
-        raise ValueError(f"--device-kind: {kind!r} is not known; known are {', '.join(KNOWN_DEVICES)}")
-    return Devices(count, kind, _memory_here(), _matmul_rate(), "measured here")
+    if kind != local_kind:
+        raise ValueError(f"--device-kind: {kind!r} is unknown; choose from {', '.join(KNOWN_DEVICES)}")
+    return Devices(count, kind, _local_memory(), _matmul_rate(), "measured here")
 
 
 def estimate_lengths(chats: Iterable[Chat], max_length: int) -> Lengths:
-    """Where there is no tokenizer: four characters a token, and five tokens of template a message."""
+    """Estimate lengths without a tokenizer: four characters per token, and five template tokens per message."""
     import numpy as np
 
     from jsfdd.commands.costs import Lengths
@@ -265,8 +267,8 @@ def _divides(config: DecoderConfig, shards: int) -> bool:
     )
 
 
-def _memory_here() -> float:
-    """Bytes of one device: the host's, shared by all, where the device is its CPU."""
+def _local_memory() -> float:
+    """Bytes of one of this machine's devices. CPU devices share the host's memory equally."""
     import os
 
     import jax
@@ -278,7 +280,7 @@ def _memory_here() -> float:
 
 
 def _matmul_rate(size: int = 1024) -> float:
-    """FLOP/s of the best of five float32 products of two [size, size] matrices on the first device."""
+    """Measure FLOP/s on the first device: the best of five float32 products of two [size, size] matrices."""
     import jax
     import jax.numpy as jnp
 

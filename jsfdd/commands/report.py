@@ -1,4 +1,4 @@
-"""`jsfdd report`: one self-contained HTML page of a run."""
+"""`jsfdd report`: draw a run as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class ReportConfig:
     run: tyro.conf.Positional[Path]
     """Directory of `jsfdd run` or `jsfdd demo`."""
     out: OptionalPath = None
-    """Where to write the page; report.html in the run's directory unless given."""
+    """File to write. Default: report.html in the run's directory."""
 
 
 def prepare(config: ReportConfig) -> None:
-    """Nothing: `run` reads the run's files and checks them before it writes."""
+    """Nothing to prepare: `run` reads and checks the run's files before it writes."""
 
 
 def run(config: ReportConfig, _: None) -> Outcome:

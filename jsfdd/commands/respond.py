@@ -1,10 +1,10 @@
-"""`jsfdd respond`: the target answers the users' turns of chats, and its own text becomes a file of chats.
+"""`jsfdd respond`: let the target answer the users' turns of chats, and write its answers as a new file of chats.
 
-    answers.jsonl         {"id", "source", "messages", "answered_by": {…}} a conversation, in the order of the input
-    answers.jsonl.parts   the answers as they come (`decoding.conversation_log`): what a later call continues from
+    answers.jsonl         one line {"id", "source", "messages", "answered_by": {…}} per conversation, in the order of the input
+    answers.jsonl.parts   a log of the answers (`decoding.conversation_log`), from which an interrupted run continues
 
-Drafts learn best from the target's own text. An answer that was cut at --max-new-tokens has `"truncated": true` in its
-message: every command reads its text and does not count the end-of-turn token that the template puts after it.
+Drafts learn best from the target's own text. If an answer was cut at --max-new-tokens, its message has `"truncated": true`:
+every command reads its text, but does not count the end-of-turn token that the template adds.
 """
 
 from __future__ import annotations
@@ -59,28 +59,28 @@ jsfdd respond --target DIR --data chats/ --temperature 0.7 --out answers.jsonl -
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RespondConfig:
-    """Let the target answer the users' turns of chats. A draft learns best from the target's words."""
+    """Let the target answer the users' turns of chats. A draft learns best from the target's own text."""
 
     model: ModelOptions
     decoding: DecodingOptions = DecodingOptions()
     drafts: DraftOptions = DraftOptions()
     processes: ProcessOptions = ProcessOptions()
     data: Paths
-    """Chats, as for `jsfdd score`; of their answers nothing is read."""
+    """Chats, as for `jsfdd score`. Their answers are ignored."""
     out: Path
-    """File of chats to write, ending in .jsonl; an interrupted run continues it, with what is in FILE.parts."""
+    """File of chats to write; its name must end in .jsonl. An interrupted run continues from FILE.parts."""
     turns: Literal["all", "first"] = "all"
-    """Answer every turn of the user, each after the target's earlier answers, or only the first one."""
+    """Answer every turn of the user, after the target's answers to the earlier turns, or only the first turn."""
     max_length: int = ChatOptions.max_length
-    """Conversations end before a turn that would make them longer than this many tokens."""
+    """A conversation ends before a turn that would make it longer than this many tokens."""
     strict: Flag = False
-    """Make the first row that asks nothing an error; without it such rows are skipped and counted."""
+    """Stop at the first row without a question. By default such rows are skipped and counted."""
     max_skipped: OptionalShare = None
-    """More skipped rows than this share of all are an error, as for `jsfdd score`."""
+    """Stop if more than this share of the rows is skipped, as for `jsfdd score`."""
     batch_size: int = 8
     """Prompts decoded together."""
     seed: int = 0
-    """Seeds every random choice of the command."""
+    """Seed of every random choice of the command."""
 
     def __post_init__(self):
         check("--data", self.data, len(self.data) > 0, "at least one chat file")
@@ -92,14 +92,14 @@ class RespondConfig:
 
 
 class Prepared(NamedTuple):
-    """What is to be answered, and how; known before any weights of the target are read.
+    """The questions and how to answer them, prepared without the target's weights.
 
     Attributes:
       questions: in the order of the input.
-      files: what became of each input file's rows.
+      files: counts of each input file's rows.
       team: the drafts, if any.
       setup: how to decode.
-      longest_prompt: tokens of a prompt that still has an answer.
+      longest_prompt: the most tokens of a prompt that is answered.
     """
 
     questions: list[Questions]
@@ -110,12 +110,12 @@ class Prepared(NamedTuple):
 
 
 class Responses(NamedTuple):
-    """What was answered.
+    """The answered conversations.
 
     Attributes:
-      conversations: in the order of the file.
-      files: what became of each input file's rows.
-      tau: tokens per verification; None without a draft.
+      conversations: in the order of the output file.
+      files: counts of each input file's rows.
+      tau: tokens emitted per verification; None without a draft.
     """
 
     conversations: list[Conversation]
@@ -123,7 +123,7 @@ class Responses(NamedTuple):
     tau: float | None
 
     def counts(self) -> dict[str, int]:
-        """Conversations, answers, tokens, answers cut short, and conversations that ended early, by reason."""
+        """Numbers of conversations, answers, tokens and truncated answers, and of conversations that ended early, by reason."""
         answers = [answer for conversation in self.conversations for answer in conversation.answers]
         ended = Counter(conversation.ended for conversation in self.conversations)
         return {
@@ -138,7 +138,7 @@ class Responses(NamedTuple):
 
 
 def prepare(config: RespondConfig) -> Prepared:
-    """Read and check all that `respond` needs but the target's weights; shows what became of the input's rows."""
+    """Read and check the inputs without the target's weights, and print the counts of the input's rows."""
     from jsfdd.base.processes import is_primary
     from jsfdd.data.chat import read_chat_files
     from jsfdd.data.counts import check_too_many_skipped, count_questions_by_file
@@ -150,7 +150,7 @@ def prepare(config: RespondConfig) -> Prepared:
         raise IsADirectoryError(f"{config.out}: a directory; give --out the name of a file")
     if config.out.exists() and not parts_of(config.out).exists():
         raise FileExistsError(f"{config.out}: already there, without {parts_of(config.out).name}; choose another --out")
-    found = read_chat_files(config.data, answered=False, strict=config.strict)
+    chat_files = read_chat_files(config.data, answered=False, strict=config.strict)
     target = describe_target(config.model)
     team = one_team(config.drafts, target.config.num_layers)
     for name, draft in team.drafts.items():
@@ -158,16 +158,16 @@ def prepare(config: RespondConfig) -> Prepared:
     setup = setup_of(target, team, config.decoding)
     longest_prompt = min(config.max_length, target.config.max_position) - config.decoding.max_new_tokens
     questions, summary = questions_of(
-        found.chats,
+        chat_files.chats,
         target.tokenizer,
         longest_prompt=longest_prompt,
         first_turn_only=config.turns == "first",
         vocab_size=target.config.vocab_size,
     )
-    files = count_questions_by_file(found, summary)
+    files = count_questions_by_file(chat_files, summary)
     if is_primary():
-        show_counts(files, found.notes())
-    check_too_many_skipped(files, found.skipped.first | summary.first, share_of("--max-skipped", config.max_skipped))
+        show_counts(files, chat_files.notes())
+    check_too_many_skipped(files, chat_files.skipped.first | summary.first, share_of("--max-skipped", config.max_skipped))
     return Prepared(questions, files, team, setup, longest_prompt)
 
 
@@ -180,7 +180,7 @@ def run(config: RespondConfig, prepared: Prepared) -> Outcome:
     early = {
         "after such an answer": counts["ended_after_truncated"],
         "for their length": counts["ended_too_long"],
-        "at what the chat template refuses": counts["ended_refused"],
+        "at a turn that the chat template refuses": counts["ended_refused"],
     }
     ended = ", ".join(f"{count:,} {reason}" for reason, count in early.items() if count)
     words += f"; ended early: {ended}" if ended else ""
@@ -203,24 +203,24 @@ def describe(config: RespondConfig, prepared: Prepared) -> Outcome:
     words = [
         f"answer {many(values['conversations'], 'conversation')} ({many(values['skipped'], 'row')} skipped): "
         f"{many(answers, 'answer')} of up to {many(config.decoding.max_new_tokens, 'token')}",
-        f"{config.batch_size} at a time, {' and '.join(prepared.team.drafts) or 'a token a step'}",
+        f"{config.batch_size} at a time, {' and '.join(prepared.team.drafts) or 'without a draft'}",
     ]
     parts = parts_of(config.out)
     return planned("respond", values, words, config.out.parent, [config.out.name, parts.name], continues=parts)
 
 
-def respond(config: RespondConfig, asked: Prepared | None = None) -> Responses:
-    """Write a file of chats; returns what it holds. A second call continues, never decodes again."""
+def respond(config: RespondConfig, prepared: Prepared | None = None) -> Responses:
+    """Write a file of chats, and return its content. A second call continues, and decodes nothing again."""
     from jsfdd.base.lock import sole_writer
     from jsfdd.base.processes import agree_on_directory
 
-    asked = asked or prepare(config)
+    prepared = prepared or prepare(config)
     agree_on_directory(config.out.parent)
     with sole_writer(config.out):
-        return _respond(config, asked)
+        return _respond(config, prepared)
 
 
-def _respond(config: RespondConfig, asked: Prepared) -> Responses:
+def _respond(config: RespondConfig, prepared: Prepared) -> Responses:
     import numpy as np
 
     from jsfdd.base.mesh import make_mesh, round_up_to_shards
@@ -232,24 +232,24 @@ def _respond(config: RespondConfig, asked: Prepared) -> Responses:
     mesh = make_mesh(model=config.model.model_shards)
     target = load_weights(config.model, mesh)
     batch_size = round_up_to_shards(config.batch_size, mesh)
-    identity = _identity(config, target, asked, batch_size)
+    identity = _identity(config, target, prepared.team, batch_size)
     agree({"the options": to_json(config), **identity})
     log = parts_of(config.out)
     finished = read_log(log, identity)
-    agree({"the answers that an earlier call left": finished})  # and so that no one writes before all have read
+    agree({"the answers that an earlier call left": finished})  # also makes sure that all have read before one writes
     if is_primary():
         open_log(log, identity)
-    done, total = sum(len(batch.answers) for batch in finished), sum(len(each.turns) for each in asked.questions)
+    done, total = sum(len(batch.answers) for batch in finished), sum(len(item.turns) for item in prepared.questions)
     with progress("respond", "answers", total, finished=done, shown=is_primary()) as bar:
         conversations, accept_counts = answer_all(
             target,
-            asked.setup,
-            asked.team.params,
-            asked.questions,
+            prepared.setup,
+            prepared.team.params,
+            prepared.questions,
             mesh,
             temperature=config.decoding.temperature,
             batch_size=batch_size,
-            longest_prompt=asked.longest_prompt,
+            longest_prompt=prepared.longest_prompt,
             seed=config.seed,
             finished=finished,
             keep=lambda batch: append_batch(log, batch) if is_primary() else None,
@@ -260,21 +260,21 @@ def _respond(config: RespondConfig, asked: Prepared) -> Responses:
     wait_for_all("answers written")
     steps = accept_counts.sum()
     emitted = accept_counts @ np.arange(1, len(accept_counts) + 1)
-    return Responses(conversations, asked.files, float(emitted / steps) if asked.team.drafts and steps else None)
+    return Responses(conversations, prepared.files, float(emitted / steps) if prepared.team.drafts and steps else None)
 
 
 def parts_of(out: Path) -> Path:
-    """Where the answers are kept as they come; no name of a chat file, so that --data never reads it."""
+    """The log of answers. Its name is not that of a chat file, so that --data never reads it."""
     return out.with_name(out.name + ".parts")
 
 
-def _identity(config: RespondConfig, target: Target, asked: Prepared, batch_size: int) -> dict:
-    """What the answers depend on; JSON-ready."""
+def _identity(config: RespondConfig, target: Target, team: Team, batch_size: int) -> dict:
+    """All that the answers depend on; JSON-ready."""
     names = ("model_shards", "turns", "max_new_tokens", "temperature", "top_k", "top_p", "seed")
     options, drafts = to_json(config), {}
-    if asked.team.drafts:
+    if team.drafts:
         drafts = {name: options[name] for name in ("combine", "num_draft_tokens", "tree_nodes", "tree_top_k")}
-        drafts["digests"] = [_digest(draft) for draft in asked.team.drafts.values()]
+        drafts["digests"] = [_digest(draft) for draft in team.drafts.values()]
     return (
         identity_of(target, config.data, config.max_length, target_dtype(config.model))
         | {name: options[name] for name in names}
@@ -296,16 +296,16 @@ def _digest(draft: Draft) -> str:
 
 
 def _write(config: RespondConfig, target: Target, conversations: Sequence[Conversation]) -> None:
-    """The rows, whole or not at all. Each says how it was made, since rows outlive the files they were written to."""
+    """Write the rows atomically. Each row says how it was made, since rows outlive the files they were written to."""
     from jsfdd.base.files import written_whole
 
-    made = {"target": Path(config.model.target).name, "fingerprint": target.fingerprint}
+    provenance = {"target": Path(config.model.target).name, "fingerprint": target.fingerprint}
     options = to_json(config)
-    made |= {name: options[name] for name in ("temperature", "top_k", "top_p", "seed")}
+    provenance |= {name: options[name] for name in ("temperature", "top_k", "top_p", "seed")}
     with written_whole(config.out) as aside, aside.open("w", encoding="utf-8") as file:
         for conversation in conversations:
             questions = conversation.questions
             row = {"id": questions.id, "source": questions.source, "messages": conversation.messages}
             row |= {"tools": questions.tools} if questions.tools else {}
-            row["answered_by"] = made
+            row["answered_by"] = provenance
             file.write(json.dumps(row, ensure_ascii=False) + "\n")

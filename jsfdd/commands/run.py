@@ -1,8 +1,8 @@
-"""`jsfdd run`: every stage for several arms (full data, flatness, random, …) in one resumable directory.
+"""`jsfdd run`: run every stage for several arms (full data, flatness, random, …) in one resumable directory.
 
     load ─► score ─► select ─► train ─► evaluate ─► export ─► report
 
-The model, the data and the target's pass are shared by all arms.
+All arms share the model, the data and the target's pass over it.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import tyro
 
-from jsfdd.commands import evaluate, export, inputs, score, select, train
+from jsfdd.commands import evaluate, export, score, select, train
 from jsfdd.commands.evaluate import EvaluateConfig
 from jsfdd.commands.export import ExportConfig
-from jsfdd.commands.inputs import Inputs, Loaded, tree_shape
+from jsfdd.commands.inputs import Inputs, Loaded, load, read_inputs, tree_shape
 from jsfdd.commands.options import (
     ChatOptions,
     DecodingOptions,
@@ -64,15 +64,15 @@ class RunConfig:
     decoding: DecodingOptions = DecodingOptions()
     export: ExportOptions = ExportOptions()
     prompts: Paths
-    """Prompts to evaluate on: files, directories or patterns as for --data; rows with "turns"."""
+    """Prompts to evaluate on: files, directories or patterns as for --data. Rows have "turns"."""
     out: Path
-    """Directory of the run; a second call continues it and repeats nothing."""
+    """Directory of the run. A second call continues it and repeats nothing."""
     arms: Annotated[tuple[str, ...], tyro.conf.arg(metavar="ARM …")] = ("full", "flatness", "random")
-    """Drafts to train and compare: `full` (every sample) or the name of a metric, at --retain-ratio."""
+    """Drafts to train and compare: `full` (every sample), or the name of a metric, which selects at --retain-ratio."""
     batch_size: int = 8
     """Prompts decoded together."""
     seed: int = 0
-    """Seeds every random choice of the command."""
+    """Seed of every random choice of the command."""
 
     def __post_init__(self):
         check("--prompts", self.prompts, len(self.prompts) > 0, "at least one prompt file")
@@ -83,7 +83,7 @@ class RunConfig:
 
 
 class Prepared(NamedTuple):
-    """Prompts and inputs; both None where the run is finished."""
+    """Prompts and inputs; both None if the run is finished."""
 
     prompts: list[Prompt] | None
     inputs: Inputs | None
@@ -98,18 +98,18 @@ def prepare(config: RunConfig) -> Prepared:
 
     tree_shape(config.decoding)
     if several():
-        raise ValueError("`jsfdd run` works in one process; start score, select, train and evaluate one after the other")
+        raise ValueError("`jsfdd run` works in one process; run score, select, train and evaluate one after the other")
     check_claim(config)
     if (config.out / "summary.json").exists():
         return Prepared(None, None)
     prompts = read_prompts(config.prompts)
-    found = inputs.read_inputs(config.model, config.chats)
-    # Before hours of training: the drafts will have this shape.
-    draft = draft_of(found.target.config, config.recipe, found.samples)
+    inputs = read_inputs(config.model, config.chats)
+    # Drafts that cannot be exported should fail here, not after hours of training.
+    draft = draft_of(inputs.target.config, config.recipe, inputs.samples)
     check_flavour(draft, config.export.flavour, Serving(config.model.target))
-    _sides(config, found.samples)  # a mixture that not even all samples allow is no arm's
-    evaluate.check_prompts(found.target, prompts, config.decoding.max_new_tokens)
-    return Prepared(prompts, found)
+    _sides(config, inputs.samples)  # fails if even all samples together are too few for the mixture
+    evaluate.check_prompts(inputs.target, prompts, config.decoding.max_new_tokens)
+    return Prepared(prompts, inputs)
 
 
 def run(config: RunConfig, prepared: Prepared) -> Outcome:
@@ -124,30 +124,28 @@ def describe(config: RunConfig, prepared: Prepared) -> Outcome:
     if prepared.inputs is None:
         values = {"command": "run", "dry_run": True, "finished": True}
         return Outcome(values, f"dry run of run: {config.out} is finished; nothing would be computed")
-    prompts, found = prepared
-    scoring, scoring_words = score.describe_scoring(found)
-    words = list(scoring_words)
-    kept, held_out = _sides(config, found.samples)
+    prompts, inputs = prepared
+    scoring, words = score.describe_scoring(inputs)
+    kept, held_out = _sides(config, inputs.samples)
+    scoring_config, hidden_bytes, hidden_words = scoring_of_run(config), 0, RECOMPUTED
+    if scoring_config.keep_hidden:
+        hidden_bytes, hidden_words = score.describe_kept(scoring_config, inputs)
+    # Each arm mixes the samples that it selected, so together the arms may train on more than one mixture's samples.
+    trained_on = inputs.samples if config.mixture.mix else kept
+    soft_target_bytes, soft_target_words = train.describe_soft_targets(config.recipe, config.hidden, inputs, trained_on)
+    words += [hidden_words, *soft_target_words]
     arms = {}
     for arm in config.arms:
-        # Which samples an arm keeps is known when they are scored; how many, and so about how many steps, is known now.
+        # Which samples an arm keeps is known after scoring; how many, and so about how many steps, is known now.
         share = 1.0 if arm == "full" or config.mixture.mix_total else config.selection.retain_ratio
-        values, said = train.describe_training(
-            config.recipe, config.mixture, config.seed, found, kept, held_out, share, estimated=arm != "full"
+        arms[arm], lines = train.describe_training(
+            config.recipe, config.mixture, config.seed, inputs, kept, held_out, share, estimated=arm != "full"
         )
-        arms[arm] = values
-        words += [f"{arm}: {line}" for line in said]
-    scoring_config, hidden_bytes, said = scoring_of_run(config), 0, RECOMPUTED
-    if scoring_config.keep_hidden:
-        hidden_bytes, said = score.describe_kept(scoring_config, found)
-    # Arms mix what they selected, so together they may train on more than one mixture.
-    trained_on = found.samples if config.mixture.mix else kept
-    soft_target_bytes, also = train.describe_soft_targets(config.recipe, config.hidden, found, trained_on)
-    words[len(scoring_words) : len(scoring_words)] = [said, *also]
-    decoding, said = evaluate.describe_decoding(
-        config.decoding, config.batch_size, config.model.model_shards, found.target, prompts
+        words += [f"{arm}: {line}" for line in lines]
+    decoding, lines = evaluate.describe_decoding(
+        config.decoding, config.batch_size, config.model.model_shards, inputs.target, prompts
     )
-    words += [f"{line}, for {many(len(arms), 'draft')}" for line in said]
+    words += [f"{line}, for {many(len(arms), 'draft')}" for line in lines]
     stores = [f"{HIDDEN}/"] * bool(hidden_bytes)
     stores += [f"{SOFT_TARGETS}/"] * bool(soft_target_bytes and not config.recipe.draft_vocab)
     files = ["scores.parquet", "token_scores.parquet", *stores, *(f"arms/{arm}/" for arm in arms)]
@@ -157,32 +155,32 @@ def describe(config: RunConfig, prepared: Prepared) -> Outcome:
 
 
 def run_stages(config: RunConfig, prepared: Prepared | None = None) -> dict:
-    """Every stage for every arm; returns the summary that summary.json holds.
+    """Run every stage for every arm, and return the content of summary.json.
 
-    A directory belongs to one config and one content of its inputs. A second call with the same ones finishes what is
-    missing, or, where nothing is, reads the summary and computes nothing.
+    A directory belongs to one config and one content of its input files. A second call with the same ones computes only what
+    is missing.
     """
     from jsfdd.base.files import read_json
     from jsfdd.base.lock import sole_writer
     from jsfdd.base.progress import console
     from jsfdd.report.report import write_report
 
-    prompts, found = prepared or prepare(config)
+    prompts, inputs = prepared or prepare(config)
     config.out.mkdir(parents=True, exist_ok=True)
     with sole_writer(config.out):
         _claim(config)
-        if found is None:
+        if inputs is None:
             console.print(f"{config.out}: finished before; nothing to compute", soft_wrap=True)
         else:
-            _compute(config, prompts, found)
+            _compute(config, prompts, inputs)
         if not (config.out / "report.html").exists():
             write_report(config.out)
     return read_json(config.out / "summary.json")
 
 
 def scoring_of_run(config: RunConfig) -> ScoreConfig:
-    """The scoring stage of a run: it keeps the hidden states of all that an arm can select. Every arm's samples are among those
-    of `full`."""
+    """The scoring stage of a run, which keeps the hidden states of every sample that an arm can select. The arm `full` has
+    the samples of all others."""
     keep = () if config.hidden.no_hidden_store else ("full",) if "full" in config.arms else config.arms
     return ScoreConfig(
         model=config.model,
@@ -219,7 +217,7 @@ def _sides(
     return train.training_sides(samples, selection, config.recipe, config.mixture, config.seed)
 
 
-def _compute(config: RunConfig, prompts: Sequence[Prompt], found: Inputs) -> None:
+def _compute(config: RunConfig, prompts: Sequence[Prompt], inputs: Inputs) -> None:
     from jsfdd.base.files import write_json
     from jsfdd.base.progress import console
     from jsfdd.evaluation.evaluate import compare
@@ -227,7 +225,7 @@ def _compute(config: RunConfig, prompts: Sequence[Prompt], found: Inputs) -> Non
 
     clock = _StageClock(config.out / "seconds.json")
     with clock.stage("load"):
-        loaded = inputs.load(config, found)
+        loaded = load(config, inputs)
 
     scoring = scoring_of_run(config)
     with clock.stage("score"):
@@ -241,7 +239,7 @@ def _compute(config: RunConfig, prompts: Sequence[Prompt], found: Inputs) -> Non
     with clock.stage("hidden"):
         hidden = train.hidden_states_of(next(iter(stages.values())), loaded, list(needed.values()))
     soft_targets = None
-    if not config.recipe.draft_vocab:  # a draft vocabulary is counted for each arm, and so are its soft targets
+    if not config.recipe.draft_vocab:  # with a draft vocabulary, each arm has its own soft targets
         data = TrainingData(list({sample.id: sample for kept, _ in sides.values() for sample in kept}.values()), hidden)
         with clock.stage("soft_targets"):
             soft_targets = train.soft_targets_of(
@@ -285,7 +283,7 @@ def _select_arm(config: RunConfig, arm: str, directory: Path) -> Selection:
 
 
 def _evaluate_arms(config: RunConfig, loaded: Loaded, arms: dict[str, Path], prompts: Sequence[Prompt]) -> dict[str, dict]:
-    """The arms' reports, measured together (so paired) unless all are there already."""
+    """Measure the arms together, so that they are paired, unless all their reports exist; return the reports."""
     from jsfdd.base.files import read_json, write_json
     from jsfdd.weights.draft import load_draft
 
@@ -308,9 +306,10 @@ def _evaluate_arms(config: RunConfig, loaded: Loaded, arms: dict[str, Path], pro
 
 
 def check_claim(config: RunConfig) -> dict:
-    """What run.json of this config and the present content of its inputs says.
+    """The content of run.json for this config and the present content of its input files.
 
-    Raises ValueError if the directory holds another run's.
+    Raises:
+      ValueError: the directory holds another run.
     """
     from jsfdd.base.files import differences, read_json
     from jsfdd.data.rows import input_digests
@@ -323,7 +322,7 @@ def check_claim(config: RunConfig) -> dict:
 
 
 def _claim(config: RunConfig) -> None:
-    """Make the run's directory this config's own, or find that it is already."""
+    """Write run.json and config.json into the run's directory, or check that they belong to this config."""
     from jsfdd.base.files import write_json
 
     claim = check_claim(config)
@@ -333,7 +332,7 @@ def _claim(config: RunConfig) -> None:
 
 
 class _StageClock:
-    """Seconds per stage, kept on disk so that a run that was interrupted still knows what its first part took."""
+    """Seconds per stage, stored on disk so that a resumed run includes the time of its first part."""
 
     def __init__(self, path: Path):
         from jsfdd.base.files import read_json

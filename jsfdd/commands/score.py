@@ -1,11 +1,11 @@
-"""`jsfdd score`: the target reads the chats once, and its distributions become scores.parquet.
+"""`jsfdd score`: run the target over the chats once, and score its distributions.
 
 It writes:
 
-    scores.parquet         a row a sample
+    scores.parquet         one row per sample
     token_scores.parquet   with --per-token, the counted tokens' flatness and entropy
-    hidden/                with --keep-hidden, the hidden states of what can be selected
-    scores.parts/          what is finished of an interrupted run
+    hidden/                with --keep-hidden, the hidden states of samples that can be selected
+    scores.parts/          finished batches, from which an interrupted run continues
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from jsfdd.hidden.capture import HiddenKeeper
     from jsfdd.scoring.table import ScoreTable
 
-HIDDEN = "hidden"  # folder of hidden states in a stage's --out
+HIDDEN = "hidden"  # directory of hidden states in a stage's --out
 
 EXAMPLES = """
 jsfdd score --target smollm2 --data chats.jsonl --out scored
@@ -58,22 +58,22 @@ class ScoreConfig:
     chats: ChatOptions
     processes: ProcessOptions = ProcessOptions()
     out: Path
-    """Directory for scores.parquet; an interrupted run continues here."""
+    """Directory for scores.parquet. An interrupted run continues here."""
     per_token: Flag = False
-    """Also write token_scores.parquet, one row a sample with the list of its counted tokens' flatness and entropy."""
+    """Also write token_scores.parquet: one row per sample, with lists of its counted tokens' flatness and entropy."""
     keep_hidden: Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="", metavar="ARM …")] = ()
-    """In the same pass keep the hidden states of what these can select, in OUT/hidden for `jsfdd train --hidden-from`: metrics,
-    at --retain-ratio and, for random, --seed; or `full`, every sample. Others are dropped as soon as that is known."""
+    """In the same pass, store hidden states in OUT/hidden for `jsfdd train --hidden-from`. An ARM is a metric, for the samples
+    that it can select, or `full`, for all samples. States of other samples are deleted as soon as they are ruled out."""
     retain_ratio: float = SelectionOptions.retain_ratio
     """With --keep-hidden: the share of the samples that the selection will keep."""
     within: Within = SelectionOptions.within
-    """With --keep-hidden: among which samples the selection will keep that share."""
+    """With --keep-hidden: how the selection will rank samples, as for `jsfdd select`."""
     held_out_share: float = RecipeOptions.held_out_share
-    """With --keep-hidden: the share that training will hold out, of which hidden states are kept too."""
+    """With --keep-hidden: the share of the samples that training will hold out; their hidden states are stored, too."""
     hidden_dtype: HiddenDtype = HiddenOptions.hidden_dtype
-    """With --keep-hidden: how they are stored. int8 has a scale for each token and takes half of bfloat16's disk."""
+    """With --keep-hidden: dtype of stored hidden states. int8 has a scale per token and takes half of bfloat16's disk."""
     seed: int = 0
-    """Seeds every random choice of the command."""
+    """Seed of every random choice of the command."""
 
     def __post_init__(self):
         check_share("--retain-ratio", self.retain_ratio)
@@ -100,14 +100,14 @@ def describe(config: ScoreConfig, inputs: Inputs) -> Outcome:
     values, words = describe_scoring(inputs)
     files = ["scores.parquet", *(["token_scores.parquet"] if config.per_token else []), "scores.parts/"]
     if config.keep_hidden:
-        values["hidden_bytes"], said = describe_kept(config, inputs)
-        words.append(said)
+        values["hidden_bytes"], line = describe_kept(config, inputs)
+        words.append(line)
         files.append(f"{HIDDEN}/")
     return planned("score", values, words, config.out, files, continues=config.out / "scores.parts")
 
 
 def score(config: ScoreConfig, loaded: Loaded | None = None) -> ScoreTable:
-    """Write scores.parquet (token_scores.parquet, hidden/); returns the table."""
+    """Write scores.parquet (and token_scores.parquet and hidden/ as the options ask), and return the table."""
     from jsfdd.base.lock import sole_writer
     from jsfdd.base.processes import agree_on_directory
 
@@ -142,7 +142,7 @@ def _score(config: ScoreConfig, loaded: Loaded) -> ScoreTable:
 
 
 def keeper(config: ScoreConfig, loaded: Loaded) -> AbstractContextManager[HiddenKeeper]:
-    """Writes the hidden states that --keep-hidden asks for, into `out`/hidden."""
+    """The keeper that stores the hidden states of --keep-hidden in OUT/hidden."""
     from jsfdd.hidden.capture import keep_hidden
 
     names = ("keep_hidden", "retain_ratio", "within", "seed", "held_out_share")
@@ -157,7 +157,7 @@ def keeper(config: ScoreConfig, loaded: Loaded) -> AbstractContextManager[Hidden
 
 
 def still_possible(config: ScoreConfig, samples: Sequence[Sample]) -> StillPossible:
-    """What the arms of --keep-hidden may select, before anything is scored."""
+    """The samples that the arms of --keep-hidden may select, before anything is scored."""
     from jsfdd.data.held_out import split_held_out
     from jsfdd.hidden.best_k import StillPossible
 
@@ -174,12 +174,12 @@ def check_held_out_share(value: float) -> None:
 
 
 def check_arms(option: str, arms: Sequence[str]) -> None:
-    """ValueError unless all arms are different, and each is `full` or a metric."""
+    """Raise ValueError unless all arms are different, and each is `full` or a metric."""
     check(option, arms, len(set(arms)) == len(arms), "different arms")
-    known = ("full", *METRICS)
+    choices = ("full", *METRICS)
     for arm in arms:
-        if arm not in known:
-            raise ValueError(f"{option}: {arm!r} is unknown; choose from {', '.join(known)}")
+        if arm not in choices:
+            raise ValueError(f"{option}: {arm!r} is unknown; choose from {', '.join(choices)}")
 
 
 # --- Parts of a description: (values, words) -------------------------------------------------------------------------
@@ -210,20 +210,20 @@ def describe_scoring(inputs: Inputs) -> tuple[dict, list[str]]:
 
 
 def describe_kept(config: ScoreConfig, inputs: Inputs) -> tuple[int, str]:
-    """For all arms of --keep-hidden; exact for `full`, else as if every sample were as likely to stay."""
-    size, said = describe_hidden(config.hidden_dtype, inputs, still_possible(config, inputs.samples).expected_tokens)
-    return size, f"keep {'' if 'full' in config.keep_hidden else 'about '}{said}, in the same pass"
+    """Describe the hidden states of --keep-hidden: exact for `full`, else an estimate that every sample is as likely kept."""
+    size, words = describe_hidden(config.hidden_dtype, inputs, still_possible(config, inputs.samples).expected_tokens)
+    return size, f"keep {'' if 'full' in config.keep_hidden else 'about '}{words}, in the same pass"
 
 
 def hidden_bytes(dtype: HiddenDtype, hidden_size: int, tokens: float) -> int:
-    """Bytes that the hidden states of so many tokens take on disk."""
+    """Bytes on disk of the hidden states of `tokens` tokens."""
     from jsfdd.hidden.rows import row_bytes
 
     return round(tokens * row_bytes(dtype, hidden_size))
 
 
 def describe_hidden(dtype: HiddenDtype, inputs: Inputs, tokens: float) -> tuple[int, str]:
-    """The hidden states of so many tokens: (bytes, words)."""
+    """Describe the hidden states of `tokens` tokens: (bytes, words)."""
     size = hidden_bytes(dtype, inputs.target.config.hidden_size, tokens)
     return size, f"{size / 1e6:,.1f} MB of hidden states"
 

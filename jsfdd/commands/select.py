@@ -26,13 +26,13 @@ class SelectConfig:
     selection: SelectionOptions = SelectionOptions()
     processes: ProcessOptions = ProcessOptions()
     scores: Path
-    """scores.parquet, as `jsfdd score` wrote it."""
+    """scores.parquet from `jsfdd score`."""
     metric: MetricName = "flatness"
-    """Which score decides. Each metric keeps the end that stands for an uncertain target."""
+    """The score that ranks the samples. For every metric, the samples on which the target is least certain are kept."""
     out: Path
     """Directory for selection.json."""
     seed: int = 0
-    """Seeds every random choice of the command."""
+    """Seed of every random choice of the command."""
 
 
 def prepare(config: SelectConfig) -> Selection:
@@ -68,7 +68,7 @@ def describe(config: SelectConfig, selection: Selection) -> Outcome:
 
 
 def select(config: SelectConfig, selection: Selection | None = None) -> Selection:
-    """Write selection.json; returns the selection."""
+    """Write selection.json and return the selection."""
     from jsfdd.base.lock import sole_writer
     from jsfdd.base.processes import is_primary, wait_for_all
     from jsfdd.selection import sfdd

@@ -1,4 +1,4 @@
-"""What a run of several arms found: summary.json, the example texts of its report, and the table on the terminal."""
+"""The results of a run of several arms: summary.json, the report's example texts, and the table on the terminal."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def summarise(
     seconds: Mapping[str, float],
     differences: list[dict],
 ) -> dict:
-    """Everything that the run's table says; tokens are those of the samples trained on, as often as they are in the data."""
+    """Make the content of summary.json. Tokens of an arm are those of its training samples, counted once per sample."""
     from jsfdd.base.hardware import describe_hardware
     from jsfdd.data.batches import make_batches, padding_share
     from jsfdd.data.counts import total
@@ -73,8 +73,7 @@ def summarise(
 def example_texts(loaded: Loaded, table: ScoreTable, selections: Mapping[str, Selection]) -> list[dict]:
     """The two flattest samples, two at the threshold and the two least flat, token by token.
 
-    A token is shown with the flatness of the distribution that it was drawn from, which the index rule stores one
-    position earlier.
+    A token is shown with the flatness of the distribution that predicted it. The index rule stores that one position earlier.
     """
     order = [i for i in sorted(range(len(table.ids)), key=lambda i: -table["flatness"][i]) if table.num_tokens[i] > 0]
     middle = len(selections["flatness"].ids) if "flatness" in selections else len(order) // 2
@@ -84,14 +83,14 @@ def example_texts(loaded: Loaded, table: ScoreTable, selections: Mapping[str, Se
     for i in chosen:
         sample = by_id[table.ids[i]]
         per_token = table.tokens[i].flatness
-        shown = [None, *(float(f) if c else None for f, c in zip(per_token[:-1], sample.counted[:-1]))]
+        flatness = [None, *(float(f) if c else None for f, c in zip(per_token[:-1], sample.counted[:-1]))]
         pieces = [loaded.target.tokenizer.decode([token]) for token in sample.tokens]
-        texts.append({"id": sample.id, "source": sample.source, "pieces": pieces, "flatness": shown})
+        texts.append({"id": sample.id, "source": sample.source, "pieces": pieces, "flatness": flatness})
     return texts
 
 
 def summary_words(summary: dict, report: Path) -> str:
-    """The table of the arms, and how they differ."""
+    """The table of the arms and their differences, as text."""
     from rich import box
     from rich.table import Table
 

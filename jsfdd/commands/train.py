@@ -1,12 +1,12 @@
-"""`jsfdd train`: a draft learns on the selected samples.
+"""`jsfdd train`: train a draft on the selected samples.
 
 It writes:
 
-    checkpoints/      the draft, its optimizer and what it was trained on
+    checkpoints/      the draft, the optimizer's state, and the identity of the training data
     metrics.jsonl     a line every few steps
     timings.jsonl     seconds of the same steps
     hidden/           the target's hidden states of the samples, unless they are read from elsewhere or not stored
-    soft_targets/     what is stored of the target's distributions
+    soft_targets/     the stored soft targets
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from jsfdd.training.recipe import Recipe
     from jsfdd.training.train import Probe, TrainResult
 
-SOFT_TARGETS = "soft_targets"  # folder in --out
+SOFT_TARGETS = "soft_targets"  # directory in --out
 RECOMPUTED = "compute the hidden states of each batch at every step; store none"
 _PROBE_DEPTH, _PROBE_NEW_TOKENS = 4, 64
 
@@ -65,23 +65,23 @@ class TrainConfig:
     hidden: HiddenOptions = HiddenOptions()
     processes: ProcessOptions = ProcessOptions()
     out: Path
-    """Directory for checkpoints/ and metrics.jsonl; an interrupted run continues here."""
+    """Directory for checkpoints/ and metrics.jsonl. An interrupted run continues here."""
     selection: OptionalPath = None
-    """selection.json, as `jsfdd select` wrote it; without it every sample is used."""
+    """selection.json from `jsfdd select`. Default: train on every sample."""
     hidden_from: OptionalPath = None
-    """Read hidden states from this directory, which `jsfdd score --keep-hidden` wrote, in place of computing them first and
-    storing them in OUT/hidden."""
+    """Read hidden states from this directory, which `jsfdd score --keep-hidden` wrote, instead of computing them and storing
+    them in OUT/hidden."""
     token_scores: OptionalPath = None
-    """token_scores.parquet, as `jsfdd score --per-token` wrote it: with --token-retain-ratio the flattest tokens stay."""
+    """token_scores.parquet from `jsfdd score --per-token`. With it, --token-retain-ratio keeps the flattest tokens."""
     probe_prompts: Paths = ()
-    """Prompt files, apart from those of the final evaluation: decode them at every checkpoint and keep the draft of
-    the best τ."""
+    """Prompt files, different from those of the final evaluation. Decode them at every checkpoint, and keep the draft with the
+    best τ."""
     shard_optimizer: Flag = False
-    """Keep Adam's moments in parts, one on each data shard, instead of whole on every device. Costs an exchange a step."""
+    """Split Adam's moments over the data shards, instead of a copy on every device. Costs one exchange per step."""
     tensorboard: Flag = False
-    """Also write the metrics as TensorBoard's scalars, to OUT/tensorboard; needs `pip install 'jsfdd[tensorboard]'`."""
+    """Also write the metrics for TensorBoard, to OUT/tensorboard. Needs `pip install 'jsfdd[tensorboard]'`."""
     seed: int = 0
-    """Seeds every random choice of the command."""
+    """Seed of every random choice of the command."""
 
     def __post_init__(self):
         if self.hidden_from is not None and self.hidden.no_hidden_store:
@@ -109,7 +109,7 @@ def prepare(config: TrainConfig) -> Prepared:
     inputs = read_inputs(config.model, config.chats)
     selection = None if config.selection is None else read_selection(config.selection)
     kept, held_out = training_sides(inputs.samples, selection, config.recipe, config.mixture, config.seed)
-    draft_of(inputs.target.config, config.recipe, kept)  # refuses what the target's vocabulary cannot give
+    draft_of(inputs.target.config, config.recipe, kept)  # fails if --draft-vocab exceeds the target's vocabulary
     if config.hidden_from is not None:
         open_hidden(config, [*kept, *held_out], selection)
     return Prepared(inputs, kept, held_out)
@@ -135,11 +135,11 @@ def describe(config: TrainConfig, prepared: Prepared) -> Outcome:
         words.append(RECOMPUTED)
     else:
         tokens = sum(len(sample.tokens) for sample in (*kept, *held_out))
-        values["hidden_bytes"], said = describe_hidden(config.hidden.hidden_dtype, inputs, tokens)
-        words.append(f"store {said}")
+        values["hidden_bytes"], line = describe_hidden(config.hidden.hidden_dtype, inputs, tokens)
+        words.append(f"store {line}")
         files.append(f"{HIDDEN}/")
-    values["soft_target_bytes"], said = describe_soft_targets(config.recipe, config.hidden, inputs, kept)
-    words += said
+    values["soft_target_bytes"], lines = describe_soft_targets(config.recipe, config.hidden, inputs, kept)
+    words += lines
     files += [f"{SOFT_TARGETS}/"] if values["soft_target_bytes"] else []
     return planned("train", values, words, config.out, files, continues=config.out / "checkpoints")
 
@@ -152,8 +152,8 @@ def train(
     hidden: HiddenStates | None = None,
     soft_targets: PerToken | None = None,
 ) -> TrainResult:
-    """Write checkpoints/ and metrics.jsonl; returns what happened. Hidden states and soft targets are computed, stored or read
-    as the config asks unless given."""
+    """Write checkpoints/ and metrics.jsonl, and return the result. Hidden states and soft targets that are not given are
+    computed, stored or read as the config asks."""
     from jsfdd.base.lock import sole_writer
     from jsfdd.base.processes import agree_on_directory
 
@@ -205,17 +205,10 @@ def _train(
     )
 
 
-def recipe_of(config: TrainConfig | RunConfig) -> Recipe:
-    """The recipe among a config's options."""
-    from jsfdd.training.recipe import Recipe
-
-    return Recipe(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Recipe)})
-
-
 def training_sides(
     samples: Sequence[Sample], selection: Selection | None, recipe: Recipe, mixture: MixtureOptions, seed: int
 ) -> tuple[list[Sample], list[Sample]]:
-    """(samples to train on, held-out samples): the mixture of the training side's selected ones, the whole held-out side."""
+    """Split the samples into (training samples, held-out samples). Selection and mixture apply only to the former."""
     from jsfdd.data.held_out import split_held_out
     from jsfdd.selection.mixture import mixture as mixed
     from jsfdd.selection.sfdd import selected_samples
@@ -229,13 +222,15 @@ def training_sides(
     return kept, held_out
 
 
-# --- What the target says of the samples -----------------------------------------------------------------------------
+# --- Hidden states and soft targets ----------------------------------------------------------------------------------
 
 
 def hidden_states_of(config: TrainConfig, loaded: Loaded, samples: Sequence[Sample]) -> HiddenStates:
-    """The hidden states of `samples`, from where the config says: read, computed at each step, or computed once and stored.
+    """The hidden states of `samples`: read from --hidden-from, computed at each step, or computed once and stored.
 
-    Raises FileNotFoundError or ValueError for a --hidden-from that is no store, or not one of these samples.
+    Raises:
+      FileNotFoundError: --hidden-from does not exist.
+      ValueError: --hidden-from is not a store, or lacks some of the samples.
     """
     from jsfdd.hidden import capture
     from jsfdd.selection.sfdd import read_selection
@@ -260,8 +255,8 @@ def hidden_states_of(config: TrainConfig, loaded: Loaded, samples: Sequence[Samp
 def open_hidden(
     config: TrainConfig, samples: Sequence[Sample], selection: Selection | None, identity: dict | None = None
 ) -> HiddenStore:
-    """The store in --hidden-from, after a look whether it has all of `samples` in --hidden-dtype; without an `identity`, which
-    needs the weights, whichever target it is of."""
+    """Open the store in --hidden-from, and check that it has all `samples` in --hidden-dtype, and that it belongs to `identity`
+    if that is given (it needs the target's weights)."""
     from jsfdd.hidden.store import HiddenStore
 
     directory, dtype = config.hidden_from, config.hidden.hidden_dtype
@@ -287,15 +282,15 @@ def open_hidden(
 
 
 def _typed(options: dict) -> str:
-    """Options as one would type them."""
-    shown = {name: " ".join(value) if isinstance(value, list) else value for name, value in options.items()}
-    return " ".join(f"{option_of(name)} {value}" for name, value in shown.items() if value is not None)
+    """Options as a user types them."""
+    texts = {name: " ".join(value) if isinstance(value, list) else value for name, value in options.items()}
+    return " ".join(f"{option_of(name)} {text}" for name, text in texts.items() if text is not None)
 
 
 def soft_targets_of(
     recipe: Recipe, hidden: HiddenOptions, loaded: Loaded, data: TrainingData, batch_tokens: int, out: Path
 ) -> HiddenStore | None:
-    """What the recipe stores of the target's distributions, where `data` weighs them, in `out`/soft_targets."""
+    """Store the recipe's soft targets of the tokens that `data` trains on in `out`/soft_targets; None if it stores none."""
     from jsfdd.models.sharding import split_vocabulary
     from jsfdd.training.draft_shape import draft_of
     from jsfdd.training.loss import borrow
@@ -319,19 +314,19 @@ def soft_targets_of(
 
 
 def check_vocabulary(recipe: Recipe, hidden: HiddenOptions) -> None:
-    """ValueError where a draft vocabulary is asked for and no soft targets are stored."""
+    """Raise ValueError if --draft-vocab is set and no soft targets are stored."""
     if recipe.draft_vocab and not recipe.stored_soft_targets(not hidden.no_hidden_store):
         raise ValueError(
             "--draft-vocab trains on soft targets: take --soft-targets means and cross_entropy, or --soft-targets top_k"
         )
 
 
-# --- What else training reads ----------------------------------------------------------------------------------------
+# --- Recipe, token weights, probe, identities ------------------------------------------------------------------------
 
 
 def _recipe(config: TrainConfig) -> Recipe:
-    """The recipe, with what follows from other options: tokens are drawn at random where there are no scores to choose them by,
-    and on an accelerator the draft computes in the target's dtype. A CPU is fastest in float32."""
+    """The recipe, completed from other options. Without token scores, tokens are chosen at random. On an accelerator the draft
+    computes in the target's dtype; a CPU is fastest in float32."""
     import jax
 
     changes = {} if config.token_scores or not config.recipe.weighs_tokens else {"token_metric": "random"}
@@ -341,7 +336,7 @@ def _recipe(config: TrainConfig) -> Recipe:
 
 
 def _token_weights(config: TrainConfig, kept: Sequence[Sample]) -> dict | None:
-    """Each sample's token weights, None where all counted tokens weigh the same."""
+    """Each sample's token weights, or None if all counted tokens weigh the same."""
     from jsfdd.scoring.table import read_token_scores
     from jsfdd.selection.tokens import token_weights
 
@@ -359,7 +354,7 @@ def _token_weights(config: TrainConfig, kept: Sequence[Sample]) -> dict | None:
 
 
 def _make_probe(config: TrainConfig, loaded: Loaded, kept: Sequence[Sample]) -> Probe:
-    """A real decode of the probe prompts by the draft so far."""
+    """Make the probe: decode the probe prompts with the present draft."""
     from jsfdd.data.chat import read_prompts
     from jsfdd.evaluation.probe import make_probe
     from jsfdd.training.draft_shape import draft_of
@@ -372,15 +367,16 @@ def _make_probe(config: TrainConfig, loaded: Loaded, kept: Sequence[Sample]) -> 
 
 
 def _mixture_identity(config: TrainConfig, kept: Sequence[Sample]) -> dict:
-    """The mixture that was asked for, and what it came to."""
+    """The mixture's options and its contents."""
     from jsfdd.selection.mixture import contents
 
-    asked = {"shares": config.mixture.shares, "total": config.mixture.mix_total}
-    return {"mix": asked | {"contents": contents(kept)}} if config.mixture.mix else {}
+    if not config.mixture.mix:
+        return {}
+    return {"mix": {"shares": config.mixture.shares, "total": config.mixture.mix_total, "contents": contents(kept)}}
 
 
 def _probe_identity(config: TrainConfig) -> dict:
-    """What decides which draft is best, beside the training itself."""
+    """The facts that the choice of the best draft depends on, besides the training itself."""
     from jsfdd.data.rows import input_digests
 
     if not config.probe_prompts:
@@ -402,7 +398,7 @@ def describe_training(
     share: float = 1.0,
     estimated: bool = False,
 ) -> tuple[dict, list[str]]:
-    """Training on `kept`; if `estimated`, about what a `share` of such samples would take."""
+    """Describe training on `kept`; with `estimated`, on an unknown `share` of these samples."""
     from jsfdd.data.batches import epoch_batches
     from jsfdd.selection.mixture import contents, in_words
 
@@ -432,15 +428,15 @@ def describe_training(
 def describe_soft_targets(
     recipe: Recipe, hidden: HiddenOptions, inputs: Inputs, samples: Sequence[Sample]
 ) -> tuple[int, list[str]]:
-    """What is stored of the target's distributions, for at most these samples: (bytes, words)."""
+    """Describe the soft targets to store, for at most these samples: (bytes, words)."""
     tokens = sum(len(sample.tokens) for sample in samples)
     size = soft_target_bytes(recipe, not hidden.no_hidden_store, inputs.target.config, tokens)
-    what = f"the target's {recipe.soft_top_k} likeliest tokens" if recipe.soft_targets == "top_k" else "target means"
-    return size, [f"store at most {size / 1e6:,.1f} MB of {what}"] if size else []
+    content = f"the target's {recipe.soft_top_k} likeliest tokens" if recipe.soft_targets == "top_k" else "target means"
+    return size, [f"store at most {size / 1e6:,.1f} MB of {content}"] if size else []
 
 
 def soft_target_bytes(recipe: Recipe, hidden_is_stored: bool, target: DecoderConfig, tokens: float) -> int:
-    """Bytes that the soft targets of so many tokens take on disk."""
+    """Bytes on disk of the soft targets of `tokens` tokens."""
     from jsfdd.hidden.rows import row_bytes
     from jsfdd.training.soft_rows import row_words
 

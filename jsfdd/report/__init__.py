@@ -1,1 +1,1 @@
-"""One HTML page of a run."""
+"""Draw a run as one HTML page, and print evaluations as tables."""

@@ -1,7 +1,7 @@
-"""How the report's pictures look: one small SVG image each, in one style.
+"""The style of the report's panels, each a small SVG image.
 
-Panels are drawn at the size at which they are read, and the page lets them wrap: on a phone they stack instead of
-shrinking. Legends belong to the page, one per figure, since all its panels share their colours.
+Panels are drawn at the size at which they are shown, and the page wraps them: on a phone they stack instead of shrinking. The
+page draws one legend per figure, since all panels of a figure share their colours.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 
 WIDE, NARROW = 416, 272  # CSS pixels: two or three panels side by side
 
-# An arm keeps its colour and marker in every panel and every report. Any two of the colours are at least ΔE 14 apart
-# (the first three 31) to normal, protan, deutan and tritan eyes (Machado 2009); markers tell arms apart on grey paper.
+# An arm has the same colour and marker in every panel and every report. Any two colours are at least ΔE 14 apart (the first
+# three 31) for normal, protan, deutan and tritan vision (Machado 2009); on grey paper, markers distinguish the arms.
 ARM_STYLES = {
     "full": ("#0072B2", "o", "●"),
     "flatness": ("#D55E00", "s", "■"),
@@ -71,31 +71,31 @@ _IMAGE = '<img class="{}" width="{}" height="{}" alt="{}" src="data:image/svg+xm
 
 
 def arm_style(arm: str) -> tuple[str, str, str]:
-    """(colour, marker, glyph) of an arm; metrics that were added to the table and have none here share one."""
+    """(colour, marker, glyph) of an arm; metrics without a style here share one."""
     return ARM_STYLES.get(arm, NEW_METRIC_STYLE)
 
 
 def source_groups(sources: Sequence[str]) -> tuple[np.ndarray, dict[str, str]]:
-    """(label of each sample, label -> colour): the commonest sources by name, the rest as one."""
+    """(label of each sample, label -> colour): the most common sources by name, the rest as one group."""
     ranked = [name for name, _ in collections.Counter(sorted(sources)).most_common()]
-    shown = sorted(ranked[: len(SOURCE_COLOURS)])
-    colours = dict(zip(shown, SOURCE_COLOURS, strict=False))
-    if len(ranked) > len(shown):
+    named = sorted(ranked[: len(SOURCE_COLOURS)])
+    colours = dict(zip(named, SOURCE_COLOURS, strict=False))
+    if len(ranked) > len(named):
         colours[OTHER] = OTHER_COLOUR
     return np.array([name if name in colours else OTHER for name in sources], object), colours
 
 
 def new_axes(title: str, width: int, height: int) -> tuple[Figure, Axes]:
-    """A figure of one titled axes, `width` × `height` CSS pixels."""
+    """Make a figure with one titled axes, of `width` × `height` CSS pixels."""
     figure = Figure(figsize=(width / 72, height / 72), dpi=72)
     figure.suptitle(title, x=0.0, ha="left")
     return figure, figure.add_subplot()
 
 
 def to_image(figure: Figure, title: str) -> Markup:
-    """The figure as an <img> element that holds its own SVG."""
+    """Render the figure as an <img> element with its SVG inline."""
     stream = io.BytesIO()
-    # The salt names clip paths and markers; without it the same run would give a different page each time.
+    # Matplotlib derives ids of clip paths and markers from the salt; without one they are random, and so is the page.
     with mpl.rc_context({"svg.hashsalt": title}):
         figure.savefig(stream, format="svg", transparent=True, dpi=200, metadata=dict.fromkeys(_METADATA))
     width, height = (round(72 * inches) for inches in figure.get_size_inches())
@@ -105,36 +105,36 @@ def to_image(figure: Figure, title: str) -> Markup:
 
 
 def bare_left(ax: Axes) -> None:
-    """No line and no ticks between the names on the left and the data."""
+    """Remove the line and ticks between the names on the left and the data."""
     ax.spines["left"].set_visible(False)
     ax.tick_params(axis="y", length=0, labelcolor=INK)
 
 
 def choices_axis(ax: Axes, vocab_size: int) -> None:
-    """A second axis on top: the effective number of choices, exp(H₂) = V · flatness²."""
+    """Add an axis on top with the effective number of choices, exp(H₂) = V · flatness²."""
 
-    def choices(flatness):
+    def to_choices(flatness):
         return vocab_size * np.maximum(flatness, 0) ** 2
 
-    def flatness_of(choices):
+    def to_flatness(choices):
         return np.sqrt(np.maximum(choices, 0) / vocab_size)
 
     low, high = ax.get_xlim()
     ticks: list[int] = []
     last = -np.inf
     for n in (m * 10**e for e in range(7) for m in (1, 2, 5)):
-        at = ax.transAxes.inverted().transform(ax.transData.transform((flatness_of(n), 1)))[0]
-        if 0.999 * choices(low) <= n <= choices(high) and at - last > 0.1:
+        place = ax.transAxes.inverted().transform(ax.transData.transform((to_flatness(n), 1)))[0]
+        if 0.999 * to_choices(low) <= n <= to_choices(high) and place - last > 0.1:
             ticks.append(n)
-            last = at
-    top = ax.secondary_xaxis("top", functions=(choices, flatness_of))
+            last = place
+    top = ax.secondary_xaxis("top", functions=(to_choices, to_flatness))
     top.set_xticks(ticks, [f"{n:,}" for n in ticks])
     top.minorticks_off()
     top.set_xlabel("effective number of choices", color=MUTED)
 
 
 def log_flatness_axis(ax: Axes, low: float, high: float) -> None:
-    """Token flatness on a logarithmic axis, labelled in plain numbers."""
+    """Make the x axis a logarithmic axis of token flatness, with plain numbers as labels."""
     ax.set_xscale("log")
     ax.set_xlim(low, high)
     ticks = [t for t in (m * 10.0**e for e in range(-4, 1) for m in (1, 2, 5)) if low <= t <= high]
@@ -144,5 +144,5 @@ def log_flatness_axis(ax: Axes, low: float, high: float) -> None:
 
 
 def short(name: str) -> str:
-    """A label that leaves room for the data."""
+    """Shorten a label to leave room for the data."""
     return name if len(name) <= 14 else name[:13] + "…"

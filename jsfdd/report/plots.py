@@ -1,4 +1,4 @@
-"""What the report draws: one function a panel, from figures to an image."""
+"""The report's panels: one function per panel, from figures to an image."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from jsfdd.report.panel import (
 )
 from jsfdd.report.run_files import Arm
 
-_MANY_POINTS = 3000  # beyond, points become one embedded image: a page of 100 000 circles does not open on a phone
+_MANY_POINTS = 3000  # more points are drawn as one embedded bitmap: a phone cannot open a page of 100,000 circles
 
 
 @dataclasses.dataclass(frozen=True)
 class Dot:
-    """A labelled value with its interval; None where a figure does not exist."""
+    """A labelled value with its interval; None if a figure does not exist."""
 
     label: str
     value: float | None
@@ -50,9 +50,9 @@ def arm_dot(arm: Arm, record: dict, name: str) -> Dot:
 
 @mpl.rc_context(STYLE)
 def intervals(title: str, dots: Sequence[Dot], reference: float, unit: str, text: Callable[[float], str]) -> Markup:
-    """Dots with intervals, one a line, their values beside them; a dashed line marks `reference`, always in view."""
+    """One line per dot, with its interval and value; a dashed line marks `reference`, which is always in view."""
     figure, ax = new_axes(title, WIDE, 66 + 27 * len(dots))
-    known = [dot for dot in dots if dot.value is not None]
+    measured = [dot for dot in dots if dot.value is not None]
     for y, dot in enumerate(dots):
         if dot.value is None:
             ax.text(0.5, y, "not measured", color=MUTED, transform=ax.get_yaxis_transform(), va="center", ha="center")
@@ -62,7 +62,7 @@ def intervals(title: str, dots: Sequence[Dot], reference: float, unit: str, text
             text(dot.value), (dot.high if dot.high is not None else dot.value, y),
             (7, 0), textcoords="offset points", va="center", fontweight="bold",
         )  # fmt: skip
-    edges = [reference, *(x for dot in known for x in (dot.value, dot.low, dot.high) if x is not None)]
+    edges = [reference, *(x for dot in measured for x in (dot.value, dot.low, dot.high) if x is not None)]
     span = (max(edges) - min(edges)) or 1.0
     ax.set_xlim(min(edges) - 0.05 * span, max(edges) + 0.22 * span)
     ax.axvline(reference, color=MUTED, linewidth=1, linestyle=(0, (2, 2)))
@@ -76,7 +76,7 @@ def intervals(title: str, dots: Sequence[Dot], reference: float, unit: str, text
 
 @mpl.rc_context(STYLE)
 def cost_and_gain(title: str, arms: Sequence[Arm]) -> Markup:
-    """τ with its interval against seconds of training, a point an arm."""
+    """τ with its interval against seconds of training, one point per arm."""
     figure, ax = new_axes(title, WIDE, 66 + 27 * max(len(arms), 4))
     for arm in arms:
         dot = arm_dot(arm, arm.row, "tau")
@@ -132,9 +132,9 @@ def source_histogram(
 def flatness_against_entropy(
     title: str, flatness: np.ndarray, entropy: np.ndarray, groups: np.ndarray, colours: dict[str, str], vocab_size: int
 ) -> Markup:
-    """Sample flatness against sample entropy, a point a sample, coloured by source."""
+    """Sample flatness against sample entropy, one point per sample, coloured by source."""
     figure, ax = new_axes(title, WIDE, 270)
-    # One call with the points in file order: source by source, the last source would cover the others.
+    # Draw all points in file order with one call. Drawn source by source, the last source would cover the others.
     ax.scatter(
         flatness, entropy, s=14, c=[colours[name] for name in groups], alpha=0.75, linewidths=0,
         rasterized=len(flatness) > _MANY_POINTS,
@@ -150,11 +150,11 @@ def flatness_against_entropy(
 
 @mpl.rc_context(STYLE)
 def token_histogram(title: str, flatness: np.ndarray, vocab_size: int) -> Markup:
-    """Flatness of single tokens; both axes logarithmic, since most tokens are nearly certain and a few wide open."""
+    """Token flatness; both axes are logarithmic, since most tokens are nearly certain and a few nearly uniform."""
     figure, ax = new_axes(title, WIDE, 270)
     low, high = _flatness_range(flatness, vocab_size)
     edges = np.geomspace(low, high, 41)
-    # Rounding can put a certain token a hair under the bound 1/√V: it belongs in the first bin.
+    # Rounding can put a certain token just below the bound 1/√V; it belongs in the first bin.
     ax.hist(np.maximum(flatness, low), edges, histtype="stepfilled", color=arm_style("flatness")[0], linewidth=0)
     ax.set_yscale("log")
     decades = [10**e for e in range(10) if 10**e <= ax.get_ylim()[1]]
@@ -168,14 +168,14 @@ def token_histogram(title: str, flatness: np.ndarray, vocab_size: int) -> Markup
 
 @mpl.rc_context(STYLE)
 def entropy_density(title: str, flatness: np.ndarray, entropy: np.ndarray, vocab_size: int) -> Markup:
-    """Token flatness against token entropy; a cell is darker the more tokens it holds (logarithmic)."""
+    """Token flatness against token entropy; darker cells hold more tokens, on a logarithmic scale."""
     figure, ax = new_axes(title, WIDE, 270)
     low, high = _flatness_range(flatness, vocab_size)
     x = np.geomspace(low, high, 57)
     y = np.linspace(0, max(float(entropy.max()), 0.1) * 1.001, 41)
     counts, _, _ = np.histogram2d(np.maximum(flatness, low), np.maximum(entropy, 0), (x, y))
     shade = np.log1p(counts.T) / np.log1p(counts.max())
-    # Shades are opacities, so that empty cells show the page whatever its theme.
+    # Shades are opacities, so that empty cells show the page's background in every theme.
     cells = np.empty((*shade.shape, 4))
     cells[..., :3] = mpl.colors.to_rgb(arm_style("flatness")[0])
     cells[..., 3] = np.where(shade > 0, 0.12 + 0.88 * shade, 0)
@@ -188,10 +188,10 @@ def entropy_density(title: str, flatness: np.ndarray, entropy: np.ndarray, vocab
 
 @mpl.rc_context(STYLE)
 def kept_shares(title: str, groups: Sequence[str], counts: Sequence[int], shares: dict[str, Sequence[float]]) -> Markup:
-    """Share of each source's samples that an arm kept, in percent: a group of bars a source, a bar an arm.
+    """Share of each source's samples that an arm kept, in percent: one group of bars per source, one bar per arm.
 
     Args:
-      groups, counts: sources and how many samples each has.
+      groups, counts: the sources, and the number of samples of each.
       shares: arm -> share in [0, 1] of each group.
     """
     thickness = 0.78 / len(shares)
@@ -199,8 +199,9 @@ def kept_shares(title: str, groups: Sequence[str], counts: Sequence[int], shares
     for k, (arm, values) in enumerate(shares.items()):
         y = np.arange(len(groups)) + (k - (len(shares) - 1) / 2) * thickness
         ax.barh(y, 100 * np.asarray(values), thickness * 0.86, color=arm_style(arm)[0], linewidth=0)
-        for at, value in zip(y, values, strict=True):
-            ax.annotate(f"{100 * value:.0f}", (100 * value, at), (4, 0), textcoords="offset points", va="center", fontsize=9)
+        for height, value in zip(y, values, strict=True):
+            label, end = f"{100 * value:.0f}", (100 * value, height)
+            ax.annotate(label, end, (4, 0), textcoords="offset points", va="center", fontsize=9)
     ax.set_yticks(range(len(groups)), [f"{short(group)} ({count})" for group, count in zip(groups, counts, strict=True)])
     ax.set_ylim(len(groups) - 0.45, -0.55)
     ax.set_xlim(0, 112)
@@ -212,12 +213,12 @@ def kept_shares(title: str, groups: Sequence[str], counts: Sequence[int], shares
 
 @mpl.rc_context(STYLE)
 def length_histogram(title: str, kept: np.ndarray, dropped: np.ndarray, arm: str) -> Markup:
-    """Counted tokens a sample: kept filled, dropped as an outline, on the same bins."""
-    both = np.concatenate([kept, dropped])
+    """Counted tokens per sample: kept samples filled, dropped ones as an outline, on the same bins."""
+    lengths = np.concatenate([kept, dropped])
     figure, ax = new_axes(title, NARROW, 250)
-    # Lengths are integers: bins of a fractional width would hold one more of them here and there, and look like a comb.
-    width = max(1, -(-int(both.max() - both.min()) // min(25, max(5, round(len(both) ** 0.5)))))
-    edges = np.arange(both.min(), both.max() + width + 1, width) - 0.5
+    # Lengths are integers, so bins need an integer width; otherwise some bins hold one length more than others.
+    width = max(1, -(-int(lengths.max() - lengths.min()) // min(25, max(5, round(len(lengths) ** 0.5)))))
+    edges = np.arange(lengths.min(), lengths.max() + width + 1, width) - 0.5
     ax.hist(kept, edges, histtype="stepfilled", color=arm_style(arm)[0], alpha=0.8, linewidth=0)
     ax.hist(dropped, edges, histtype="step", color=INK, linewidth=1.3)
     ax.set_xlabel("counted tokens")
@@ -231,7 +232,7 @@ def length_histogram(title: str, kept: np.ndarray, dropped: np.ndarray, arm: str
 def curves(
     title: str, series: dict[str, tuple[Sequence[float], Sequence[float]]], *, dashed=None, percent: bool = False
 ) -> Markup:
-    """One line an arm over training steps; `dashed` holds a second set of lines in the same colours."""
+    """One line per arm over training steps; `dashed` holds a second set of lines in the same colours."""
     figure, ax = new_axes(title, NARROW, 250)
     for style, lines in (("-", series), ((0, (3, 1.5)), dashed or {})):
         for arm, (steps, values) in lines.items():
@@ -280,7 +281,7 @@ def accepted_lengths(title: str, arms: Sequence[Arm]) -> Markup:
 
 @mpl.rc_context(STYLE)
 def tau_by_source(title: str, arms: Sequence[Arm]) -> Markup:
-    """τ with its interval, a line a source, the arms one above the other."""
+    """τ with its interval: one row per source, the arms one above the other."""
     sources = list(arms[0].report["per_source"])
     counts = [record["n_prompts"] for record in arms[0].report["per_source"].values()]
     step = 0.7 / len(arms)

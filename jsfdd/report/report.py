@@ -1,7 +1,7 @@
-"""`write_report`: a run as one HTML page that a person can read, on a screen, a phone or paper.
+"""`write_report`: write a run as one HTML page, for a screen, a phone or paper.
 
-The page holds everything it shows (no script, no font, no picture from elsewhere) and claims no more than was measured:
-each figure has its n and its interval, and two drafts whose paired interval contains 0 are "no difference seen".
+The page is self-contained: it loads no script, font or picture. It claims no more than was measured: every figure has its n
+and its interval, and if the paired interval of two drafts contains 0, the page says "no difference seen".
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from jsfdd.report.panel import arm_style, source_groups
 from jsfdd.report.run_files import Arm, RunFiles, read_run
 from jsfdd.scoring.metrics import METRICS
 
-_SHOWN_PIECES = 360  # of an example text: about a screen
-_SHOWN_IDS = 8
+_MAX_PIECES = 360  # of an example text: about a screen
+_MAX_IDS = 8
 _HEAT = tuple(round(0.02 + 0.072 * level, 3) for level in range(10))  # opacity of each tenth of token flatness
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
-    """Draw the page of a finished run and return where it is: `out`, or report.html in the run's directory.
+    """Draw the page of a finished run and return its path: `out`, or report.html in the run's directory.
 
-    The same run gives the same page, byte for byte; it is there whole or not at all.
+    The same run gives the same page, byte for byte. The page is written atomically.
 
     Raises:
       FileNotFoundError, ValueError: a file of the run is missing, damaged or lacks a field; the message names it.
@@ -50,7 +50,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
 
 
 def render(files: RunFiles, date: str) -> str:
-    """The page's HTML; `date` is shown as it is."""
+    """Render the page's HTML; `date` is shown unchanged."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -81,7 +81,7 @@ def render(files: RunFiles, date: str) -> str:
     )
 
 
-# --- Sections: what each shows, by the names that the template uses --------------------------------------------------
+# --- Sections: each returns the variables that the template uses -----------------------------------------------------
 
 
 def _result(files: RunFiles) -> dict:
@@ -107,7 +107,7 @@ def _flatness(files: RunFiles) -> dict:
     groups, colours = source_groups(np.array(files.scores.sources, object)[scored])
     size = files.summary["target"]["vocab_size"]
     selections = [a.selection for a in files.arms if a.name == "flatness"]
-    thresholds = [s.thresholds["all"] for s in selections if s.within == "all"]  # a line, where there is one for all sources
+    thresholds = [s.thresholds["all"] for s in selections if s.within == "all"]  # none if each source has its own threshold
     return {
         "flatness_panels": [
             plots.source_histogram("Sample flatness", flatness, groups, colours, size, *thresholds),
@@ -154,7 +154,7 @@ def _selection(files: RunFiles) -> dict:
 
 
 def _example(text: dict, arms: Sequence[Arm], deciles: np.ndarray) -> dict:
-    """A text for the heat map: its pieces, each with the tenth that its flatness is in, or None."""
+    """A text for the heat map: its pieces, each with the tenth in which its flatness lies, or None."""
     levels = [None if f is None else int(np.searchsorted(deciles, f)) for f in text["flatness"]]
     counted = [f for f in text["flatness"] if f is not None]
     return {
@@ -162,8 +162,8 @@ def _example(text: dict, arms: Sequence[Arm], deciles: np.ndarray) -> dict:
         "source": text["source"],
         "sample_flatness": float(np.mean(counted)) if counted else None,
         "arms": [(arm.name, text["id"] in arm.kept) for arm in arms],
-        "tokens": list(zip(text["pieces"], levels, strict=True))[:_SHOWN_PIECES],
-        "omitted": max(0, len(text["pieces"]) - _SHOWN_PIECES),
+        "tokens": list(zip(text["pieces"], levels, strict=True))[:_MAX_PIECES],
+        "omitted": max(0, len(text["pieces"]) - _MAX_PIECES),
     }
 
 
@@ -226,7 +226,7 @@ def _options(files: RunFiles) -> list[tuple[str, str]]:
 
 
 def verdict(difference: dict) -> str:
-    """What a paired τ difference allows to say; a and b are told apart only where its interval excludes 0."""
+    """The sentence that a paired τ difference supports: "no difference seen" unless its interval excludes 0."""
     a, b, low, high = (difference[key] for key in ("a", "b", "low", "high"))
     if low is None:
         return f"{a} and {b} cannot be compared: nothing was verified on the same prompts."
@@ -239,7 +239,7 @@ def verdict(difference: dict) -> str:
 
 
 def same_text_caption(temperature: float, tree_nodes: int) -> str:
-    """What the share of equal texts is, and what it should be: a tree's text is plain decoding's at every temperature."""
+    """Explain the share of equal texts. With trees, the text equals plain decoding's at every temperature."""
     exact = temperature == 0 or tree_nodes > 0
     expected = (
         "as all should be but for logits that tie within rounding"
@@ -250,7 +250,7 @@ def same_text_caption(temperature: float, tree_nodes: int) -> str:
 
 
 def costs(arms: Sequence[Arm], seconds: dict[str, float]) -> list[str]:
-    """What each arm's training took, against `full`'s; empty where there is no such arm or no other."""
+    """Sentences that compare each arm's training cost with `full`'s; empty without `full` or without another arm."""
     rows = {arm.name: arm.row for arm in arms}
     full = rows.pop("full", None)
     if full is None or not rows:
@@ -279,8 +279,8 @@ def _selection_sentences(files: RunFiles) -> list[str]:
         sentences.append(f"About {percent(share)} of them are held out: no arm trains on these.")
     for field, reason in MEANINGS.items():
         if isinstance(ids := data.get(field), list) and ids:
-            shown = ", ".join(ids[:_SHOWN_IDS]) + (", …" if len(ids) > _SHOWN_IDS else "")
-            sentences.append(f"Skipped before scoring: {whole(len(ids))} {reason} ({shown}).")
+            listed = ", ".join(ids[:_MAX_IDS]) + (", …" if len(ids) > _MAX_IDS else "")
+            sentences.append(f"Skipped before scoring: {whole(len(ids))} {reason} ({listed}).")
     sentences.append(
         f"Cut at {whole(config['max_length'])} tokens: {whole(len(data['truncated']))}. "
         f"Of all that the target read, {percent(data['padding_share'])} was padding."
@@ -289,7 +289,7 @@ def _selection_sentences(files: RunFiles) -> list[str]:
 
 
 def _oriented(difference: dict) -> dict:
-    """The same difference seen from the arm that a reader asks about."""
+    """The same difference, with the arm that interests a reader first."""
     if _rank(difference["a"]) <= _rank(difference["b"]):
         return difference
     low, high = difference["low"], difference["high"]
@@ -298,7 +298,7 @@ def _oriented(difference: dict) -> dict:
 
 
 def _rank(arm: str) -> int:
-    """A metric comes before chance, and both before what they are held against."""
+    """Metrics come first, then `random`, then `full`, against which both are compared."""
     return {"random": 1, "full": 2}.get(arm, 0)
 
 
@@ -307,7 +307,7 @@ def _listed(parts: Sequence[str]) -> str:
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Spearman's; NaN where one side is constant."""
+    """Spearman's rank correlation; NaN if one side is constant."""
     if np.ptp(a) == 0 or np.ptp(b) == 0:
         return math.nan  # scipy would warn
     return float(scipy.stats.spearmanr(a, b).statistic)

@@ -1,7 +1,6 @@
-"""A finished run's files, read and checked once, for the report.
+"""Read and check a finished run's files for the report.
 
-Everything the report shows comes from here, so a missing or unreadable file is an error that names it: a page with a
-silent gap would look like a result.
+A missing or damaged file is an error that names it, because a page with a gap would look like a result.
 """
 
 from __future__ import annotations
@@ -40,11 +39,11 @@ class Arm:
 
     Attributes:
       name: "full", or the metric that selected its samples.
-      row: its row of summary.json.
-      selection: what it keeps; samples that are held out are not trained on.
+      row: the arm's row in summary.json.
+      selection: the samples that the arm keeps; those held out are not trained on.
       kept: ids of the selection.
       training, held_out: lines of metrics.jsonl, by kind, in order of steps.
-      report: its report.json, the evaluation.
+      report: the evaluation, from report.json.
     """
 
     name: str
@@ -58,15 +57,15 @@ class Arm:
 
 @dataclasses.dataclass(frozen=True)
 class RunFiles:
-    """All that a report shows.
+    """Everything that a report shows.
 
     Attributes:
-      config: the run's options, as config.json has them.
+      config: the run's options, from config.json.
       summary: summary.json.
-      scores: of all samples; NaN where a sample has no counted token.
+      scores: the scores of all samples; NaN for a sample without a counted token.
       token_flatness, token_entropy: float32 over the counted tokens of all samples.
-      texts: example samples: {"id", "source", "pieces": [T] str, "flatness": [T] float or None}; a piece goes with the
-        flatness of the distribution that it was drawn from, None where that does not count.
+      texts: example samples: {"id", "source", "pieces": [T] str, "flatness": [T] float or None}. A piece's flatness is that
+        of the distribution that predicted it, None where the score does not count.
       arms: in the order of the config.
     """
 

@@ -1,4 +1,4 @@
-"""The tables that `jsfdd evaluate` prints for each draft: speed and acceptance, a row per source and one for all."""
+"""The tables that `jsfdd evaluate` prints for each draft: speed and acceptance, with a row per source and one for all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jsfdd.base.numbers import decimals, interval, percent, signed
 
 
 def print_evaluation(reports: dict[str, dict], differences: list[dict], out: Console) -> None:
-    """Reports of `evaluate` and differences of `compare`, as text."""
+    """Print the reports of `evaluate` and the differences of `compare`."""
     for name, report in reports.items():
         rows = {**report["per_source"], "all": report} if len(report["per_source"]) > 1 else {"all": report}
         out.print(_speed(name, rows))
@@ -25,12 +25,12 @@ def print_evaluation(reports: dict[str, dict], differences: list[dict], out: Con
 
 
 def describe_difference(difference: dict) -> str:
-    """One line of `compare`: the paired difference of two τ, its interval, and what it says."""
+    """One line per difference of `compare`: the paired difference of two τ, its interval, and a verdict."""
     low, high = difference["low"], difference["high"]
-    seen = "no difference seen" if low <= 0 <= high else "higher" if low > 0 else "lower"
+    verdict = "no difference seen" if low <= 0 <= high else "higher" if low > 0 else "lower"
     return (
         f"τ of {difference['a']} minus {difference['b']}: {signed(difference['tau_difference'], 3)} "
-        f"[{signed(low, 3)}, {signed(high, 3)}], {seen}"
+        f"[{signed(low, 3)}, {signed(high, 3)}], {verdict}"
     )
 
 
@@ -61,7 +61,7 @@ def _acceptance(rows: dict[str, dict], depth: int) -> Table:
 
 
 def _shares(rows: dict[str, dict]) -> Table:
-    """For several drafts: what share of the verified and of the accepted tokens each of them proposed (`shares.py`)."""
+    """For drafts that decode together: each draft's shares of the verified and accepted tokens (`shares.py`)."""
     table = _table(None, "source", *(f"{name}: verified, accepted" for name in rows["all"]["drafts"]))
     for source, row in rows.items():
         drafts = row["drafts"].values()
