@@ -106,7 +106,7 @@ def test_a_day_and_variables_are_the_template_s(tmp_path, target, capsys):
     for bad, words in (
         (["--date", "May"], "YYYY-MM-DD"),
         (["--template-kwargs", "[1]"], "a JSON object"),
-        (["--template-kwargs", "{"], "no JSON"),
+        (["--template-kwargs", "{"], "not JSON"),
     ):
         assert _exit_code([*command, *bad]) == 2 and words in " ".join(capsys.readouterr().err.split())
 
@@ -367,7 +367,7 @@ def test_help_shows_groups_defaults_and_choices(capsys, monkeypatch):
         assert title in text
     for words in ("--epochs INT Passes over the kept samples.", "(default: 10)", "--data PATH … Chats:", "(default: 0)"):
         assert words in text
-    assert "--shard-optimizer Keep" in text and "--no-shard-optimizer" not in text
+    assert "--shard-optimizer Split" in text and "--no-shard-optimizer" not in text
     assert "--mask-spans {thinking,tool_calls} …" in text
 
 

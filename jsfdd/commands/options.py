@@ -136,7 +136,7 @@ class ModelOptions:
     template_kwargs: Annotated[str | None, tyro.conf.arg(help_behavior_hint="", metavar="JSON")] = None
     """Variables for the chat template, such as '{"enable_thinking": false}'. Use the values that the server uses."""
     date: str = "2024-07-26"
-    """The date that chat templates see as today. It is fixed, so that the same chats always give the same tokens."""
+    """Today's date as chat templates see it. The default never changes, so the same chats always give the same tokens."""
 
     def __post_init__(self):
         check("--model-shards", self.model_shards, self.model_shards >= 1, "1 (whole on every device) or more")
