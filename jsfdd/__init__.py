@@ -4,8 +4,8 @@
     target = jsfdd.load_target("smollm2")
     table = jsfdd.score(target, jsfdd.read_chats("chats.jsonl"))
 
-These names are for notebooks and other people's programs; docs/python.md shows them at work. Each is imported from its room
-when it is first used, so `import jsfdd` itself costs nothing.
+These names are the public interface; docs/python.md shows how to use them. Each is imported from its room on first use, so
+`import jsfdd` itself is fast.
 """
 
 import importlib
@@ -13,7 +13,7 @@ import logging
 
 __version__ = "0.1.0"
 
-# On import transformers warns that without torch it has no models. They are JAX's here, so nothing is missing.
+# When imported, transformers warns that it needs PyTorch for models. jsfdd does not use its models.
 logging.getLogger("transformers").addFilter(lambda record: not record.getMessage().startswith("PyTorch was not found"))
 
 _PUBLIC = {

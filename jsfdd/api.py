@@ -1,6 +1,6 @@
-"""The functions of the front door: they take a target and a draft whole, and what they need beside has a default.
+"""The public functions of `import jsfdd`. They take `Target` and `Draft` records, and everything else has a default.
 
-Heavy rooms are imported by the functions that use them, so that looking at logits does not import the trainer.
+Functions import the rooms that they use, so that computing logits does not import the trainer.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ if TYPE_CHECKING:
     from jsfdd.weights.export import ExportDtype
     from jsfdd.weights.target import Target
 
-MAX_LENGTH = 2048  # tokens of a chat, as on the command line
+MAX_LENGTH = 2048  # the longest chat in tokens, as on the command line
 
 
 def init_draft(target: Target | ForeignTarget, key: Key[Array, ""], *, vocabulary: tuple[int, ...] = ()) -> Draft:
     """A fresh EAGLE draft for a target: one decoder layer of the target's widths (arXiv 2401.15077), float32.
 
     Args:
-      key: of the random weights.
+      key: for the random weights.
       vocabulary: the tokens that the draft can propose, ascending; empty for all.
 
     Example:
@@ -56,7 +56,7 @@ def init_draft(target: Target | ForeignTarget, key: Key[Array, ""], *, vocabular
 
 
 def hidden_states(target: Target | ForeignTarget, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """The target's hidden states after the final norm: what its head reads, and what a draft is fed.
+    """The target's hidden states after the final norm, which its head and a draft read.
 
     Args:
       tokens: whole sequences from position 0, right-padded if lengths differ.
@@ -73,7 +73,7 @@ def hidden_states(target: Target | ForeignTarget, tokens: Int[Array, "B T"]) -> 
 def head_logits(target: Target | ForeignTarget, hidden: Float[Array, "*shape D"]) -> Float[Array, "*shape V"]:
     """The target's float32 logits: `logits[:, t]` is the distribution of token t+1 given the tokens up to t.
 
-    All of them at once: [B, T, V] is large. `jsfdd.score` never makes it.
+    The whole array [B, T, V] is large; `jsfdd.score` never makes it.
 
     Example:
       >>> logits = jsfdd.head_logits(target, jsfdd.hidden_states(target, tokens))
@@ -86,10 +86,10 @@ def head_logits(target: Target | ForeignTarget, hidden: Float[Array, "*shape D"]
 def draft_logits(
     target: Target | ForeignTarget, draft: Draft, hidden: Float[Array, "B T D"], tokens: Int[Array, "B T"]
 ) -> Float[Array, "B T-1 V"]:
-    """The draft's float32 logits along a text, read with the target's own hidden states, as in training.
+    """The draft's float32 logits along a text, computed from the target's hidden states, as in training.
 
-    At t the draft reads the pair (h_t, embedding of x_{t+1}) and predicts x_{t+2}. So `draft_logits(…)[:, t]` stands beside
-    `head_logits(target, hidden)[:, t + 1]`: both are distributions of x_{t+2}.
+    At t the draft reads the pair (h_t, embedding of x_{t+1}) and predicts x_{t+2}. So `draft_logits(…)[:, t]` and
+    `head_logits(target, hidden)[:, t + 1]` are distributions of the same token, x_{t+2}.
 
     Args:
       hidden: the target's hidden states of `tokens`.
@@ -116,14 +116,14 @@ def score(
     mesh: Mesh | None = None,
     progress: bool = True,
 ) -> ScoreTable:
-    """How uncertain the target is along each chat (arXiv 2601.18902, Eq. 6 and 7): a table of metrics, one row a chat.
+    """Score how uncertain the target is on each chat (arXiv 2601.18902, Eq. 6 and 7): a table of metrics, one row per chat.
 
     Args:
-      chats: from `read_chats`, or samples that are tokenized already.
-      hidden: the target's hidden states by the samples' ids, [T, D] each, if they are there; the target does not run then.
+      chats: from `read_chats`, or tokenized samples.
+      hidden: the target's hidden states by the samples' ids, [T, D] each. If they are given, only the target's head runs.
       per_token: also keep the flatness and entropy (nats) of every token.
-      max_length: chats are cut after so many tokens.
-      mesh: devices that share the work; all by default.
+      max_length: chats are cut after this many tokens.
+      mesh: devices that share the work; all devices by default.
       progress: show a bar.
 
     Raises:
@@ -155,21 +155,21 @@ def train(
 ) -> Draft:
     """Train an EAGLE draft (arXiv 2401.15077) on the chats that were kept.
 
-    Hidden states are computed once, before the first step, and so is what the recipe stores of the target's distributions.
+    Hidden states and the recipe's soft targets are computed once, before the first step.
 
     Args:
-      chats: from `read_chats`, or samples that are tokenized already.
-      kept: from `select`; None trains on all.
-      recipe: epochs, learning rate and the like; by default as on the command line.
-      hidden: the hidden states by the samples' ids, [T, D] each, if they are there; or a function that computes those of a
-        batch at each step (`jsfdd.hidden.capture.make_recompute`).
-      out: directory for hidden states, checkpoints and metrics.jsonl: an interrupted call with the same arguments continues
-        there. None leaves nothing on disk.
-      seed: of the first weights, the order of the samples and the noise.
+      chats: from `read_chats`, or tokenized samples.
+      kept: from `select`; None trains on all chats.
+      recipe: epochs, learning rate and so on; the defaults are those of the command line.
+      hidden: hidden states by the samples' ids, [T, D] each; or a function that computes those of a batch at each step
+        (`jsfdd.hidden.capture.make_recompute`). If None, they are computed first.
+      out: directory for hidden states, checkpoints and metrics.jsonl. An interrupted call with the same arguments continues
+        there. If None, nothing is left on disk.
+      seed: for the initial weights, the order of the samples and the noise.
       max_length, mesh, progress: as in `score`.
 
     Raises:
-      ValueError: nothing to train on, hidden states of other tokens, or `out` holds another run; names it.
+      ValueError: there is nothing to train on, hidden states belong to other tokens, or `out` holds another run; names it.
       FloatingPointError: a loss is not finite; names the step.
 
     Example:
@@ -219,14 +219,14 @@ def train(
 
 
 class Evaluation(NamedTuple):
-    """How well a draft was accepted, and how fast that made decoding.
+    """A draft's acceptance and speed.
 
     Attributes:
-      tau: tokens emitted per verification by the target, the bonus token included; `tau_low` and `tau_high` its 95% interval
-        over prompts.
-      alpha: of each depth, the share of the draft tokens verified there that were accepted; None where none was.
-      same_text_share: prompts whose answers are plain decoding's, token for token; None where sampling cannot tell.
-      speedup: tokens per second over those of plain decoding on the same prompts.
+      tau: tokens emitted per verification by the target, the bonus token included; `tau_low` and `tau_high` are the bounds of
+        its 95% interval over prompts.
+      alpha: for each depth, the share of verified draft tokens that were accepted; None if none was verified.
+      same_text_share: the share of prompts whose answers equal plain decoding's, token for token; None for sampled chains.
+      speedup: tokens per second, divided by those of plain decoding on the same prompts.
       report: all figures, as in report.json.
     """
 
@@ -252,20 +252,20 @@ def evaluate(
     seed: int = 0,
     mesh: Mesh | None = None,
 ) -> Evaluation:
-    """Measure a draft by real decoding, beside plain decoding of the same prompts (arXiv 2211.17192).
+    """Measure a draft by speculative decoding, compared with plain decoding of the same prompts (arXiv 2211.17192).
 
     Args:
-      prompts: one user's message each, or from `read_prompts` with several turns.
-      max_new_tokens: longest answer.
-      num_draft_tokens: what the draft proposes for each verification.
+      prompts: one user message each; or from `read_prompts`, also with several turns.
+      max_new_tokens: the longest answer.
+      num_draft_tokens: how many tokens the draft proposes per verification.
       temperature: 0 is greedy.
-      tree: verify trees of this shape, of depth `num_draft_tokens`; chains otherwise.
+      tree: verify trees of this shape, of depth `num_draft_tokens`; chains if None.
       batch_size: prompts decoded together.
-      seed: of what is sampled and of the intervals.
-      mesh: devices that share the rows; all by default.
+      seed: for sampling and for the intervals.
+      mesh: devices that share the rows; all devices by default.
 
     Raises:
-      ValueError: a prompt with its answer is longer than the target's context, or the draft is of another target.
+      ValueError: a prompt with its answer is longer than the target's context, or the draft belongs to another target.
 
     Example:
       >>> result = jsfdd.evaluate(target, draft, ["Why is the sky blue?"], max_new_tokens=8)
@@ -276,11 +276,11 @@ def evaluate(
 
     if isinstance(target, ForeignTarget):
         raise ValueError(f"{target.name} is a foreign target: decoding needs its layers; load it with `load_target`")
-    asked = [Prompt(f"p{i}", "prompts", (text,)) if isinstance(text, str) else text for i, text in enumerate(prompts)]
+    prompts = [Prompt(f"p{i}", "prompts", (text,)) if isinstance(text, str) else text for i, text in enumerate(prompts)]
     report = evaluate_drafts(
         target,
         {"draft": draft},
-        asked,
+        prompts,
         mesh or make_mesh(),
         temperature=temperature,
         num_draft_tokens=num_draft_tokens,
@@ -300,17 +300,17 @@ def export(
     dtype: ExportDtype = "keep",
     served_target: str | None = None,
 ) -> None:
-    """Write a draft for the engine that serves it: config.json, model.safetensors and a card.
+    """Write a draft for a serving engine: config.json, model.safetensors and a model card.
 
     Args:
       directory: must not exist yet.
-      flavour: of the engine; see `jsfdd.weights.export`.
-      dtype: of the tensors; "keep" leaves them as they are.
-      served_target: the target's name where it is served, for the card; speculators needs it.
+      flavour: the engine's layout; see `jsfdd.weights.export`.
+      dtype: dtype of the tensors; "keep" leaves them as they are.
+      served_target: the target's name on the server, for the card; the flavour speculators needs it.
 
     Raises:
-      FileExistsError: the directory is there already.
-      ValueError: the flavour cannot represent the draft; names what.
+      FileExistsError: the directory exists already.
+      ValueError: the flavour cannot represent the draft; names the reason.
 
     Example:
       >>> jsfdd.export(draft, "draft-vllm")

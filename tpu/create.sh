@@ -38,7 +38,7 @@ else
   on_workers all "sudo mkdir -p $TPU_WORK && sudo chmod 777 $TPU_WORK"
 fi
 
-# The committed state of this checkout, whole, in an environment of its own: the image's Python may be older than 3.11.
+# Install the committed state of this checkout into its own environment: the image's Python may be older than 3.11.
 archive="$(mktemp -d)/jsfdd.tar.gz"
 run git -C "$here/.." archive --format=tar.gz --prefix=jsfdd/ -o "$archive" HEAD
 run gcloud compute tpus tpu-vm scp "$archive" "$TPU_NAME": "${where[@]}" --worker=all

@@ -1,15 +1,15 @@
 # shellcheck shell=bash
-# Settings of all scripts here; each can be set in the environment instead. Sourced, never run.
+# Settings of all scripts here, to be sourced. Each setting can be overridden in the environment.
 
-: "${TPU_NAME:=jsfdd}"                          # of the TPU, and of its queued resource
-: "${TPU_PROJECT:=}"                            # gcloud's own setting unless given
+: "${TPU_NAME:=jsfdd}"                          # name of the TPU, and of its queued resource
+: "${TPU_PROJECT:=}"                            # default: gcloud's own setting
 : "${TPU_ZONE:=us-west4-a}"
 : "${TPU_TYPE:=v5litepod-8}"                    # v5litepod-8: one host, 8 chips; v5litepod-16: four hosts, 4 chips each
 : "${TPU_VERSION:=v2-alpha-tpuv5-lite}"         # v5p: v2-alpha-tpuv5; v6e: v2-alpha-tpuv6e; v4: tpu-ubuntu2204-base
-: "${TPU_SPOT:=0}"                              # 1: cheaper, may be taken away; through a queued resource
-: "${TPU_SHARE:=}"                              # HOST:/EXPORT of an NFS share (Filestore); needed by more than one host
-: "${TPU_WORK:=/mnt/jsfdd}"                     # where the share is mounted; data, target and --out live under it
-: "${TPU_EVERY:=60}"                            # seconds between two looks at a queued resource
+: "${TPU_SPOT:=0}"                              # 1: a spot TPU, cheaper but may be taken away; uses a queued resource
+: "${TPU_SHARE:=}"                              # HOST:/EXPORT of an NFS share (Filestore); needed for more than one host
+: "${TPU_WORK:=/mnt/jsfdd}"                     # mount point of the share, for data, target and --out
+: "${TPU_EVERY:=60}"                            # seconds between two checks of a queued resource
 
 dry_run=0
 

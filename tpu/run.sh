@@ -2,7 +2,7 @@
 # Run a jsfdd command on all hosts of the TPU, or fetch its results.
 #   tpu/run.sh [--dry-run] [--until-done] STAGE OPTIONS…     e.g. score --target /mnt/jsfdd/target --data … --out /mnt/jsfdd/run
 #   tpu/run.sh [--dry-run] --fetch REMOTE LOCAL              copy a directory from the first host
-# --until-done: a TPU that was taken away is asked for again and the command repeated; it continues where it stopped.
+# --until-done: if the TPU is taken away, request a new one and repeat the command, which continues where it stopped.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 # shellcheck source=tpu/env.sh
@@ -27,7 +27,7 @@ if [ "$1" = --fetch ]; then
   exit
 fi
 
-# The stages that work as several processes start on all hosts and find each other; the others need one host.
+# Stages that can run as several processes start on all hosts and find each other; other commands use one host.
 case "$1" in
   respond | score | select | train | evaluate) workers=all; more=(--coordinator auto) ;;
   *) workers=0; more=() ;;

@@ -4,9 +4,9 @@
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
 #SBATCH --requeue
-# Run a jsfdd stage on several GPU nodes: one process a GPU, which is what JAX expects under SLURM.
+# Run a jsfdd stage on several GPU nodes, with one process per GPU, as JAX expects under SLURM.
 #   sbatch tpu/slurm.sh STAGE OPTIONS…          tpu/slurm.sh --dry-run STAGE OPTIONS… prints the command
-# JSFDD: the program (default: jsfdd, from the environment that submits).
+# JSFDD: the program (default: jsfdd in the environment of the submitting shell).
 set -euo pipefail
 dry_run=0
 if [ "${1:-}" = --dry-run ]; then dry_run=1; shift; fi
