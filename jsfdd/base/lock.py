@@ -1,11 +1,11 @@
-"""One directory, one writer: a lock on what a command writes, which the system takes back when its process dies.
+"""A lock on a command's output, so that only one process writes it. The system releases the lock if the process dies.
 
     with sole_writer(out):
-        …                       # a second process that comes here meanwhile gets a ValueError with host and process
+        …                       # meanwhile a second process gets a ValueError that names host and process
 
-The lock is `flock` on OUT/.lock (OUT is a directory) or on .NAME.lock beside a file that is written; the file says who holds
-it and goes when the work is done. Where a file system passes no locks between hosts, or knows none, the holder's sign of life
-stands in: it touches the file every few seconds, and who comes from another host watches for that before taking over.
+The lock is `flock` on OUT/.lock if OUT is a directory, or on .NAME.lock beside a file. The lock file names the holder, and is
+deleted at the end. Some file systems do not share locks between hosts, or have none. So the holder also touches the file every
+few seconds, and a process on another host watches for that before it takes over.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from pathlib import Path
 from jsfdd.base.processes import is_primary, true_on_primary
 
 _BEAT = 5.0  # seconds between two signs of life
-_SILENCE = 4 * _BEAT  # after which a holder of whom no lock is known counts as dead
+_SILENCE = 4 * _BEAT  # seconds without a sign of life after which a holder counts as dead if the system shows no lock
 _WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
-_held: set[Path] = set()  # by this process: a run locks its directory, and so does a stage of it
+_held: set[Path] = set()  # locks of this process: a run locks its directory, and so do the stages in it
 
 
 @contextmanager
 def sole_writer(out: Path) -> Iterator[None]:
-    """Hold the lock on `out`, a directory or a file to be written; its directory must be there.
+    """Hold the lock on `out`, a directory or a file to be written, whose directory must exist.
 
-    Several processes of one run call this together, and process 0 holds the lock for all.
+    Several processes of one run call this together, and process 0 holds the lock for all of them.
 
     Raises:
       ValueError: another process holds it; names its host and number.
@@ -61,7 +61,7 @@ def sole_writer(out: Path) -> Iterator[None]:
 
 
 def _take(path: Path) -> tuple[int | None, str]:
-    """(the descriptor that holds the lock, ""), or (None, why not)."""
+    """Try to take the lock: (its file descriptor, ""), or (None, the reason why not)."""
     while True:
         lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         locks = True
@@ -75,7 +75,7 @@ def _take(path: Path) -> tuple[int | None, str]:
                 os.close(lock)
                 raise
             locks = False
-        # Who held it may have deleted the file between our two calls: then ours has no name, and guards nothing.
+        # The previous holder may have deleted the file between our two calls. Then our lock guards nothing: try again.
         if path.exists() and os.path.samestat(os.fstat(lock), path.stat()):
             break
         os.close(lock)
@@ -90,7 +90,7 @@ def _take(path: Path) -> tuple[int | None, str]:
 
 
 def _lives(path: Path) -> bool:
-    """Whether the holder touches the file while we look. Clocks of two hosts are not compared."""
+    """Whether the holder touches the file while we watch. This needs no common clock of the two hosts."""
     before, until = _touched(path), time.monotonic() + _SILENCE
     while time.monotonic() < until:
         time.sleep(_BEAT / 5)
@@ -100,7 +100,7 @@ def _lives(path: Path) -> bool:
 
 
 def _touched(path: Path) -> int:
-    """When, in the file system's own time; opening the file makes NFS ask its server."""
+    """The file's modification time. The file is opened first, which makes NFS ask its server."""
     try:
         with path.open("rb") as file:
             return os.fstat(file.fileno()).st_mtime_ns
@@ -114,7 +114,7 @@ def _show_life(lock: int, ended: threading.Event) -> None:
 
 
 def _holder(path: Path) -> dict:
-    """What the lock's file says of its holder; nothing where it says nothing."""
+    """The holder's host and process from the lock file; empty if it has none."""
     try:
         values = json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):
