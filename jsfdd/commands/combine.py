@@ -46,16 +46,16 @@ def check_combine(drafts: DraftOptions, decoding: DecodingOptions) -> None:
         )
 
 
-def one_team(options: DraftOptions, num_layers: int) -> Team:
-    """Load the drafts that decode together for a target of `num_layers` layers: none, one, or several with --combine.
+def check_one_team(drafts: DraftOptions) -> None:
+    """Raise ValueError if there are several drafts and no --combine."""
+    if len(drafts.draft) > 1 and drafts.combine is None:
+        raise ValueError(f"--draft: got {len(drafts.draft)}, but without --combine one draft decodes")
 
-    Raises:
-      ValueError: several drafts without --combine.
-    """
+
+def one_team(options: DraftOptions, num_layers: int) -> Team:
+    """Load the drafts that decode together for a target of `num_layers` layers: none, one, or several with --combine."""
     from jsfdd.decoding.settings import Team
 
-    if len(options.draft) > 1 and options.combine is None:
-        raise ValueError(f"--draft: got {len(options.draft)}, but without --combine one draft decodes")
     drafts = load_drafts(options.draft, num_layers)
     return Team(drafts) if options.combine is None else combined(drafts, options.combine)
 

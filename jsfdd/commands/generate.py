@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from jsfdd.commands.combine import check_combine, one_team
+from jsfdd.commands.combine import check_combine, check_one_team, one_team
 from jsfdd.commands.inputs import describe_target, load_weights, setup_of, tree_shape
 from jsfdd.commands.options import DecodingOptions, DraftOptions, Flag, ModelOptions, OptionalPath
 from jsfdd.commands.outcome import Outcome, described, many
@@ -50,6 +50,7 @@ class GenerateConfig:
     """Seed of every random choice of the command."""
 
     def __post_init__(self):
+        check_one_team(self.drafts)
         check_combine(self.drafts, self.decoding)
         if self.show_accepted and not self.drafts.draft:
             raise ValueError("--show-accepted marks a draft's tokens; give --draft DIR or leave it out")

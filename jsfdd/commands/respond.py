@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from jsfdd.commands.combine import check_combine, one_team
+from jsfdd.commands.combine import check_combine, check_one_team, one_team
 from jsfdd.commands.inputs import (
     describe_target,
     identity_of,
@@ -88,6 +88,7 @@ class RespondConfig:
         check("--out", str(self.out), self.out.suffix == ".jsonl", "a file that ends in .jsonl")
         check_at_least(1, batch_size=self.batch_size)
         share_of("--max-skipped", self.max_skipped)
+        check_one_team(self.drafts)
         check_combine(self.drafts, self.decoding)
 
 
