@@ -1,1 +1,1 @@
-"""What would make a draft's acceptance in serving differ from its training."""
+"""Checks for faults that make a draft accept less when served than in training."""

@@ -1,7 +1,7 @@
-"""The doctor's checks of acceptance: the draft on the target's own greedy text, as it is, as served, and put wrong on purpose.
+"""The doctor's checks of acceptance: the draft on the target's own greedy text, unchanged and with changes.
 
-A fault between training and serving is found by undoing it: if the draft names far more of the target's tokens with fc's
-halves exchanged, they are the wrong way round. Every comparison is paired, position by position (McNemar's test).
+A fault between training and serving is found by undoing it: if the draft predicts far more of the target's tokens with the two
+halves of fc swapped, they are the wrong way round. All comparisons are paired, position by position (McNemar's test).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The doctor's checks of what is written down: the draft's config against the target's, and what a training run recorded."""
+"""The doctor's checks of configs and records: the draft's config against the target's, and the record of its training run."""
 
 from __future__ import annotations
 

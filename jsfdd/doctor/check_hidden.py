@@ -1,4 +1,4 @@
-"""The doctor's checks of hidden states: does the target's head, on its own features, say what the target says?"""
+"""The doctor's checks of hidden states: does the target's head, applied to them, predict the target's text?"""
 
 from __future__ import annotations
 

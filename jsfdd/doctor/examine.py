@@ -1,11 +1,11 @@
-"""`doctor`: what would make the served acceptance of a draft differ from what it was trained for?
+"""`examine`: run all checks for faults that make a draft accept less when served than in training.
 
     data       template, loss mask, tokenizer                      is what is trained on what is served?
     hidden     the target's text, the data, stored hidden states   are the features those that the head reads?
     draft      widths, heads, norm, context; the training's record  do draft and target belong together?
     decoded    agreement, faults undone, rope, decoder's verdicts   does the draft do when served what it does in training?
 
-Checks that need what others found missing are left out, and a note says so.
+If a check needs something that an earlier check found missing, it is skipped, and a note says so.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def examine(
     masks_spans: bool = False,
     progress: Callable[[str], None] = lambda doing: None,
 ) -> Diagnosis:
-    """Every check that the inputs allow.
+    """Run every check that the inputs allow.
 
     Args:
       target: from `load_target`.

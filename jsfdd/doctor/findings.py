@@ -1,6 +1,6 @@
-"""What the doctor says: findings, a sample with its loss mask, and how both look on a terminal.
+"""The doctor's findings, a sample with its loss mask, and their output on a terminal.
 
-A finding's name is stable and meant for scripts; everything else is meant for people.
+A finding's name never changes, so that scripts can use it; everything else is for people.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SHOWN_TOKENS = 240
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
       name: stable, kebab-case.

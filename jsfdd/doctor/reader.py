@@ -1,4 +1,4 @@
-"""Whole texts read again: the slow, obvious twin of the decoder, which goes step by step with caches.
+"""Read whole texts in one pass: the slow, obvious twin of the decoder, which works step by step with caches.
 
     decode_texts    the target's greedy answers to prompts, and the verdict on the first draft token of every step
     Reader          hidden states of whole texts, and the token that the target's head chooses after any hidden state

@@ -1,7 +1,7 @@
-"""Which samples can still be selected while scoring goes on, so that a pass keeps hidden states of these alone.
+"""Which samples can still be selected during a scoring pass, so that the pass keeps hidden states only of these.
 
-A metric that keeps k samples (of all, or of each source) keeps, at any time, among its k best so far: a sample behind k others
-stays behind them. So a pass that keeps the k best so far ends with exactly what `sfdd.select` chooses, and never holds more
+A metric keeps k samples, of all or of each source. A sample that is behind k others during the pass will also be behind them in
+the end. So a pass that keeps the k best so far ends with exactly the samples that `sfdd.select` chooses, and never holds more
 than k.
 
     possible = StillPossible(samples, ["flatness", "random"], retain_ratio=0.5, seed=0, always=held_out_ids)
@@ -24,7 +24,7 @@ from jsfdd.selection.sfdd import Within, how_many, place_in_order, random_score
 
 
 class BestK:
-    """The k samples that a metric keeps first, of those offered so far, in the order and with the ties of `sfdd.select`."""
+    """The k best of the samples offered so far, with the order and the ties of `sfdd.select`."""
 
     def __init__(self, metric: MetricName, k: int):
         self._metric, self._k = metric, k

@@ -1,11 +1,9 @@
-"""Where hidden states come from: the scoring pass, a pass of their own, or the target at every training step.
+"""Three sources of hidden states: the scoring pass, a separate pass, or the target at every training step.
 
-In use:
-
-    with keep_hidden(target, possible, directory=…, identity={…}, kept_for={…}) as keeper:
-        score_samples(target, samples, mesh, keeper=keeper)              # one pass: scores, and hidden states of what stays
-    store = store_hidden(target, samples, mesh, directory=…)             # a pass of its own, for samples known beforehand
-    hidden_of = make_recompute(target, mesh, "bfloat16")                 # batch -> hidden states, on the devices
+with keep_hidden(target, possible, directory=…, identity={…}, kept_for={…}) as keeper:
+    score_samples(target, samples, mesh, keeper=keeper)              # one pass: scores, and hidden states of what stays
+store = store_hidden(target, samples, mesh, directory=…)             # a pass of its own, for samples known beforehand
+hidden_of = make_recompute(target, mesh, "bfloat16")                 # batch -> hidden states, on the devices
 """
 
 from __future__ import annotations
@@ -85,7 +83,7 @@ def keep_hidden(
     dtype: HiddenDtype = "bfloat16",
     layers: tuple[int, ...] = (),
 ) -> Iterator[HiddenKeeper]:
-    """A keeper of hidden states for one scoring pass; the store in `directory` is complete when the block ends.
+    """Keep hidden states during one scoring pass; the store in `directory` is complete when the block ends.
 
     Args:
       target: of the pass.

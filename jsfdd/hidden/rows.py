@@ -1,4 +1,4 @@
-"""How one token's hidden state lies in a store: as it is, rounded to bfloat16, or quantised to int8 with a scale a token.
+"""The format of one token's hidden state in a store: float32, bfloat16, or int8 with a scale per token.
 
 A row is D numbers, little-endian; an int8 row is D signed bytes followed by one float32 scale. Where the streams that enter
 some layers stand in front of the final state, the row has those parts one after the other, each with its own scale: a stream's

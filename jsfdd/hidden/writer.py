@@ -78,7 +78,7 @@ class HiddenWriter:
       dtype: in which hidden states are kept; bfloat16 takes half the disk of float32, int8 about a quarter.
       identity: JSON-ready; what the hidden states depend on. A store of another identity is refused.
       shard_bytes: a shard is closed once it is this large; a kill loses less than that.
-      kept_for: JSON-ready; the rule by which samples are kept, if not all of them. A store of another rule is refused.
+      kept_for: JSON-ready: the rule by which samples are kept, or None for all samples. A store of another rule is refused.
       layers: the target's layers whose inputs stand in front of its final state. A store of others is refused.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a decoder is: the numbers and switches that fix its shape, for every family that jsfdd reads.
+"""The architecture of a decoder: sizes and switches, for every family that jsfdd reads.
 
 One frozen dataclass covers Llama, Qwen2, Qwen3, Mistral and Gemma-3 targets and, with one layer, the EAGLE draft.
 `weights/huggingface.py` and `weights/gguf.py` fill it from files; `models/layers.py` is the only code that computes with it.

@@ -1,4 +1,4 @@
-"""Attention: which tokens see which, where their keys and values are kept, and the equations.
+"""Attention: views (which tokens see which), the cache of keys and values, and the equations.
 
     view   = causal_view(B, T)                    # whole sequences
     view   = cached_view(cache, T)                # T more tokens behind those in a cache

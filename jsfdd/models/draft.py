@@ -162,10 +162,10 @@ def check_layers(target_layers: tuple[int, ...], num_layers: int) -> None:
 
 
 class Draft(NamedTuple):
-    """A draft: what `load_draft` returns and what decoding, evaluation and export take.
+    """A draft, as `load_draft` returns it and decoding, evaluation and export take it.
 
     Attributes:
-      config: its shape.
+      config: the draft's shape.
       params: {"fc": …, "layer": …}, and of EAGLE-3 {"norm": …, "head": …} too, as `init_draft` makes them.
       record: what its training run wrote down about itself; None for a draft that was exported, or never trained.
     """

@@ -1,4 +1,4 @@
-"""A target of another library: jsfdd calls a function for its hidden states, and borrows its embedding and its head.
+"""A target from another library: jsfdd calls a function for its hidden states, and uses its embedding and head.
 
     target = foreign_target(hidden_states, embedding, head, config, name="my model")
 
@@ -57,15 +57,15 @@ def foreign_target(
     name: str = "foreign",
     fingerprint: str | None = None,
 ) -> ForeignTarget:
-    """A target of a MaxText, Levanter, Flax NNX or any other model, for `score`, `train` and the store of hidden states.
+    """Make a target from a model of MaxText, Levanter, Flax NNX or another library, for `score` and `train`.
 
     Args:
       hidden_states: from tokens (numpy, int32[B, T], right-padded with token 0) to the states [B, T, D], float32 or
         bfloat16, that the head multiplies: after the final norm. For an EAGLE-3 draft the streams that enter its layers
         stand in front of them: [B, T, (n + 1) D]. It must be causal, so that padding does not matter. Jit it. It is called with
         a few different shapes. None if hidden states are always given as arrays.
-      embedding: of the tokens, scaled as the model scales them but for `config.embedding_scale`.
-      head: logits are `hidden @ head.T`; None where the embedding is the head.
+      embedding: the token embeddings, with the model's scaling except for `config.embedding_scale`.
+      head: logits are `hidden @ head.T`; None if the embedding is the head.
       config: of the model; of it `vocab_size`, `hidden_size`, the heads, the rotation and the norm's eps shape a draft.
       tokenizer: a fast transformers tokenizer with a chat template, if chats are to be tokenized here.
       name: for messages and cards.

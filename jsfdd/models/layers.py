@@ -21,7 +21,7 @@ from jsfdd.models.attention import attention, harmonised_attention, write_cache
 
 
 class Context(NamedTuple):
-    """What a layer is told about the places of its tokens."""
+    """The positions and masks of a layer's tokens."""
 
     rotation: tuple[Float[Array, "B T 1 h"], Float[Array, "B T 1 h"]]  # from `rope_table`
     mask: Bool[Array, "B T S"]

@@ -1,8 +1,8 @@
 """How a target's parameters are split over the mesh's "model" axis: one axis of each, by name.
 
 The split is Megatron's (arXiv 1909.08053 §3): the projections that widen are cut by their outputs, the ones that narrow
-by their inputs, and the vocabulary by its tokens, so that a layer needs two sums over "model" and nothing else. Which
-sums, the compiler finds out: the model's code does not know of the split.
+by their inputs, and the vocabulary by its tokens, so that a layer needs only two sums over "model". The compiler inserts these
+sums; the model's code does not mention the split.
 """
 
 from __future__ import annotations

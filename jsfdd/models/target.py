@@ -110,7 +110,7 @@ def unstack_layers(params: dict) -> dict:
 
 
 def embed_tokens(config: DecoderConfig, params: dict, tokens: Int[Array, "*shape"]) -> Float[Array, "*shape D"]:
-    """The target's token embeddings, scaled as the target scales them; the draft borrows them as its input."""
+    """The target's token embeddings, with the target's scaling. The draft reads them, too."""
     embedding = params["embed"]["embedding"]
     return embedding[tokens] * jnp.asarray(config.embedding_scale, embedding.dtype)
 

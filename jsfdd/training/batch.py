@@ -1,4 +1,4 @@
-"""Batches of samples with what the target made of them, spread over a mesh."""
+"""Batches of samples with hidden states and soft targets, spread over a mesh."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ HiddenStates = PerToken | Callable[[Batch], jax.Array]
 
 
 class TrainingData(NamedTuple):
-    """Samples, and by their ids what belongs to their tokens.
+    """Samples, and the arrays of their tokens by sample id.
 
     Attributes:
       samples: in any order.
-      hidden: the target's hidden states after its final norm: arrays from wherever they come (a store, a dict), or a function
-        that runs the target. The function should return before the devices are done: then they work on the next batch's
-        states while they take this step.
-      soft_targets: what is stored of the target's distributions, a row each token, as `soft_store.py` writes it; None where
-        each step asks the target's head.
-      weights: of the score positions in the loss, float32[T] a sample; None weighs every counted token 1.
+      hidden: the target's hidden states after its final norm: a mapping to arrays (a store, a dict), or a function that runs
+        the target. The function should return before the devices are done, so that they compute the next batch's states
+        during this step.
+      soft_targets: stored soft targets, one row per token, as `soft_store.py` writes them; if None, each step runs the
+        target's head.
+      weights: weights of the score positions in the loss, float32[T] per sample; None gives every counted token weight 1.
     """
 
     samples: Sequence[Sample]

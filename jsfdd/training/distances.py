@@ -1,9 +1,9 @@
 """How far the draft's distribution q is from the target's p: plain functions of logits, in nats or shares.
 
     cross_entropy     −Σ p log q          EAGLE's soft labels (arXiv 2401.15077 §4.2); KL(p‖q) + H(p), so it has KL's gradient
-    reverse_kl        Σ q log (q/p)       judges what the draft says, not all that the target might have said
-    total_variation   ½ Σ |p − q|         1 − Σ min(p, q): the chance that a token drawn from q is refused (arXiv 2211.17192)
-    hybrid            the first + the third: total variation alone has no slope where p and q hardly overlap
+    reverse_kl        Σ q log (q/p)       penalises tokens that the draft proposes, not those that it misses
+    total_variation   ½ Σ |p − q|         1 − Σ min(p, q): the probability that a token drawn from q is rejected (2211.17192)
+    hybrid            cross_entropy + total_variation: total variation alone has no gradient where p and q hardly overlap
     top_k_loss        −Σ p log q over the target's k likeliest tokens alone (HASS, arXiv 2408.15766 §3.1)
 
 `coarse` joins outcomes: some tokens stay themselves, and all others become one. Joined outcomes are never farther apart than

@@ -12,7 +12,7 @@ from jsfdd.training.recipe import Recipe
 
 
 def draft_of(target: DecoderConfig, recipe: Recipe, samples: Sequence[Sample]) -> DraftConfig:
-    """The shape of the draft that `recipe` trains on `samples`; its draft vocabulary, if any, is theirs.
+    """The shape of the draft that `recipe` trains; a reduced vocabulary has the most frequent tokens of `samples`.
 
     Raises:
       ValueError: the recipe asks for more tokens than the target has.

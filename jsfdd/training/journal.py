@@ -1,11 +1,11 @@
-"""What a run writes down: a resumed run's metrics.jsonl is, byte for byte, the uninterrupted run's.
+"""The log of a run. A resumed run's metrics.jsonl equals the uninterrupted run's, byte for byte.
 
     {"step": 20, "epoch": 0, "loss": …, "hidden_loss": …, "token_loss": …, …}      the steps since the line before
     {"step": 58, "epoch": 0, "held_out": {…}}                                      the end of an epoch
     {"step": 60, "epoch": 1, "probe": {"tau": …, …}}                               a real decode of a few prompts
 
-Wall-clock seconds can never repeat, so they have a file of their own, timings.jsonl. A run that continues at step s first
-drops the lines after step s: those steps will be run, and written, again.
+Wall-clock seconds differ between runs, so they go to another file, timings.jsonl. A run that continues at step s first drops
+the lines after step s, because it will run and log those steps again.
 """
 
 from __future__ import annotations

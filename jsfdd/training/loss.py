@@ -1,4 +1,4 @@
-"""The draft's loss: how far its next hidden state, and the distribution behind it, are from the target's.
+"""The draft's loss: the distance of its next hidden state, and of the distribution behind it, from the target's.
 
 For every position t that counts, with h the target's hidden states and g_t = draft(embedding of x_{t+1}, h_t + noise):
 

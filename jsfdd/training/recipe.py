@@ -1,4 +1,4 @@
-"""How a draft learns: every number that training depends on, beside the data and the seed."""
+"""The recipe of a draft: every setting that training depends on, besides the data and the seed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jsfdd.selection.tokens import TokenMetric
 TokenLoss = Literal["cross_entropy", "reverse_kl", "total_variation", "hybrid"]
 SoftTargets = Literal["auto", "means", "top_k", "none"]
 
-# Field -> (test, what a good value is).
+# Field -> (test of a value, description of valid values).
 _RULES = {
     "epochs": (lambda x: x >= 1, "1 or more"),
     "learning_rate": (lambda x: x > 0, "above 0"),
@@ -29,7 +29,7 @@ _RULES = {
     "draft_vocab": (lambda x: x >= 0, "0 (all tokens) or more"),
 }
 
-# Fields for Python alone: by experiments/LOG.md none of them earned a place on the command line.
+# Fields that only Python can set: no experiment (experiments/LOG.md) showed a gain that would justify an option.
 PYTHON_ONLY = (
     "warmup_share", "max_grad_norm", "hidden_weight", "token_weight", "token_metric", "token_weighting", "hass_top_k",
     "hass_top_k_weight", "compute_dtype", "hidden_noise", "log_every", "fc_bias",
@@ -38,10 +38,10 @@ PYTHON_ONLY = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How the draft learns. Raises ValueError for values that no training can have."""
+    """How the draft learns. Raises ValueError for invalid values."""
 
     epochs: int = 10
-    """Passes over the kept samples. The learning-rate schedule is scaled to the run's own number of steps."""
+    """Passes over the kept samples. The learning-rate schedule is scaled to the number of steps."""
     learning_rate: float = 5e-4
     """Peak of AdamW(0.9, 0.95): linear warm-up, then linear decay to a tenth."""
     warmup_share: float = 0.05
@@ -54,46 +54,46 @@ class Recipe:
     """Weight of the distance between the target's and the draft's next-token distributions."""
     token_loss: TokenLoss = "cross_entropy"
     """Distance between the target's and the draft's next-token distributions. `cross_entropy` differs from KL by a constant;
-    `total_variation` is the share of refused tokens; `hybrid` is the sum of both."""
+    `total_variation` is the share of rejected tokens; `hybrid` is the sum of both."""
     soft_targets: SoftTargets = "auto"
-    """What is stored of the target's distributions before training, so that a step needs two products with the head in place
-    of three. `means`: the mean head vector of each counted token, for the same cross entropy; as much disk as the hidden
-    states. `top_k`: the likeliest --soft-top-k tokens with their probabilities, for any --token-loss; 4 to 6 bytes of disk a
-    token of them. `auto`: means, where hidden states are stored and --token-loss is cross_entropy; they pay from the third
-    epoch on. `none`: nothing."""
+    """Soft targets to store before training, so that a step needs two products with the head instead of three. `means`: the
+    mean head vector of each counted token, for the same cross entropy; takes as much disk as hidden states. `top_k`: the
+    likeliest --soft-top-k tokens with their probabilities, for any --token-loss; takes 4 to 6 bytes per stored token. `auto`:
+    means, if hidden states are stored and --token-loss is cross_entropy; worth it from the third epoch. `none`: nothing."""
     soft_top_k: int = 32
-    """Tokens that --soft-targets top_k stores of each distribution. All others then are one outcome, so the distance is at
-    most the true one."""
+    """Tokens per distribution that --soft-targets top_k stores. All other tokens become one outcome, so the distance is a lower
+    bound of the true one."""
     token_retain_ratio: float = 1.0
-    """Share of the kept samples' counted tokens that are trained on: the flattest by --token-scores, or drawn at random without
-    them. Each costs its part of the vocabulary projection, which is most of a step."""
+    """Share of the kept samples' counted tokens to train on: the flattest by --token-scores, or random ones without it. The
+    vocabulary projection, most of a step, runs only on these tokens."""
     token_metric: TokenMetric = "flatness"
-    """What decides which tokens are trained on."""
+    """The token score that selects the tokens to train on."""
     token_weighting: Literal["hard", "soft"] = "hard"
-    """Tokens that are trained on weigh 1 (hard), or as much as their metric, 1 on average (soft)."""
+    """Weights of the tokens to train on: 1 (hard), or in proportion to their metric with mean 1 (soft)."""
     hass_steps: int = 1
-    """Draft steps that training unrolls, each reading the draft's own states as while decoding (HASS takes 3); 1 is EAGLE's."""
+    """Draft steps that training unrolls; each reads the draft's own states, as in decoding (HASS uses 3). 1 is EAGLE's
+    training."""
     hass_top_k: int = 10
-    """Tokens in HASS's additional loss: the cross entropy over those that the target finds likeliest."""
+    """Tokens in HASS's additional loss, the cross entropy over the target's likeliest tokens."""
     hass_top_k_weight: float = 0.0
-    """Its weight beside the distance; HASS's second phase takes 1."""
+    """Weight of HASS's additional loss; HASS's second phase uses 1."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """The dtype of the draft's activations in training; its weights and the optimizer's stay float32."""
+    """Dtype of the draft's activations in training. Its weights and the optimizer's state stay float32."""
     accumulate: int = 1
     """Batches whose gradients are added up before one optimizer step."""
     hidden_noise: float = 0.2
     """Width of the uniform noise on the input hidden states, scaled by 512 / length as EAGLE does; 0 for none."""
     held_out_share: float = 0.05
-    """Share of the samples on which agreement with the target is measured and never trained."""
+    """Share of the samples to hold out: they measure agreement with the target, and are never trained on."""
     log_every: int = 10
     """Steps between two lines of metrics.jsonl."""
     save_every: int = 200
     """Steps between two checkpoints; the last step is always saved."""
     draft_vocab: int = 0
-    """Let the draft propose only this many tokens, those that the answers it is trained on have most often; 0 for all. Each
-    step then costs as much less, and what the target says beyond them is never accepted. Needs soft targets."""
+    """Let the draft propose only this many tokens, the most frequent ones in its training answers; 0 for all. Steps become
+    cheaper, but other tokens are never accepted. Needs soft targets."""
     fc_bias: bool = False
-    """Give the draft's fc a bias. vLLM drops it without a word, so drafts have none unless asked."""
+    """Give the draft's fc a bias. vLLM silently drops it, so by default there is none."""
 
     def __post_init__(self):
         for name, (is_good, good) in _RULES.items():
@@ -115,12 +115,12 @@ class Recipe:
         return self.token_retain_ratio < 1 or self.token_weighting == "soft"
 
     def stored_soft_targets(self, hidden_is_stored: bool) -> Literal["means", "top_k"] | None:
-        """What `soft_targets` comes to. Means are as large as hidden states: where those are not stored, neither are they."""
+        """Resolve `soft_targets`. `auto` stores no means if hidden states are not stored, as both are of the same size."""
         if self.soft_targets == "auto":
             return "means" if hidden_is_stored and self.token_loss == "cross_entropy" else None
         return None if self.soft_targets == "none" else self.soft_targets
 
 
 def _option(name: str) -> str:
-    """A field as its user knows it."""
+    """The name of a field for users: an option, or the field itself if only Python can set it."""
     return name if name in PYTHON_ONLY else "--" + name.replace("_", "-")

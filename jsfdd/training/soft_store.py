@@ -1,4 +1,4 @@
-"""Stores soft targets, what training needs of the target's distributions, once for all epochs.
+"""Compute soft targets once for all epochs, and store them.
 
 store = store_soft_targets("means", data, borrowed, draft, recipe, mesh, batch_tokens=4096, directory=folder, identity={})
 data = data._replace(soft_targets=store)
@@ -40,16 +40,16 @@ def store_soft_targets(
     means_dtype: MeansDtype = "bfloat16",
     progress: bool = True,
 ) -> HiddenStore:
-    """The store in `directory` with a row for every token of all samples, after computing those it lacks.
+    """Open the store in `directory`, after computing the samples that it lacks; it has one row per token.
 
     Args:
-      kind: what is stored, as `recipe.stored_soft_targets` says.
+      kind: from `recipe.stored_soft_targets`.
       data: only hidden states and weights are read.
       borrowed: from `loss.borrow`, on `mesh`.
       draft: its vocabulary limits the rows.
-      recipe: names the distance, on which means depend, and k. The likeliest tokens suit any distance.
-      batch_tokens: tokens of a batch.
-      identity: what the hidden states depend on; what else the rows depend on is added.
+      recipe: gives the distance, which means depend on, and k. Top-k targets suit any distance.
+      batch_tokens: tokens of a batch, padding included.
+      identity: the identity of the hidden states; the other facts that the rows depend on are added to it.
 
     Raises: as `HiddenWriter` and `read_rows` do.
     """

@@ -1,4 +1,4 @@
-"""The target's k likeliest tokens of each distribution and the mass of all others, stored once for all epochs.
+"""Soft targets "top_k": the k likeliest tokens of each distribution and the mass of all others, stored once for all epochs.
 
 With them any distance of `distances.py` is taken without the target's head, between coarse outcomes (`token_loss.coarse_loss`):
 the k tokens, likeliest first, and the tail, all others together. A row (`soft_rows.py`) has 4k + 2 bytes, or 6k + 2 where the

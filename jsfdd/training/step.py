@@ -3,8 +3,8 @@
     step = make_train_step(draft, optimizer, mesh, recipe)
     state, metrics = step(borrow(target.config, target.params), state, batch)
 
-The batch's rows are split over the mesh; every device adds up the losses and gradients of its tokens, one all-reduce adds
-up the devices', and only then is anything divided by the number of tokens. So a token weighs the same wherever it lies.
+The batch's rows are split over the mesh. Every device sums the losses and gradients of its tokens, one all-reduce sums over the
+devices, and the result is divided by the number of tokens at the end. So all tokens have equal weight, on any device.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def learning_rate_schedule(recipe: Recipe, num_steps: int) -> optax.Schedule:
 
 @functools.lru_cache(maxsize=8)
 def make_optimizer(recipe: Recipe, num_steps: int) -> optax.GradientTransformation:
-    """AdamW(0.9, 0.95) without weight decay behind a clip of the global norm: EAGLE's recipe."""
+    """AdamW(0.9, 0.95) without weight decay, after clipping the global norm: EAGLE's recipe."""
     return optax.chain(
         optax.clip_by_global_norm(recipe.max_grad_norm),
         optax.adamw(learning_rate_schedule(recipe, num_steps), b1=0.9, b2=0.95, weight_decay=0.0),
@@ -63,7 +63,7 @@ def init_state(draft: DraftConfig, optimizer: optax.GradientTransformation, seed
 def state_shardings(
     draft: DraftConfig, optimizer: optax.GradientTransformation, mesh: Mesh, shard_optimizer: bool
 ) -> TrainState:
-    """Where each array of a state lives: whole on every device, or Adam's moments in parts, each on one data shard."""
+    """The sharding of each array of a state: whole on every device, or with Adam's moments split over the data shards."""
     shapes = jax.eval_shape(lambda: init_state(draft, optimizer, 0))
     places = jax.tree.map(lambda _: NamedSharding(mesh, P()), shapes)
     if shard_optimizer:
@@ -158,7 +158,7 @@ def _parts(draft, optimizer, mesh, recipe, shard_optimizer):
 
 @functools.lru_cache(maxsize=8)
 def make_evaluate_step(draft: DraftConfig, mesh: Mesh, recipe: Recipe) -> Callable[[Borrowed, dict, DraftBatch], LossSums]:
-    """The compiled `(borrowed, draft_params, batch) -> LossSums`, without noise or gradient."""
+    """Compile `(borrowed, draft_params, batch) -> LossSums`, without noise or gradient."""
     loss = _loss(draft, mesh, recipe)
 
     def sums(params, batch):

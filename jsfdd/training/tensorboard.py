@@ -1,4 +1,4 @@
-"""The lines of metrics.jsonl as TensorBoard's scalars, where the extra `tensorboard` is installed."""
+"""Write the lines of metrics.jsonl as TensorBoard scalars; needs the extra `tensorboard`."""
 
 from __future__ import annotations
 

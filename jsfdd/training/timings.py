@@ -1,10 +1,10 @@
-"""Where training's time goes: the lines of timings.jsonl.
+"""The time of each part of training: the lines of timings.jsonl.
 
     {"step": 20, "seconds": 8.1, "reading": 0.02, "held_out": 0.0, "probe": 0.0, "tokens_per_second": 1204.5, "tflops": 0.11}
 
-`seconds` are all since the line before. The named parts are among them; the rest went to the steps themselves, and rates are
-over these. `tflops` counts the arithmetic of `models/flops.py`, in 10¹² FLOP/s over all devices; `mfu` is its share of what the
-devices' makers state, where their kind is known.
+`seconds` is the time since the previous line. It includes the named parts; the rest was spent on the steps, which the rates
+are based on. `tflops` counts the arithmetic of `models/flops.py`, in 10¹² FLOP/s over all devices. `mfu` is its share of the
+devices' peak, if their kind is known.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The training loop: from samples and the target's hidden states to a draft, resumable at any moment.
+"""The training loop: from samples and the target's hidden states to a draft. It can be killed and resumed at any time.
 
     kept, held_out = split_held_out(samples, recipe.held_out_share)
     data, other = TrainingData(kept, store), TrainingData(held_out, store)
@@ -102,14 +102,14 @@ def train(
         first only.
       recipe: how the draft learns.
       out: receives checkpoints/, metrics.jsonl and timings.jsonl.
-      seed: of the draft's first weights, the order of the samples and the noise.
+      seed: for the draft's initial weights, the order of the samples and the noise.
       draft: the draft's shape, if several runs should share a vocabulary; otherwise as the recipe and `data` have it.
-      identity: JSON-ready; what else the result depends on (the target's dtype, the data's hash, …). A run is only continued
-        with the same identity, target, recipe, samples and shapes.
+      identity: JSON-ready: further facts that the result depends on (the target's dtype, the data's hash, …). A run is only
+        continued with the same identity, target, recipe, samples and shapes.
       shapes: batch shapes, if several runs should share programs; otherwise chosen for both sides.
       batch_tokens: tokens of a batch, padding included, where shapes are chosen here.
-      probe: a real decode, every `probe_every` steps and after the last: its figures are noted, and the draft of the best τ
-        so far is kept beside the checkpoints.
+      probe: decodes a few prompts every `probe_every` steps and after the last one. Its figures are logged, and the draft
+        with the best τ so far is kept beside the checkpoints.
       shard_optimizer: keep Adam's moments in parts, one on each data shard.
       tensorboard: also write TensorBoard's files, to `out`/tensorboard.
       progress: show a bar.
