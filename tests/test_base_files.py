@@ -113,3 +113,23 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         write_json(path, float("nan"))
     assert read_json(path) == {"a": 1} and [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_an_object_that_was_changed_since_is_refused(tmp_path):
+    path, values = tmp_path / "x.json", {"é": [1, 2.5e-300, None, True], "b": {"c": "d"}}
+    write_json(path, values)
+    data = path.read_bytes()
+    assert read_json(path) == values
+    for place in range(len(data)):
+        for bit in (0, 4):
+            changed = bytearray(data)
+            changed[place] ^= 1 << bit
+            path.write_bytes(changed)
+            try:
+                assert {key: value for key, value in read_json(path).items() if "sha256" not in key} == values or (
+                    b"sha256_of_the_rest" not in changed
+                )
+            except ValueError as error:
+                assert "x.json" in str(error)
+    path.write_text(json.dumps(values))  # as a person writes it
+    assert read_json(path) == values

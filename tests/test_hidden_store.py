@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from jsfdd.base.files import read_json
 from jsfdd.hidden import writer as store_writer
 from jsfdd.hidden.rows import decode, encode
 from jsfdd.hidden.store import HiddenStore
@@ -112,7 +113,9 @@ def test_a_corrupt_byte_is_found(tmp_path):
     data = bytearray(shard.read_bytes())
     data[100] ^= 1
     shard.write_bytes(data)
-    HiddenStore.open(tmp_path, IDENTITY)
+    store = HiddenStore.open(tmp_path, IDENTITY)
+    with pytest.raises(ValueError, match=r"shard-00000\.bin: its checksum is wrong; delete this shard"):
+        store["s0"]  # the byte is of another sample
     with pytest.raises(ValueError, match=r"shard-00000\.bin: its checksum is wrong; delete this shard"):
         HiddenStore.open(tmp_path, IDENTITY, verify=True)
 
@@ -137,20 +140,24 @@ def test_a_store_of_another_run_is_refused(tmp_path):
     lambda m: m["shards"][0].update(file=m["shards"][1]["file"]),
     lambda m: m["shards"][0].update(samples=[["s0"]]),
     lambda m: m["shards"][0].pop("samples"),
+    lambda m: m["shards"][0]["samples"].append([["a", "b"], 3]),
+    lambda m: m["shards"][0]["samples"].append(["s0", -3]),
+    lambda m: m["shards"][0].pop("sha256"),
     lambda m: m.update(dtype="float8"),
+    lambda m: m.update(hidden_size=-1),
     lambda m: m.update(identity="aa"),
     lambda m: m.update(shards=None),
 ])  # fmt: skip
 def test_a_hostile_manifest_is_refused(tmp_path, change):
     fill(tmp_path)
     path = tmp_path / "manifest.json"
-    manifest = json.loads(path.read_text())
+    manifest = read_json(path)
     change(manifest)
     path.write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match=r"manifest\.json: not a manifest.*delete the directory"):
+    with pytest.raises(ValueError, match=r"manifest\.json.*not a manifest.*delete the directory"):
         HiddenStore.open(tmp_path, IDENTITY)
     path.write_text("{")
-    with pytest.raises(ValueError, match=r"manifest\.json: not a manifest"):
+    with pytest.raises(ValueError, match=r"manifest\.json: damaged.*delete the directory"):
         HiddenStore.open(tmp_path, IDENTITY)
 
 

@@ -9,6 +9,7 @@ import typing
 import numpy as np
 import pytest
 
+from jsfdd.base.files import read_json
 from jsfdd.base.records import Sample
 from jsfdd.commands.select import SelectConfig
 from jsfdd.scoring.metrics import METRICS, column_names
@@ -145,7 +146,7 @@ def test_scores_hash_sees_every_score():
 def test_a_bad_selection_file_is_named(tmp_path, change, message):
     path = tmp_path / "selection.json"
     write_selection(path, select(make_table(["a", "b"])))
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    path.write_text(json.dumps(read_json(path) | change))
     with pytest.raises(ValueError, match=rf"selection\.json: {message}.*jsfdd select"):
         read_selection(path)
 

@@ -12,16 +12,18 @@ A sample that was dropped leaves its tokens in the shard, without a name, until 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
-from jsfdd.base.files import differences, plain, written_whole
+from jsfdd.base.files import decode as decode_record
+from jsfdd.base.files import differences, plain, read_json, write_json
 from jsfdd.hidden.rows import RowDtype, decode, row_bytes
 
 MANIFEST = "manifest.json"
@@ -30,10 +32,29 @@ _DELETE_ALL = "delete the directory and store again, or choose another"
 _DELETE_SHARD = "delete this shard and store again: only its samples are computed anew"
 
 
+class _Shard:
+    """A shard's file while it is read: its checksum is compared when the first of its samples is touched."""
+
+    def __init__(self, directory: Path, facts: dict, rows: np.ndarray):
+        self._directory, self._facts, self._rows, self._checked = directory, facts, rows, False
+
+    def check(self) -> None:
+        """ValueError if it is not what was written."""
+        if not self._checked:
+            check_sum(self._directory, self._facts, self._rows)
+            self._checked = True
+
+
+class _Stored(NamedTuple):
+    shard: _Shard
+    rows: np.ndarray
+
+
 class HiddenStore(Mapping[str, np.ndarray]):
     """The hidden states of a store by sample id, read-only: [T, D], or with streams in front [T, (n + 1) D]. Made by `open`.
 
-    bfloat16 and float32 are views of the files; int8 is dequantised to float32 whenever it is asked for.
+    bfloat16 and float32 are views of the files; int8 is dequantised to float32 whenever it is asked for. A shard's checksum is
+    compared once, when the first of its samples is asked for: ValueError names a damaged one and the remedy.
 
     Attributes:
       dtype: in which they are kept.
@@ -41,8 +62,8 @@ class HiddenStore(Mapping[str, np.ndarray]):
       layers: the target's layers whose inputs stand in front of the final state.
     """
 
-    def __init__(self, rows: dict[str, np.ndarray], dtype: RowDtype, kept_for: dict | None, layers: tuple[int, ...] = ()):
-        self._rows, self.dtype, self.kept_for, self.layers = rows, dtype, kept_for, layers
+    def __init__(self, stored: dict[str, _Stored], dtype: RowDtype, kept_for: dict | None, layers: tuple[int, ...] = ()):
+        self._stored, self.dtype, self.kept_for, self.layers = stored, dtype, kept_for, layers
 
     @classmethod
     def open(cls, directory: Path, identity: dict | None, verify: bool = False) -> HiddenStore:
@@ -51,7 +72,7 @@ class HiddenStore(Mapping[str, np.ndarray]):
         Args:
           directory: of the store.
           identity: what the hidden states must depend on, as given to the writer; None opens a store of any identity.
-          verify: read everything and compare checksums.
+          verify: read everything and compare all checksums now.
 
         Raises:
           FileNotFoundError: there is no store, or a shard is missing.
@@ -61,29 +82,32 @@ class HiddenStore(Mapping[str, np.ndarray]):
         manifest = read_manifest(directory / MANIFEST)
         if identity is not None:
             check_belongs(directory, manifest, {**manifest, "identity": plain(identity)})
-        rows_by_id = {}
+        stored = {}
         for shard in manifest["shards"]:
             path = directory / shard["file"]
             if not path.exists():
                 raise FileNotFoundError(f"{path}: missing; store again, which computes its samples anew")
             check_size(directory, manifest, shard)
             rows = shard_rows(directory, manifest, shard)
+            whole = _Shard(directory, shard, rows)
             if verify:
-                check_sum(directory, shard, rows)
-            rows_by_id |= samples_of(shard, rows)
-        return cls(rows_by_id, manifest["dtype"], manifest.get("kept_for"), tuple(manifest.get("layers", ())))
+                whole.check()
+            stored.update((name, _Stored(whole, part)) for name, part in samples_of(shard, rows).items())
+        return cls(stored, manifest["dtype"], manifest.get("kept_for"), tuple(manifest.get("layers", ())))
 
     def __getitem__(self, sample_id: str) -> Float[np.ndarray, "T D"]:
-        return decode(self._rows[sample_id], self.dtype, len(self.layers) + 1)
+        shard, rows = self._stored[sample_id]
+        shard.check()
+        return decode(rows, self.dtype, len(self.layers) + 1)
 
     def __contains__(self, sample_id: object) -> bool:  # Mapping's would read the sample
-        return sample_id in self._rows
+        return sample_id in self._stored
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._rows)
+        return iter(self._stored)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._stored)
 
 
 def shard_rows(directory: Path, manifest: dict, shard: dict) -> np.ndarray:
@@ -102,27 +126,52 @@ def samples_of(shard: dict, rows: np.ndarray) -> dict[str, np.ndarray]:
     return rows_by_id
 
 
+@dataclasses.dataclass(frozen=True)
+class _ShardFacts:
+    """A shard as the manifest has it. `samples`: (name or None if dropped, tokens), in the order of the file."""
+
+    file: str
+    sha256: str
+    samples: tuple[tuple[str | None, int], ...]
+
+    def __post_init__(self):
+        # A name goes into a path, so it must be nothing but a name.
+        if not _SHARD_NAME.fullmatch(self.file):
+            raise ValueError(f"a shard is named {self.file!r:.80}")
+        if not self.samples or min(length for _, length in self.samples) < 0:
+            raise ValueError(f"{self.file} has no sample, or one of less than no tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Manifest:
+    dtype: RowDtype
+    hidden_size: int
+    identity: dict
+    kept_for: dict | None
+    shards: tuple[_ShardFacts, ...]
+    layers: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        if self.hidden_size < 1:
+            raise ValueError(f"hidden_size is {self.hidden_size}")
+        if len({shard.file for shard in self.shards}) < len(self.shards):
+            raise ValueError("a shard is named twice")
+
+
 def write_manifest(path: Path, manifest: dict) -> None:
     """Replace a manifest, whole or not at all."""
-    with written_whole(path) as aside:
-        aside.write_text(json.dumps(manifest), encoding="utf-8")
+    write_json(path, manifest, indent=0)
 
 
 def read_manifest(path: Path) -> dict:
-    """A manifest, checked against its own form. FileNotFoundError, ValueError: there is none, or it is damaged."""
+    """A manifest, checked against its checksum and its form. FileNotFoundError, ValueError: there is none, or it is damaged."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file, so {path.parent} is not a store; check the path")
+    manifest = read_json(path, dict, remedy=_DELETE_ALL)
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        for shard in manifest["shards"]:
-            _shard_size(manifest, shard)
-        names = [shard["file"] for shard in manifest["shards"]]
-        # A name goes into a path, so it must be nothing but a name.
-        if not all(map(_SHARD_NAME.fullmatch, names)) or len(set(names)) < len(names):
-            raise ValueError("shards are named wrongly or twice")
-        manifest["identity"].keys()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not a manifest ({type(error).__name__}: {error}); {_DELETE_ALL}") from None
+        decode_record(_Manifest, manifest, path, partial=True)
+    except ValueError as error:
+        raise ValueError(f"{error}: not a manifest; {_DELETE_ALL}") from None
     return manifest
 
 

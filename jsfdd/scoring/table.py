@@ -1,11 +1,16 @@
-"""The table of all samples' scores, and scores.parquet, which stores it."""
+"""The table of all samples' scores, and scores.parquet, which stores it.
+
+The file's metadata holds the identity of the scores and a sha256 of identity and columns, which every reader compares: Parquet
+itself takes a flipped bit in a column for another score.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +23,7 @@ from jsfdd.scoring.metrics import column_names
 
 _TOKEN_COLUMNS = ("counted", "flatness", "entropy")
 _IN_PART = "token_"  # a part holds sample and token columns in one file, so the token columns need a prefix
-_IDENTITY = b"jsfdd_identity"
+_IDENTITY, _DIGEST = b"jsfdd_identity", b"jsfdd_sha256"
 _REMEDY = "delete it and score again"
 
 
@@ -161,20 +166,53 @@ def _token_rows(table: pyarrow.Table, prefix: str) -> tuple[TokenRow, ...]:
 
 
 def _write(path: Path, columns: dict[str, pyarrow.Array], identity: dict) -> None:
-    table = pyarrow.table(columns).replace_schema_metadata({_IDENTITY: json.dumps(identity, sort_keys=True)})
+    table = pyarrow.table(columns)
+    text = json.dumps(identity, sort_keys=True).encode()
+    table = table.replace_schema_metadata({_IDENTITY: text, _DIGEST: _digest(table, text)})
     with written_whole(path) as aside:
-        pyarrow.parquet.write_table(table, aside)
+        pyarrow.parquet.write_table(table, aside, write_page_checksum=True)
 
 
 def _read(path: Path, columns: Sequence[str]) -> pyarrow.Table:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; run `jsfdd score` first, or check the path")
     try:
-        table = pyarrow.parquet.read_table(path)
-    except (pyarrow.ArrowInvalid, OSError) as error:
+        table = pyarrow.parquet.read_table(path, page_checksum_verification=True)
+        present = table.column_names  # may be no UTF-8
+    except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:  # a damaged size asks for terabytes
         raise ValueError(f"{path}: not a whole Parquet file ({error}); {_REMEDY}") from None
-    missing = [name for name in columns if name not in table.column_names]
-    if missing or _IDENTITY not in (table.schema.metadata or {}):
-        what = f"has no column {', '.join(missing)}" if missing else "was not written by jsfdd"
+    missing = [name for name in columns if name not in present]
+    metadata = table.schema.metadata or {}
+    if missing or not {_IDENTITY, _DIGEST} <= metadata.keys():
+        what = f"has no column {', '.join(missing)}" if missing else "was not written by this version of jsfdd"
         raise ValueError(f"{path}: {what}; {_REMEDY}")
+    if metadata[_DIGEST] != _digest(table, metadata[_IDENTITY]):
+        raise ValueError(f"{path}: damaged: its checksum is of other scores; {_REMEDY}")
     return table
+
+
+def _digest(table: pyarrow.Table, identity: bytes) -> bytes:
+    """sha256 hex of the identity and of every column's name, type and values."""
+    sha = hashlib.sha256(identity)
+    for name in table.column_names:
+        column = table[name]
+        kind = getattr(column.type, "value_type", column.type)  # Parquet renames a list's items, and so their list
+        sha.update(f"\0{name} {kind} {len(column)} {column.null_count}\0".encode())
+        for part in _parts(column):
+            sha.update(part)
+    return sha.hexdigest().encode()
+
+
+def _parts(column: pyarrow.ChunkedArray) -> Iterator[np.ndarray]:
+    """A column's bytes, whatever its chunks."""
+    chunks = column.chunks
+    if pyarrow.types.is_large_list(column.type):
+        yield from (chunk.value_lengths().to_numpy() for chunk in chunks)
+        chunks = [chunk.flatten() for chunk in chunks]
+    elif pyarrow.types.is_string(column.type):
+        texts = [chunk.cast(pyarrow.large_string()) for chunk in chunks if len(chunk)]
+        ends = [np.frombuffer(text.buffers()[1], np.int64)[text.offset :][: len(text) + 1] for text in texts]
+        yield from (np.diff(end) for end in ends)
+        yield from (np.frombuffer(text.buffers()[2], np.uint8)[end[0] : end[-1]] for text, end in zip(texts, ends) if end[-1])
+        return
+    yield from (np.ascontiguousarray(chunk.to_numpy(zero_copy_only=False)) for chunk in chunks)
