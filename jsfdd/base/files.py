@@ -63,9 +63,7 @@ _SEAL = "sha256_of_the_rest"
 
 def write_json(path: str | Path, value, *, indent: int = 1) -> None:
     """Write a value as indented JSON, atomically. An object gets a checksum of its own, which `read_json` compares."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    if isinstance(value, dict):
-        text = f'{text[:-1]}{", " if value else ""}"{_SEAL}": "{_seal(text)}"}}'
+    text = json.dumps(sealed(value) if isinstance(value, dict) else value, ensure_ascii=False, allow_nan=False)
     with written_whole(path) as aside:
         aside.write_bytes(msgspec.json.format(text.encode(), indent=indent) + b"\n")  # the standard library's is slow
 
@@ -91,15 +89,24 @@ def read_json(path: str | Path, kind: type = object, *, remedy: str = "delete th
         raise ValueError(f"{path}: damaged JSON ({error}); {remedy}") from error
     if not isinstance(value, kind):
         raise ValueError(f"{path}: expected a JSON {_JSON_NAMES[kind]}, got {type(value).__name__}; {remedy}")
-    if isinstance(value, dict) and _SEAL in value:
-        seal = value.pop(_SEAL)
-        if seal != _seal(json.dumps(value, ensure_ascii=False)):
-            raise ValueError(f"{path}: not what was written there: its checksum ({_SEAL}) is of other values; {remedy}")
-    return value
+    return unsealed(value, path, remedy) if isinstance(value, dict) else value
 
 
-def _seal(text: str) -> str:
-    """The checksum of an object as `json.dumps` writes it."""
+def sealed(values: dict) -> dict:
+    """A JSON-ready object with a checksum of all that it holds."""
+    return values | {_SEAL: _checksum(values)}
+
+
+def unsealed(values: dict, where: str | Path, remedy: str) -> dict:
+    """What `sealed` was given. ValueError if it is not; what never had a checksum comes back as it is."""
+    rest = {key: value for key, value in values.items() if key != _SEAL}
+    if _SEAL in values and values[_SEAL] != _checksum(rest):
+        raise ValueError(f"{where}: not what was written there: its checksum ({_SEAL}) is of other values; {remedy}")
+    return rest
+
+
+def _checksum(values: dict) -> str:
+    text = json.dumps(values, ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 

@@ -2,7 +2,7 @@
 
     OUT/checkpoints/400/params   the draft's parameters: all that a reader of the finished draft needs
     OUT/checkpoints/400/rest     optimizer state, step and key
-    OUT/checkpoints/400/info     JSON: the draft's shape, and the run's identity
+    OUT/checkpoints/400/info     JSON: the draft's shape, the run's identity, and checksums of all arrays and of itself
     OUT/best/350/…               the same, of the step whose draft decoded best, where a run decodes while it trains
 
 Orbax writes a step's directory aside and renames it when all of it is written, so a directory named by a number is
@@ -20,13 +20,15 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jsfdd.base.files import decode, differences, plain
+from jsfdd.base.checksums import array_checksums
+from jsfdd.base.files import decode, differences, plain, sealed, unsealed
 from jsfdd.base.processes import is_primary, wait_for_all
 from jsfdd.base.records import TrainState
 from jsfdd.models.draft import Draft, DraftConfig, init_draft
 
 DIRECTORY = "checkpoints"
 BEST = "best"
+_REMEDY = "delete it to fall back on an earlier one"
 
 
 class Checkpoints:
@@ -63,19 +65,20 @@ class Checkpoints:
         """
         step = self.latest_step
         if step is not None:
-            saved = _read(self._manager, step, info=ocp.args.JsonRestore())["info"]["identity"]
+            info = _read_info(self._manager, step)
+            saved = info["identity"]
             if changed := differences(saved, plain(self._info["identity"])):
                 raise ValueError(
                     f"{self._run}: holds a run that was trained on other inputs or options ({changed}); continue it with the "
                     "same ones, or choose another --out"
                 )
-            fresh = self._restore(step, fresh)
+            fresh = self._restore(step, fresh, info)
         for directory in (self._run / BEST).glob("*"):
             if is_primary() and directory.name.isdigit() and int(directory.name) > (step or 0):
                 shutil.rmtree(directory)
         return fresh
 
-    def _restore(self, step: int, like: TrainState) -> TrainState:
+    def _restore(self, step: int, like: TrainState, info: dict) -> TrainState:
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
         restored = _read(
             self._manager,
@@ -83,6 +86,8 @@ class Checkpoints:
             params=ocp.args.StandardRestore(abstract.params),
             rest=ocp.args.StandardRestore(abstract._replace(params=None)._asdict()),
         )
+        for name in ("params", "rest"):
+            _check_arrays(self._manager, step, info, name, restored[name])
         return TrainState(**{**restored["rest"], "params": restored["params"]})
 
     def save(self, state: TrainState) -> None:
@@ -95,14 +100,10 @@ class Checkpoints:
             self._save(manager, state)
 
     def _save(self, manager: ocp.CheckpointManager, state: TrainState) -> None:
-        manager.save(
-            int(state.step),
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                rest=ocp.args.StandardSave(state._replace(params=None)._asdict()),
-                info=ocp.args.JsonSave(self._info),
-            ),
-        )
+        items = {"params": state.params, "rest": state._replace(params=None)._asdict()}
+        info = plain(self._info | {"checksums": {name: array_checksums(tree) for name, tree in items.items()}})
+        saved = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        manager.save(int(state.step), args=ocp.args.Composite(**saved, info=ocp.args.JsonSave(sealed(info))))
 
 
 def _open(directory: Path, kept: int) -> ocp.CheckpointManager:
@@ -135,7 +136,7 @@ def read_trained_draft(path: str | Path) -> Draft:
         step = checkpoints.latest_step()
         if step is None:
             raise FileNotFoundError(f"{directory}: no checkpoint in it; train first: `jsfdd train --out {path}`")
-        info = _read(checkpoints, step, info=ocp.args.JsonRestore())["info"]
+        info = _read_info(checkpoints, step)
         # Of fields that earlier versions did not have, their drafts have the defaults.
         config = decode(DraftConfig, info["draft"], directory / str(step) / "info", partial=True)
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -144,6 +145,7 @@ def read_trained_draft(path: str | Path) -> Draft:
             jax.eval_shape(lambda: init_draft(config, jax.random.key(0))),
         )
         params = _read(checkpoints, step, params=ocp.args.StandardRestore(abstract))["params"]
+        _check_arrays(checkpoints, step, info, "params", params)
         # Orbax binds arrays to the device that it restores them to; decoding may spread them over others.
         params = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), params)
     return Draft(config, params, info["identity"])
@@ -154,10 +156,33 @@ def draft_to_json(config: DraftConfig) -> dict:
     return plain(dataclasses.asdict(config))
 
 
+def _read_info(checkpoints: ocp.CheckpointManager, step: int) -> dict:
+    """A step's info; ValueError if it is not as it was written."""
+    where = _where(checkpoints, step)
+    info = _read(checkpoints, step, info=ocp.args.JsonRestore())["info"]
+    if not isinstance(info, dict) or not isinstance(info.get("identity"), dict) or "draft" not in info:
+        raise ValueError(f"{where}: damaged checkpoint: its info names no draft; {_REMEDY}")
+    return unsealed(info, f"{where}/info", _REMEDY)
+
+
+def _check_arrays(checkpoints: ocp.CheckpointManager, step: int, info: dict, name: str, tree) -> None:
+    """ValueError unless the arrays of one item are those that were saved. Earlier versions left no checksums."""
+    if "checksums" not in info:
+        return
+    expected, found = info["checksums"][name], array_checksums(tree)
+    changed = [leaf for leaf in found if found[leaf] != expected.get(leaf)]
+    if changed:
+        where = _where(checkpoints, step)
+        raise ValueError(f"{where}: damaged checkpoint: {name}{changed[0]} is not what was saved; {_REMEDY}")
+
+
+def _where(checkpoints: ocp.CheckpointManager, step: int) -> Path:
+    return Path(checkpoints.directory) / str(step)
+
+
 def _read(checkpoints: ocp.CheckpointManager, step: int, **items):
     """Items of one step; whatever Orbax raises for a directory that is there in part becomes one ValueError."""
     try:
         return checkpoints.restore(step, args=ocp.args.Composite(**items))
-    except (ValueError, KeyError, OSError) as error:
-        where = Path(checkpoints.directory) / str(step)
-        raise ValueError(f"{where}: damaged checkpoint; delete it to fall back on an earlier one ({error})") from error
+    except (ValueError, KeyError, OSError, AttributeError, TypeError) as error:
+        raise ValueError(f"{_where(checkpoints, step)}: damaged checkpoint ({error}); {_REMEDY}") from error
