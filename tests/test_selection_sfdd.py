@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import typing
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from jsfdd.base.records import Sample
 from jsfdd.commands.select import SelectConfig
 from jsfdd.scoring.metrics import METRICS, column_names
 from jsfdd.scoring.table import ScoreTable, join
-from jsfdd.selection.sfdd import Selection, read_selection, select, selected_samples, write_selection
+from jsfdd.selection.sfdd import Selection, check_inputs, read_selection, select, selected_samples, write_selection
 
 
 def make_table(ids, num_tokens=None, sources=None, **columns):
@@ -167,3 +168,22 @@ def test_selected_samples_are_those_of_the_data():
     assert [sample.id for sample in selected_samples(selection, samples)] == ["a", "c"]
     with pytest.raises(ValueError, match="lacks 1 of the samples.*'c'"):
         selected_samples(selection, samples[:2] + samples[3:])
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"target": "u"}, "the target's weights changed"),
+    ({"tokenizer": "u"}, "the target's tokenizer changed"),
+    ({"tokens": "u", "data": ["e"]}, r"the chats \(in data\) changed"),
+    ({"tokens": "u", "max_length": 9}, r"the chats \(in max_length\) changed"),
+    ({"tokens": "u"}, r"the chats \(by the chat template or the ids\) changed"),
+    ({"target": "u", "tokens": "u"}, "the target's weights, the chats changed"),
+])  # fmt: skip
+def test_a_selection_of_other_inputs_is_refused_by_what_changed(change, message):
+    scored = {"target": "t", "tokenizer": "t", "tokens": "t", "data": ["d"], "max_length": 8, "dtype": "float32"}
+    selection = dataclasses.replace(select(make_table(["a", "b"])), inputs={"scores": scored | {"samples": "s"}})
+    path = Path("selection.json")
+    check_inputs(selection, scored, path)
+    check_inputs(selection, scored | {"dtype": "bfloat16", "data": ["renamed"]}, path)  # the same tokens all the same
+    check_inputs(selection, {"tokens": "t"}, path)
+    with pytest.raises(ValueError, match=f"selection.json: made from other inputs.*{message}.*score and select again"):
+        check_inputs(selection, scored | change, path)

@@ -128,3 +128,29 @@ def test_draft_config_survives_json():
     ):
         with pytest.raises(ValueError, match="info: "):
             decode(DraftConfig, broken, Path("info"))
+
+
+def test_arrays_that_are_not_those_saved_are_found(state, tmp_path, monkeypatch):
+    save_steps(tmp_path, state, 3)
+    read = checkpoint._read
+
+    def flipped(checkpoints, step, **items):
+        found = dict(read(checkpoints, step, **items))
+        if "params" in found:
+            found["params"]["fc"]["kernel"] = found["params"]["fc"]["kernel"].at[5, 7].multiply(-1)
+        return found
+
+    monkeypatch.setattr(checkpoint, "_read", flipped)
+    for call in (lambda: restore(tmp_path, state[1]), lambda: checkpoint.read_trained_draft(tmp_path)):
+        with pytest.raises(
+            ValueError, match=r"3: damaged checkpoint: params\['fc'\]\['kernel'\] is not what was saved; delete"
+        ):
+            call()
+
+
+def test_a_changed_shape_beside_the_arrays_is_found(state, tmp_path):
+    save_steps(tmp_path, state, 3)
+    (info,) = (path for path in (tmp_path / "checkpoints" / "3" / "info").iterdir() if '"theta"' in path.read_text())
+    info.write_text(info.read_text().replace('"theta": 10000.0', '"theta": 20000.0'))
+    with pytest.raises(ValueError, match="3/info: not what was written there: its checksum"):
+        checkpoint.read_trained_draft(tmp_path)

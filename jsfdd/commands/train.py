@@ -100,15 +100,20 @@ class Prepared(NamedTuple):
 
 
 def prepare(config: TrainConfig) -> Prepared:
+    from jsfdd.base.records import tokens_digest
     from jsfdd.data.chat import read_prompts
-    from jsfdd.selection.sfdd import read_selection
+    from jsfdd.selection.sfdd import check_inputs, read_selection
     from jsfdd.training.draft_shape import draft_of
+    from jsfdd.weights.tokenizer import tokenizer_digest
 
     if config.probe_prompts:
         read_prompts(config.probe_prompts)
     inputs = read_inputs(config.model, config.chats)
     selection = None if config.selection is None else read_selection(config.selection)
     kept, held_out = training_sides(inputs.samples, selection, config.recipe, config.mixture, config.seed)
+    if selection is not None:  # the weights are compared when they are there
+        present = {"tokenizer": tokenizer_digest(inputs.target.tokenizer), "tokens": tokens_digest(inputs.samples)}
+        check_inputs(selection, present, config.selection)
     draft_of(inputs.target.config, config.recipe, kept)  # fails if --draft-vocab exceeds the target's vocabulary
     if config.hidden_from is not None:
         open_hidden(config, [*kept, *held_out], selection)
@@ -173,9 +178,12 @@ def _train(
     from jsfdd.base.processes import agree, is_primary
     from jsfdd.base.progress import console
     from jsfdd.selection.mixture import contents, in_words
+    from jsfdd.selection.sfdd import check_inputs, read_selection
     from jsfdd.training import train as training
     from jsfdd.training.batch import TrainingData
 
+    if config.selection is not None:
+        check_inputs(read_selection(config.selection), loaded.identity, config.selection)
     agree({"the selection": [sample.id for sample in kept]})
     if config.mixture.mix and is_primary():
         console.print(f"mixture of {in_words(contents(kept))}", soft_wrap=True)

@@ -14,7 +14,7 @@ import numpy as np
 from jsfdd.base.files import read_json
 from jsfdd.scoring.table import ScoreTable, read_scores, read_token_scores
 from jsfdd.selection.sfdd import Selection, read_selection
-from jsfdd.training.journal import read_lines
+from jsfdd.training.journal import METRICS, read_metrics
 
 _REMEDY = "finish the run with `jsfdd run` (it continues where it stopped), or give another --run"
 _SUMMARY_KEYS = ("versions", "hardware", "target", "data", "seconds", "arms", "differences")
@@ -106,7 +106,8 @@ def _arm(run: Path, name: str, rows: dict[str, dict]) -> Arm:
         raise ValueError(f"{run / 'summary.json'}: no arm {name}, which config.json has; {_REMEDY}")
     directory = run / "arms" / name
     selection = read_selection(_existing(directory / "selection.json"))
-    lines = read_lines(_existing(directory / "metrics.jsonl"))
+    _existing(directory / METRICS)
+    lines = read_metrics(directory)
     return Arm(
         name=name,
         row=rows[name],

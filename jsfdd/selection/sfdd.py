@@ -147,6 +147,35 @@ def selected_samples(selection: Selection, samples: Sequence[Sample]) -> list[Sa
     return [sample for sample in samples if sample.id in kept]
 
 
+# What a selection depends on beside its options, in words. Other dtypes and masks give other scores of the same samples.
+_INPUTS = {"target": "the target's weights", "tokenizer": "the target's tokenizer", "tokens": "the chats"}
+_WHY_OTHER_TOKENS = ("data", "max_length", "date")
+
+
+def check_inputs(selection: Selection, identity: dict, path: Path) -> None:
+    """Check that a selection was made from the scores of these inputs.
+
+    Args:
+      identity: of the present inputs, as far as it is known (`commands.inputs.Loaded.identity`).
+      path: the selection's file, for the message.
+
+    Raises:
+      ValueError: it was not; says which input changed, and the remedy.
+    """
+    scored = selection.inputs.get("scores", {})
+    changed = [name for name in _INPUTS if name in scored and name in identity and scored[name] != identity[name]]
+    if not changed:
+        return
+    words = ", ".join(_INPUTS[name] for name in changed)
+    why = [name for name in _WHY_OTHER_TOKENS if name in identity and scored.get(name) != identity[name]]
+    if changed == ["tokens"]:
+        words += f" (in {', '.join(why)})" if why else " (by the chat template or the ids)"
+    raise ValueError(
+        f"{path}: made from other inputs than these: {words} changed since they were scored; give the ones that were "
+        f"scored, or score and {_REMEDY}"
+    )
+
+
 def write_selection(path: Path, selection: Selection) -> None:
     """Write selection.json atomically."""
     write_json(path, dataclasses.asdict(selection))

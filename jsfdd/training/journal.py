@@ -4,23 +4,29 @@
     {"step": 58, "epoch": 0, "held_out": {…}}                                      the end of an epoch
     {"step": 60, "epoch": 1, "probe": {"tau": …, …}}                               a real decode of a few prompts
 
+metrics.sha256.json, written before each checkpoint, has the checksum of all lines up to its step: a log that was changed
+since is not read as the run's.
+
 Wall-clock seconds differ between runs, so they go to another file, timings.jsonl. A run that continues at step s first drops
 the lines after step s, because it will run and log those steps again.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 from contextlib import ExitStack
 from pathlib import Path
 
-from jsfdd.base.files import written_whole
+from jsfdd.base.files import read_json, write_json, written_whole
 from jsfdd.base.processes import is_primary, wait_for_all
 from jsfdd.training.tensorboard import open_board
 
 METRICS = "metrics.jsonl"
 TIMINGS = "timings.jsonl"
+CHECKSUM = "metrics.sha256.json"
 _REMEDY = "delete this run's directory and train again"
 
 
@@ -39,6 +45,8 @@ class Journal:
         self._out, self._start, self._with_board = out, start, tensorboard and is_primary()
         self._stack, self._board = ExitStack(), None
         if is_primary():
+            if start:
+                check_metrics(out)
             for name in (METRICS, TIMINGS):
                 _drop_after(out / name, start)
         wait_for_all("later lines dropped")
@@ -61,6 +69,11 @@ class Journal:
         if self._board is not None:
             self._board(line)
 
+    def seal(self, step: int) -> None:
+        """Write the checksum of the lines so far, of which `step` is the last; before the checkpoint of that step."""
+        if is_primary():
+            write_json(self._out / CHECKSUM, {"step": step, "sha256": _checksum(self._out / METRICS, step)})
+
     def note_timing(self, line: dict) -> None:
         """Add a line to timings.jsonl."""
         _append(self._out / TIMINGS, line)
@@ -68,7 +81,38 @@ class Journal:
 
 def read_lines(path: Path) -> list[dict]:
     """The lines of a log; ValueError names the line that is not one."""
-    return _parse(path.read_text(encoding="utf-8"), path)
+    return _parse(_text(path), path)
+
+
+def read_metrics(out: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl. ValueError: a line is none, or they are not those that the run wrote."""
+    check_metrics(out)
+    return read_lines(out / METRICS)
+
+
+def check_metrics(out: Path) -> None:
+    """ValueError unless metrics.jsonl has the lines that stood there at the last checkpoint."""
+    if not (out / CHECKSUM).exists():
+        return  # of a run without a checkpoint, or of an earlier version
+    noted = read_json(out / CHECKSUM, dict, remedy=_REMEDY)
+    if set(noted) != {"step", "sha256"} or not isinstance(noted["step"], int):
+        raise ValueError(f"{out / CHECKSUM}: not a step and a checksum; {_REMEDY}")
+    if _checksum(out / METRICS, noted["step"]) != noted["sha256"]:
+        raise ValueError(f"{out / METRICS}: not the lines that the run wrote up to step {noted['step']}; {_REMEDY}")
+
+
+def _checksum(path: Path, step: int) -> str:
+    """sha256 hex of the whole lines up to a step; a kill may have cut one short after them."""
+    whole, _, _ = _text(path).rpartition("\n")
+    lines = [line for line in _parse(whole, path) if line["step"] <= step]
+    return hashlib.sha256("".join(json.dumps(line) + "\n" for line in lines).encode()).hexdigest()
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error}); {_REMEDY}") from None
 
 
 def _append(path: Path, line: dict) -> None:
@@ -85,7 +129,7 @@ def _drop_after(path: Path, step: int) -> None:
     """Drop the lines of later steps, and a last line that a crash cut short; atomic. No file is an empty one."""
     if not path.exists():
         return
-    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+    whole, _, _ = _text(path).rpartition("\n")
     lines = [line for line in _parse(whole, path) if line["step"] <= step]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     with written_whole(path) as aside:
@@ -97,9 +141,15 @@ def _parse(text: str, path: Path) -> list[dict]:
     for number, row in enumerate(text.splitlines(), 1):
         try:
             line = json.loads(row)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
             raise ValueError(f"{path}:{number}: not JSON ({error}); {_REMEDY}") from None
         if not isinstance(line, dict) or not isinstance(line.get("step"), int):
             raise ValueError(f"{path}:{number}: a line without a step; {_REMEDY}")
+        if path.name == TIMINGS and not _is_duration(line.get("seconds")):
+            raise ValueError(f"{path}:{number}: a line without seconds; {_REMEDY}")
         lines.append(line)
     return lines
+
+
+def _is_duration(value) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value) and value >= 0

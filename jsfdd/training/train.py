@@ -30,7 +30,7 @@ from jsfdd.models.sharding import split_vocabulary
 from jsfdd.training.batch import TrainingData, device_batch, weights_digest
 from jsfdd.training.draft_shape import draft_of
 from jsfdd.training.figures import RecentSteps, mean_figures
-from jsfdd.training.journal import METRICS, TIMINGS, Journal, read_lines
+from jsfdd.training.journal import TIMINGS, Journal, read_lines, read_metrics
 from jsfdd.training.loss import Borrowed, borrow, restrict
 from jsfdd.training.recipe import Recipe
 from jsfdd.training.schedule import Step, schedule_steps
@@ -175,10 +175,11 @@ def train(
                 lap = laps.since_last()
                 journal.note_timing({"step": step.number, **lap, **throughput.rates(taken, lap)})
                 if due.save:
+                    journal.seal(step.number)
                     checkpoints.save(state)
 
     wait_for_all("trained")
-    ends = [line["held_out"] for line in read_lines(out / METRICS) if "held_out" in line]
+    ends = [line["held_out"] for line in read_metrics(out) if "held_out" in line]
     return TrainResult(
         draft=Draft(draft, state.params, run),
         state=state,
