@@ -377,6 +377,8 @@ def test_one_pass_scores_and_keeps_hidden_states_and_training_reads_them(inputs,
     with pytest.raises(FileNotFoundError, match="--hidden-from none: no such directory"):
         _train(trained("wrong", hidden_from=Path("none")))
     with pytest.raises(ValueError, match="hidden states of another run .*identity.max_length"):
+        _train(trained("wrong", max_length=64, selection=None))
+    with pytest.raises(ValueError, match=r"selection.json: made from other inputs.*the chats \(in max_length\) changed"):
         _train(trained("wrong", max_length=64))
     with pytest.raises(ValueError, match="kept_for.retain_ratio: found 0.25, expected 0.5"):
         score.score(_replaced(kept, retain_ratio=0.5))

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from jsfdd.commands.inputs import Inputs, Loaded, load, read_inputs, target_dtype, template_digest
+from jsfdd.commands.inputs import Inputs, Loaded, identity_of, load, longest_sample, read_inputs, target_dtype, template_digest
 from jsfdd.commands.options import (
     ChatOptions,
     Flag,
@@ -104,7 +104,6 @@ def prepare(config: TrainConfig) -> Prepared:
     from jsfdd.data.chat import read_prompts
     from jsfdd.selection.sfdd import check_inputs, read_selection
     from jsfdd.training.draft_shape import draft_of
-    from jsfdd.weights.tokenizer import tokenizer_digest
 
     if config.probe_prompts:
         read_prompts(config.probe_prompts)
@@ -112,8 +111,10 @@ def prepare(config: TrainConfig) -> Prepared:
     selection = None if config.selection is None else read_selection(config.selection)
     kept, held_out = training_sides(inputs.samples, selection, config.recipe, config.mixture, config.seed)
     if selection is not None:  # the weights are compared when they are there
-        present = {"tokenizer": tokenizer_digest(inputs.target.tokenizer), "tokens": tokens_digest(inputs.samples)}
-        check_inputs(selection, present, config.selection)
+        length = longest_sample(inputs.target, config.chats.max_length)
+        present = identity_of(inputs.target, config.chats.data, length, target_dtype(config.model))
+        del present["target"]
+        check_inputs(selection, present | {"tokens": tokens_digest(inputs.samples)}, config.selection)
     draft_of(inputs.target.config, config.recipe, kept)  # fails if --draft-vocab exceeds the target's vocabulary
     if config.hidden_from is not None:
         open_hidden(config, [*kept, *held_out], selection)
