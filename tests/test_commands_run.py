@@ -1,5 +1,6 @@
 """Every stage on a toy target in seconds: the whole loop, run twice, stage by stage, and from Python."""
 
+import dataclasses
 import fcntl
 import json
 from pathlib import Path
@@ -24,7 +25,7 @@ from jsfdd.data.held_out import split_held_out
 from jsfdd.data.template import tokenize_chats
 from jsfdd.hidden import capture
 from jsfdd.scoring.table import read_scores
-from jsfdd.selection.sfdd import read_selection
+from jsfdd.selection.sfdd import read_selection, write_selection
 from jsfdd.training.journal import METRICS, read_lines
 from jsfdd.weights.draft import load_draft
 
@@ -376,8 +377,10 @@ def test_one_pass_scores_and_keeps_hidden_states_and_training_reads_them(inputs,
         _train(trained("wrong", hidden_dtype="int8"))
     with pytest.raises(FileNotFoundError, match="--hidden-from none: no such directory"):
         _train(trained("wrong", hidden_from=Path("none")))
+    loose = tmp_path / "loose.json"  # of unknown inputs
+    write_selection(loose, dataclasses.replace(read_selection(tmp_path / "flatness" / "selection.json"), inputs={}))
     with pytest.raises(ValueError, match="hidden states of another run .*identity.max_length"):
-        _train(trained("wrong", max_length=64, selection=None))
+        _train(trained("wrong", max_length=64, selection=loose))
     with pytest.raises(ValueError, match=r"selection.json: made from other inputs.*the chats \(in max_length\) changed"):
         _train(trained("wrong", max_length=64))
     with pytest.raises(ValueError, match="kept_for.retain_ratio: found 0.25, expected 0.5"):
