@@ -1,4 +1,4 @@
 """From chat files to padded batches.
 
-Rows.py reads files, forms.py and chat.py understand rows, template.py renders and masks, batches.py pads.
+rows.py reads files, forms.py and chat.py interpret rows, template.py renders and masks them, batches.py pads.
 """

@@ -1,13 +1,13 @@
-"""Where the assistant's answers lie in a rendered conversation, and which of their thoughts the template left out.
+"""Find the assistant's answers in a rendered conversation, and the thoughts that the template dropped.
 
-The conversation is rendered a second time with a word of ours in place of every thought, content and called name of the
-assistant's (`_stand_ins`). The text around these words is the template's, and it must be the same in the real rendering: what
-lies between is what the template made of the answers. Two renderings find all answers, however many there are; for plain
-messages the second is kept and serves every conversation of the same roles.
+The conversation is rendered a second time, with a placeholder word for every thought, content and called name of the assistant
+(`_stand_ins`). The text around these words comes from the template, and is the same in the real rendering, so the text between
+is what the template made of the answers. Two renderings find all answers. For plain messages the second rendering is kept, and
+reused for every conversation with the same roles.
 
-An answer is what the target writes after the generation prompt, up to the token that ends its turn: its thought, if the
-template writes one for it, its content and its calls. What the template writes of its own accord before a content (an empty
-block of thoughts, a channel's name) is not part of it.
+An answer is the text that the target writes after the generation prompt, up to the token that ends its turn: its thought, if
+the template writes it, its content and its calls. Text that the template itself puts before a content (an empty block of
+thoughts, a channel's name) is not part of the answer.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class AnswerSpan(NamedTuple):
 
 
 class Rewritten(ValueError):
-    """A conversation in which an answer cannot be told from what the template made of it."""
+    """The template changed an answer, so that it cannot be found in the rendered text."""
 
 
 class _Leaf(NamedTuple):
@@ -138,7 +138,7 @@ def _is_plain(message: Message) -> bool:
 
 
 def find_marked_answers(marks: TemplateMarks, text: str) -> list[AnswerSpan]:
-    """The answers in a text that was rendered elsewhere: from each generation prompt to the next token that ends a turn."""
+    """Find the answers in text from elsewhere: from each generation prompt to the next token that ends a turn."""
     if not marks.prompt.strip() or not marks.closers:
         raise Rewritten("the target's chat template puts no marks around answers by which they could be found in a text")
     header = re.sub(r"\s*<think(?:ing)?>\s*$", "", marks.prompt)

@@ -1,9 +1,8 @@
-"""Length buckets: which samples go together, in which static shape, so that little is padding and little is compiled.
+"""Length buckets: batch samples in a few static shapes, with little padding and few programs to compile.
 
-Every (rows, length) is a program of its own to the compiler, and every padded token costs what a real one costs.
-Lengths come from one fixed list, four to the octave, so programs are shared between runs; `choose_shapes` takes from it
-those that are worth compiling for the data at hand. Samples that would leave a batch mostly empty move to the next
-longer shape.
+The compiler makes a program for every (rows, length), and a padded token costs as much as a real one. Lengths come from one
+fixed list, four per factor of two, so that runs share programs; `choose_shapes` picks those that are worth compiling for the
+data. Samples that would leave a batch mostly empty move to the next longer shape.
 
     shapes = choose_shapes(lengths, token_budget)
     plans = make_batches(lengths, shapes)                       # scoring: a fixed order

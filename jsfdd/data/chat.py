@@ -1,8 +1,7 @@
-"""Chats and prompts from files: every row becomes a `Chat` or a `Prompt`; what cannot be learned from is skipped and counted.
+"""Read chats and prompts: every row becomes a `Chat` or a `Prompt`, or is skipped and counted if it cannot be learned from.
 
-Which files a name stands for is in `data.rows`, how they are read in `data.formats`; the forms of chat rows are in
-`data.forms`. A prompt row has {"turns": ["…", …]}, or any form of a chat, of which the answers are not read. "id" and
-"source" are optional everywhere.
+`data.rows` finds the files of a name, `data.formats` reads them, and `data.forms` interprets chat rows. A prompt row has
+{"turns": ["…", …]}, or any form of a chat, whose answers are ignored. "id" and "source" are always optional.
 
 A conversation with the same messages as an earlier one, in whichever file, is a duplicate: it is left out and counted,
 whatever its id. One with the id of another is named after file and line instead, and counted; two prompts with one id are an
@@ -31,7 +30,7 @@ class Chat:
 
     Attributes:
       id: unique over the files read together.
-      source: the row's own, or its file's name.
+      source: the row's "source", or its file's name.
       messages: the turns in order; none in a conversation that came rendered or tokenized.
       place: "file:line", for errors that turn up later.
       file: the file it came from; empty if it was made in Python.

@@ -1,4 +1,4 @@
-"""What became of each input file's rows: how many were read, kept, cut, and left out for which reason."""
+"""Counts of each input file's rows: how many were read, kept and cut, and how many were skipped for each reason."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""One input file as rows: .jsonl, .json, .csv, each also packed as .gz or .zst, and .parquet and .arrow.
+"""Read the rows of one input file: .jsonl, .json, .csv, each also packed as .gz or .zst, and .parquet and .arrow.
 
-Files are read a piece at a time, so that memory does not grow with them. Every reader gives (value, place, number) of each
-row; places name the file and the line, and no error shows what a message says.
+Files are read a piece at a time, so memory does not grow with their size. Every reader yields (value, place, number) for each
+row. A place names the file and the line; no error shows the text of a message.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The forms that chat rows are published in, and the conversation that each stands for.
+"""The published forms of chat rows, and how each becomes a conversation.
 
     {"messages": [{"role": "user", "content": "…"}, …]}                OpenAI; also "conversation" (LMSYS, WildChat)
     {"conversations": [{"from": "human", "value": "…"}, …]}            ShareGPT (or with OpenAI's role and content)

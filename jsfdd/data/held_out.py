@@ -1,4 +1,4 @@
-"""The held-out side of the data: samples on which a draft is judged and never trained."""
+"""The held-out samples: they are used to judge a draft, and never to train it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _SALT = "jsfdd held out: "
 
 
 def split_held_out(samples: Sequence[Sample], share: float) -> tuple[list[Sample], list[Sample]]:
-    """(for training, held out): about `share` of the samples are held out, by a hash of their ids alone.
+    """Split samples into (for training, held out): about `share` of them are held out, chosen by a hash of their ids.
 
-    A sample's side does not depend on the others, so every selection from the same data is judged on the same samples,
-    none of which it was trained on.
+    A sample's side does not depend on other samples. So all selections from the same data are judged on the same samples, on
+    which none of them was trained.
     """
 
     def is_held_out(sample: Sample) -> bool:

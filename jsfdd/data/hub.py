@@ -1,7 +1,7 @@
 """Hugging Face datasets by name: `hf:NAME`, `hf:NAME:SPLIT`, `hf:NAME@CONFIG` or `hf:NAME@CONFIG:SPLIT`.
 
-They need the extra `datasets`, and the network or a copy in the library's cache. The split is "train" unless named. Only
-data is read: a dataset that needs a script of its own is refused by the library.
+They need the extra `datasets`, and the network or a copy in the library's cache. The default split is "train". Only data is
+read: the library refuses a dataset that needs its own script.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What a chat template writes around the assistant's answers, learned by letting it render a few short conversations.
+"""The text that a chat template writes around the assistant's answers, learned by rendering a few short conversations.
 
-Templates do not say what in their text is theirs. Here they write words that nothing else contains, with a thought, with a
-call, in the middle and at the end of a conversation; what stands around these words is the template's.
+A rendered text does not show which parts come from the template. So the template renders unique words, with a thought, with a
+call, in the middle and at the end of a conversation; the text around these words comes from the template.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which tokens count: from spans of characters to tokens."""
+"""The assistant mask: from spans of characters to tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A message of a conversation as chat templates take it, made from the ways in which datasets spell it.
+"""Convert the messages of datasets, in all their spellings, to the form that chat templates take.
 
 Roles are system, user, assistant and tool, as chat templates know them; "developer" means system, "function" and ShareGPT's
 "observation" mean tool, "human" user, "gpt", "chatgpt", "model" and "function_call" assistant; capital letters make no

@@ -1,7 +1,7 @@
-"""Chats as questions: what a target is asked, turn by turn, when it answers in the assistant's place.
+"""Chats as questions, for a target that answers turn by turn in the assistant's place.
 
-A turn is all that is said before an answer: the user's message, with a system message before it. The answers of the chat
-itself are not read, and what only makes sense after them is left out:
+A turn is everything before an answer: the user's message, and a system message before it. The chat's own answers are ignored,
+and so is what makes sense only after them:
   - an assistant's message that answers nobody (an opening greeting, a second one in a row);
   - everything from a tool's message on: it returns what a call asked for that the target did not make.
 """
@@ -26,9 +26,9 @@ class Questions(NamedTuple):
     """One conversation to be held with a target.
 
     Attributes:
-      number: of its chat, by which its answers are drawn.
-      id, source: of its chat.
-      turns: what is said before each answer; at least one.
+      number: the chat's number, from which the sampling keys of its answers are made.
+      id, source: the chat's.
+      turns: the messages before each answer; at least one turn.
       tools: definitions of the tools that the target may call.
     """
 
@@ -57,7 +57,7 @@ class QuestionSummary(NamedTuple):
 def questions_of(
     chats: Sequence[Chat], tokenizer, *, longest_prompt: int, first_turn_only: bool = False, vocab_size: int | None = None
 ) -> tuple[list[Questions], QuestionSummary]:
-    """What each chat asks, in the order of the chats.
+    """Turn chats into questions, in the order of the chats.
 
     Args:
       tokenizer: the target's, with its chat template.

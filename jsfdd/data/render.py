@@ -1,7 +1,7 @@
-"""A conversation as the text that a tokenizer's chat template makes of it.
+"""Render a conversation with a tokenizer's chat template.
 
-Templates come with checkpoints, so they are other people's programs. They run in transformers' sandbox, for a limited time,
-and whatever goes wrong in one is a refusal of the conversation at hand.
+Templates come with checkpoints, so they are foreign programs. They run in transformers' sandbox, with a time limit, and any
+error in one counts as a refusal of the conversation.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _SHOWN = 160  # characters of a template's complaint, which may quote a message
 
 
 class RefusedByTemplate(ValueError):
-    """A conversation that a chat template does not take, usually for the order of its roles."""
+    """The chat template refuses the conversation, usually because of the order of its roles."""
 
 
 def check_tokenizer(tokenizer) -> None:
-    """ValueError if chats cannot be rendered and their characters told apart with this tokenizer."""
+    """Raise ValueError if the tokenizer has no chat template, or cannot map characters to tokens."""
     if not tokenizer.is_fast:
         raise ValueError(f"{type(tokenizer).__name__} is a slow tokenizer, without offsets; load it with use_fast=True")
     if not tokenizer.chat_template:
@@ -44,7 +44,7 @@ def check_tokenizer(tokenizer) -> None:
 
 
 def render(tokenizer, messages: Sequence[Message], tools: Sequence[dict] = (), *, prompt: bool = False) -> str:
-    """The text of a conversation; with `prompt`, up to where the assistant's next answer begins.
+    """Render the text of a conversation; with `prompt`, up to where the assistant's next answer begins.
 
     Arguments of calls are objects; a template that joins them to text as they are gets them as JSON text.
 

@@ -1,4 +1,4 @@
-"""Input files: which ones a name stands for, and their rows.
+"""Input files: find the files of a name, and read their rows.
 
 A name, as `--data` and `--prompts` take it, is one of
 
@@ -63,7 +63,7 @@ class InputFile(NamedTuple):
 
 
 def expand_names(names: str | Path | Sequence[str | Path]) -> list[InputFile]:
-    """The files and datasets that names stand for, in order; the same on every machine and at every call.
+    """Expand names to files and datasets, in order; the result is the same on every machine and at every call.
 
     Raises FileNotFoundError for a file that is missing, a pattern that matches no file, or a directory without one, and
     ValueError for a file that ends in something else.

@@ -1,4 +1,4 @@
-"""Samples on disk: a sequence of them whose memory does not grow with their tokens.
+"""A sequence of samples on disk, whose memory does not grow with the number of tokens.
 
     writer = SampleWriter()
     writer.append(sample)                    # one after the other

@@ -1,7 +1,7 @@
-"""Rows that cannot be learned from: why, where the first one is, and when they are too many.
+"""Rows that cannot be learned from: the reasons, the place of the first one, and the limit.
 
-One bad row does not end a run of a million: it is skipped and counted by its reason. `--strict` makes the first one an error,
-and more than `--max-skipped` of all rows are one, which lists every reason.
+One bad row should not end a run of a million: it is skipped, and counted by its reason. With `--strict` the first such row is
+an error. More such rows than `--max-skipped` are an error, which lists every reason.
 """
 
 from __future__ import annotations

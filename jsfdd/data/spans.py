@@ -1,7 +1,7 @@
 """Parts of answers that --mask-spans leaves out of the assistant mask: thoughts, and calls of tools.
 
-They stay in the text that the target and the draft read; only scores and losses pass over them. Rules are about the text
-as the chat template rendered it:
+The target and the draft still read them, but scores and losses skip them. The rules apply to the text that the chat template
+rendered:
 
     thinking      <think> … </think> and <thinking> … </thinking>. A closing mark without an opening one ends what began
                   with the answer, as where a template writes the opening mark into the generation prompt.

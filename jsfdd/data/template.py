@@ -1,4 +1,4 @@
-"""Chats to token ids with the exact assistant mask, through a tokenizer's own chat template.
+"""Turn chats into token ids and the exact assistant mask, with a tokenizer's own chat template.
 
 The ids are those of `tokenizer.apply_chat_template` on the whole conversation. Characters map to tokens by the fast
 tokenizer's offsets; where the answers lie in the text is found in `data.answers`.
@@ -51,11 +51,11 @@ _ANSWER_MARKS = re.compile(r"</?(think|thinking|tool_call|function_call)>|\[TOOL
 
 @dataclasses.dataclass(frozen=True)
 class TokenizeSummary:
-    """What became of the conversations.
+    """Counts of the conversations.
 
     Attributes:
-      read: conversations given.
-      kept: those of them that samples were made of.
+      read: conversations in all.
+      kept: conversations that became samples.
       truncated: ids of the samples that were cut to the maximal length.
       skipped: ids by reason (`data.skipped.MEANINGS`): no_counted (empty answers, or all answers lie beyond the cut),
         special_text, refused, rewritten, unknown_token.
@@ -281,7 +281,7 @@ def tokenize_chats(
     split_answers: bool = False,
     strict: bool = False,
 ) -> tuple[list[Sample], TokenizeSummary]:
-    """Tokenizes conversations and marks the assistant's tokens, as the module's docstring says.
+    """Tokenize conversations and mark the assistant's tokens, as the module's docstring describes.
 
     Args:
       chats: the conversations; the samples keep their order.

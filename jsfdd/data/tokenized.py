@@ -1,7 +1,7 @@
-"""Chat files as a table of samples: read, tokenized and written down as a stream, so that memory does not grow with the chats.
+"""Turn chat files into a table of samples as a stream, so that memory does not grow with the number of chats.
 
-The rows are read in this process, which also drops duplicates; rendering and tokenizing goes to others once there are many
-chats. What comes out does not depend on how many processes there are.
+This process reads the rows and drops duplicates. If there are many chats, other processes render and tokenize them. The result
+does not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _AHEAD = 3  # chunks that wait for each process
 
 
 class TokenizedChats(NamedTuple):
-    """What `read_samples` found.
+    """The result of `read_samples`.
 
     Attributes:
       samples: in the order of the files and of their rows.
-      summary: what became of the conversations.
-      files: what became of each file's rows.
-      notes: sentences on what was not read or not written by the template.
+      summary: counts of the conversations.
+      files: counts of each file's rows.
+      notes: sentences about ignored keys, and about content that the template dropped.
     """
 
     samples: SampleTable

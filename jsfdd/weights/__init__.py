@@ -1,1 +1,1 @@
-"""Files to parameters and back: Hugging Face and GGUF targets in, checkpoints both ways, exported drafts out."""
+"""Read targets from Hugging Face and GGUF files, read and write checkpoints, import and export drafts."""

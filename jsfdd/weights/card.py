@@ -1,4 +1,4 @@
-"""The model card of an exported draft: what it is, what it was measured at, what it was trained on, how to serve it."""
+"""The model card of an exported draft: its architecture, measured acceptance, training data, and how to serve it."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _PLACEHOLDER = "TARGET"
 
 
 class Serving(NamedTuple):
-    """What a server is told beside the draft.
+    """The settings for a server, besides the draft.
 
     Attributes:
-      target: hub name, directory or .gguf file of the target, as far as known.
-      num_draft_tokens: proposed per verification.
+      target: hub name, directory or .gguf file of the target, if known.
+      num_draft_tokens: draft tokens per verification.
     """
 
     target: str | None = None
@@ -40,7 +40,7 @@ class Serving(NamedTuple):
 
 
 class Provenance(NamedTuple):
-    """Where a draft comes from; None where that is not known.
+    """The origin of a draft; None for what is unknown.
 
     Attributes:
       training: the identity that its training run's checkpoint holds.

@@ -1,7 +1,7 @@
-"""The chat template that a target's conversations are rendered with, as one Jinja text.
+"""Combine a target's chat template and the user's options into one Jinja text.
 
-A checkpoint may bring several under names; a user may give another, variables for it, and a date. All of that is written into
-the text: the tokenizer's `chat_template` is then the whole truth, for every reader of it, and the same on every day.
+A checkpoint may have several named templates; the user may give another one, variables, and a date. All of these are written
+into the text. So the tokenizer's `chat_template` alone determines every rendering, and does not depend on the day.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _CODES = "aAbBcdDeFGhHIjmMnprRStTuUVwWxXyYzZ"  # of strftime
 
 
 class TemplateOptions(NamedTuple):
-    """What a user may say about a target's chat template.
+    """The user's options for a target's chat template.
 
     Attributes:
       template: a file with a Jinja template, or the name of one of the checkpoint's; None for its usual one.

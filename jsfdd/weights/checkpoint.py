@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: all that a killed run needs to go on to the same bits. Only this file imports Orbax.
+"""Checkpoints of a training run: all that a killed run needs to continue to the same bits. Only this file imports Orbax.
 
     OUT/checkpoints/400/params   the draft's parameters: all that a reader of the finished draft needs
     OUT/checkpoints/400/rest     optimizer state, step and key
@@ -32,7 +32,7 @@ _REMEDY = "delete it to fall back on an earlier one"
 
 
 class Checkpoints:
-    """The checkpoints of one run: the last two and, where the run looks for it, the best. Use it in a `with`.
+    """The checkpoints of one run: the last two and, if the run probes, the best. Use it in a `with`.
 
     Args:
       run: the run's directory, made if missing.

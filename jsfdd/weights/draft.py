@@ -1,4 +1,4 @@
-"""A draft from wherever it is, exported for an engine or in the directory of a training run; and whose draft it can be."""
+"""Load a draft from an export or a training run's directory, and check that it fits a target."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from jsfdd.weights.target import Target
 
 
 def load_draft(path: str | Path, num_layers: int | None = None) -> Draft:
-    """The draft in a directory.
+    """Load the draft in a directory.
 
     Args:
-      path: what `jsfdd export` or a peer wrote; or the `--out` of `jsfdd train`, of which the draft that decoded best is read
-        where the run looked, and the last one elsewhere; or the checkpoints/ in it, for the last one.
-      num_layers: the target's, for a peer's EAGLE-3 draft whose files do not say which of them it reads.
+      path: a directory from `jsfdd export` or another project. Or the `--out` of `jsfdd train`: the draft with the best τ if
+        the run probed, else the last one. Or the checkpoints/ in it: always the last draft.
+      num_layers: the target's, for an EAGLE-3 draft from another project whose files do not name the layers that it reads.
 
     Raises:
-      FileNotFoundError: nothing is there, or only pickled weights, which are never read.
-      ValueError: the files are damaged, or hold what this version does not compute; the message names it.
+      FileNotFoundError: there is no draft, or only pickled weights, which are never read.
+      ValueError: the files are damaged, or this version does not support them; the message names the reason.
     """
     return read_draft(path, num_layers) if is_exported(path) else read_trained_draft(path)
 
 
 def check_draft(target: Target, draft: DraftConfig, name: str) -> None:
-    """Raise ValueError where a draft cannot be of this target, naming what differs.
+    """Raise ValueError, naming the difference, if a draft cannot belong to this target.
 
-    An EAGLE-3 draft turns its own keys by its own angles, and many were trained with other ones than their target's.
+    The rotary embedding of an EAGLE-3 draft is not compared: many were trained with another one than their target's.
     """
     check_layers(draft.target_layers, target.config.num_layers)
     for field in ("vocab_size", "hidden_size", *(["rope"] if draft.kind == "eagle" else [])):

@@ -32,7 +32,7 @@ _NAMES = {"eagle": "EAGLE-1/2", "eagle3": "EAGLE-3"}
 
 
 def read_draft(directory: str | Path, num_layers: int | None = None) -> Draft:
-    """A draft from any layout, written here or by a peer; arrays keep their dtype.
+    """Read a draft in any layout, from jsfdd or another project; arrays keep their dtype.
 
     Args:
       num_layers: the target's, for an EAGLE-3 draft whose files do not say which of them it reads.

@@ -1,4 +1,4 @@
-"""What config.json says of an EAGLE-3 draft beside its decoder layer: the target's layers that it reads, and its norms.
+"""The EAGLE-3 settings of a draft's config.json, besides its decoder layer: the target's layers that it reads, and its norms.
 
 Engines number the target's layers in two ways. At the top level (vLLM, speculators) `eagle_aux_hidden_state_layer_ids` counts
 the layers that were passed, so that 2 is what enters layer 2, as in `DraftConfig.target_layers`; inside of `eagle_config`

@@ -1,4 +1,4 @@
-"""Drafts written for the engines that serve them: one directory per flavour, which its engine loads unchanged.
+"""Write drafts for the engines that serve them: one directory per flavour, which the engine loads unchanged.
 
 What each flavour can say is in `weights/flavours.py`, what its tensors are called in `weights/draft_tensors.py`; here is what
 its engine reads of config.json. Everywhere "attention_bias" and "mlp_bias" are spelled out as false: to some engines a missing
@@ -43,7 +43,7 @@ def write_draft(
     serving: Serving = Serving(),  # noqa: B008 (immutable)
     provenance: Provenance = Provenance(),  # noqa: B008
 ) -> None:
-    """Write config.json, model.safetensors and README.md. The directory appears whole or not at all.
+    """Write config.json, model.safetensors and README.md. The directory appears atomically.
 
     Args:
       directory: must not exist yet.

@@ -1,4 +1,4 @@
-"""What each flavour of an exported draft can say; whatever it cannot is refused with the field's name.
+"""What each flavour of an exported draft can represent. Other drafts are refused, naming the field.
 
     EAGLE-1/2
     eagle          SafeAILab/EAGLE. "bias" says whether fc has one; heads of D / N; of rope scalings only "linear", and with
@@ -55,7 +55,7 @@ _SILU_ONLY = ("vllm", "sglang", "speculators", "sglang-jax")
 
 
 def check_flavour(config: DraftConfig, flavour: Flavour, serving: Serving) -> None:
-    """Raise ValueError, naming the field and a way out, where a flavour cannot represent a draft."""
+    """Raise ValueError, naming the field and a remedy, if a flavour cannot represent a draft."""
     d, rope = config.decoder, config.decoder.rope
     if d.embedding_scale != 1.0:
         _refuse(

@@ -1,4 +1,4 @@
-"""A GGUF file to `DecoderConfig` and the params tree: architectures llama (Mistral too), qwen2, qwen3 and gemma3."""
+"""Read a GGUF file into `DecoderConfig` and the params tree: architectures llama (and Mistral), qwen2, qwen3 and gemma3."""
 
 from __future__ import annotations
 

@@ -9,7 +9,8 @@ Format: little-endian; magic "GGUF", u32 version, u64 tensor count, u64 key coun
 and a value; the tensors, each a string, u32 number of dimensions, u64 dimensions (fastest first), u32 type, u64 offset
 into the data section, which starts at the next multiple of general.alignment.
 
-A model may lie in several files, NAME-00001-of-00003.gguf and so on: each is whole by itself, the first has the metadata.
+A model may be split into several files, NAME-00001-of-00003.gguf and so on. Each is a complete GGUF file; the first has the
+metadata.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def read_header(path: str | Path) -> GGUFFile:
 
 
 def part_files(path: str | Path) -> list[Path]:
-    """The files of the model that a GGUF file belongs to, as its name tells: often that file alone."""
+    """The files of the model that a GGUF file belongs to, by its name; often only that file."""
     path = Path(path)
     named = _PART.fullmatch(path.name)
     if named is None:

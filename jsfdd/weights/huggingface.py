@@ -1,7 +1,7 @@
-"""A Hugging Face directory: config.json to `DecoderConfig`, safetensors to the params tree.
+"""Read the safetensors of a Hugging Face directory into the params tree.
 
-Reads what transformers 4 and 5 write, without torch. Strict: a setting or tensor that would change the model and that
-jsfdd does not compute is an error, never skipped. Pickled weights (.bin, .pt) are never opened.
+Files of transformers 4 and 5 are read, without torch. A setting or tensor that would change the model, but that jsfdd does not
+support, is an error and never ignored. Pickled weights (.bin, .pt) are never opened.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""config.json to `DecoderConfig`, for every family that jsfdd computes.
+"""Read config.json into `DecoderConfig`, for every supported family.
 
-transformers fills in what a file leaves out and knows every spelling that its versions have had (rope_scaling and
-rope_parameters, window patterns and layer_types). Here is what jsfdd reads of the result, and what it refuses: a setting
-that would change the model and that no field of `DecoderConfig` can hold is an error that names it.
+transformers fills in missing settings, and knows every spelling that its versions have used (rope_scaling and
+rope_parameters, window patterns and layer_types). This file reads the result, and refuses what jsfdd does not support: a
+setting that would change the model, but that no field of `DecoderConfig` can hold, is an error that names it.
 """
 
 from __future__ import annotations

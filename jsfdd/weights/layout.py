@@ -1,7 +1,7 @@
-"""Which tensors a decoder has, and the params tree filled from them: strict, and one leaf at a time.
+"""The tensors of a decoder, and how the params tree is filled from them: strictly, and one leaf at a time.
 
-Both file formats come here with a name per leaf and a source per tensor; what is missing, unknown or misshapen is found
-before any memory is taken, so a lying header costs nothing.
+Both file formats pass a name per leaf and a source per tensor. Missing, unknown and misshapen tensors are errors before any
+memory is allocated, so a false header costs nothing.
 """
 
 from __future__ import annotations

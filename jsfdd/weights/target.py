@@ -1,4 +1,4 @@
-"""`--target`: from the name of a target to its architecture, tokenizer, parameters and fingerprint.
+"""Load a target by its name: architecture, tokenizer, parameters and fingerprint.
 
 A name is a Hugging Face directory, a .gguf file, "smollm2" (the demo's packaged model) or a model on the hub.
 """
@@ -46,7 +46,7 @@ class Target(NamedTuple):
       tokenizer: with its chat template.
       name: as the user gave it.
       fingerprint: see `fingerprint`.
-      stop_tokens: sorted ids after which an answer is over.
+      stop_tokens: sorted ids of the tokens that end an answer.
     """
 
     config: DecoderConfig
