@@ -140,6 +140,28 @@ GRANITE = (
     "{% for m in messages %}<|start_of_role|>{{ m.role }}<|end_of_role|>{{ m.content }}<|end_of_text|>\n"
     "{% if loop.last and add_generation_prompt %}<|start_of_role|>assistant<|end_of_role|>{% endif %}{% endfor %}"
 )
+DEEPSEEK = (  # arguments are joined as text, and a call takes the place of the content
+    "{{ bos_token }}{% set ns = namespace(after=false) %}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}"
+    "{% elif m.role == 'user' %}<|User|>{{ m.content }}{% elif m.role == 'tool' %}"
+    "<|output|>{{ m.content }}<|/output|>{% set ns.after = true %}"
+    "{% elif m.tool_calls %}<|Assistant|>{% for c in m.tool_calls %}"
+    "{{ '<|call|>' + c.type + '<|sep|>' + c.function.name + '\n' + c.function.arguments + '<|/call|>' }}{% endfor %}"
+    "{{ eos_token }}{% else %}{{ '<|Assistant|>' if not ns.after }}{{ m.content }}{{ eos_token }}{% set ns.after = false %}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt and not ns.after %}<|Assistant|>{% endif %}"
+)
+GLM = (  # nothing closes an answer but the head of what is said next
+    "{% if tools %}<|system|>\n{{ tools | tojson }}{% endif %}" + _LAST_QUESTION + "{% for m in messages %}"
+    "{% set text = m.content or '' %}{% if m.role == 'assistant' %}<|assistant|>"
+    "{% set ns.thought = m.reasoning_content or '' %}{% if not ns.thought and '</think>' in text %}"
+    "{% set ns.thought = text.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
+    "{% set text = text.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+    "{% if loop.index0 > ns.last and ns.thought %}{{ '\n<think>' + ns.thought + '</think>' }}"
+    "{% else %}{{ '\n<think></think>' }}{% endif %}{{ '\n' + text if text }}{% for c in m.tool_calls or [] %}"
+    "{{ '\n<tool_call>' + c.function.name }}{% for key, value in c.function.arguments.items() %}"
+    "{{ '\n' + key + '=' + value }}{% endfor %}{{ '\n</tool_call>' }}{% endfor %}{% elif m.role == 'tool' %}"
+    "{% if messages[loop.index0 - 1].role != 'tool' %}<|observation|>{% endif %}{{ '\n' + text }}"
+    "{% else %}<|{{ m.role }}|>\n{{ text }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 
 
 class Family(NamedTuple):
@@ -156,6 +178,7 @@ _MARKS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>
 _HEADERS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 _INST = ("<s>", "</s>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]")
 _HARMONY = ("<|startoftext|>", "<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>", "<|call|>")
+_CALL_OUTPUT = ("<|call|>", "<|sep|>", "<|/call|>", "<|output|>", "<|/output|>")
 FAMILIES = {
     "qwen2.5": Family(QWEN25, _CHATML, "<|im_end|>", _MARKS[2:4]),
     "qwen3": Family(QWEN3, _CHATML, "<|im_end|>", _MARKS),
@@ -169,6 +192,8 @@ FAMILIES = {
     "phi-4": Family(PHI4, (*_CHATML, "<|im_sep|>"), "<|im_end|>"),
     "gpt-oss": Family(GPT_OSS, _HARMONY, "<|return|>"),
     "r1-distill": Family(R1, ("<|begin|>", "<|User|>", "<|Assistant|>", "<|eos|>"), "<|eos|>", _MARKS[:2]),
+    "deepseek-v3": Family(DEEPSEEK, ("<|begin|>", "<|User|>", "<|Assistant|>", "<|eos|>", *_CALL_OUTPUT), "<|eos|>"),
+    "glm": Family(GLM, ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"), "<|user|>", _MARKS[:4]),
     "granite": Family(GRANITE, ("<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>"), "<|end_of_text|>"),
 }
 

@@ -7,6 +7,7 @@ from families import FAMILIES, ROWS, family_tokenizer
 from jsfdd.base.records import Sample
 from jsfdd.data.chat import Chat
 from jsfdd.data.forms import conversation_of
+from jsfdd.data.render import with_text_arguments
 from jsfdd.data.template import tokenize_chats
 from jsfdd.doctor.check_data import check_data
 
@@ -18,7 +19,7 @@ REWRITTEN, REFUSED = "rewritten", "refused"
 
 def written(close, call=None, text=None, thought="{}", reasoning="4", earlier=("4", "6"), last=None):
     """What is masked of each row, by where families differ. `thought` is how a thought inside the content is written."""
-    last, call = last or close, f"{HERMES}{close}" if call is None else call
+    last, call = close if last is None else last, f"{HERMES}{close}" if call is None else call
     calls = [call, f"Nine.{last}"] if call not in (REWRITTEN, REFUSED) else call
     text = f"I look.\n{HERMES}{close}" if text is None else text
     return {
@@ -39,6 +40,7 @@ OPENED = dict(reasoning="two and two\n</think>\n\n4", earlier=("4", "cc\n</think
 CHANNELS = "<|channel|>analysis<|message|>{}<|end|><|start|>assistant<|channel|>final<|message|>"
 HARMONY_CALL = ' to=functions.weather<|channel|>commentary json<|message|>{"city": "Rome"}<|call|>'
 MISTRAL_CALL = '[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Rome"}, "id": "call00001"}]</s>'
+GLM_CALL = "\n<tool_call>weather\ncity=Rome\n</tool_call><|observation|>"
 EXPECTED = {
     "qwen2.5": written("<|im_end|>"),
     "qwen3": written("<|im_end|>", **QWEN3),
@@ -55,14 +57,24 @@ EXPECTED = {
         earlier=("4", CHANNELS.format("cc") + "6"), last="<|return|>",
     ),
     "r1-distill": written("<|eos|>", thought="\n\n4"),
+    "deepseek-v3": written("<|eos|>", '<|call|>function<|sep|>weather\n{"city": "Rome"}<|/call|><|eos|>', REWRITTEN),
+    "glm": written(
+        "<|user|>", GLM_CALL.lstrip(), f"I look.{GLM_CALL}",
+        reasoning="\n<think>two and two</think>\n4", thought="\n<think>two and two</think>\n4",
+        earlier=("4", "\n<think>cc</think>\n6"), last="",
+    ),
     "granite": written("<|end_of_text|>"),
 }  # fmt: skip
 # Where the template leaves out what the row says: families that write thoughts leave out those of earlier turns.
-WRITES_THOUGHTS = ("qwen3", "qwen3-thinking", "gpt-oss")
+WRITES_THOUGHTS = ("qwen3", "qwen3-thinking", "gpt-oss", "glm")
 LEFT_OUT = {
     **{(name, row): {"thoughts": 1} for name in FAMILIES for row in ("reasoning", "earlier") if name not in WRITES_THOUGHTS},
     **{(name, "earlier"): {"thoughts": 1} for name in WRITES_THOUGHTS},
-    **{(name, row): {"tools": 1} for name in ("smollm2", "smollm3", "phi-4", "r1-distill") for row in ("call", "call+text")},
+    **{
+        (name, row): {"tools": 1}
+        for name in ("smollm2", "smollm3", "phi-4", "r1-distill", "deepseek-v3")
+        for row in ("call", "call+text")
+    },
     ("r1-distill", "think"): {"thoughts": 1},
 }
 
@@ -92,6 +104,8 @@ def test_ids_and_mask(family, row):
     messages, tools = ROWS[row]["messages"], ROWS[row].get("tools")
     if "tool_calls" not in tokenizer.chat_template:  # the calls are text there
         return
+    if family == "deepseek-v3":
+        messages = [with_text_arguments(message) for message in messages]
     assert sample.tokens.tolist() == tokenizer.apply_chat_template(messages, tools=tools, return_dict=False)
 
 
@@ -109,13 +123,17 @@ def _examine(family, samples=None, rows=ROWS, **options):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_doctor_finds_no_fault_with_ids_and_masks(family):
-    found = {finding.name: finding for finding in _examine(family)}
+    messages = [*ROWS["call"]["messages"][:1], *map(dict, ROWS["call"]["messages"][1:])]
+    messages[1]["reasoning_content"], messages[3]["reasoning_content"] = "the weather, so a call", "it says nine"
+    rows = ROWS | {"thoughts before a call and after": {"tools": ROWS["call"]["tools"], "messages": messages}}
+    found = {finding.name: finding for finding in _examine(family, rows=rows)}
     # A mask can be held only against a prompt with which the sample begins, and R1's never does.
     mask = "note" if family == "r1-distill" else "ok"
     assert (found["token-ids"].severity, found["loss-mask"].severity) == ("ok", mask), found
     # R1's prompt opens a thought that no sample has, Qwen3-Thinking's one that answers without a thought lack, and Mistral
-    # tells a system message with the last question only: that is so, and said. The others write what they prompt.
-    prefix = {"r1-distill": "error", "qwen3-thinking": "warning", "mistral": "warning"}
+    # tells a system message with the last question only, and gpt-oss drops the thought before a call once there is an answer:
+    # that is so, and said. The others write what they prompt.
+    prefix = {"r1-distill": "error", "qwen3-thinking": "warning", "mistral": "warning", "gpt-oss": "warning"}
     assert found["template-prefix"].severity == prefix.get(family, "ok"), found["template-prefix"].seen
     assert found["left-out"].severity == "warning"
     masked = _examine(family, mask_spans=("thinking", "tool_calls"))

@@ -29,6 +29,7 @@ _STAND_IN = "jsfddstandin"  # letters only, so that no template trims, splits or
 _KEPT_FRAMES = 256
 _THOUGHTS = ("reasoning", "thought")
 _THOUGHT_MARK = re.compile(r"(</?think(?:ing)?>)")
+_OPENED = re.compile(r"(<think(?:ing)?>\s*)?$")
 
 
 class AnswerSpan(NamedTuple):
@@ -143,7 +144,7 @@ def find_marked_answers(marks: TemplateMarks, text: str) -> list[AnswerSpan]:
         raise Rewritten("the target's chat template puts no marks around answers by which they could be found in a text")
     header = re.sub(r"\s*<think(?:ing)?>\s*$", "", marks.prompt)
     opening = re.compile(f"{re.escape(marks.prompt)}|{re.escape(header)}")
-    ends = any_of(marks.closers | marks.call_closers)
+    ends = any_of(marks.closers | marks.call_closers - marks.call_marks)
     found, match = [], opening.search(text)
     while match:
         end = ends.search(text, match.end())
@@ -236,7 +237,10 @@ def _answer(number: int, leaves: Sequence[tuple[_Leaf, list[Span]]], marks: Temp
     first, (begin, _) = min(written, key=lambda item: item[1][0])
     last, (_, end) = max(written, key=lambda item: item[1][1])
     if first.kind != "name":
-        begin = _step_back(text, begin, first.before, marks.thought_opening if first.kind in _THOUGHTS else None)
+        opening = marks.thought_opening if first.kind in _THOUGHTS else None
+        if first.kind == "reasoning" and opening is None:  # of a template that drops thoughts in short conversations
+            opening = _OPENED.search(text[:begin])[0]
+        begin = _step_back(text, begin, first.before, opening)
     else:
         begin = _call_begin(text, begin, marks.call_opening, after)
     begin = _behind_prompt(text, begin, marks.prompt)
@@ -244,7 +248,7 @@ def _answer(number: int, leaves: Sequence[tuple[_Leaf, list[Span]]], marks: Temp
         closing = any_of(marks.call_closers).search(text, end)
         if closing is None:
             raise Rewritten(f"nothing ends the call in message {number + 1}")
-        end = closing.start()
+        end = closing.end() if closing.group() in marks.call_marks else closing.start()
     else:
         end = _step_on(text, end, last.after, marks.thought_closing if last.kind in _THOUGHTS else "")
     left_out = any(leaf.kind in _THOUGHTS and not spans for leaf, spans in leaves)

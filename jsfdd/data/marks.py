@@ -27,7 +27,8 @@ class TemplateMarks(NamedTuple):
         content, white space at the end aside; None if the template writes no thoughts.
       call_opening: between the prompt and the name of a called tool; None if the template writes no calls.
       closers: texts of added tokens that close an answer.
-      call_closers: the same for an answer that ends with a call.
+      call_closers: texts of added tokens that close an answer which ends with a call, or those of `call_marks`.
+      call_marks: texts of added tokens that end a call and belong to it; what closes the answer comes behind them.
       control: texts of added tokens that the template writes around plain messages: a message must not contain them.
       writes_tools: whether the template writes definitions of tools.
     """
@@ -38,6 +39,7 @@ class TemplateMarks(NamedTuple):
     call_opening: str | None
     closers: frozenset[str]
     call_closers: frozenset[str]
+    call_marks: frozenset[str]
     control: frozenset[str]
     writes_tools: bool
 
@@ -45,6 +47,7 @@ class TemplateMarks(NamedTuple):
 def learn_marks(tokenizer) -> TemplateMarks:
     """The marks of the tokenizer's chat template; those that it does not show are empty or None."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     find_added = any_of(added)
 
     def write(*messages: Message, prompt: bool = False) -> str:
@@ -67,7 +70,7 @@ def learn_marks(tokenizer) -> TemplateMarks:
     thought_closing = thinking.partition(_THOUGHT)[2].partition(_ANSWER)[0].rstrip() if thought_opening is not None else ""
 
     calling = write(question, Message(role="assistant", content="", tool_calls=[_call()]))
-    call_opening, call_closers = _opening(calling, _NAME, served), closers
+    call_opening, call_closers, call_marks = _opening(calling, _NAME, served), closers, frozenset()
     if call_opening is not None:
         # An empty block of thoughts is written before any answer that has none.
         call_opening = call_opening[shared_beginning(call_opening, _opening(plain, _ANSWER, served) or "") :]
@@ -75,6 +78,13 @@ def learn_marks(tokenizer) -> TemplateMarks:
         at_end = {match.group() for match in find_added.finditer(plain.partition(_ANSWER)[2])}
         closing = [token for token in after_call if token in closers | at_end] or after_call[-1:]
         call_closers = frozenset(closing[:1]) or closers
+        call_marks = call_closers - closers - at_end - special
+        if call_marks:
+            result = Message(role="tool", content=_ANSWER, tool_call_id="call00001", name=_NAME)
+            behind = any_of(call_marks).split(
+                write(question, Message(role="assistant", content="", tool_calls=[_call()]), result)
+            )
+            call_closers |= frozenset(filter(None, [_next_added(behind[-1], find_added)]))
     return TemplateMarks(
         prompt=served[shared_beginning(served, closed) :],
         thought_opening=thought_opening,
@@ -82,6 +92,7 @@ def learn_marks(tokenizer) -> TemplateMarks:
         call_opening=call_opening,
         closers=closers,
         call_closers=call_closers,
+        call_marks=call_marks,
         control=frozenset(
             match.group() for text in (prompted, plain, twice) for match in find_added.finditer(text) if _is_mark(match.group())
         ),

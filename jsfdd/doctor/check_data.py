@@ -19,6 +19,7 @@ from jsfdd.base.numbers import percent
 from jsfdd.base.records import Sample
 from jsfdd.data.chat import Chat
 from jsfdd.data.messages import Message, text_of_calls
+from jsfdd.data.render import with_text_arguments
 from jsfdd.data.skipped import MEANINGS
 from jsfdd.data.template import TokenizeSummary
 from jsfdd.doctor.findings import Finding, spread_over
@@ -59,7 +60,8 @@ class Answer(NamedTuple):
       first: whether no other answer comes before it.
       prompt: ids up to which a server would render; None where the template refuses to.
       preamble: what the template writes between that and any content, squeezed: an empty block of thoughts, a channel.
-      end: where what is said next can begin at the latest: the end of the next answer's prompt, or of the sample.
+      end: where what is said next can begin at the latest: the end of the next answer's prompt, or of the sample; None where
+        that prompt is not the beginning of the sample, so that nobody can say.
       said_next: what is said between this answer and the next.
     """
 
@@ -68,7 +70,7 @@ class Answer(NamedTuple):
     first: bool
     prompt: list[int] | None
     preamble: str
-    end: int
+    end: int | None
     said_next: list[str]
 
     @property
@@ -171,7 +173,7 @@ def check_mask(answers: Sequence[Answer], tokenizer, masks_spans: bool = False) 
     faults, later, looked_at = [], 0, 0
     for answer in answers:
         tokens = answer.conversation.sample.tokens
-        if not answer.continues or len(answer.prompt) >= len(tokens):
+        if not answer.continues or answer.end is None or len(answer.prompt) >= len(tokens):
             continue
         looked_at += 1
         fault, begins_later = _fault_of_mask(answer, tokenizer, masks_spans)
@@ -346,9 +348,11 @@ def _answers(tokenizer, conversation: Conversation) -> Iterator[Answer]:
     prompts = {i: _render(tokenizer, messages[:i], conversation.tools, prompt=True) for i in numbers[: _ANSWERS + 1]}
     for i, following in zip(numbers[:_ANSWERS], [*numbers[1:], len(messages)]):
         said = [message["content"] for message in messages[i + 1 : following] if message["role"] != "assistant"]
-        end = len(conversation.sample.tokens)
-        if prompts.get(following) is not None:
-            end = min(end, len(prompts[following]))
+        tokens, after = conversation.sample.tokens, prompts.get(following)
+        end = len(tokens)
+        if after is not None:
+            continues = tokens[: len(after)].tolist() == after[: len(tokens)]
+            end = min(end, len(after)) if continues else None
         preamble = _preamble(tokenizer, messages[:i], conversation.tools, prompts[i])
         yield Answer(conversation, messages[i], i == numbers[0], prompts[i], preamble, end, said)
 
@@ -361,11 +365,18 @@ def _preamble(tokenizer, before: Sequence[Message], tools: list[dict] | None, pr
 
 
 def _render(tokenizer, messages: Sequence[Message], tools: list[dict] | None, prompt: bool = False) -> list[int] | None:
-    """Ids as transformers makes them; None where the template refuses, as it may for part of a conversation."""
-    try:
-        return tokenizer.apply_chat_template(list(messages), tools=tools, add_generation_prompt=prompt, return_dict=False)
-    except Exception:  # whatever a program raises that came with a checkpoint
-        return None
+    """Ids as transformers makes them; None where the template refuses, as it may for part of a conversation.
+
+    Arguments of calls are JSON text where the template cannot take objects.
+    """
+    for spelled in (list(messages), [with_text_arguments(message) for message in messages]):
+        try:
+            return tokenizer.apply_chat_template(spelled, tools=tools, add_generation_prompt=prompt, return_dict=False)
+        except TypeError:
+            continue
+        except Exception:  # whatever a program raises that came with a checkpoint
+            return None
+    return None
 
 
 def _check_end_of_turn(answers: Sequence[Answer], stop_tokens: Sequence[int], tokenizer) -> Finding:
