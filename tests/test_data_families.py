@@ -127,9 +127,7 @@ def test_the_doctor_finds_no_fault_with_ids_and_masks(family):
     messages[1]["reasoning_content"], messages[3]["reasoning_content"] = "the weather, so a call", "it says nine"
     rows = ROWS | {"thoughts before a call and after": {"tools": ROWS["call"]["tools"], "messages": messages}}
     found = {finding.name: finding for finding in _examine(family, rows=rows)}
-    # A mask can be held only against a prompt with which the sample begins, and R1's never does.
-    mask = "note" if family == "r1-distill" else "ok"
-    assert (found["token-ids"].severity, found["loss-mask"].severity) == ("ok", mask), found
+    assert (found["token-ids"].severity, found["loss-mask"].severity) == ("ok", "ok"), found
     # R1's prompt opens a thought that no sample has, Qwen3-Thinking's one that answers without a thought lack, and Mistral
     # tells a system message with the last question only, and gpt-oss drops the thought before a call once there is an answer:
     # that is so, and said. The others write what they prompt.
@@ -137,7 +135,7 @@ def test_the_doctor_finds_no_fault_with_ids_and_masks(family):
     assert found["template-prefix"].severity == prefix.get(family, "ok"), found["template-prefix"].seen
     assert found["left-out"].severity == "warning"
     masked = _examine(family, mask_spans=("thinking", "tool_calls"))
-    assert {finding.name: finding for finding in masked}["loss-mask"].severity == mask
+    assert {finding.name: finding for finding in masked}["loss-mask"].severity == "ok"
 
 
 def _faulty(sample, tokenizer, fault):
@@ -166,13 +164,13 @@ FAULTS = ["late", "early", "no end", "begins late", "a hole", "the question", "n
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "r1-distill"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("row", ["system", "reasoning", "call"])
 def test_the_doctor_finds_every_planted_fault(family, row, fault):
     rows = {"c": ROWS[row], "ok": ROWS["turns"]}
     tokenizer = TOKENIZERS[family]
     samples, _ = tokenize_chats([chat_of(name, value) for name, value in rows.items()], tokenizer, 4096)
-    if samples[0].id == "ok" or (family, row) in (("mistral", "system"), ("mistral", "call"), ("qwen3-thinking", "call")):
+    if samples[0].id == "ok" or (family, row) in (("mistral", "system"), ("mistral", "call")):
         return  # refused, or not what is served, which is said elsewhere
     assert _severities(_examine(family, samples, rows)).get("loss-mask") is None
     found = _severities(_examine(family, [_faulty(samples[0], tokenizer, fault), samples[1]], rows))

@@ -59,9 +59,11 @@ class Answer(NamedTuple):
       message: as the row has it.
       first: whether no other answer comes before it.
       prompt: ids up to which a server would render; None where the template refuses to.
+      begin: where the answer begins in the sample: where its prompt ends, or where the sample parts from it because nothing but
+        the opening of a thought is left of the prompt; None where they part earlier.
       preamble: what the template writes between that and any content, squeezed: an empty block of thoughts, a channel.
-      end: where what is said next can begin at the latest: the end of the next answer's prompt, or of the sample; None where
-        that prompt is not the beginning of the sample, so that nobody can say.
+      end: where what is said next can begin at the latest: where the next answer begins, or the sample ends; None where nobody
+        can say.
       said_next: what is said between this answer and the next.
     """
 
@@ -69,6 +71,7 @@ class Answer(NamedTuple):
     message: Message
     first: bool
     prompt: list[int] | None
+    begin: int | None
     preamble: str
     end: int | None
     said_next: list[str]
@@ -173,7 +176,7 @@ def check_mask(answers: Sequence[Answer], tokenizer, masks_spans: bool = False) 
     faults, later, looked_at = [], 0, 0
     for answer in answers:
         tokens = answer.conversation.sample.tokens
-        if not answer.continues or answer.end is None or len(answer.prompt) >= len(tokens):
+        if answer.begin is None or answer.end is None or answer.begin >= len(tokens):
             continue
         looked_at += 1
         fault, begins_later = _fault_of_mask(answer, tokenizer, masks_spans)
@@ -189,7 +192,7 @@ def check_mask(answers: Sequence[Answer], tokenizer, masks_spans: bool = False) 
             "loss-mask",
             "error",
             f"The loss mask is not on the answers: in {len(faults)} of {looked_at} it is wrong (first "
-            f"{answer.conversation.id}, whose answer begins at token {len(answer.prompt)}: {fault}). The draft is trained on "
+            f"{answer.conversation.id}, whose answer begins at token {answer.begin}: {fault}). The draft is trained on "
             "other positions than it is used at.",
             "look at the sample above; use a chat template that keeps answers as they are, and report a template that "
             "jsfdd masks wrongly",
@@ -207,7 +210,7 @@ def check_mask(answers: Sequence[Answer], tokenizer, masks_spans: bool = False) 
 def _fault_of_mask(answer: Answer, tokenizer, masks_spans: bool) -> tuple[str, bool]:
     """What is wrong with the mask of one answer (empty if nothing is), and whether the mask begins behind the prompt."""
     tokens, mask = answer.conversation.sample.tokens, answer.conversation.sample.assistant_mask
-    begin = len(answer.prompt)
+    begin = answer.begin
     if answer.first and mask[:begin].any():
         return f"token {np.flatnonzero(mask)[0]} before it counts", False
     inside = np.flatnonzero(mask[begin : answer.end]) + begin
@@ -348,20 +351,29 @@ def _answers(tokenizer, conversation: Conversation) -> Iterator[Answer]:
     prompts = {i: _render(tokenizer, messages[:i], conversation.tools, prompt=True) for i in numbers[: _ANSWERS + 1]}
     for i, following in zip(numbers[:_ANSWERS], [*numbers[1:], len(messages)]):
         said = [message["content"] for message in messages[i + 1 : following] if message["role"] != "assistant"]
-        tokens, after = conversation.sample.tokens, prompts.get(following)
-        end = len(tokens)
-        if after is not None:
-            continues = tokens[: len(after)].tolist() == after[: len(tokens)]
-            end = min(end, len(after)) if continues else None
-        preamble = _preamble(tokenizer, messages[:i], conversation.tools, prompts[i])
-        yield Answer(conversation, messages[i], i == numbers[0], prompts[i], preamble, end, said)
+        tokens = conversation.sample.tokens
+        begin, after = (_begin(tokenizer, tokens, prompts.get(number)) for number in (i, following))
+        end = after if prompts.get(following) is not None else len(tokens)
+        preamble = _preamble(tokenizer, messages[:i], conversation, begin)
+        yield Answer(conversation, messages[i], i == numbers[0], prompts[i], begin, preamble, end, said)
 
 
-def _preamble(tokenizer, before: Sequence[Message], tools: list[dict] | None, prompt: list[int] | None) -> str:
-    ids = _render(tokenizer, [*before, Message(role="assistant", content=_WORD)], tools)
-    if ids is None or prompt is None or ids[: len(prompt)] != prompt:
+def _begin(tokenizer, tokens: np.ndarray, prompt: list[int] | None) -> int | None:
+    if prompt is None:
+        return None
+    shared = min(len(tokens), len(prompt))
+    different = np.flatnonzero(tokens[:shared] != np.asarray(prompt[:shared]))
+    if not len(different):
+        return min(len(tokens), len(prompt))
+    rest = _squeezed(tokenizer.decode(prompt[different[0] :]))
+    return int(different[0]) if rest in ("", "<think>", "<thinking>") else None
+
+
+def _preamble(tokenizer, before: Sequence[Message], conversation: Conversation, begin: int | None) -> str:
+    ids = _render(tokenizer, [*before, Message(role="assistant", content=_WORD)], conversation.tools)
+    if ids is None or begin is None or ids[:begin] != conversation.sample.tokens[:begin].tolist():
         return ""
-    return _squeezed(tokenizer.decode(ids[len(prompt) :])).partition(_WORD)[0]
+    return _squeezed(tokenizer.decode(ids[begin:])).partition(_WORD)[0]
 
 
 def _render(tokenizer, messages: Sequence[Message], tools: list[dict] | None, prompt: bool = False) -> list[int] | None:
