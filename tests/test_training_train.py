@@ -14,6 +14,7 @@ import pytest
 from children import Child
 from toy import as_target, toy_config
 
+from jsfdd.base import interrupts
 from jsfdd.base.mesh import make_mesh, replicate, shard_rows
 from jsfdd.base.records import Sample
 from jsfdd.data.batches import Shape, pad_batch
@@ -112,14 +113,14 @@ def test_recomputed_hidden_states_train_the_same_draft_as_stored_ones(tmp_path):
 class KilledAtStep(dict):
     """Hidden states that kill the process, as a power cut would, when the samples of some batch are asked for."""
 
-    def __init__(self, hidden, reads):
+    def __init__(self, hidden, reads, by=signal.SIGKILL):
         super().__init__(hidden)
-        self.reads_left = reads
+        self.reads_left, self.by = reads, by
 
     def __getitem__(self, key):
         self.reads_left -= 1
         if self.reads_left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), self.by)
         return super().__getitem__(key)
 
 
@@ -154,6 +155,25 @@ def test_killed_run_continues_to_the_same_bits(finished, tmp_path):
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == sorted(
         path.name for path in (directory / "checkpoints").iterdir()
     )
+
+
+def train_until_told(directory, reads):
+    try:
+        with interrupts.listening():
+            run(directory, store=KilledAtStep(toy_data()[3], reads, signal.SIGTERM))
+    except interrupts.Interrupted as error:
+        return error.code
+
+
+def test_a_signal_ends_training_with_a_checkpoint_of_the_step_and_it_continues_to_the_same_bits(finished, tmp_path):
+    result, directory = finished
+    code, _, errors = Child(train_until_told, tmp_path, 240).finish()
+    assert code == 143, errors
+    saved = max(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+    assert saved % RECIPE.save_every and saved % RECIPE.log_every, "no step with a line or checkpoint of its own"
+    resumed = run(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, _bits(resumed.state), _bits(result.state))
+    assert (tmp_path / METRICS).read_bytes() == (directory / METRICS).read_bytes()
 
 
 def _bits(state):

@@ -54,6 +54,7 @@ def start(coordinator: str | None, num_processes: int | None = None, process_id:
             raise ValueError(f"--process-id {process_id}: must be from 0 to {num_processes - 1} (--num-processes)")
     if coordinator is None or jax.distributed.is_initialized():
         return
+    jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM (`interrupts.py`)
     timeouts = dict(heartbeat_timeout_seconds=_HEARTBEAT, shutdown_timeout_seconds=_SHUTDOWN, initialization_timeout=_START)
     if coordinator == AUTO:
         jax.distributed.initialize(**timeouts)

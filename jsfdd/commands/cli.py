@@ -1,8 +1,9 @@
 """The `jsfdd` command: one subcommand per stage, whose options come from the stage's config.
 
 Exit codes: 0 success; 1 `jsfdd doctor` found an error; 2 wrong input or options (the message names the file, line or value,
-and the remedy; no half-written file is left); 3 another process of the run ended, so this one did too; 130 interrupted;
-141 the reader of the output closed it (`jsfdd … | head`). Any other code is a bug in jsfdd and comes with a traceback.
+and the remedy; no half-written file is left); 3 another process of the run ended, so this one did too; 130, 143, 129
+interrupted by SIGINT, SIGTERM, SIGHUP; 141 the reader of the output closed it (`jsfdd … | head`). Any other code is a bug in
+jsfdd and comes with a traceback.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import difflib
 import importlib
 import inspect
 import os
+import signal
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -19,6 +21,7 @@ from pathlib import Path
 if os.environ.get("NO_COLOR"):
     os.environ.setdefault("PYTHON_TYRO_ANSI_CODES", "False")  # tyro reads only this variable, and only when it is imported
 
+from jsfdd.base import interrupts
 from jsfdd.commands.outcome import show
 from jsfdd.commands.parser import Command, Invocation, parse
 
@@ -50,7 +53,8 @@ exit codes:
   1    doctor found an error
   2    wrong input or options; stderr names the fault and the remedy
   3    another process of the run ended, so this one did too
-  130  interrupted; the same command continues where it stopped
+  130  interrupted (143 by SIGTERM, 129 by SIGHUP); the same command continues
+       where it stopped
   141  the reader of the output closed it
   Any other code is a bug in jsfdd and comes with a traceback.
 
@@ -64,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code. This is the console script's entry point."""
     try:
         try:
-            code = _answer(arguments)
+            with interrupts.listening():
+                code = _answer(arguments)
         except SystemExit:  # from --help
             sys.stdout.flush()
             raise
@@ -104,9 +109,10 @@ def _answer(arguments: Sequence[str] | None) -> int:
             file=sys.stderr,
         )
         return _leave(3)
-    except KeyboardInterrupt:
-        print("jsfdd: interrupted; the same command continues where it stopped", file=sys.stderr)
-        return _leave(130)
+    except KeyboardInterrupt as error:
+        ended = error if isinstance(error, interrupts.Interrupted) else interrupts.Interrupted(signal.SIGINT)
+        print(f"jsfdd: {ended.words}", file=sys.stderr)
+        return _leave(ended.code)
 
 
 def overview() -> str:

@@ -30,23 +30,45 @@ class RecentSteps:
         if len(self._steps) > _STEPS_AHEAD:  # otherwise batches would pile up on the devices for as long as no one looks
             jax.block_until_ready(self._steps[-_STEPS_AHEAD][1])
 
+    def to_json(self) -> list:
+        """The steps that `take` has not returned yet, for a run that goes on later. Errors as in `take`."""
+        return [
+            {
+                "step": step.number,
+                "total": float(metrics.sums.total),
+                "steps": [{name: float(value) for name, value in sums.items()} for sums in metrics.sums.steps],
+                "grad_norm": float(metrics.grad_norm),
+            }
+            for (step, _), metrics in zip(self._steps, self._fetched(), strict=True)
+        ]
+
+    def go_on(self, earlier: Sequence[dict], steps: Sequence[Step]) -> None:
+        """Take in what `to_json` gave of an earlier call; `steps` are all of the run."""
+        for values in earlier:
+            sums = LossSums(np.float32(values["total"]), tuple(_float32(step) for step in values["steps"]))
+            self._steps.append((steps[values["step"] - 1], StepMetrics(sums, np.float32(values["grad_norm"]))))
+
     def take(self) -> tuple[list[Step], dict]:
         """The steps and their mean figures; forgets both.
 
         Raises:
           FloatingPointError: a loss or gradient is not finite; names the step and the samples of its batches.
         """
-        steps, fetched = [step for step, _ in self._steps], to_host([metrics for _, metrics in self._steps])
+        steps, fetched = [step for step, _ in self._steps], self._fetched()
         self._steps = []
-        for step, metrics in zip(steps, fetched, strict=True):
+        grad_norm = float(np.mean([metrics.grad_norm for metrics in fetched], dtype=np.float64))
+        return steps, {**mean_figures([metrics.sums for metrics in fetched]), "grad_norm": grad_norm}
+
+    def _fetched(self) -> list[StepMetrics]:
+        fetched = to_host([metrics for _, metrics in self._steps])
+        for step, metrics in zip((step for step, _ in self._steps), fetched, strict=True):
             if not (math.isfinite(metrics.sums.total) and math.isfinite(metrics.grad_norm)):
                 ids = ", ".join(self._samples[i].id for plan in step.plans for i in plan.indices)
                 raise FloatingPointError(
                     f"step {step.number}: loss {float(metrics.sums.total)}, gradient norm {float(metrics.grad_norm)}; look at "
                     f"the hidden states of its samples ({ids}), or lower --learning-rate"
                 )
-        grad_norm = float(np.mean([metrics.grad_norm for metrics in fetched], dtype=np.float64))
-        return steps, {**mean_figures([metrics.sums for metrics in fetched]), "grad_norm": grad_norm}
+        return fetched
 
 
 def mean_figures(batches: Sequence[LossSums]) -> dict[str, float | list[float]]:
@@ -76,6 +98,10 @@ def _step_figures(batches: Sequence[Mapping[str, float]]) -> dict[str, float]:
     if "cross_entropy" in mean:
         figures["kl"] = mean["cross_entropy"] - mean["target_entropy"]
     return figures | {name: mean[name] for name in ("agreement", "acceptance", "coverage") if name in mean}
+
+
+def _float32(sums: Mapping[str, float]) -> dict[str, np.float32]:
+    return {name: np.float32(value) for name, value in sums.items()}
 
 
 def _total(values: Iterable[float]) -> float:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,8 +21,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jsfdd.base import interrupts
 from jsfdd.base.mesh import put, to_host
-from jsfdd.base.processes import is_primary, wait_for_all
+from jsfdd.base.processes import is_primary, several, wait_for_all
 from jsfdd.base.progress import progress as show_progress
 from jsfdd.base.records import DraftBatch, Sample, TrainState, samples_digest
 from jsfdd.data.batches import Shape, choose_shapes, make_batches
@@ -147,9 +149,15 @@ def train(
         state = checkpoints.resume(fresh)
         start = int(state.step)
         bar = show_progress("train", "steps", len(steps), finished=start, shown=progress and is_primary())
-        with Journal(out, start, tensorboard) as journal, bar as bar:
+        with Journal(out, start, tensorboard) as journal, bar as bar, _signals() as signalled:
             recent, laps = RecentSteps(data.samples), Laps()
+            recent.go_on(checkpoints.unreported, steps)
             for step in steps[start:]:
+                if signalled():
+                    if step.number - 1 not in (0, checkpoints.latest_step):
+                        journal.seal(step.number - 1)
+                        checkpoints.save(state, recent.to_json())
+                    break
                 with laps.lap("reading"):
                     batches = [device_batch(data, plan.indices, plan.shape, mesh) for plan in step.plans]
                 state, metrics = train_step(borrowed, state, batches)
@@ -189,6 +197,11 @@ def train(
         seconds=sum(line["seconds"] for line in read_lines(out / TIMINGS)),
         held_out=ends[-1] if ends else {},
     )
+
+
+def _signals() -> AbstractContextManager[Callable[[], bool]]:
+    """Signals wait for the end of a step; of several processes one may have none, so there they do not."""
+    return nullcontext(lambda: False) if several() else interrupts.noted()
 
 
 class _Due(NamedTuple):

@@ -38,11 +38,15 @@ class Checkpoints:
       run: the run's directory, made if missing.
       draft: the shape that is saved beside the parameters.
       identity: JSON-ready; what the run's bits depend on. A run of another identity is not continued.
+
+    Attributes:
+      unreported: after `resume`, what `save` was given beside the state.
     """
 
     def __init__(self, run: Path, draft: DraftConfig, identity: dict):
         self._run, self._info = run, {"draft": draft_to_json(draft), "identity": identity}
         self._manager = _open((run / DIRECTORY).absolute(), kept=2)
+        self.unreported: list = []
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -73,6 +77,7 @@ class Checkpoints:
                     "same ones, or choose another --out"
                 )
             fresh = self._restore(step, fresh, info)
+            self.unreported = info.get("unreported", [])
         for directory in (self._run / BEST).glob("*"):
             if is_primary() and directory.name.isdigit() and int(directory.name) > (step or 0):
                 shutil.rmtree(directory)
@@ -90,18 +95,18 @@ class Checkpoints:
             _check_arrays(self._manager, step, info, name, restored[name])
         return TrainState(**{**restored["rest"], "params": restored["params"]})
 
-    def save(self, state: TrainState) -> None:
-        """Save a state under its own step; whole when this returns."""
-        self._save(self._manager, state)
+    def save(self, state: TrainState, unreported: list | None = None) -> None:
+        """Save a state under its own step; whole when this returns. `unreported` is JSON-ready: what `resume` gives back."""
+        self._save(self._manager, state, {"unreported": unreported or []})
 
     def save_best(self, state: TrainState) -> None:
         """Save a state as the best so far, in the place of the one before it."""
         with _open((self._run / BEST).absolute(), kept=1) as manager:
-            self._save(manager, state)
+            self._save(manager, state, {})
 
-    def _save(self, manager: ocp.CheckpointManager, state: TrainState) -> None:
+    def _save(self, manager: ocp.CheckpointManager, state: TrainState, more: dict) -> None:
         items = {"params": state.params, "rest": state._replace(params=None)._asdict()}
-        info = plain(self._info | {"checksums": {name: array_checksums(tree) for name, tree in items.items()}})
+        info = plain(self._info | more | {"checksums": {name: array_checksums(tree) for name, tree in items.items()}})
         saved = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         manager.save(int(state.step), args=ocp.args.Composite(**saved, info=ocp.args.JsonSave(sealed(info))))
 
