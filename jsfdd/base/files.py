@@ -93,16 +93,16 @@ def read_json(path: str | Path, kind: type = object, *, remedy: str = "delete th
 
 
 def sealed(values: dict) -> dict:
-    """A JSON-ready object with a checksum of all that it holds."""
+    """Add a checksum of all its values to a JSON-ready object."""
     return values | {_SEAL: _checksum(values)}
 
 
 def unsealed(values: dict, where: str | Path, remedy: str) -> dict:
-    """What `sealed` was given. ValueError if it is not; what never had a checksum comes back as it is."""
-    rest = {key: value for key, value in values.items() if key != _SEAL}
-    if _SEAL in values and values[_SEAL] != _checksum(rest):
+    """Remove the checksum of `sealed`, and raise ValueError if it does not match. Objects without one are returned as is."""
+    content = {key: value for key, value in values.items() if key != _SEAL}
+    if _SEAL in values and values[_SEAL] != _checksum(content):
         raise ValueError(f"{where}: not what was written there: its checksum ({_SEAL}) is of other values; {remedy}")
-    return rest
+    return content
 
 
 def _checksum(values: dict) -> str:

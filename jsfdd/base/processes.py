@@ -79,7 +79,7 @@ def wait_for_all(moment: str) -> None:
 
 
 def true_on_primary(value: bool) -> bool:
-    """What `value` is on process 0, on every process."""
+    """Process 0's `value`, in every process."""
     return bool(_gather(np.array([value]))[0, 0]) if several() else value
 
 

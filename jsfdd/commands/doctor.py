@@ -100,15 +100,15 @@ def prepare(config: DoctorConfig) -> Prepared:
     store = _find_store(config)
     max_length = record.get("max_length", ChatOptions.max_length)
     max_length = longest_sample(target, max_length)
-    found = read_samples(
+    tokenized = read_samples(
         config.data, target.tokenizer, max_length, config.mask_spans, vocab_size=target.config.vocab_size,
         split_answers=config.split_answers, max_skipped=1.0, processes=usable_processes(),
     )  # fmt: skip
-    show_counts(found.files, found.notes)
-    names = {sample.id for sample in spread_over(found.samples, _EXAMINED)}
+    show_counts(tokenized.files, tokenized.notes)
+    names = {sample.id for sample in spread_over(tokenized.samples, _EXAMINED)}
     names |= {name.rpartition("/")[0] for name in names}  # of one answer's sample
     chats = [chat for chat in stream_chats(config.data, ReadCounts()) if chat.id in names]
-    return Prepared(chats, draft, store, max_length, found.samples, found.summary)
+    return Prepared(chats, draft, store, max_length, tokenized.samples, tokenized.summary)
 
 
 def run(config: DoctorConfig, prepared: Prepared) -> Outcome:

@@ -132,7 +132,7 @@ def observe(
 
 
 def read_states(setup: DecodeSetup, params: DecodeParams, number: int, hidden: Float[Array, "B T S"]) -> Float[Array, "B T D"]:
-    """What draft `number` reads of the target's hidden states."""
+    """The states that draft `number` reads, from the target's hidden states."""
     draft = setup.drafts[number]
     if draft.target_layers and draft.target_layers != setup.layers:  # other drafts read other layers
         streams = jnp.split(hidden, len(setup.layers) + 1, axis=-1)

@@ -113,13 +113,12 @@ def _stored_step(target: Target | ForeignTarget, hidden: Mapping[str, np.ndarray
 
     def build(samples: Sequence[Sample], shape: Shape) -> tuple[Batch, np.ndarray]:
         for sample in samples:
-            shape_of = hidden[sample.id].shape if sample.id in hidden else None
-            # What stands in front of the final state is an EAGLE-3 draft's, and not scored.
-            if shape_of is None or shape_of[0] != len(sample.tokens) or shape_of[1] % target.config.hidden_size:
-                present = shape_of or "nothing"
+            present = hidden[sample.id].shape if sample.id in hidden else None
+            # Streams for an EAGLE-3 draft may precede the final state; only the final state is scored.
+            if present is None or present[0] != len(sample.tokens) or present[1] % target.config.hidden_size:
                 raise ValueError(
                     f"sample {sample.id}: hidden states [{len(sample.tokens)}, {target.config.hidden_size}] are needed, "
-                    f"found {present}; compute them for the same tokens with the same target"
+                    f"found {present or 'nothing'}; compute them for the same tokens with the same target"
                 )
         return pad_batch(samples, shape), pad_rows([hidden[sample.id] for sample in samples], shape)
 

@@ -147,27 +147,27 @@ def selected_samples(selection: Selection, samples: Sequence[Sample]) -> list[Sa
     return [sample for sample in samples if sample.id in kept]
 
 
-# What a selection depends on beside its options, in words. Other dtypes and masks give other scores of the same samples.
+# The inputs of a selection, besides its options, with words for messages. (Dtype and mask may differ: the samples are the same.)
 _INPUTS = {"target": "the target's weights", "tokenizer": "the target's tokenizer", "tokens": "the chats"}
-_WHY_OTHER_TOKENS = ("data", "max_length", "date")
+_CAUSES_OF_OTHER_TOKENS = ("data", "max_length", "date")
 
 
 def check_inputs(selection: Selection, identity: dict, path: Path) -> None:
     """Check that a selection was made from the scores of these inputs.
 
     Args:
-      identity: of the present inputs, as far as it is known (`commands.inputs.Loaded.identity`).
+      identity: the identity of the present inputs, or the known part of it (`commands.inputs.Loaded.identity`).
       path: the selection's file, for the message.
 
     Raises:
-      ValueError: it was not; says which input changed, and the remedy.
+      ValueError: it was made from other inputs; names the input that changed, and the remedy.
     """
     scored = selection.inputs.get("scores", {})
     changed = [name for name in _INPUTS if name in scored and name in identity and scored[name] != identity[name]]
     if not changed:
         return
     words = ", ".join(_INPUTS[name] for name in changed)
-    why = [name for name in _WHY_OTHER_TOKENS if name in identity and scored.get(name) != identity[name]]
+    why = [name for name in _CAUSES_OF_OTHER_TOKENS if name in identity and scored.get(name) != identity[name]]
     if changed == ["tokens"]:
         words += f" (in {', '.join(why)})" if why else " (by the chat template or the ids)"
     raise ValueError(
