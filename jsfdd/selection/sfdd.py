@@ -147,7 +147,7 @@ def selected_samples(selection: Selection, samples: Sequence[Sample]) -> list[Sa
     return [sample for sample in samples if sample.id in kept]
 
 
-# The inputs of a selection, besides its options, with words for messages. (Dtype and mask may differ: the samples are the same.)
+# The inputs of a selection, besides its options, with words for messages. Dtype and masks may differ: the samples are the same.
 _INPUTS = {"target": "the target's weights", "tokenizer": "the target's tokenizer", "tokens": "the chats"}
 _CAUSES_OF_OTHER_TOKENS = ("data", "max_length", "date")
 

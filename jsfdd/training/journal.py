@@ -102,10 +102,14 @@ def check_metrics(out: Path) -> None:
 
 
 def _checksum(path: Path, step: int) -> str:
-    """sha256 hex of the whole lines up to a step; a kill may have cut one short after them."""
+    """SHA-256 of the lines up to a step."""
+    return hashlib.sha256(_lines_until(path, step).encode()).hexdigest()
+
+
+def _lines_until(path: Path, step: int) -> str:
+    """The complete lines up to a step, as text. A kill may have cut the last line short."""
     whole, _, _ = _text(path).rpartition("\n")
-    lines = [line for line in _parse(whole, path) if line["step"] <= step]
-    return hashlib.sha256("".join(json.dumps(line) + "\n" for line in lines).encode()).hexdigest()
+    return "".join(json.dumps(line) + "\n" for line in _parse(whole, path) if line["step"] <= step)
 
 
 def _text(path: Path) -> str:
@@ -116,7 +120,7 @@ def _text(path: Path) -> str:
 
 
 def _append(path: Path, line: dict) -> None:
-    """Append one line and bring it to the disk: a checkpoint that follows must find it there."""
+    """Append one line and flush it to disk, before the checkpoint that follows."""
     if not is_primary():
         return
     with path.open("a", encoding="utf-8") as file:
@@ -126,12 +130,10 @@ def _append(path: Path, line: dict) -> None:
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Drop the lines of later steps, and a last line that a crash cut short; atomic. No file is an empty one."""
+    """Drop the lines of later steps, and a last line that a crash cut short, atomically. The file may be missing."""
     if not path.exists():
         return
-    whole, _, _ = _text(path).rpartition("\n")
-    lines = [line for line in _parse(whole, path) if line["step"] <= step]
-    text = "".join(json.dumps(line) + "\n" for line in lines)
+    text = _lines_until(path, step)
     with written_whole(path) as aside:
         aside.write_text(text, encoding="utf-8")
 
