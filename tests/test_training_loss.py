@@ -96,10 +96,10 @@ def test_loss_and_gradient_equal_the_slow_twin(config, block):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), fast_gradient, slow_gradient)
 
 
-@pytest.mark.parametrize("config, hass_steps, top_k_weight", [(TOY, 1, 0.0), (UNTIED, 2, 0.5)], ids=["plain", "all of it"])
-def test_stored_means_give_the_loss_of_the_whole_distribution(config, hass_steps, top_k_weight):
+@pytest.mark.parametrize("config, draft_steps, top_k_weight", [(TOY, 1, 0.0), (UNTIED, 2, 0.5)], ids=["plain", "all of it"])
+def test_stored_means_give_the_loss_of_the_whole_distribution(config, draft_steps, top_k_weight):
     params, _, _, batch = toy(config)
-    recipe = dataclasses.replace(RECIPE, hass_steps=hass_steps, hass_top_k=3, hass_top_k_weight=top_k_weight)
+    recipe = dataclasses.replace(RECIPE, draft_steps=draft_steps, hass_top_k=3, hass_top_k_weight=top_k_weight)
     expected, expected_gradient = sums_and_gradient(batch, recipe, config)
     step = make_means_step(Distance.from_recipe(recipe), make_mesh(data=1), 4, "float32")
     sums, gradient = sums_and_gradient(batch._replace(soft_targets=step(borrow(config, params), batch)), recipe, config)
@@ -139,7 +139,7 @@ def test_later_steps_count_only_what_a_draft_of_the_answer_reaches():
     counted[0, 3:8] = True  # an answer: its draft starts at t = 2, and t = 2 … 6 count
     counted[1, [2, 4, 6]] = True  # every answer two tokens long: no second step
     batch = batch._replace(counted=counted, weight=counted.astype(np.float32))
-    sums, _ = sums_and_gradient(batch, dataclasses.replace(RECIPE, hass_steps=3))
+    sums, _ = sums_and_gradient(batch, dataclasses.replace(RECIPE, draft_steps=3))
     assert [float(step["counted"]) for step in sums.steps] == [5 + 3, 4, 3]
     assert sums.total == pytest.approx(sum(0.7 * step["hidden_loss"] + 0.3 * step["distance"] for step in sums.steps))
 

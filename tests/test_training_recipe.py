@@ -14,7 +14,7 @@ from jsfdd.training.recipe import PYTHON_ONLY, Recipe
 @pytest.mark.parametrize("values, message", [
     (dict(epochs=0), "--epochs: got 0, but it must be 1 or more"),
     (dict(learning_rate=0.0), "--learning-rate: got 0.0"),
-    (dict(hass_steps=9), "--hass-steps: got 9, but it must be from 1 to 8"),
+    (dict(draft_steps=9), "--draft-steps: got 9, but it must be from 1 to 8"),
     (dict(warmup_share=1.0), "warmup_share: got 1.0"),
     (dict(soft_targets="means", token_loss="hybrid"), "take top_k"),
     (dict(soft_targets="top_k", draft_vocab=8), "--soft-top-k: 32 exceeds the 8 tokens of --draft-vocab"),

@@ -96,7 +96,7 @@ def test_of_all_tokens_nothing_is_lost(name, vocabulary):
         return sums["distance"], sums
 
     def by_target(predicted):
-        sums = visited_loss(exactly, 2, head, predicted, truth, weight)
+        sums = visited_loss(exactly, 2, own, predicted, (head, truth), weight)
         return sums["distance"], sums
 
     ((_, found), slope), ((_, expected), expected_slope) = (

@@ -42,7 +42,7 @@ def test_value_is_the_definition_and_gradient_its_slope(name, top_k_weight):
         @jax.jit
         def loss(predicted):
             head, truth, weight = (jnp.asarray(x) for x in (HEAD, TRUTH, WEIGHT))
-            return visited_loss(Exact(distance), 2, head, predicted, truth, weight)["distance"]
+            return visited_loss(Exact(distance), 2, head, predicted, (head, truth), weight)["distance"]
 
         def weighted(predicted):
             return np.sum(WEIGHT * exact(name, predicted, 3, top_k_weight))
@@ -85,7 +85,7 @@ def test_mean_loss_is_token_loss_without_the_target(distance, dtype, tolerance):
         return visited_loss(Means(), 2, head, predicted, known, weight)["distance"]
 
     def by_target(predicted):
-        return visited_loss(Exact(distance), 2, head, predicted, truth, weight)["distance"]
+        return visited_loss(Exact(distance), 2, head, predicted, (head, truth), weight)["distance"]
 
     (found, slope), (expected, expected_slope) = (jax.value_and_grad(f)(predicted) for f in (by_means, by_target))
     assert float(found) == pytest.approx(float(expected), rel=tolerance)
@@ -110,7 +110,7 @@ def test_a_draft_vocabulary_limits_q_and_what_p_asks_for():
     log_q = scipy.special.log_softmax(PREDICTED @ HEAD[tokens].T, axis=1)
     expected = -np.sum(p[:, tokens] * log_q, axis=1)
 
-    sums = visited_loss(Exact(CROSS_ENTROPY, vocabulary), 2, head, predicted, truth, weight)
+    sums = visited_loss(Exact(CROSS_ENTROPY, vocabulary), 2, head[tokens], predicted, (head, truth), weight)
     assert float(sums["distance"]) == pytest.approx(np.sum(WEIGHT * expected), rel=1e-5)
     acceptance, coverage = np.minimum(p[:, tokens], np.exp(log_q)).sum(axis=1), p[:, tokens].sum(axis=1)
     assert float(sums["acceptance"]) == pytest.approx(np.sum(WEIGHT * acceptance), rel=1e-5)
@@ -125,7 +125,7 @@ def test_a_draft_vocabulary_limits_q_and_what_p_asks_for():
         return visited_loss(Means(), 2, head[tokens], predicted, (means[:, :-1], means[:, -1]), weight)["distance"]
 
     def by_target(predicted):
-        return visited_loss(Exact(CROSS_ENTROPY, vocabulary), 2, head, predicted, truth, weight)["distance"]
+        return visited_loss(Exact(CROSS_ENTROPY, vocabulary), 2, head[tokens], predicted, (head, truth), weight)["distance"]
 
     (found, slope), (whole, whole_slope) = (jax.value_and_grad(f)(predicted) for f in (by_means, by_target))
     assert float(found) == pytest.approx(float(whole), rel=1e-5)
@@ -145,7 +145,7 @@ def test_extreme_logits_stay_finite_and_exact():
     truth, predicted, weight = jnp.array([[3e4], [0.0]]), jnp.array([[-3e4], [0.0]]), jnp.ones(2)
 
     def total(predicted):
-        sums = visited_loss(Exact(CROSS_ENTROPY), 2, matrix, predicted, truth, weight)
+        sums = visited_loss(Exact(CROSS_ENTROPY), 2, matrix, predicted, (matrix, truth), weight)
         return sums["distance"], sums
 
     gradient, sums = jax.jit(jax.grad(total, has_aux=True))(predicted)
@@ -165,10 +165,10 @@ def test_extreme_logits_stay_finite_and_exact():
 
 
 def test_no_counted_token_means_zero_loss_and_gradient():
-    rows = jnp.ones((4, 6))
+    rows, head = jnp.ones((4, 6)), jnp.asarray(HEAD, jnp.float32)
 
     def total(predicted):
-        sums = visited_loss(Exact(CROSS_ENTROPY), 2, jnp.asarray(HEAD, jnp.float32), predicted, rows, jnp.zeros(4))
+        sums = visited_loss(Exact(CROSS_ENTROPY), 2, head, predicted, (head, rows), jnp.zeros(4))
         return sums["distance"], sums
 
     gradient, sums = jax.jit(jax.grad(total, has_aux=True))(2 * rows)
@@ -194,9 +194,9 @@ def kinds():
     head = HEAD[list(VOCABULARY)]
     for name in DISTANCES:
         distance = Distance(name, 3, 0.5)
-        yield "exact", Exact(distance), HEAD, TRUTH, lambda g, d=distance: token_loss(d, HEAD, g, TRUTH)
+        yield "exact", Exact(distance), HEAD, (HEAD, TRUTH), lambda g, d=distance: token_loss(d, HEAD, g, TRUTH)
         yield (
-            "exact, draft vocabulary", Exact(distance, VOCABULARY), HEAD, TRUTH,
+            "exact, draft vocabulary", Exact(distance, VOCABULARY), head, (HEAD, TRUTH),
             lambda g, d=distance: token_loss(d, HEAD, g, TRUTH, allowed),
         )  # fmt: skip
         yield "top k", TopK(distance), HEAD, (log_p, ids), lambda g, d=distance: coarse_loss(d, HEAD, g, log_p, ids)
@@ -224,3 +224,32 @@ def test_the_losses_of_training_are_the_plain_equations():
             assert float(found) == pytest.approx(float(expected), rel=1e-6), (name, kind)
             # Training's logits and its way back through the head are float32.
             np.testing.assert_allclose(slope, expected_slope, rtol=1e-5, atol=1e-5, err_msg=f"{name} {kind}")
+
+
+def test_a_head_that_learns_has_the_slope_of_the_plain_equations():
+    """An EAGLE-3 draft's own head, which is not the target's; means cannot know it."""
+    with jax.enable_x64(True):
+        for name, kind, head, known, _ in kinds():
+            own = head + 0.3 * np.random.default_rng(1).normal(size=head.shape)
+
+            def visited(own, g, kind=kind, known=known):
+                return visited_loss(kind, 2, own, g, jax.tree.map(jnp.asarray, known), jnp.asarray(WEIGHT), True)["distance"]
+
+            def plain(own, g, kind=kind, known=known):
+                z_q = g @ own.T
+                if isinstance(kind, TopK):
+                    return jnp.sum(WEIGHT * coarse_loss(kind.distance, own, g, *known))
+                if kind.vocabulary:
+                    z_q = jnp.full((5, 23), -jnp.inf).at[:, np.array(kind.vocabulary)].set(z_q)
+                return jnp.sum(WEIGHT * kind.distance.between(TRUTH @ HEAD.T, z_q))
+
+            if isinstance(kind, Means):
+                with pytest.raises(ValueError, match="store the top k"):
+                    visited(jnp.asarray(own), jnp.asarray(PREDICTED))
+                continue
+            found, expected = (
+                jax.jit(jax.value_and_grad(loss, (0, 1)))(jnp.asarray(own), jnp.asarray(PREDICTED)) for loss in (visited, plain)
+            )
+            assert float(found[0]) == pytest.approx(float(expected[0]), rel=1e-6), (name, kind)
+            for slope, expected_slope in zip(found[1], expected[1], strict=True):
+                np.testing.assert_allclose(slope, expected_slope, rtol=1e-5, atol=1e-5, err_msg=f"{name} {kind}")

@@ -238,7 +238,7 @@ def test_stored_means_train_the_same_draft(finished, tmp_path):
     assert run(tmp_path / "third", rows=rounded).held_out["kl"] == pytest.approx(result.held_out["kl"], rel=0.02)
 
 
-@pytest.mark.parametrize("changes", [{}, dict(token_loss="hybrid", hass_steps=2, hass_top_k=5, hass_top_k_weight=0.5)])
+@pytest.mark.parametrize("changes", [{}, dict(token_loss="hybrid", draft_steps=2, hass_top_k=5, hass_top_k_weight=0.5)])
 def test_the_likeliest_tokens_train_the_same_draft_where_they_are_all(finished, tmp_path, changes):
     """Also in HASS; only rounding to float16 differs, which Adam enlarges."""
     result, directory = finished
@@ -306,14 +306,14 @@ def test_hass_lifts_the_deeper_steps(tmp_path):
     """Trained on its own states, the draft's third step is nearer to the target than without."""
     values = dict(learning_rate=1e-2, epochs=6, batch_tokens=512, hidden_noise=0.0)
     plain = run(tmp_path / "plain", **values)
-    hass = run(tmp_path / "hass", hass_steps=3, **values)
+    hass = run(tmp_path / "hass", draft_steps=3, **values)
     assert len(hass.held_out["acceptance_by_step"]) == 3
     assert hass.held_out["acceptance_by_step"][0] == hass.held_out["acceptance"]
     config, params, samples, hidden = toy_data()
     mesh = make_mesh()
     data = TrainingData(split_held_out(samples, 0.2)[1], hidden)
     batch = device_batch(data, range(len(data.samples)), Shape(len(data.samples), 40), mesh)
-    evaluate = make_evaluate_step(plain.draft.config, mesh, Recipe(hass_steps=3))
+    evaluate = make_evaluate_step(plain.draft.config, mesh, Recipe(draft_steps=3))
     frozen = replicate(borrow(config, params), mesh)
     third_of = {
         name: jax.device_get(evaluate(frozen, result.state.params, batch)).steps[2]

@@ -65,7 +65,7 @@ def ours(block, matrix, predicted, truth):
     """`visited_loss` with all its figures and its gradient."""
 
     def loss(predicted):
-        sums = visited_loss(Exact(Distance()), block, matrix, predicted, truth, jnp.ones(len(predicted)))
+        sums = visited_loss(Exact(Distance()), block, matrix, predicted, (matrix, truth), jnp.ones(len(predicted)))
         return sums["distance"], sums
 
     return jax.grad(loss, has_aux=True)(predicted)

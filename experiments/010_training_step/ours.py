@@ -40,7 +40,7 @@ BATCHES = {
 
 
 def make(mode):
-    recipe = Recipe(hidden_noise=0.0, hass_steps=3 if "HASS" in mode else 1)
+    recipe = Recipe(hidden_noise=0.0, draft_steps=3 if "HASS" in mode else 1)
     optimizer = make_optimizer(recipe, 1000)
     state = init_state(draft, optimizer, 0)
     params = {

@@ -51,7 +51,7 @@ ARMS = {  # beside fields of a recipe: the share of the chats, the seed, and how
     "half, reverse KL": HALF | dict(token_loss="reverse_kl"),
     "half, total variation": HALF | dict(token_loss="total_variation"),
     "half, hybrid": HALF | dict(token_loss="hybrid"),
-    "half, HASS 3": HALF | dict(hass_steps=3),
+    "half, HASS 3": HALF | dict(draft_steps=3),
     "half, draft vocabulary 4k": HALF | dict(draft_vocab=4096),
     "half, draft vocabulary 8k": HALF | dict(draft_vocab=8192),
 }

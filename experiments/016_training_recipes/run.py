@@ -33,8 +33,8 @@ def recipes(pool: Pool, seed: int) -> dict[str, Arm]:
         "half, total variation": TOP_K | dict(token_loss="total_variation"),
         "half, hybrid": TOP_K | dict(token_loss="hybrid"),
         "half, half the epochs": dict(epochs=epochs // 2),  # HASS's steps
-        "half, HASS 3, half the epochs": dict(hass_steps=3, epochs=epochs // 2),
-        "half, HASS 3 and top-k loss, half the epochs": dict(hass_steps=3, hass_top_k_weight=1.0, epochs=epochs // 2),
+        "half, HASS 3, half the epochs": dict(draft_steps=3, epochs=epochs // 2),
+        "half, HASS 3 and top-k loss, half the epochs": dict(draft_steps=3, hass_top_k_weight=1.0, epochs=epochs // 2),
         "half, three halves of the epochs": dict(epochs=3 * epochs // 2),  # HASS's arithmetic
         "half, 4k vocabulary": dict(draft_vocab=4096),
         "half, 16k vocabulary": dict(draft_vocab=16384),

@@ -15,7 +15,7 @@ from jsfdd.selection.sfdd import how_many
 HERE = Path(__file__).parent
 
 MATHS, CHAT = ("math_gsm8k", "math_aqua"), ("chat_sharegpt", "instruct_roleplay")
-TRAININGS = {"EAGLE-2": {}, "HASS": dict(hass_steps=3)}
+TRAININGS = {"EAGLE-2": {}, "HASS": dict(draft_steps=3)}
 
 
 def arms(pool: Pool, training: str, size: int, seed: int, epochs: int, flattest: bool) -> dict[str, Arm]:

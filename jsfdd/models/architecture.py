@@ -9,6 +9,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+DraftKind = Literal["eagle", "eagle3"]  # eagle: EAGLE-1 and EAGLE-2, which are one draft decoded in two ways
+Eagle3Norm = Literal["norm_before_fc", "fc_norm", "norm_output", "norm_before_residual"]  # fields of a draft's config
+
 
 @dataclasses.dataclass(frozen=True)
 class Rope:

@@ -24,7 +24,7 @@ import functools
 import hashlib
 import itertools
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -33,12 +33,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jsfdd.base.records import KVCache
-from jsfdd.models.architecture import DecoderConfig
+from jsfdd.models.architecture import DecoderConfig, DraftKind
 from jsfdd.models.attention import View, causal_view
 from jsfdd.models.layers import Context, DecoderLayer, PairLayer, RMSNorm, rope_table
 from jsfdd.models.target import final_state, head_logits
-
-DraftKind = Literal["eagle", "eagle3"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +97,15 @@ def allowed_tokens(config: DraftConfig) -> np.ndarray | None:
 def vocabulary_digest(config: DraftConfig) -> str | None:
     """sha256 hex of the draft's vocabulary; None where it can propose all tokens."""
     return hashlib.sha256(np.array(config.vocabulary, np.int32).tobytes()).hexdigest() if config.vocabulary else None
+
+
+def params_digest(params: dict) -> str:
+    """sha256 hex of a draft's parameters: names, shapes and values."""
+    sha = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        sha.update(f"{jax.tree_util.keystr(path)}\0{leaf.shape}\0".encode())
+        sha.update(np.ascontiguousarray(np.asarray(leaf, np.float32)).tobytes())
+    return sha.hexdigest()
 
 
 def default_layers(num_layers: int) -> tuple[int, int, int]:

@@ -28,9 +28,16 @@ def step_flops(draft: DraftConfig, shapes: Shapes, visited: float, products: int
 
     Args:
       visited: tokens that meet the vocabulary; of further draft steps at most as many do.
-      products: with the head, of each such token: 2 with the target's means, else 3.
+      products: with the head, of each such token: two and one more where the head learns, and one where the target's is asked.
       draft_steps: as in `draft_steps` of `models/draft.py`.
     """
-    width, vocabulary = draft.decoder.hidden_size, len(draft.vocabulary) or draft.decoder.vocab_size
-    fc = 2 * 2 * width * width * sum(rows * length for rows, length in shapes)
-    return draft_steps * (3 * (forward_flops(draft.decoder, shapes) + fc) + products * 2 * width * vocabulary * visited)
+    config, tokens = draft.decoder, sum(rows * length for rows, length in shapes)
+    width, vocabulary = config.hidden_size, len(draft.vocabulary) or config.vocab_size
+    if draft.kind == "eagle":
+        once, each_step = 0, 2 * width * width
+    else:  # fc only once; queries, keys and values read the embedding too
+        once = len(draft.target_layers) * width * width
+        each_step = width * (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    layer = forward_flops(config, shapes) + 2 * each_step * tokens
+    head = products * 2 * width * vocabulary * visited
+    return 3 * 2 * once * tokens + draft_steps * (3 * layer + head)

@@ -94,7 +94,8 @@ def _step_figures(batches: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """One draft step's means over several batches' sums."""
     count = max(_total(sums["counted"] for sums in batches), 1.0)
     mean = {name: _total(sums[name] for sums in batches) / count for name in batches[0]}
-    figures = {"hidden_loss": mean["hidden_loss"], "token_loss": mean["distance"]}
+    figures = {"hidden_loss": mean["hidden_loss"]} if "hidden_loss" in mean else {}
+    figures["token_loss"] = mean["distance"]
     if "cross_entropy" in mean:
         figures["kl"] = mean["cross_entropy"] - mean["target_entropy"]
     return figures | {name: mean[name] for name in ("agreement", "acceptance", "coverage") if name in mean}

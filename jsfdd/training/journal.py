@@ -39,6 +39,10 @@ class Journal:
       out: the run's directory.
       start: the step at which the run goes on.
       tensorboard: whether to write TensorBoard's files, into `out`/tensorboard.
+
+    Attributes:
+      best_tau: of all probes so far, 0 before the first.
+      worse_probes: how many there were since the best.
     """
 
     def __init__(self, out: Path, start: int, tensorboard: bool = False):
@@ -51,7 +55,9 @@ class Journal:
                 _drop_after(out / name, start)
         wait_for_all("later lines dropped")
         earlier = read_lines(out / METRICS) if (out / METRICS).exists() else []
-        self.best_tau = max((line["probe"]["tau"] for line in earlier if "probe" in line), default=0.0)
+        self.best_tau, self.worse_probes = 0.0, 0
+        for line in earlier:
+            self._look_at_probe(line)
 
     def __enter__(self) -> Journal:
         if self._with_board:
@@ -63,8 +69,7 @@ class Journal:
 
     def note(self, line: dict) -> None:
         """Add a line to metrics.jsonl."""
-        if "probe" in line:
-            self.best_tau = max(self.best_tau, line["probe"]["tau"])
+        self._look_at_probe(line)
         _append(self._out / METRICS, line)
         if self._board is not None:
             self._board(line)
@@ -73,6 +78,11 @@ class Journal:
         """Write the checksum of the lines so far, of which `step` is the last; before the checkpoint of that step."""
         if is_primary():
             write_json(self._out / CHECKSUM, {"step": step, "sha256": _checksum(self._out / METRICS, step)})
+
+    def _look_at_probe(self, line: dict) -> None:
+        if "probe" in line:
+            better = line["probe"]["tau"] > self.best_tau
+            self.best_tau, self.worse_probes = max(self.best_tau, line["probe"]["tau"]), 0 if better else self.worse_probes + 1
 
     def note_timing(self, line: dict) -> None:
         """Add a line to timings.jsonl."""

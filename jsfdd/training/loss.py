@@ -1,13 +1,20 @@
 """The draft's loss: the distance of its next hidden state, and of the distribution behind it, from the target's.
 
-For every position t that counts, with h the target's hidden states and g_t = draft(embedding of x_{t+1}, h_t + noise):
+For every position t that counts, with h the target's hidden states and g_t = draft(embedding of x_{t+1}, h_t + noise), an
+EAGLE-1/2 draft's loss is
 
     loss_t = hidden_weight · mean_D SmoothL1(g_t − h_{t+1}) + token_weight · distance(p_t, q_t)
     p_t = softmax(head(h_{t+1})),   q_t = softmax(head(g_t)),   distance: H(p, q) unless the recipe names another
 
-(arXiv 2401.15077 §4.2, with the weights 1.0 and 0.1 of its code). While decoding, the draft reads h only at its first
-step, and its own g after that. HASS (arXiv 2408.15766) trains it so: step n reads g of step n − 1 in place of h, and its
-loss is added. Everything here returns *sums* over counted tokens, so that devices can add theirs up before anyone divides.
+(arXiv 2401.15077 §4.2, with the weights 1.0 and 0.1 of its code). An EAGLE-3 draft's (arXiv 2503.01840) is the distance alone,
+with q from its own head: its state stands for nothing of the target's.
+
+While decoding, the draft reads the target's states only at its first step, and its own after that. HASS (arXiv 2408.15766) and
+EAGLE-3's training-time test train it so: step n reads the state of step n − 1, and its loss is added, times decay^(n − 1). The
+gradient goes through the states. It reaches exactly the rows whose token decoding would verify, so the first drafted token of
+an answer is trained.
+
+Everything here returns *sums* over counted tokens, so that devices can add theirs up before anyone divides.
 """
 
 from __future__ import annotations
@@ -21,8 +28,8 @@ from jaxtyping import Array, Bool, Float
 
 from jsfdd.base.records import DraftBatch
 from jsfdd.models.architecture import DecoderConfig
-from jsfdd.models.draft import DraftConfig, draft_steps
-from jsfdd.models.target import embed_tokens
+from jsfdd.models.draft import DraftConfig, draft_head, draft_steps
+from jsfdd.models.target import embed_tokens, final_state
 from jsfdd.training.recipe import Recipe
 from jsfdd.training.soft_rows import num_outcomes, unpack
 from jsfdd.training.token_loss import Distance
@@ -34,8 +41,8 @@ class LossSums(NamedTuple):
 
     Attributes:
       total: what is minimised.
-      steps: for each draft step the sums of `visited_loss` over the tokens that count for it, and "hidden_loss", the sum of
-        mean_D SmoothL1.
+      steps: for each draft step the sums of `visited_loss` over the tokens that count for it, and of an EAGLE-1/2 draft
+        "hidden_loss", the sum of mean_D SmoothL1.
     """
 
     total: Float[Array, ""]
@@ -69,8 +76,8 @@ def borrow(config: DecoderConfig, target_params: dict) -> Borrowed:
 
 
 def restrict(borrowed: Borrowed, draft: DraftConfig) -> Borrowed:
-    """The same with the head's rows of the draft's vocabulary alone."""
-    if not draft.vocabulary:
+    """The same with the head's rows of the draft's vocabulary alone; whole for a draft that has its own head."""
+    if not draft.vocabulary or draft.kind == "eagle3":
         return borrowed
     return Borrowed(borrowed.embedding, borrowed.output[jnp.asarray(draft.vocabulary)])
 
@@ -90,43 +97,54 @@ def loss_sums(
     Args:
       params: the draft's.
       borrowed: from `borrow`. Where the batch has soft targets, only the head's rows of the draft's vocabulary (`restrict`);
-        else the whole head, which is asked for p again.
+        else the whole head, which is asked for p at every step.
       noise_keys: one key per row for the noise on the input, or None for none, as in evaluation.
       block: how many tokens meet the vocabulary at a time.
     """
     hidden = batch.hidden.astype(jnp.float32)
     embedding = embed_tokens(draft.decoder, {"embed": {"embedding": borrowed.embedding}}, batch.tokens[:, 1:])
-    inputs, truth = hidden[:, :-1], hidden[:, 1:]
-    if noise_keys is not None and recipe.hidden_noise:
-        inputs = inputs + hidden_noise(noise_keys, batch.counted, inputs.shape[2], recipe.hidden_noise)
+    inputs, truth = hidden[:, :-1], final_state(draft.decoder, hidden[:, 1:])
+    if draft.kind == "eagle":
+        inputs = final_state(draft.decoder, inputs)
+        if noise_keys is not None and recipe.hidden_noise:
+            inputs = inputs + hidden_noise(noise_keys, batch.counted, inputs.shape[2], recipe.hidden_noise)
     compute = jnp.dtype(recipe.compute_dtype)
     params, embedding, inputs = jax.tree.map(lambda x: x.astype(compute), (params, embedding, inputs))
-    kind, known = _what_is_known(batch, truth, draft, recipe)
+    kind, known = _what_is_known(batch, borrowed, truth, draft, recipe)
+    restricted = draft.kind == "eagle" and batch.soft_targets is not None
+    head = borrowed.output if restricted else draft_head(draft, params, borrowed.output)
 
     def step_sums(predicted, weight) -> Sums:
-        smooth_l1 = jnp.mean(optax.losses.huber_loss(predicted, truth), axis=-1)
-        hidden_loss = jnp.sum(jnp.where(weight > 0, weight * smooth_l1, 0.0))
-        sums = visited_loss(kind, block, borrowed.output, _rows(predicted), known, weight.reshape(-1))
-        return {"hidden_loss": hidden_loss, **sums}
+        sums = visited_loss(kind, block, head, _rows(predicted), known, weight.reshape(-1), recipe.trains_head)
+        if draft.kind == "eagle":
+            smooth_l1 = jnp.mean(optax.losses.huber_loss(predicted, truth), axis=-1)
+            sums = {"hidden_loss": jnp.sum(jnp.where(weight > 0, weight * smooth_l1, 0.0)), **sums}
+        return sums
+
+    def minimised(step: Sums):
+        if draft.kind == "eagle3":
+            return step["distance"]
+        return recipe.hidden_weight * step["hidden_loss"] + recipe.token_weight * step["distance"]
 
     steps, weight, reached = [], batch.weight[:, 1:], batch.counted[:, 1:]
-    for predicted in draft_steps(draft, params, embedding, inputs, recipe.hass_steps):
+    for predicted in draft_steps(draft, params, embedding, inputs, recipe.unrolled):
         steps.append(step_sums(predicted.astype(jnp.float32), jnp.where(reached, weight, 0.0)))
         # Step n at t is reached from step n − 1 at t − 1: a draft of an answer starts in the answer.
         reached = batch.counted[:, 1:] & jnp.pad(reached[:, :-1], ((0, 0), (1, 0)))
-    total = sum(recipe.hidden_weight * step["hidden_loss"] + recipe.token_weight * step["distance"] for step in steps)
+    total = sum(factor * minimised(step) for factor, step in zip(recipe.step_weights, steps, strict=True))
     return LossSums(total, tuple(steps))
 
 
-def _what_is_known(batch: DraftBatch, truth, draft: DraftConfig, recipe: Recipe) -> tuple[Kind, Any]:
+def _what_is_known(batch: DraftBatch, borrowed: Borrowed, truth, draft: DraftConfig, recipe: Recipe) -> tuple[Kind, Any]:
     """What a batch knows of the target's distributions of x_{t+2}, and its arrays, a row each token."""
     distance = Distance.from_recipe(recipe)
     if batch.soft_targets is None:
-        return Exact(distance, draft.vocabulary), _rows(truth)
+        return Exact(distance, draft.vocabulary), (borrowed.output, _rows(truth))
     rows = _rows(batch.soft_targets[:, 1:])
-    if (rows.dtype == jnp.uint16) != (recipe.soft_targets == "top_k"):
+    stored = recipe.stored_soft_targets(hidden_is_stored=True)
+    if (rows.dtype == jnp.uint16) != (stored == "top_k"):
         raise ValueError(f"soft_targets={recipe.soft_targets!r}, but the stored rows are of another kind ({rows.dtype})")
-    if recipe.soft_targets == "top_k":
+    if stored == "top_k":
         k = recipe.soft_top_k
         return TopK(distance), unpack(rows, k, num_outcomes(k, bool(draft.vocabulary)))
     if recipe.token_loss != "cross_entropy":

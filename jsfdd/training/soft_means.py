@@ -5,9 +5,9 @@ A row is [e, mass] with mass = Σ_v p_v, which is 1 unless HASS's top-k loss cou
     p'_v = p_v · (1 + top_k_weight · [v is among the top k]),   e = Σ p'_v · head_v,   mass = Σ p'_v
     H(p', q) = H(p, q) + top_k_weight · top_k_loss(p, q)
 
-so both losses are one (`token_loss.mean_loss`). With a draft vocabulary p' is 0 outside it and is not normalised again: a
-token that the draft cannot propose then has no part in the loss, and one whose p lies mostly outside has a small one. Rows
-of tokens that do not count are 0.
+so both losses are one (`token_loss.mean_loss`). With a draft vocabulary p' is 0 outside it and, unless told otherwise
+(`beyond.py`), is not normalised again: a token that the draft cannot propose then has no part in the loss, and one whose p lies
+mostly outside has a small one. Rows of tokens that do not count are 0.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from jaxtyping import Array, Float
 from jsfdd.base.mesh import map_over_devices
 from jsfdd.base.records import DraftBatch
 from jsfdd.models.counted import fold_counted
+from jsfdd.training.beyond import Beyond, within_factor
 from jsfdd.training.distances import top_k_share
 from jsfdd.training.loss import Borrowed
 from jsfdd.training.token_loss import Distance
@@ -41,6 +42,7 @@ def head_means(
     weight: Float[Array, " R"],
     dtype: MeansDtype,
     vocabulary: tuple[int, ...] = (),
+    beyond: Beyond = "weigh",
 ) -> Float[Array, "R D1"]:
     """[e, mass] for every token of nonzero weight, in `dtype`.
 
@@ -51,6 +53,7 @@ def head_means(
       block: tokens that meet the head at a time.
       truth: the tokens' hidden states.
       vocabulary: the draft's, empty for all tokens.
+      beyond: what becomes of what lies beyond it.
     """
     tokens = np.array(vocabulary, np.int32)
     proposed = head[tokens] if vocabulary else head
@@ -61,7 +64,9 @@ def head_means(
         if distance.top_k_weight:
             p = p + distance.top_k_weight * top_k_share(z_p, distance.top_k, axis=0)
         if vocabulary:
-            p = p[tokens]
+            within = z_p[tokens]
+            mass = jnp.sum(jax.nn.softmax(z_p, axis=0)[tokens], axis=0)
+            p = p[tokens] * within_factor(beyond, z_p, within, mass)[None]
         mass = jnp.sum(p, axis=0)
         rounded = mass.astype(dtype).astype(jnp.float32)
         mean = times_head(p, proposed) * (rounded / jnp.maximum(mass, 1e-30))[:, None]
@@ -72,14 +77,19 @@ def head_means(
 
 @functools.lru_cache(maxsize=8)
 def make_means_step(
-    distance: Distance, mesh: Mesh, block: int, dtype: MeansDtype, vocabulary: tuple[int, ...] = ()
+    distance: Distance,
+    mesh: Mesh,
+    block: int,
+    dtype: MeansDtype,
+    vocabulary: tuple[int, ...] = (),
+    beyond: Beyond = "weigh",
 ) -> Callable[[Borrowed, DraftBatch], Float[Array, "B T D1"]]:
     """Compile `(borrowed, batch) -> means`."""
 
     def step(borrowed: Borrowed, batch: DraftBatch):
         shape = batch.hidden.shape
-        truth = batch.hidden.astype(jnp.float32).reshape(-1, shape[2])
-        means = head_means(distance, block, borrowed.output, truth, batch.weight.reshape(-1), dtype, vocabulary)
+        truth = batch.hidden[..., -borrowed.output.shape[1] :].astype(jnp.float32).reshape(-1, borrowed.output.shape[1])
+        means = head_means(distance, block, borrowed.output, truth, batch.weight.reshape(-1), dtype, vocabulary, beyond)
         return means.reshape(*shape[:2], -1)
 
     return map_over_devices(step, mesh)

@@ -54,14 +54,17 @@ def store_soft_targets(
     Raises: as `HiddenWriter` and `read_rows` do.
     """
     platform, settings = mesh.devices.flat[0].platform, {"kind": kind, "vocabulary": vocabulary_digest(draft)}
+    if draft.vocabulary and recipe.beyond_vocab != "weigh":
+        settings |= {"beyond": recipe.beyond_vocab}
     if kind == "top_k":
         k = recipe.soft_top_k
-        step = make_top_k_step(k, mesh, vocabulary_block(platform), draft.vocabulary)
+        step = make_top_k_step(k, mesh, vocabulary_block(platform), draft.vocabulary, recipe.beyond_vocab)
         width, dtype = row_words(k, draft.decoder.vocab_size, len(draft.vocabulary)), "uint16"
         settings |= {"k": k}
     else:
         distance = Distance.from_recipe(recipe)
-        step = make_means_step(distance, mesh, vocabulary_block(platform), means_dtype, draft.vocabulary)
+        block = vocabulary_block(platform)
+        step = make_means_step(distance, mesh, block, means_dtype, draft.vocabulary, recipe.beyond_vocab)
         width, dtype = draft.decoder.hidden_size + 1, means_dtype
         settings |= {"top_k": distance.top_k if distance.top_k_weight else 0, "top_k_weight": distance.top_k_weight}
     if data.weights is not None:

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, UInt16
 from jsfdd.base.mesh import map_over_devices
 from jsfdd.base.records import DraftBatch
 from jsfdd.models.counted import fold_counted
+from jsfdd.training.beyond import Beyond, within_factor
 from jsfdd.training.distances import coarse
 from jsfdd.training.loss import Borrowed
 from jsfdd.training.soft_rows import pack, row_words
@@ -35,6 +36,7 @@ def top_outcomes(
     truth: Float[Array, "R D"],
     weight: Float[Array, " R"],
     vocabulary: tuple[int, ...] = (),
+    beyond: Beyond = "weigh",
 ) -> UInt16[Array, "R W"]:
     """The row of every token of nonzero weight.
 
@@ -43,6 +45,7 @@ def top_outcomes(
       block: tokens that meet the head at a time.
       truth: the tokens' hidden states.
       vocabulary: the draft's, empty for all tokens.
+      beyond: what becomes of what lies beyond it.
     """
     tokens = np.array(vocabulary, np.int32)
     size = len(vocabulary) or head.shape[0]
@@ -53,8 +56,12 @@ def top_outcomes(
         ids = jax.lax.top_k(proposed, k, axis=0)[1]
         outcomes = coarse(proposed, ids, axis=0)
         if vocabulary:
-            beyond = jax.nn.logsumexp(z_p.at[tokens].set(-jnp.inf), axis=0, keepdims=True)
-            outcomes = jnp.concatenate([outcomes, beyond])
+            outside = jax.nn.logsumexp(z_p.at[tokens].set(-jnp.inf), axis=0, keepdims=True)
+            outcomes = jax.nn.log_softmax(jnp.concatenate([outcomes, outside]), axis=0)
+            if beyond != "weigh":
+                mass = jnp.sum(jnp.exp(outcomes[:-1]), axis=0)
+                within = jnp.log(within_factor(beyond, z_p, proposed, mass))[None]
+                outcomes = jnp.concatenate([outcomes[:-1] + within, jnp.where(jnp.isneginf(within), 0.0, -jnp.inf)])
         return packed.at[rows].set(pack(jax.nn.log_softmax(outcomes, axis=0).T, ids.T, size), mode="drop")
 
     packed = jnp.zeros((truth.shape[0], row_words(k, head.shape[0], len(vocabulary))), jnp.uint16)
@@ -63,14 +70,14 @@ def top_outcomes(
 
 @functools.lru_cache(maxsize=8)
 def make_top_k_step(
-    k: int, mesh: Mesh, block: int, vocabulary: tuple[int, ...] = ()
+    k: int, mesh: Mesh, block: int, vocabulary: tuple[int, ...] = (), beyond: Beyond = "weigh"
 ) -> Callable[[Borrowed, DraftBatch], UInt16[Array, "B T W"]]:
     """Compile `(borrowed, batch) -> rows`."""
 
     def step(borrowed: Borrowed, batch: DraftBatch):
         shape = batch.hidden.shape
-        truth = batch.hidden.astype(jnp.float32).reshape(-1, shape[2])
-        packed = top_outcomes(k, block, borrowed.output, truth, batch.weight.reshape(-1), vocabulary)
+        truth = batch.hidden[..., -borrowed.output.shape[1] :].astype(jnp.float32).reshape(-1, borrowed.output.shape[1])
+        packed = top_outcomes(k, block, borrowed.output, truth, batch.weight.reshape(-1), vocabulary, beyond)
         return packed.reshape(*shape[:2], -1)
 
     return map_over_devices(step, mesh)

@@ -53,10 +53,23 @@ def make_optimizer(recipe: Recipe, num_steps: int) -> optax.GradientTransformati
     )
 
 
-def init_state(draft: DraftConfig, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """A fresh draft, its optimizer's state, step 0 and the key of the run's noise."""
+def init_state(
+    draft: DraftConfig,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    head: Float[Array, "V D"] | None = None,
+    params: dict | None = None,
+) -> TrainState:
+    """A fresh draft, its optimizer's state, step 0 and the key of the run's noise.
+
+    Args:
+      head: the target's, as which an EAGLE-3 draft's begins; drawn at random without.
+      params: those of another draft of this shape, from which training starts.
+    """
     init_key, noise_key = jax.random.split(jax.random.key(seed))
-    params = init_draft(draft, init_key)
+    if params is None:
+        params = init_draft(draft, init_key, head)
+    params = jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)  # a copy: a step takes over its state's buffers
     return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), noise_key)
 
 

@@ -27,7 +27,7 @@ from jsfdd.base.processes import is_primary, several, wait_for_all
 from jsfdd.base.progress import progress as show_progress
 from jsfdd.base.records import DraftBatch, Sample, TrainState, samples_digest
 from jsfdd.data.batches import Shape, choose_shapes, make_batches
-from jsfdd.models.draft import Draft, DraftConfig, vocabulary_digest
+from jsfdd.models.draft import Draft, DraftConfig, params_digest, vocabulary_digest
 from jsfdd.models.sharding import split_vocabulary
 from jsfdd.training.batch import TrainingData, device_batch, weights_digest
 from jsfdd.training.draft_shape import draft_of
@@ -62,7 +62,8 @@ class TrainResult:
     Attributes:
       draft: after the last step; its record is the run's identity. If the run probed, `load_draft(out)` gives the best.
       state: after the last step.
-      steps, samples, tokens: optimizer steps, training samples, and tokens that counted in the loss, over all epochs.
+      steps, samples, tokens: optimizer steps, training samples, and tokens that counted in the loss, over all epochs; of a run
+        that lost patience, as far as it went.
       seconds: of all steps and evaluations that led here, over all starts of the run; lost work is not in it.
       held_out: the last epoch's figures (`figures.mean_figures`); empty if nothing was held out.
     """
@@ -86,11 +87,13 @@ def train(
     out: str | Path,
     seed: int = 0,
     draft: DraftConfig | None = None,
+    init: Draft | None = None,
     identity: dict | None = None,
     shapes: Sequence[Shape] | None = None,
     batch_tokens: int = 4096,
     probe: Probe | None = None,
     probe_every: int = 200,
+    patience: int | None = None,
     shard_optimizer: bool = False,
     tensorboard: bool = False,
     progress: bool = True,
@@ -106,12 +109,14 @@ def train(
       out: receives checkpoints/, metrics.jsonl and timings.jsonl.
       seed: for the draft's initial weights, the order of the samples and the noise.
       draft: the draft's shape, if several runs should share a vocabulary; otherwise as the recipe and `data` have it.
+      init: the draft from which training starts; its shape stays. A fresh one by default.
       identity: JSON-ready: further facts that the result depends on (the target's dtype, the data's hash, …). A run is only
         continued with the same identity, target, recipe, samples and shapes.
       shapes: batch shapes, if several runs should share programs; otherwise chosen for both sides.
       batch_tokens: tokens of a batch, padding included, where shapes are chosen here.
       probe: decodes a few prompts every `probe_every` steps and after the last one. Its figures are logged, and the draft
         with the best τ so far is kept beside the checkpoints.
+      patience: stop after so many probes in a row without a new best τ; by default train to the last step.
       shard_optimizer: keep Adam's moments in parts, one on each data shard.
       tensorboard: also write TensorBoard's files, to `out`/tensorboard.
       progress: show a bar.
@@ -124,8 +129,10 @@ def train(
       FloatingPointError: a loss or gradient is not finite; names the step and the samples of its batch.
     """
     out = Path(out)
+    if patience is not None and probe is None:
+        raise ValueError("patience counts probes, and there is no probe")
     if draft is None:
-        draft = draft_of(target.config, recipe, data.samples)
+        draft = draft_of(target.config, recipe, data.samples, None if init is None else init.config)
     if draft.vocabulary and data.soft_targets is None:
         raise ValueError("a draft vocabulary is trained on soft targets; store them first (`soft_store.store_soft_targets`)")
     lengths, visited = (np.array([count(sample) for sample in data.samples]) for count in (_length, data.visited))
@@ -134,15 +141,26 @@ def train(
     shapes = shapes or choose_shapes([*lengths, *map(_length, held_out.samples)], batch_tokens)
     steps = schedule_steps(lengths, visited, shapes, epochs=recipe.epochs, accumulate=recipe.accumulate, seed=seed)
     run = {"target": target.fingerprint, **(identity or {}), **_identity(data, held_out.samples, shapes, recipe, seed, draft)}
+    if init is not None:
+        run["init"] = params_digest(init.params)
+    if patience is not None:
+        run["patience"] = patience
 
     optimizer, learning_rate = make_optimizer(recipe, len(steps)), learning_rate_schedule(recipe, len(steps))
     train_step = _make_step(draft, optimizer, mesh, recipe, shard_optimizer)
     whole = split_vocabulary(borrow(target.config, target.params), mesh)
     borrowed = split_vocabulary(restrict(whole, draft), mesh)
     held_out_figures = _make_held_out_figures(whole, draft, held_out, shapes, recipe, mesh)
-    fresh = jax.tree.map(put, init_state(draft, optimizer, seed), state_shardings(draft, optimizer, mesh, shard_optimizer))
+    head = whole.output if draft.kind == "eagle3" and init is None else None
+    fresh = init_state(draft, optimizer, seed, head, None if init is None else init.params)
+    fresh = jax.tree.map(put, fresh, state_shardings(draft, optimizer, mesh, shard_optimizer))
     throughput = Throughput(
-        draft, mesh, lengths, visited, products=3 if data.soft_targets is None else 2, draft_steps=recipe.hass_steps
+        draft,
+        mesh,
+        lengths,
+        visited,
+        products=recipe.head_products + (data.soft_targets is None),
+        draft_steps=recipe.unrolled,
     )
 
     with Checkpoints(out, draft, run) as checkpoints:
@@ -153,6 +171,8 @@ def train(
             recent, laps = RecentSteps(data.samples), Laps()
             recent.go_on(checkpoints.unreported, steps)
             for step in steps[start:]:
+                if patience is not None and journal.worse_probes >= patience:
+                    break
                 if signalled():
                     if step.number - 1 not in (0, checkpoints.latest_step):
                         journal.seal(step.number - 1)
@@ -180,6 +200,7 @@ def train(
                     if figures["tau"] > journal.best_tau:
                         checkpoints.save_best(state)
                     journal.note({**line, "probe": figures})
+                    due = due._replace(save=due.save or patience is not None and journal.worse_probes >= patience)
                 lap = laps.since_last()
                 journal.note_timing({"step": step.number, **lap, **throughput.rates(taken, lap)})
                 if due.save:
@@ -191,9 +212,9 @@ def train(
     return TrainResult(
         draft=Draft(draft, state.params, run),
         state=state,
-        steps=len(steps),
+        steps=int(state.step),
         samples=len(data.samples),
-        tokens=steps[-1].tokens,
+        tokens=steps[int(state.step) - 1].tokens,
         seconds=sum(line["seconds"] for line in read_lines(out / TIMINGS)),
         held_out=ends[-1] if ends else {},
     )

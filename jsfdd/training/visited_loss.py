@@ -5,9 +5,10 @@ block, and the gradient is worked out in the forward pass, while the logits are 
 
     sums = visited_loss(kind, block, head, predicted, target, weight)       # sums["distance"] has a gradient
 
-A *kind* says what is known of the target's distribution p: `Exact`, `Means` or `TopK`. Each has one method, `of_block`, the
-equations for one block; all else is shared. Sums are over tokens that count, each times its weight; divided by "counted" they
-are means:
+`head` is what the draft's outputs are multiplied with, a row each token of its vocabulary: the target's rows, or an EAGLE-3
+draft's own, which learn too where `trains_head`. A *kind* says what is known of the target's distribution p: `Exact`, `Means`
+or `TopK`. Each has one method, `of_block`, the equations for one block; all else is shared. Sums are over tokens that count,
+each times its weight; divided by "counted" they are means:
 
     counted                         the weights' own sum; without weights, the tokens that count
     distance                        what is minimised
@@ -46,26 +47,27 @@ from jsfdd.training.token_loss import Distance
 
 Sums = dict[str, Float[Array, ""]]
 Terms = dict[str, Float[Array, " block"]]
-Slope = Callable[[], Float[Array, "block D"]]  # d distance / d predicted; computed only where it is called
+# d distance / d predicted [block, D], and d distance / d z_q [Vq, block]; computed only where it is called.
+Slope = Callable[[], tuple[Array, Array]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Exact:
-    """All of p is known: `target` is h [R, D], the target's hidden states."""
+    """All of p is known: `target` is (the target's head [V, D], its hidden states h [R, D])."""
 
     distance: Distance
     vocabulary: tuple[int, ...] = ()  # the draft's, empty for all tokens
 
     def of_block(self, head, predicted, z_q, target) -> tuple[Terms, Slope]:
         """`token_loss`."""
-        z_p = vocabulary_logits(head, target)
-        allowed = np.isin(np.arange(len(head)), self.vocabulary)[:, None] if self.vocabulary else None
+        z_p = vocabulary_logits(*target)
+        tokens = np.array(self.vocabulary, np.int32)
 
-        def limited(z_q):
-            return z_q if allowed is None else jnp.where(allowed, z_q, -jnp.inf)
+        def of_all_tokens(z_q):
+            return jnp.full(z_p.shape, -jnp.inf).at[tokens].set(z_q) if self.vocabulary else z_q
 
-        distance, pull_back = jax.vjp(lambda z_q: self.distance.between(z_p, limited(z_q), axis=0), z_q)
-        z_q = limited(z_q)
+        distance, pull_back = jax.vjp(lambda z_q: self.distance.between(z_p, of_all_tokens(z_q), axis=0), z_q)
+        z_q = of_all_tokens(z_q)
         # The draft agrees when its score of the target's likeliest token is its own highest: no argmax, no index.
         score = jnp.max(jnp.where(z_p == jnp.max(z_p, 0, keepdims=True), z_q, -jnp.inf), axis=0)
         terms = {
@@ -73,19 +75,19 @@ class Exact:
             "agreement": score == jnp.max(z_q, axis=0),
             "acceptance": 1.0 - total_variation(z_p, z_q, axis=0),
         }
-        if allowed is None:
+        if not self.vocabulary:
             terms |= {"cross_entropy": cross_entropy(z_p, z_q, axis=0), "target_entropy": cross_entropy(z_p, z_p, axis=0)}
         else:
-            terms["coverage"] = jnp.sum(jnp.where(allowed, jax.nn.softmax(z_p, axis=0), 0.0), axis=0)
-        return terms, lambda: times_head(pull_back(jnp.ones_like(distance))[0], head)
+            terms["coverage"] = jnp.sum(jax.nn.softmax(z_p, axis=0)[tokens], axis=0)
+        return terms, lambda: _through(head, pull_back(jnp.ones_like(distance))[0])
 
 
 @dataclasses.dataclass(frozen=True)
 class Means:
     """p's mean head vectors are known: `target` is (e [R, D], mass [R]). The distance is the cross entropy.
 
-    Its rounding is that of e, which is stored in bfloat16 unless told otherwise: the gradient is the exact one of a target
-    that is off by as much.
+    `head` is the target's, of which e is the mean: one that learns would leave it behind. The rounding is that of e, which is
+    stored in bfloat16 unless told otherwise: the gradient is the exact one of a target that is off by as much.
     """
 
     def of_block(self, head, predicted, z_q, target) -> tuple[Terms, Slope]:
@@ -96,7 +98,7 @@ class Means:
         above = jnp.exp(z_q - top[None])
         total = jnp.sum(above, axis=0)
         distance = mass * (top + jnp.log(total)) - jnp.sum(mean * predicted, axis=1)
-        return {"distance": distance}, lambda: times_head(above, head) * (mass / total)[:, None] - mean
+        return {"distance": distance}, lambda: (times_head(above, head) * (mass / total)[:, None] - mean, above)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,66 +122,92 @@ class TopK:
             terms["coverage"] = 1.0 - jax.nn.softmax(log_p, axis=0)[-1]
         else:
             terms["agreement"] = jnp.take_along_axis(z_q, ids[:1], axis=0)[0] == jnp.max(z_q, axis=0)
-        return terms, lambda: times_head(pull_back(jnp.ones_like(distance))[0], head)
+        return terms, lambda: _through(head, pull_back(jnp.ones_like(distance))[0])
 
 
 Kind = Exact | Means | TopK
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 6))
 def visited_loss(
     kind: Kind,
     block: int,
-    head: Float[Array, "V D"],
+    head: Float[Array, "Vq D"],
     predicted: Float[Array, "R D"],
     target: Any,
     weight: Float[Array, " R"],
+    trains_head: bool = False,
 ) -> Sums:
-    """The sums of the module's table. Only "distance" has a gradient, and only by `predicted`: the target is frozen.
+    """The sums of the module's table. Only "distance" has a gradient: by `predicted` and, if it learns, by `head`.
 
     Args:
       kind: what is known of p.
       block: tokens that meet the head at a time.
-      head: with a draft vocabulary its rows alone for `Means` and `TopK`, all of it for `Exact`. Products are in its dtype,
-        all else in float32.
+      head: the draft's, rows of its vocabulary alone. Products are in its dtype, all else in float32.
       predicted: g.
-      target: arrays of R rows, as the kind says.
+      target: as the kind says.
       weight: of each token, 0 where it does not count and then costs nothing.
+      trains_head: whether the head has a gradient. It costs a third product of each token with the head.
+
+    Raises:
+      ValueError: a head that learns, and of p only the means under the target's.
     """
-    return _visit(kind, block, head, predicted, target, weight, with_gradient=False)[0]
+    return _visit(kind, block, head, predicted, target, weight, trains_head, with_gradient=False)[0]
 
 
-def _visit(kind, block, head, predicted, target, weight, with_gradient):
-    """(sums, d distance / d predicted [R, D], or [0, D] without)."""
+def _visit(kind, block, head, predicted, target, weight, trains_head, with_gradient):
+    """(sums, (d distance / d predicted, d distance / d head)); of what has no gradient an array without rows."""
+    if trains_head and isinstance(kind, Means):
+        raise ValueError("means know p by the target's head, and a head that learns leaves it: store the top k")
 
     def block_terms(rows):
-        g, known = jax.tree.map(lambda array: block_rows(array, rows), (predicted, target))
-        terms, slope = kind.of_block(head, g, vocabulary_logits(head, g), known)
-        return {"counted": jnp.ones(len(rows)), **terms}, slope
+        g = block_rows(predicted, rows)
+        terms, slope = kind.of_block(head, g, vocabulary_logits(head, g), _block_of(kind, target, rows))
+        return {"counted": jnp.ones(len(rows)), **terms}, slope, g
 
     def visit(rows, carry):
-        sums, gradient = carry
+        sums, (by_predicted, by_head) = carry
         w = block_rows(weight, rows)
-        terms, slope = block_terms(rows)
+        terms, slope, g = block_terms(rows)
         sums = {name: sums[name] + jnp.sum(jnp.where(w > 0, w * term, 0.0)) for name, term in terms.items()}
         if with_gradient:
-            gradient = gradient.at[rows].set(w[:, None] * slope(), mode="drop")
-        return sums, gradient
+            of_predicted, of_logits = slope()
+            by_predicted = by_predicted.at[rows].set(w[:, None] * of_predicted, mode="drop")
+            if trains_head:
+                by_head = by_head + times_rows(of_logits, w[:, None] * g, head.dtype)
+        return sums, (by_predicted, by_head)
 
     names = jax.eval_shape(lambda rows: block_terms(rows)[0], jnp.zeros(block, int))
-    gradient = jnp.zeros((len(predicted) if with_gradient else 0, predicted.shape[1]))
-    return fold_counted(weight > 0, block, visit, ({name: jnp.zeros(()) for name in names}, gradient))
+    width = predicted.shape[1]
+    sizes = (len(predicted) if with_gradient else 0, len(head) if with_gradient and trains_head else 0)
+    gradients = tuple(jnp.zeros((size, width)) for size in sizes)
+    return fold_counted(weight > 0, block, visit, ({name: jnp.zeros(()) for name in names}, gradients))
 
 
-def _forward(kind, block, head, predicted, target, weight):
-    return _visit(kind, block, head, predicted, target, weight, with_gradient=True)
+def _forward(kind, block, head, predicted, target, weight, trains_head):
+    sums, (by_predicted, by_head) = _visit(kind, block, head, predicted, target, weight, trains_head, with_gradient=True)
+    return sums, (by_predicted, by_head.astype(head.dtype))
 
 
-def _backward(kind, block, gradient, cotangent: Sums):
-    return None, gradient * cotangent["distance"], None, None
+def _backward(kind, block, trains_head, gradients, cotangent: Sums):
+    by_predicted, by_head = gradients
+    slope = cotangent["distance"]
+    return by_head * slope.astype(by_head.dtype) if trains_head else None, by_predicted * slope, None, None
 
 
 visited_loss.defvjp(_forward, _backward)
+
+
+def _block_of(kind: Kind, target, rows):
+    """A block's part of what is known of p."""
+    if isinstance(kind, Exact):
+        target_head, truth = target
+        return target_head, block_rows(truth, rows)
+    return jax.tree.map(lambda array: block_rows(array, rows), target)
+
+
+def _through(head, slope: Float[Array, "Vq block"]) -> tuple[Array, Array]:
+    return times_head(slope, head), slope
 
 
 def block_rows(array: Array, rows: Int[Array, " block"]) -> Array:
@@ -197,3 +225,9 @@ def times_head(slope: Float[Array, "V block"], head: Float[Array, "V D"]) -> Flo
     """Σ_v slope_v · head_v of each token, float32."""
     contract = (((0,), (0,)), ((), ()))
     return jax.lax.dot_general(slope.astype(head.dtype), head, contract, preferred_element_type=jnp.float32)
+
+
+def times_rows(slope: Float[Array, "V block"], predicted: Float[Array, "block D"], dtype) -> Float[Array, "V D"]:
+    """Σ over the tokens of slope · predicted: what a block adds to the gradient of the head, a product in `dtype`, float32."""
+    contract = (((1,), (0,)), ((), ()))
+    return jax.lax.dot_general(slope.astype(dtype), predicted.astype(dtype), contract, preferred_element_type=jnp.float32)
