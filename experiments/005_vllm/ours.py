@@ -19,8 +19,9 @@ from jsfdd.decoding.generate import make_stream, prepare_params
 from jsfdd.decoding.prompts import prompt_batch
 from jsfdd.decoding.settings import decode_setup
 from jsfdd.decoding.stream import stream
-from jsfdd.models.draft import EagleLayer
-from jsfdd.models.target import embed_tokens, head_logits, hidden_states
+from jsfdd.models.attention import causal_view
+from jsfdd.models.draft import draft_head_logits, layer_of
+from jsfdd.models.target import embed_tokens, final_state, head_logits, hidden_states
 from jsfdd.weights.draft import check_draft, load_draft
 from jsfdd.weights.target import load_target
 
@@ -36,7 +37,7 @@ def answer(programs, params, prompt, max_new_tokens):
 
 def make_twin(target, draft, depth):
     """Proposals of every step of one answer, each from the whole sequence, and the margins of all choices."""
-    config = target.config
+    config, layer = target.config, layer_of(draft)
 
     def margins(logits):
         best = jax.lax.top_k(logits, 2)
@@ -45,20 +46,23 @@ def make_twin(target, draft, depth):
     @jax.jit
     def twin(params, draft_params, tokens, lengths):
         """tokens [T], lengths [S]: tokens that were there before each step. -> proposals, margins [S,G]; margins [T]."""
-        hidden = hidden_states(config, params, tokens[None])[0]
-        _, target_margins = margins(head_logits(config, params, hidden))
+        hidden = hidden_states(config, params, tokens[None], draft.target_layers)[0]
+        _, target_margins = margins(head_logits(config, params, final_state(config, hidden)))
         steps, rows = len(lengths), jnp.arange(len(lengths))
         embedding = jnp.tile(embed_tokens(config, params, jnp.roll(tokens, -1))[None], (steps, 1, 1))
-        hiddens = jnp.tile(hidden[None], (steps, 1, 1))
+        states = layer.apply({"params": draft_params}, hidden, method="read")
+        states = jnp.tile(states[None], (steps, 1, 1))
         proposals, gaps = [], []
         for i in range(depth):
             last = lengths - 2 + i  # the pair (h, x) of the newest token but one, then the draft's own guesses
-            guess = EagleLayer(draft).apply({"params": draft_params}, embedding, hiddens)[rows, last]
-            token, gap = margins(head_logits(config, params, guess))
+            view = causal_view(steps, len(tokens))
+            guess, _ = layer.apply({"params": draft_params}, embedding, states, view, None, method="decode")
+            guess = guess[rows, last]
+            token, gap = margins(draft_head_logits(config, params, draft, draft_params, guess))
             proposals.append(token)
             gaps.append(gap)
             embedding = embedding.at[rows, last + 1].set(embed_tokens(config, params, token))
-            hiddens = hiddens.at[rows, last + 1].set(guess)
+            states = states.at[rows, last + 1].set(guess)
         return jnp.stack(proposals, 1), jnp.stack(gaps, 1), target_margins
 
     return twin

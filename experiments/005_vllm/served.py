@@ -59,7 +59,13 @@ def main() -> None:
     if args.draft:
         record(accepted, proposals)
         depth = settings["num_draft_tokens"]
-        speculation["speculative_config"] = {"method": "eagle", "model": str(args.draft), "num_speculative_tokens": depth}
+        eagle3 = "draft_vocab_size" in json.loads((args.draft / "config.json").read_text())
+        speculation["speculative_config"] = {
+            "method": "eagle3" if eagle3 else "eagle",
+            "model": str(args.draft),
+            "num_speculative_tokens": depth,
+            "draft_sample_method": "probabilistic",  # as the card says; greedy decoding does not ask
+        }
     llm = vllm.LLM(
         model=str(args.target),
         dtype="float32",
