@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 
 def eagle_draft(directory: Path, target: Path):
-    """EAGLE-3's draft as EaModel builds it, decoding with its cache. -> (streams, tokens, steps) -> outputs of the last rows."""
+    """EAGLE-3's draft as EaModel builds it, decoding with its cache. -> (streams, tokens, steps) -> outputs."""
     from eagle.model.cnets import Model
     from eagle.model.configs import EConfig
 
