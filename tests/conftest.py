@@ -18,8 +18,10 @@ SETTINGS = {
     # Compiling is most of what tests cost. They gain nothing from LLVM's optimizations, the 135M model neither, nor from
     # the new emitter of fused loops, which takes three times as long.
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    # On two cores it does not pay to cut a small program into parts and compile those side by side.
     # A device that waits for another ends the process after so long: a loaded machine needs more than the usual 40 s.
-    "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false --xla_cpu_collective_call_terminate_timeout_seconds=600",
+    "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    " --xla_cpu_collective_call_terminate_timeout_seconds=600",
     # Every `train` or `run` of a toy builds its programs anew, and nearly all of them were compiled before.
     "JAX_COMPILATION_CACHE_DIR": str(Path(__file__).parents[1] / ".pytest_cache" / "xla"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
