@@ -241,6 +241,7 @@ def test_a_key_counts_as_read_where_it_is(row, keys):
 
 GOOD = json.dumps(ROW).encode()
 ZSTD = pa.compress(GOOD, "zstd", asbytes=True)
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 
 
 @pytest.mark.parametrize(
@@ -278,6 +279,7 @@ ZSTD = pa.compress(GOOD, "zstd", asbytes=True)
         ("f.csv", b"", r"f.csv: the file holds no rows"),
         ("f.jsonl", "é".encode("utf-16"), r"f.jsonl:1: invalid UTF-8 .*; this is UTF-16"),
         (".json", GOOD, r".json: unknown file ending"),
+        *((f"f.{ending}", POINTER, "a Git LFS pointer") for ending in ("jsonl", "json", "csv", "jsonl.gz", "parquet", "arrow")),
     ],
 )
 def test_bad_files_are_named(tmp_path, name, data, error):

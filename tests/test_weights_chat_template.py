@@ -39,7 +39,7 @@ def test_a_day_is_written_as_the_clock_would(family, monkeypatch):
 
 
 def test_every_code_of_a_day():
-    codes = "%a %A %b %B %d %-d %e %m %-m %y %Y %j %-j %H:%M:%S %I %p %x".replace("%e ", "")
+    codes = "%a %A %b %B %d %-d %e %m %-m %y %Y %j %-j %H:%M:%S %I %p %x %F %D %T %R %u %V %h"
     template = "{{ strftime_now('" + codes + "') }}"
     tokenizer = family_tokenizer("smollm2")
     tokenizer.chat_template = settle_template(template, TemplateOptions(date="2026-05-09"), "t")
@@ -85,6 +85,19 @@ def test_named_templates(tmp_path):
         settle_template(named, TemplateOptions("rug"), "t")
     with pytest.raises(ValueError, match="t: several chat templates .'rag'. and none named 'default'; name one"):
         settle_template({"rag": "rag"}, TemplateOptions(), "t")
+
+
+def test_a_template_in_the_processors_file(tmp_path):
+    """Where models that also read images keep it; the tokenizer's own comes first."""
+    directory = write_target(tmp_path / "target")
+    own = describe_target(str(directory)).tokenizer.chat_template
+    (directory / "chat_template.json").write_text('{"chat_template": "of the processor"}')
+    assert describe_target(str(directory)).tokenizer.chat_template == own
+    (directory / "chat_template.jinja").unlink()
+    assert describe_target(str(directory)).tokenizer.chat_template == "of the processor"
+    (directory / "chat_template.json").write_text("{}")
+    with pytest.raises(ValueError, match="no chat template in it"):
+        describe_target(str(directory))
 
 
 @pytest.mark.parametrize("layout", ["list", "directory"])

@@ -380,16 +380,22 @@ def test_what_is_no_model_is_said_in_a_line(copy):
             {"quant_method": "compressed-tensors", "format": "float-quantized", "ignore": layers},
             r"compressed-tensors \(float-q",
         ),
-        ({"quant_method": "gptq", "bits": 4}, r"gptq \(4\)"),
+        ({"quant_method": "gptq", "bits": 4}, r"gptq \(4 bits\)"),
         ({"load_in_4bit": True}, "an unnamed method"),
     ):
         (directory / "config.json").write_text(json.dumps(json.loads(config) | {"quantization_config": quantised}))
         with pytest.raises(ValueError, match=words + ".*; give the original model") as error:
             huggingface.read_config(directory)
         assert len(str(error.value)) < 400 and "layers" not in str(error.value)
-    (directory / "config.json").unlink()
+    (directory / "config.json").write_text(json.dumps(json.loads(config) | {"quantization_config": {}}))
+    huggingface.read_config(directory)
     (directory / "adapter_config.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match=r"adapter_config\.json: an adapter \(LoRA\).*merge_and_unload"):
+    (directory / "model.safetensors").rename(directory / "adapter_model.safetensors")
+    an_adapter = pytest.raises(FileNotFoundError, match=r"adapter_config\.json: an adapter \(LoRA\).*merge_and_unload")
+    with an_adapter:
+        huggingface.weight_files(directory)
+    (directory / "config.json").unlink()
+    with an_adapter:
         huggingface.read_config(directory)
 
 

@@ -175,6 +175,17 @@ def test_a_tokenizer_file_that_cannot_be_read_is_named(tmp_path, smollm2):
         file.write_text(text)
         with pytest.raises(ValueError, match=error):
             tokenizer_from_directory(tmp_path)
+    smollm2.save_pretrained(tmp_path)
+    for name, text, error in (
+        ("tokenizer_config.json", pointer, "tokenizer_config.json: a Git LFS pointer"),
+        ("tokenizer_config.json", "{", "tokenizer_config.json: damaged JSON"),
+        ("chat_template.jinja", pointer, "chat_template.jinja: a Git LFS pointer"),
+    ):
+        whole = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=error):
+            tokenizer_from_directory(tmp_path)
+        (tmp_path / name).write_text(whole)
 
 
 def test_malformed_vocabularies(tmp_path):

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet
 
+from jsfdd.base.files import check_no_pointer
 from jsfdd.data.messages import MEDIA
 
 # A row that is longer is no row: a few KB of gzip can unfold to any size.
@@ -64,6 +65,7 @@ def entries_of(path: Path, columns: Collection[str]) -> Iterator[Entry]:
     Raises ValueError "file:line: what; remedy" for a damaged file.
     """
     _, ending, packing = form_of(path)
+    check_no_pointer(path)
     if ending == "parquet":
         return _parquet(path, columns)
     if ending == "arrow":
@@ -260,8 +262,6 @@ def _not_utf8(place: str, data: bytes, error: UnicodeDecodeError) -> str:
             remedy = f"this is {name} data: end the file's name in .{name}"
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         remedy = "this is UTF-16: save the file as UTF-8"
-    if data.startswith(b"version https://git-lfs"):
-        remedy = "this is a pointer of git-lfs: run git lfs pull"
     return f"{place}: invalid UTF-8 at byte {error.start} ({error.reason}); {remedy}"
 
 
@@ -280,6 +280,7 @@ def columns_beside(path: Path, columns: Collection[str]) -> Counter[str]:
     Raises ValueError for a damaged file.
     """
     ending = form_of(path).ending
+    check_no_pointer(path)
     found: Counter[str] = Counter()
     if ending == "parquet":
         with _reading(path, "Parquet"), pa.parquet.ParquetFile(path) as file:

@@ -34,6 +34,7 @@ _ROLES = {
     "function": "tool", "observation": "tool", "ipython": "tool", "tool_response": "tool", "tool-response": "tool",
     "function_response": "tool", "function-response": "tool",
 }  # fmt: skip
+_USUAL_ROLES = ("system", "user", "assistant", "tool", "human", "gpt", "function_call", "observation")  # for errors
 _CALLERS = ("function_call", "function-call", "tool_call", "tool-call")  # their text is a call
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _TEXT_PARTS = ("text", "input_text", "output_text")
@@ -151,7 +152,7 @@ def _message(turn: object, where: str) -> Message:
     said = text_in(turn, "from" if turn.get("role") is None and "from" in turn else "role", where)
     role = _role_in(turn)
     if role not in _ROLES:
-        raise BadRow("unknown_role", where, f"unknown role {said[:_SHOWN]!r}; use one of {', '.join(_ROLES)}")
+        raise BadRow("unknown_role", where, f"unknown role {said[:_SHOWN]!r}; use one of {', '.join(_USUAL_ROLES)}")
     key = "value" if turn.get("content") is None and "value" in turn else "content"
     check_no_media(turn, where)
     message = Message(role=_ROLES[role], content="")

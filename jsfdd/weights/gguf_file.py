@@ -24,6 +24,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 
+from jsfdd.base.files import check_no_pointer
+
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _SCALARS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
@@ -102,6 +104,7 @@ def _joined(parts: list[GGUFFile]) -> GGUFFile:
 def _read_part(path: Path) -> GGUFFile:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; check the path, and of a model in parts get all of them")
+    check_no_pointer(path)
     if path.stat().st_size < 24:
         raise ValueError(f"{path}: {path.stat().st_size} bytes are no GGUF file, whose header alone has 24")
     with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from jsfdd.base.files import check_no_pointer
 from jsfdd.models.architecture import DecoderConfig
-from jsfdd.weights.huggingface_config import is_wrapped, read_config, read_object
+from jsfdd.weights.huggingface_config import is_wrapped, read_config, read_object, refuse_adapter
 from jsfdd.weights.layout import Index, Source, fill_params
 
 __all__ = ["read_config", "read_params"]
@@ -90,6 +90,7 @@ def weight_files(directory: str | Path) -> list[Path]:
         raise FileNotFoundError(
             f"{directory / _INDEX}: not there, but {len(shards)} shards of a model are ({shards[0].name}, …); download it too"
         )
+    refuse_adapter(directory)
     raise FileNotFoundError(f"{directory}: neither model.safetensors nor {_INDEX} is there")
 
 

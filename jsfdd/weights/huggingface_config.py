@@ -83,15 +83,20 @@ class _Fields(NamedTuple):
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file of a model directory. Errors as in `read_json`."""
     check_no_pointer(path)
-    adapter = path.with_name("adapter_config.json")
-    if not path.is_file() and adapter.is_file():
+    if not path.is_file():
+        refuse_adapter(path.parent)
+        raise FileNotFoundError(f"{path}: no such file; is {path.parent} a Hugging Face model directory?")
+    return read_json(path, dict, remedy="download or write it again")
+
+
+def refuse_adapter(directory: Path) -> None:
+    """FileNotFoundError if a directory without a model holds an adapter."""
+    adapter = directory / "adapter_config.json"
+    if adapter.is_file():
         raise FileNotFoundError(
             f"{adapter}: an adapter (LoRA) and not a model; merge it into its base model once, where peft is installed: "
             "AutoPeftModelForCausalLM.from_pretrained(DIR).merge_and_unload().save_pretrained(NEW_DIR)"
         )
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; is {path.parent} a Hugging Face model directory?")
-    return read_json(path, dict, remedy="download or write it again")
 
 
 def is_wrapped(directory: str | Path) -> bool:
@@ -142,11 +147,12 @@ def parse_decoder(path: Path, raw: dict[str, Any], prefix: str = "") -> DecoderC
 def _refuse_quantised(fields: _Fields) -> None:
     """Of a configuration that may list every layer, its method alone is told."""
     config = fields.raw.get("quantization_config")
-    if config is None:
+    if config in (None, {}):
         return
     config = config if isinstance(config, dict) else {}
     method = config.get("quant_method") or "an unnamed method"
-    details = [str(config[key]) for key in ("format", "bits", "bnb_4bit_quant_type") if isinstance(config.get(key), str | int)]
+    details = [str(config[key]) for key in ("format", "bnb_4bit_quant_type") if isinstance(config.get(key), str)]
+    details += [f"{config['bits']} bits"] if isinstance(config.get("bits"), int) else []
     kind = f"{method} ({', '.join(details)})" if details else method
     raise fields.error(
         "quantization_config",

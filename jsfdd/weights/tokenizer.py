@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from jsfdd.base.files import check_no_pointer
+from jsfdd.base.files import check_no_pointer, read_json
 from jsfdd.weights.gguf_file import GGUFFile
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _SHOWN = 200  # characters of a library's complaint
+_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")  # beside a tokenizer.json
 _REMEDY = "use the model's Hugging Face directory (with its tokenizer.json) as the target instead"
 
 # How text is split before byte-level merges, apart from numbers: contractions, words with at most one leading other
@@ -55,7 +56,11 @@ def tokenizer_from_directory(directory: str | Path) -> PreTrainedTokenizerFast:
     # AutoTokenizer follows the class name in tokenizer_config.json and, in transformers 5, rebuilds that class's own
     # text splitting around the vocabulary: SmolLM2 names GPT-2's class, and its digit split would be lost.
     reader = PreTrainedTokenizerFast if (directory / "tokenizer.json").exists() else AutoTokenizer
-    check_no_pointer(directory / "tokenizer.json")
+    for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja", *_SETTINGS):
+        check_no_pointer(directory / name)
+    for name in _SETTINGS:
+        if (directory / name).is_file():
+            read_json(directory / name, dict, remedy="download it again")
     try:
         tokenizer = reader.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the Rust library raises no narrower class for a file that it does not know
