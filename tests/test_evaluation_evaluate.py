@@ -16,6 +16,7 @@ from jsfdd.evaluation.evaluate import compare, evaluate
 from jsfdd.evaluation.intervals import interval, resample_ratios, tau_difference
 from jsfdd.evaluation.replay import record
 from jsfdd.models.draft import Draft
+from jsfdd.report.table import describe_difference
 
 pytestmark = pytest.mark.slow
 
@@ -153,6 +154,9 @@ def test_paired_difference_is_tighter_than_two_intervals():
     steps = rng.integers(10, 40, 80)
     base = steps * rng.uniform(1, 3, 80)
     a, b = base * 1.02, base
+    nothing = tau_difference(a, steps, b, 0 * steps, seed=0)
+    assert nothing == {"tau_difference": None, "low": None, "high": None}
+    assert "nothing was verified" in describe_difference({"a": "x", "b": "y"} | nothing)
     row = tau_difference(a, steps, b, steps, seed=0)
     assert 0 < row["low"] < row["tau_difference"] < row["high"]
     low, high = interval(resample_ratios(b[:, None], steps[:, None], 0)[:, 0])

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jsfdd.base.numbers import decimals, interval
 from jsfdd.commands.outcome import counts_to_json, rendered
 
 if TYPE_CHECKING:
@@ -105,8 +106,8 @@ def summary_words(summary: dict, report: Path) -> str:
             str(row["samples"]),
             str(row["counted_tokens"]),
             f"{row['train_seconds']:.0f}",
-            f"{row['tau']:.3f} [{row['tau_low']:.3f}, {row['tau_high']:.3f}]",
-            f"{row['speedup']:.2f} [{row['speedup_low']:.2f}, {row['speedup_high']:.2f}]",
+            f"{decimals(row['tau'], 3)} {interval(row['tau_low'], row['tau_high'], 3)}".rstrip(),
+            f"{decimals(row['speedup'])} {interval(row['speedup_low'], row['speedup_high'])}".rstrip(),
         )
 
     def draw(out):

@@ -69,12 +69,6 @@ class SkippedRows:
     def total(self) -> int:
         return sum(self.counts.values())
 
-    def by_reason(self) -> dict[str, int]:
-        sums: dict[str, int] = {}
-        for (_, reason), count in self.counts.items():
-            sums[reason] = sums.get(reason, 0) + count
-        return sums
-
 
 def nothing_left(read: int, counts: Mapping[str, int], first: Mapping[str, str]) -> str:
     """An error's text that lists why not one of the rows is of use."""

@@ -46,7 +46,12 @@ def tau_difference(
     steps_b: Num[np.ndarray, " N"],
     seed: int,
 ) -> dict:
-    """τ_a − τ_b over the same prompts in the same order, with its paired 95% interval: {"tau_difference", "low", "high"}."""
+    """τ_a − τ_b over the same prompts in the same order, with its paired 95% interval: {"tau_difference", "low", "high"}.
+
+    All three are None where one of the two never verified anything.
+    """
+    if not (steps_a.sum() and steps_b.sum()):
+        return {"tau_difference": None, "low": None, "high": None}
     a = resample_ratios(emitted_a[:, None], steps_a[:, None], seed)
     b = resample_ratios(emitted_b[:, None], steps_b[:, None], seed)
     low, high = interval((a - b)[:, 0])

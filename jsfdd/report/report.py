@@ -88,8 +88,9 @@ def _result(files: RunFiles) -> dict:
     differences = sorted(map(_oriented, files.summary["differences"]), key=lambda d: (_rank(d["a"]), -_rank(d["b"])))
     taus, speedups = ([plots.arm_dot(a, a.row, name) for a in files.arms] for name in ("tau", "speedup"))
     panels = [plots.intervals("τ by arm", taus, 1, "tokens per verification", decimals)]
-    if differences:
-        dots = [plots.Dot(f"{d['a']} − {d['b']}", d["tau_difference"], d["low"], d["high"]) for d in differences]
+    differences_seen = [d for d in differences if d["low"] is not None]
+    if differences_seen:
+        dots = [plots.Dot(f"{d['a']} − {d['b']}", d["tau_difference"], d["low"], d["high"]) for d in differences_seen]
         panels.append(plots.intervals("Paired differences of τ", dots, 0, "tokens per verification", signed))
     panels.append(plots.intervals("Speedup by arm", speedups, 1, "× autoregressive tokens per second", decimals))
     panels.append(plots.cost_and_gain("τ for the training it took", files.arms))
@@ -292,9 +293,10 @@ def _oriented(difference: dict) -> dict:
     """The same difference, with the arm that interests a reader first."""
     if _rank(difference["a"]) <= _rank(difference["b"]):
         return difference
-    low, high = difference["low"], difference["high"]
-    negated = {"low": None, "high": None} if low is None else {"low": -high, "high": -low}
-    return {"a": difference["b"], "b": difference["a"], "tau_difference": -difference["tau_difference"], **negated}
+    turned = {"a": difference["b"], "b": difference["a"]}
+    if difference["low"] is None:
+        return difference | turned
+    return turned | {"tau_difference": -difference["tau_difference"], "low": -difference["high"], "high": -difference["low"]}
 
 
 def _rank(arm: str) -> int:

@@ -6,7 +6,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from jsfdd.base.numbers import decimals, interval, percent, signed
+from jsfdd.base.numbers import NO_VALUE, decimals, interval, percent, signed
 
 
 def print_evaluation(reports: dict[str, dict], differences: list[dict], out: Console) -> None:
@@ -27,6 +27,8 @@ def print_evaluation(reports: dict[str, dict], differences: list[dict], out: Con
 def describe_difference(difference: dict) -> str:
     """One line per difference of `compare`: the paired difference of two τ, its interval, and a verdict."""
     low, high = difference["low"], difference["high"]
+    if low is None:
+        return f"τ of {difference['a']} minus {difference['b']}: {NO_VALUE}, nothing was verified on the same prompts"
     verdict = "no difference seen" if low <= 0 <= high else "higher" if low > 0 else "lower"
     return (
         f"τ of {difference['a']} minus {difference['b']}: {signed(difference['tau_difference'], 3)} "
