@@ -7,7 +7,7 @@ from toy import toy_tokenizer
 
 from jsfdd.data.chat import read_chat_files
 from jsfdd.data.counts import count_questions_by_file, total
-from jsfdd.data.questions import prompt_of, questions_of
+from jsfdd.data.questions import Questions, QuestionTable, prompt_of, questions_of
 from jsfdd.data.template import render_prompt
 
 ROLES = {"u": "user", "a": "assistant", "s": "system", "t": "tool"}
@@ -53,6 +53,22 @@ def test_turns(tmp_path, conversation, turns):
     assert [each.turns for each in asked] == [*expected, (tuple(other[:1]),)]
     first, _ = ask(tmp_path, messages(*conversation), other, first_turn_only=True)
     assert [each.turns for each in first] == [each.turns[:1] for each in asked]
+
+
+def test_questions_on_disk_are_a_sequence_of_what_was_appended():
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"x": None}}}
+    rows = [
+        Questions(7, "é", "s", (tuple(messages("s:be", "u:one")), tuple(messages("u:\n二")))),
+        Questions(2**40, "b", "", (tuple(messages("u:x")),), (tool,)),
+    ]
+    table = QuestionTable()
+    for row in rows:
+        table.append(row)
+    assert list(table) == rows and table[-1] == rows[1] and table[:1] == rows[:1] and len(table) == 2
+    with pytest.raises(IndexError):
+        table[2]
+    table.append(rows[0])  # behind what was read last
+    assert list(table) == [*rows, rows[0]]
 
 
 def test_a_prompt_holds_the_targets_own_answers():

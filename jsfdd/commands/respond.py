@@ -103,7 +103,7 @@ class Prepared(NamedTuple):
       longest_prompt: the most tokens of a prompt that is answered.
     """
 
-    questions: list[Questions]
+    questions: Sequence[Questions]
     files: list[FileCounts]
     team: Team
     setup: DecodeSetup
@@ -119,7 +119,7 @@ class Responses(NamedTuple):
       tau: tokens emitted per verification; None without a draft.
     """
 
-    conversations: list[Conversation]
+    conversations: Sequence[Conversation]
     files: list[FileCounts]
     tau: float | None
 
@@ -141,9 +141,10 @@ class Responses(NamedTuple):
 def prepare(config: RespondConfig) -> Prepared:
     """Read and check the inputs without the target's weights, and print the counts of the input's rows."""
     from jsfdd.base.processes import is_primary
-    from jsfdd.data.chat import read_chat_files
+    from jsfdd.data.chat import ReadCounts, stream_chats
     from jsfdd.data.counts import check_too_many_skipped, count_questions_by_file
     from jsfdd.data.questions import questions_of
+    from jsfdd.data.rows import expand_names
     from jsfdd.weights.draft import check_draft
 
     tree_shape(config.decoding)
@@ -151,24 +152,25 @@ def prepare(config: RespondConfig) -> Prepared:
         raise IsADirectoryError(f"{config.out}: a directory; give --out the name of a file")
     if config.out.exists() and not parts_of(config.out).exists():
         raise FileExistsError(f"{config.out}: already there, without {parts_of(config.out).name}; choose another --out")
-    chat_files = read_chat_files(config.data, answered=False, strict=config.strict)
+    expand_names(config.data)  # a wrong name should not even cost the target's tokenizer
     target = describe_target(config.model)
     team = one_team(config.drafts, target.config.num_layers)
     for name, draft in team.drafts.items():
         check_draft(target, draft.config, name)
     setup = setup_of(target, team, config.decoding)
     longest_prompt = min(config.max_length, target.config.max_position) - config.decoding.max_new_tokens
+    read = ReadCounts()
     questions, summary = questions_of(
-        chat_files.chats,
+        stream_chats(config.data, read, answered=False, strict=config.strict),
         target.tokenizer,
         longest_prompt=longest_prompt,
         first_turn_only=config.turns == "first",
         vocab_size=target.config.vocab_size,
     )
-    files = count_questions_by_file(chat_files, summary)
+    files = count_questions_by_file(read, summary)
     if is_primary():
-        show_counts(files, chat_files.notes())
-    check_too_many_skipped(files, chat_files.skipped.first | summary.first, share_of("--max-skipped", config.max_skipped))
+        show_counts(files, read.notes())
+    check_too_many_skipped(files, read.skipped.first | summary.first, share_of("--max-skipped", config.max_skipped))
     return Prepared(questions, files, team, setup, longest_prompt)
 
 

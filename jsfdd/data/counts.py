@@ -63,9 +63,9 @@ def count_by_file(found: FoundChats, summary: TokenizeSummary) -> list[FileCount
     return _count(found, _by_file(found, summary.skipped | {"truncated": summary.truncated}))
 
 
-def count_questions_by_file(found: FoundChats, summary: QuestionSummary) -> list[FileCounts]:
-    """As `count_by_file`, with the summary of `questions_of` of found.chats."""
-    return _count(found, _by_file(found, summary.skipped))
+def count_questions_by_file(read: ReadCounts, summary: QuestionSummary) -> list[FileCounts]:
+    """As `count_by_file`, of the chats that `questions_of` was given as they were read."""
+    return _count(read, summary.by_file)
 
 
 def total(counts: Sequence[FileCounts]) -> FileCounts:

@@ -14,6 +14,7 @@ to it. Its answer is "output", "response", "completion" or "answer". A row has e
 Beside any form, "system" or "system_prompt" becomes the first message, unless the row has a system message already; "tools"
 or "functions" are definitions of tools, as a list or JSON text. Lists of messages may also be JSON text, or one object of
 lists, {"role": […], "content": […]}. Images and the like make a row unreadable. Other keys are not read; `unread` names them.
+Beside "input_ids", "attention_mask" says what is padding.
 
 A row to be answered by the target needs a question only; it may be {"turns": ["…", …]}, which `--prompts` takes as well.
 """

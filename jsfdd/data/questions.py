@@ -9,7 +9,11 @@ and so is what makes sense only after them:
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import json
+import tempfile
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from jsfdd.data.chat import Chat, content_digest
@@ -48,15 +52,42 @@ class QuestionSummary(NamedTuple):
         refused (the chat template rejects it), unknown_token (a token lies beyond the embedding), too_long (its first
         prompt with an answer exceeds the limit).
       first: of each reason that there is, where the first one is.
+      by_file: how many there are by file and reason.
     """
 
     skipped: dict[str, tuple[str, ...]]
     first: dict[str, str]
+    by_file: dict[tuple[str, str], int]
+
+
+class QuestionTable(Sequence[Questions]):
+    """A sequence of questions on disk: of each, memory holds where it begins. The file vanishes with the process."""
+
+    def __init__(self):
+        self._file = tempfile.TemporaryFile()
+        self._starts = array("q", [0])
+
+    def append(self, questions: Questions) -> None:
+        data = json.dumps(questions).encode()
+        self._file.seek(self._starts[-1])
+        self._file.write(data)
+        self._starts.append(self._starts[-1] + len(data))
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]  # as lists do: from the end below 0, IndexError beyond
+        self._file.seek(self._starts[index])
+        number, name, source, turns, tools = json.loads(self._file.read(self._starts[index + 1] - self._starts[index]))
+        return Questions(number, name, source, tuple(map(tuple, turns)), tuple(tools))
 
 
 def questions_of(
-    chats: Sequence[Chat], tokenizer, *, longest_prompt: int, first_turn_only: bool = False, vocab_size: int | None = None
-) -> tuple[list[Questions], QuestionSummary]:
+    chats: Iterable[Chat], tokenizer, *, longest_prompt: int, first_turn_only: bool = False, vocab_size: int | None = None
+) -> tuple[Sequence[Questions], QuestionSummary]:
     """Turn chats into questions, in the order of the chats.
 
     Args:
@@ -70,7 +101,8 @@ def questions_of(
     special_text = special_text_of(tokenizer)
     skipped: dict[str, list[str]] = {name: [] for name in _REASONS}
     first: dict[str, str] = {}
-    asked, seen = [], set()
+    by_file: Counter[tuple[str, str]] = Counter()
+    asked, seen = QuestionTable(), set()
     for number, chat in enumerate(chats):
         turns = _turns(chat.messages)[: 1 if first_turn_only else None]
         said = [message for turn in turns for message in turn]
@@ -92,6 +124,7 @@ def questions_of(
             asked.append(Questions(number, chat.id, chat.source, turns, chat.tools))
         else:
             skipped[reason].append(chat.id)
+            by_file[chat.file, reason] += 1
             first.setdefault(reason, f"{chat.place}: the conversation {chat.id!r}")
         seen.add(digest)
     if not asked:
@@ -100,7 +133,7 @@ def questions_of(
             f"no conversation is left to answer ({counts}; prompts of up to {longest_prompt} tokens); give other chats, raise "
             "--max-length or lower --max-new-tokens"
         )
-    return asked, QuestionSummary({name: tuple(ids) for name, ids in skipped.items()}, first)
+    return asked, QuestionSummary({name: tuple(ids) for name, ids in skipped.items()}, first, by_file)
 
 
 def prompt_of(

@@ -49,6 +49,27 @@ class Conversation(NamedTuple):
         return [message for turn, answer in zip(self.questions.turns, answers) for message in (*turn, answer)]
 
 
+class Conversations(Sequence[Conversation]):
+    """The conversations that `hold` held, each put together when it is asked for: questions may lie on disk.
+
+    Args:
+      questions, answers: one of each a conversation.
+      ended: why it ended early, by its index.
+    """
+
+    def __init__(self, questions: Sequence[Questions], answers: Sequence[list[Answer]], ended: Mapping[int, str]):
+        self._questions, self._answers, self._ended = questions, answers, ended
+
+    def __len__(self) -> int:
+        return len(self._answers)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        return Conversation(self._questions[index], self._answers[index], self._ended.get(index))
+
+
 class PromptGroup(NamedTuple):
     """Prompts that are answered together.
 
@@ -74,7 +95,7 @@ def hold(
     max_new_tokens: int,
     longest_prompt: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[Conversation]:
+) -> Conversations:
     """Hold every conversation to its end: all of them turn by turn, the prompts of one turn in batches.
 
     Args:
@@ -90,34 +111,40 @@ def hold(
       ValueError: without `longest_prompt`, a prompt with its answer is longer than the target's context, or the template
         refuses it.
     """
-    held = [Conversation(item, [], None) for item in questions]
-    for turn in range(max(len(item.turns) for item in questions)):
-        prompts: dict[int, list[int]] = {}
-        for i, conversation in enumerate(held):
-            if conversation.ended is None and turn < len(conversation.questions.turns):
-                prompt = _next_prompt(target, conversation, max_new_tokens, longest_prompt)
-                if isinstance(prompt, str):
-                    held[i] = conversation._replace(ended=prompt)
-                else:
-                    prompts[i] = prompt
-        for rows in batches({i: len(prompt) for i, prompt in prompts.items()}):
-            group = PromptGroup(turn, rows, [held[i].questions.number for i in rows], [prompts[i] for i in rows])
+    turns = [len(item.turns) for item in questions]
+    answers: list[list[Answer]] = [[] for _ in turns]
+    ended: dict[int, str] = {}
+    done, total = 0, sum(turns)
+    for turn in range(max(turns)):
+        lengths: dict[int, int] = {}
+        for i in (i for i, count in enumerate(turns) if turn < count and i not in ended):
+            prompt = _next_prompt(target, questions[i], answers[i], max_new_tokens, longest_prompt)
+            if isinstance(prompt, str):
+                ended[i] = prompt
+                total -= turns[i] - turn
+            else:
+                lengths[i] = len(prompt)
+        for rows in batches(lengths):
+            asked = [questions[i] for i in rows]
+            # Made anew: the prompts of all conversations of a turn would fill the memory.
+            prompts = [_prompt(target, item, answers[i]) for i, item in zip(rows, asked)]
+            group = PromptGroup(turn, rows, [item.number for item in asked], prompts)
             for i, reply in zip(rows, answer(group), strict=True):
-                held[i].answers.append(reply)
-                if longest_prompt is not None and reply.truncated and turn + 1 < len(held[i].questions.turns):
-                    held[i] = held[i]._replace(ended="truncated")
-            total = sum(len(talk.answers) if talk.ended else len(talk.questions.turns) for talk in held)
-            progress(sum(len(talk.answers) for talk in held), total)
-    return held
+                answers[i].append(reply)
+                done += 1
+                if longest_prompt is not None and reply.truncated and turn + 1 < turns[i]:
+                    ended[i] = "truncated"
+                    total -= turns[i] - turn - 1
+            progress(done, total)
+    return Conversations(questions, answers, ended)
 
 
 def _next_prompt(
-    target: Target, conversation: Conversation, max_new_tokens: int, longest_prompt: int | None
+    target: Target, questions: Questions, answers: Sequence[Answer], max_new_tokens: int, longest_prompt: int | None
 ) -> list[int] | str:
     """The next turn's prompt, or the reason why the conversation ends before it."""
-    questions, answers = conversation.questions, [message_of(answer) for answer in conversation.answers]
     try:
-        prompt = prompt_of(target.tokenizer, questions.turns, answers, questions.tools)
+        prompt = _prompt(target, questions, answers)
     except RefusedByTemplate:
         if longest_prompt is None:
             raise
@@ -127,6 +154,10 @@ def _next_prompt(
     elif len(prompt) > longest_prompt:
         return "too_long"
     return prompt
+
+
+def _prompt(target: Target, questions: Questions, answers: Sequence[Answer]) -> list[int]:
+    return prompt_of(target.tokenizer, questions.turns, list(map(message_of, answers)), questions.tools)
 
 
 def by_width(batch_size: int) -> Batches:
@@ -169,7 +200,7 @@ def answer_all(
     finished: Sequence[AnsweredBatch] = (),
     keep: Callable[[AnsweredBatch], None] = lambda batch: None,
     progress: Callable[[int, int, str], None] = lambda done, total, figures: None,
-) -> tuple[list[Conversation], Int[np.ndarray, " G1"]]:
+) -> tuple[Conversations, Int[np.ndarray, " G1"]]:
     """Hold every conversation to its end, decoding each batch once, in this call or in an earlier one.
 
     Args:
