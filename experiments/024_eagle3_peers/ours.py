@@ -16,11 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jsfdd.base.records import DraftBatch
 from jsfdd.data.chat import read_chats
 from jsfdd.data.template import tokenize_chats
 from jsfdd.models.architecture import Rope
 from jsfdd.models.draft import draft_config, draft_steps, init_draft
 from jsfdd.models.target import embed_tokens, hidden_states
+from jsfdd.training.loss import borrow, loss_sums
+from jsfdd.training.recipe import Recipe
 from jsfdd.weights.card import Serving
 from jsfdd.weights.draft import load_draft
 from jsfdd.weights.export import write_draft
@@ -58,6 +61,22 @@ def cases(target, trained):
     return ({"trained": (trained[:2], PEERS)} if trained else {}) | chosen
 
 
+def loss_of_a_row(target, config, params, tokens, hidden):
+    """{name: array}: the mean cross entropy of each draft step with every row in the loss, and the gradient of fc."""
+    recipe = Recipe(draft_kind="eagle3", draft_steps=STEPS, step_decay=1.0, beyond_vocab="keep", soft_targets="none")
+    batch = DraftBatch(tokens[:1], jnp.ones((1, LENGTH), bool), jnp.ones((1, LENGTH)), hidden[:1])
+    borrowed = borrow(target.config, target.params)
+
+    @jax.jit
+    def loss(params):
+        sums = loss_sums(params, borrowed, batch, None, draft=config, recipe=recipe, block=64)
+        means = jnp.stack([step["distance"] / step["counted"] for step in sums.steps])
+        return means.sum(), means
+
+    gradient, means = jax.grad(loss, has_aux=True)(params)
+    return {"loss": np.asarray(means), "gradient": np.asarray(gradient["fc"]["kernel"]).T}
+
+
 def main(target_dir: Path, work: Path, trained: Path | None = None) -> None:
     target = load_target(str(target_dir))
     chats = read_chats([Path(str(files("jsfdd.data.demo"))) / "chats.jsonl"])
@@ -70,7 +89,8 @@ def main(target_dir: Path, work: Path, trained: Path | None = None) -> None:
     index = []
     for case, (draft, flavours) in cases(target, trained and load_draft(trained)).items():
         layers = draft[0].target_layers
-        hidden = jax.jit(hidden_states, static_argnums=(0, 3))(target.config, target.params, tokens, layers)[:, :-1]
+        whole = jax.jit(hidden_states, static_argnums=(0, 3))(target.config, target.params, tokens, layers)
+        hidden = whole[:, :-1]
         arrays["hidden " + " ".join(map(str, layers))] = np.asarray(hidden[..., : -target.config.hidden_size])
         for flavour in flavours:
             name = f"{case}, {flavour}".replace(", ", "_").replace(" ", "_")
@@ -79,6 +99,10 @@ def main(target_dir: Path, work: Path, trained: Path | None = None) -> None:
             config, params, _ = load_draft(work / name)
             outputs = draft_steps(config, params, embedding, hidden, STEPS)
             arrays[name] = np.stack([np.asarray(x) for x in outputs])
+            if flavour == "speculators":
+                found = loss_of_a_row(target, config, params, tokens, whole)
+                arrays |= {f"{name} {what}": value for what, value in found.items()}
+                arrays["final"] = np.asarray(whole[:1, 1:, -target.config.hidden_size :])
             index.append({"name": name, "case": case, "flavour": flavour, "layers": layers})
     np.savez(work / "arrays.npz", **arrays)
     (work / "index.json").write_text(json.dumps(index) + "\n")

@@ -44,7 +44,7 @@ def eagle_draft(directory: Path, target: Path):
             found.append((slice(tokens.shape[1] - 1, None), model.norm(out)))
         return found
 
-    return run, model.lm_head
+    return run, model.lm_head, model
 
 
 def speculators_draft(directory: Path, target: Path):
@@ -70,7 +70,26 @@ def speculators_draft(directory: Path, target: Path):
             rows.append([x[0] for x in seen])
         return [(slice(n, None), torch.stack([row[n] for row in rows])[:, : tokens.shape[1] - n]) for n in range(steps)]
 
-    return run, model.lm_head
+    return run, model.lm_head, model
+
+
+def compare_losses(model, streams, tokens, final, loss, gradient) -> dict:
+    """Their training loss of one row, every token in it, and what it does to fc, against ours."""
+    from speculators.losses.eager import kl_div_loss
+
+    model.verifier_norm = torch.nn.Identity()  # what is given is normed
+    p = torch.softmax(model.verifier_lm_head(final)[0], -1)
+    entropy = -(p * p.log()).sum(-1)
+    with torch.enable_grad():
+        model.zero_grad()
+        config = {"kl_div": (kl_div_loss, 1.0)}
+        documents = torch.zeros_like(tokens[:1])
+        model_loss = {"verifier_last_hidden_states": final, "ttt_steps": len(loss), "loss_config": config}
+        _, total, metrics = model(streams[:1], tokens[:1], documents, torch.ones_like(documents), **model_loss)
+        total.backward()
+    theirs = [metrics[f"loss_{n}_sum"].item() + entropy[n:].mean().item() for n in range(len(loss))]  # KL and H(p)
+    change = (model.fc.weight.grad - gradient).norm() / gradient.norm()
+    return {"loss": list(map(float, loss)), "their_loss": theirs, "gradient_difference": change.item()}
 
 
 LOADERS = {"eagle": eagle_draft, "speculators": speculators_draft}
@@ -86,7 +105,7 @@ def main(work: Path, target: Path, out: Path, peer: str, checkout: str = "") -> 
         if entry["flavour"] != peer:
             continue
         streams = torch.from_numpy(arrays["hidden " + " ".join(map(str, entry["layers"]))])
-        run, head = LOADERS[peer](work / entry["name"], target)
+        run, head, model = LOADERS[peer](work / entry["name"], target)
         ours = torch.from_numpy(arrays[entry["name"]])
         for step, (places, theirs) in enumerate(run(streams, tokens, len(ours))):
             mine = ours[step][:, places]
@@ -102,6 +121,11 @@ def main(work: Path, target: Path, out: Path, peer: str, checkout: str = "") -> 
                     "same_proposal": int(same.sum()),
                 }
             )
+            print(rows[-1], flush=True)
+        if peer == "speculators":
+            found = [torch.from_numpy(arrays[f"{entry['name']} {what}"]) for what in ("loss", "gradient")]
+            final = torch.from_numpy(arrays["final"])
+            rows.append({"case": entry["case"], "step": "loss", **compare_losses(model, streams, tokens, final, *found)})
             print(rows[-1], flush=True)
     packages = ("torch", "transformers", *(["speculators"] if peer == "speculators" else []))
     versions = {name: importlib.metadata.version(name) for name in packages}
