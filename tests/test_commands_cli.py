@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from toy import toy_draft, write_target
@@ -17,6 +18,7 @@ from jsfdd.commands import cli
 from jsfdd.commands.cli import COMMANDS, command, main
 from jsfdd.commands.options import OutputOptions, options_of
 from jsfdd.models.architecture import Rope
+from jsfdd.models.draft import draft_config, init_draft
 from jsfdd.scoring.metrics import column_names
 from jsfdd.scoring.table import ScoreTable, write_scores
 from jsfdd.training.recipe import PYTHON_ONLY
@@ -222,6 +224,20 @@ def _export_draft(target, directory, seed=1, **changes):
     draft, params = toy_draft(dataclasses.replace(config, **changes), seed)
     write_draft(directory, draft, params, "vllm")
     return str(directory)
+
+
+@pytest.mark.parametrize("stated, message", [(True, "4 is out of range; the target has"), (False, "fewer than 7")])
+def test_an_eagle3_draft_of_a_deeper_target_is_refused(tmp_path, target, capsys, stated, message):
+    """Whether its files name the layers that it reads, or leave them to the engine."""
+    config = dataclasses.replace(load_target(target).config, num_layers=9)
+    draft = draft_config(config, kind="eagle3", target_layers=(0, 1, 4))
+    write_draft(tmp_path / "draft", draft, init_draft(draft, jax.random.key(0)), "vllm")
+    path = tmp_path / "draft" / "config.json"
+    settings = json.loads(path.read_text())
+    unstated = ("eagle_aux_hidden_state_layer_ids", "eagle_config")
+    path.write_text(json.dumps({key: value for key, value in settings.items() if stated or key not in unstated}))
+    assert main(["generate", "--target", target, "--prompt", "x", "--draft", str(tmp_path / "draft"), "--dry-run"]) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.slow

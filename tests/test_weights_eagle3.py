@@ -10,6 +10,7 @@ from eagle3_drafts import WORDS, N, a_draft, same_params, written
 from safetensors.numpy import save_file
 from toy import toy_config
 
+from jsfdd.commands.cli import main
 from jsfdd.models.draft import draft_config, init_draft
 from jsfdd.weights.eagle import read_draft
 from jsfdd.weights.eagle3_settings import NORM_FLAGS
@@ -111,6 +112,7 @@ def test_a_map_of_other_whole_numbers_is_read(tmp_path, kind):
     "tensors, message",
     [
         ({"d2t": np.array([0, 2, 1, 5, 17, 35, 57])}, "tensor d2t: rows 1 and 2 are both of token 3"),
+        ({"d2t": np.array([3, -1, 6, 0, 17, 35, 57])}, "tensor d2t: rows 0 and 3 are both of token 3"),
         ({"d2t": np.array([0, 2, 5, 5, 17, 35, 58])}, "tensor d2t: row 6 would be of token 64, and the target has 64"),
         ({"d2t": np.array([-1, 2, 5, 5, 17, 35, 57])}, "tensor d2t: row 0 would be of token -1"),
         ({"d2t": np.array([0, 2, 5, 5, 17, 35])}, r"tensor d2t has shape \[6\], the config says \[7\]"),
@@ -163,6 +165,13 @@ def test_settings_that_would_change_the_draft_are_refused(tmp_path, flavour, set
     with pytest.raises(ValueError, match=message) as error:
         read_draft(directory)
     assert "draft" in str(error.value) and (str(directory) in str(error.value))
+
+
+def test_a_damaged_map_ends_a_command_with_2(tmp_path, capsys):
+    directory, *_ = _others(tmp_path, tensors={"d2t": np.array([0, 2, 1, 5, 17, 35, 57])})
+    assert main(["export", "--draft", str(directory), "--out", str(tmp_path / "out")]) == 2
+    assert "rows 1 and 2 are both of token 3" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_config_and_weights_of_two_kinds_are_named(tmp_path):

@@ -47,9 +47,11 @@ def cases(target, trained):
     plain = draft_config(target.config, vocabulary=vocabulary, kind="eagle3")
     everything = dataclasses.replace(plain, vocabulary=())
     scaled = dataclasses.replace(plain, decoder=dataclasses.replace(plain.decoder, rope=Rope(1e4, "linear", factor=2.0)))
-    later = dataclasses.replace(plain, fc_norm=True, norm_output=True, norm_before_residual=True, target_layers=(1, 14, 29))
-    together = dataclasses.replace(plain, norm_before_fc=True, norm_output=True)
-    residual = dataclasses.replace(plain, norm_before_residual=True)
+    later = dataclasses.replace(
+        everything, fc_norm=True, norm_output=True, norm_before_residual=True, target_layers=(1, 14, 29)
+    )
+    together = dataclasses.replace(everything, norm_before_fc=True, norm_output=True)
+    residual = dataclasses.replace(everything, norm_before_residual=True)
     chosen = {
         "random": (random_draft(plain), PEERS),
         "random, all tokens": (random_draft(everything), PEERS),
@@ -63,7 +65,7 @@ def cases(target, trained):
 
 def loss_of_a_row(target, config, params, tokens, hidden):
     """{name: array}: the mean cross entropy of each draft step with every row in the loss, and the gradient of fc."""
-    recipe = Recipe(draft_kind="eagle3", draft_steps=STEPS, step_decay=1.0, beyond_vocab="keep", soft_targets="none")
+    recipe = Recipe(draft_kind="eagle3", draft_steps=STEPS, step_decay=1.0, soft_targets="none")
     batch = DraftBatch(tokens[:1], jnp.ones((1, LENGTH), bool), jnp.ones((1, LENGTH)), hidden[:1])
     borrowed = borrow(target.config, target.params)
 
@@ -99,7 +101,8 @@ def main(target_dir: Path, work: Path, trained: Path | None = None) -> None:
             config, params, _ = load_draft(work / name)
             outputs = draft_steps(config, params, embedding, hidden, STEPS)
             arrays[name] = np.stack([np.asarray(x) for x in outputs])
-            if flavour == "speculators":
+            # Over a draft vocabulary we weigh a token by what the target gives to it, and speculators does not.
+            if flavour == "speculators" and not config.vocabulary:
                 found = loss_of_a_row(target, config, params, tokens, whole)
                 arrays |= {f"{name} {what}": value for what, value in found.items()}
                 arrays["final"] = np.asarray(whole[:1, 1:, -target.config.hidden_size :])

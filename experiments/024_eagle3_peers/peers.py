@@ -122,7 +122,7 @@ def main(work: Path, target: Path, out: Path, peer: str, checkout: str = "") -> 
                 }
             )
             print(rows[-1], flush=True)
-        if peer == "speculators":
+        if f"{entry['name']} loss" in arrays:
             found = [torch.from_numpy(arrays[f"{entry['name']} {what}"]) for what in ("loss", "gradient")]
             final = torch.from_numpy(arrays["final"])
             rows.append({"case": entry["case"], "step": "loss", **compare_losses(model, streams, tokens, final, *found)})
