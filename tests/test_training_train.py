@@ -167,7 +167,7 @@ def train_until_told(directory, reads):
 
 def test_a_signal_ends_training_with_a_checkpoint_of_the_step_and_it_continues_to_the_same_bits(finished, tmp_path):
     result, directory = finished
-    code, _, errors = Child(train_until_told, tmp_path, 240).finish()
+    code, _, errors = Child(train_until_told, tmp_path, 250).finish()
     assert code == 143, errors
     saved = max(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
     assert saved % RECIPE.save_every and saved % RECIPE.log_every, "no step with a line or checkpoint of its own"
