@@ -2,13 +2,14 @@
 #   make demo    the whole loop on a real 135M-parameter model, on CPU, in minutes
 #   make check   lint and the fast tests, in a minute: what to run while working
 #   make test    lint and all tests
+#   make fuzz    an hour of hostile files; FUZZ_SECONDS changes how long
 #   make mutants plant known faults and see that the tests find each
 #   make docs    the pages under docs/ and the reference from the docstrings, as a site in build/docs; broken links are errors
 PYTHON ?= python3
 VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 READY := $(VENV)/.ready
 
-.PHONY: demo lint check test mutants docs clean
+.PHONY: demo lint check test fuzz mutants docs clean
 
 demo: $(READY)
 	$(VENV)/bin/jsfdd demo --out demo-run
@@ -22,6 +23,9 @@ check: lint
 
 test: lint
 	$(VENV)/bin/python -m pytest
+
+fuzz: $(READY)
+	FUZZ_SECONDS=$${FUZZ_SECONDS:-3600} $(VENV)/bin/python -m pytest -n 0 tests/fuzz
 
 mutants: $(READY)
 	$(VENV)/bin/python tests/mutants/run.py

@@ -176,3 +176,17 @@ def test_wrong_input_is_the_stages_own_error(place, capsys):
     (place / "chats" / "c.jsonl").unlink()
     assert main(["train", *DATA, "--out", "prompts.jsonl", "--dry-run"]) == 2
     assert "prompts.jsonl: not a directory; choose another --out" in capsys.readouterr().err
+
+
+def test_a_disk_that_is_too_small_is_a_warning_beforehand(place, capsys, monkeypatch):
+    training = ["train", *DATA, "--held-out-share", "0.2", "--out", "out"]
+    values, words = _dry(capsys, *training)
+    stored = values["hidden_bytes"] + values["soft_target_bytes"] + values["checkpoint_bytes"]
+    assert values["wanted_bytes"] == stored > 0 and "warning" not in words
+    run = ["run", *DATA, "--prompts", "prompts.jsonl", "--out", "out"]
+    assert _dry(capsys, *run)[0]["wanted_bytes"] > 3 * values["checkpoint_bytes"]
+    monkeypatch.setattr("jsfdd.commands.outcome.free_bytes", lambda _: stored - 1)
+    assert "MB are wanted in out, and the disk has" in _dry(capsys, *training)[1]
+    monkeypatch.setattr("jsfdd.commands.plan.free_bytes", lambda _: 1)
+    assert main(["plan", *DATA]) == 0
+    assert "the disk has 0.0 MB free; make room" in capsys.readouterr().out

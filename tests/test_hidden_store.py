@@ -295,3 +295,18 @@ def test_a_store_kept_for_something_else_is_refused(tmp_path):
         assert "s0" in writer.ids
     with pytest.raises(ValueError, match=r"kept_for.retain_ratio: found 0.5, expected 0.25.*delete the directory"):
         HiddenWriter(tmp_path, WIDTH, "float32", IDENTITY, kept_for=rule | {"retain_ratio": 0.25})
+
+
+def test_the_running_totals_are_the_sums_over_all_samples(tmp_path):
+    random, kept = np.random.default_rng(2), []
+    for _ in range(2):  # a second writer goes on from the manifest
+        with HiddenWriter(tmp_path, WIDTH, "float32", IDENTITY, 600) as writer:
+            for name in [name for name in MANY if name not in writer.ids][:40]:
+                writer.add(name, MANY[name])
+                kept.append(name)
+                if len(kept) > 15:
+                    kept.remove(dropped := str(random.choice(kept)))
+                    writer.drop([dropped])
+                shards = (*writer._closed, writer._open)
+                assert writer._tokens == sum(length for shard in shards for _, length in shard.samples)
+                assert writer._dead == sum(length for shard in shards for name, length in shard.samples if name is None)

@@ -16,21 +16,24 @@ from typing import Any
 
 import msgspec
 
+from jsfdd.base.disk import writing
+
 
 @contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path to write to; when the block ends, rename that file to `path` in one step.
 
     If the block raises or the process dies, `path` is unchanged. A killed process may leave `path`.tmp behind; the next
-    write replaces it.
+    write replaces it. A full or broken disk raises `disk.DiskError`.
     """
     path = Path(path)
     aside = path.with_name(path.name + ".tmp")
     try:
-        yield aside
-        sync(aside)  # the data must be on disk before the rename is
-        aside.replace(path)
-        sync(path.parent)
+        with writing(path):
+            yield aside
+            sync(aside)  # the data must be on disk before the rename is
+            aside.replace(path)
+            sync(path.parent)
     finally:
         aside.unlink(missing_ok=True)
 
@@ -106,7 +109,7 @@ def unsealed(values: dict, where: str | Path, remedy: str) -> dict:
 
 
 def _checksum(values: dict) -> str:
-    text = json.dumps(values, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(values, ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -130,6 +133,8 @@ def decode(kind: type, values: Any, where: str | Path, *, partial: bool = False)
     _check_fields(kind, values, where, "", partial)
     try:
         return msgspec.convert(values, kind, dec_hook=_path_from_text)
+    except UnicodeError as error:  # half a surrogate pair, which JSON's escapes can spell
+        raise ValueError(f"{where}: {error}") from None
     except msgspec.ValidationError as error:
         reason, _, place = str(error).partition(" - at `$")
         field = place.rstrip("`").lstrip(".")

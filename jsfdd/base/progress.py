@@ -15,7 +15,17 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-console = Console(stderr=True, highlight=False, markup=False)
+from jsfdd.base.text import printable
+
+
+class _Stderr(Console):
+    """Shows plain text alone."""
+
+    def print(self, *objects, **options) -> None:
+        super().print(*(printable(text) if isinstance(text, str) else text for text in objects), **options)
+
+
+console = _Stderr(stderr=True, highlight=False, markup=False)
 
 # Without a terminal, a line is due after `_LINE_SECONDS`; or after `_SHARE_SECONDS`, if `_LINE_SHARE` of the work was done.
 _LINE_SECONDS, _LINE_SHARE, _SHARE_SECONDS = 10.0, 0.1, 1.0

@@ -22,11 +22,15 @@ if os.environ.get("NO_COLOR"):
     os.environ.setdefault("PYTHON_TYRO_ANSI_CODES", "False")  # tyro reads only this variable, and only when it is imported
 
 from jsfdd.base import interrupts
+from jsfdd.base.disk import DiskError
+from jsfdd.base.text import printable, shortened
 from jsfdd.commands.outcome import show
 from jsfdd.commands.parser import Command, Invocation, parse
 
 # The rooms raise one of these for wrong input, with the remedy in the message.
-_INPUT_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+_INPUT_ERRORS = (
+    ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError, DiskError,
+)  # fmt: skip
 _BROKEN_PIPE = 141  # 128 + SIGPIPE, as shells report it
 
 # `jsfdd X` is commands/x.py with XConfig, EXAMPLES, prepare, run and describe.
@@ -98,7 +102,7 @@ def _answer(arguments: Sequence[str] | None) -> int:
     except _INPUT_ERRORS as error:
         if os.environ.get("JSFDD_TRACEBACK"):
             raise
-        print(f"jsfdd: error: {error}", file=sys.stderr)
+        print(f"jsfdd: error: {shortened(printable(str(error)))}", file=sys.stderr)
         return _leave(2)
     except RuntimeError as error:
         if not _is_distributed(error):

@@ -7,6 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from jsfdd.base.disk import free_bytes
+from jsfdd.base.text import printable
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -40,6 +43,8 @@ def planned(
 ) -> Outcome:
     """Make the outcome of a dry run that would write files. If `continues` exists, an earlier call was interrupted.
 
+    Values whose names end in "_bytes" are what would be stored: if the disk has less, the words say so.
+
     Raises:
       NotADirectoryError: `out` is a file.
     """
@@ -48,13 +53,25 @@ def planned(
     started = continues is not None and continues.exists()
     paths = [f"{out / file}{'/' if file.endswith('/') else ''}" for file in files]
     begin = "continue in" if started else "write to"
-    values = values | {"continues": started, "would_write": paths}
-    return described(command, values, [*words, f"{begin} {out}: {', '.join(files)}"])
+    wanted, free = _stored_bytes(values), free_bytes(out)
+    values = values | {"continues": started, "would_write": paths, "wanted_bytes": wanted, "free_bytes": free}
+    warning = [] if wanted <= free else [too_little_disk(out, wanted, free)]
+    return described(command, values, [*words, f"{begin} {out}: {', '.join(files)}", *warning])
+
+
+def too_little_disk(path: Path, wanted: float, free: float) -> str:
+    """A warning that what is to be written will not fit."""
+    return f"warning: about {wanted / 1e6:,.1f} MB are wanted in {path}, and the disk has {free / 1e6:,.1f} MB free; make room"
+
+
+def _stored_bytes(values: dict) -> int:
+    nested = sum(_stored_bytes(value) for value in values.values() if isinstance(value, dict))
+    return nested + sum(value for name, value in values.items() if name.endswith("_bytes"))
 
 
 def described(command: str, values: dict, words: Sequence[str]) -> Outcome:
     """Make the outcome of a dry run that would write no file."""
-    lines = [f"dry run of {command}: nothing was computed or written", *words]
+    lines = [f"dry run of {command}: nothing was computed or written", *map(printable, words)]
     return Outcome({"command": command, "dry_run": True} | values, "\n  ".join(lines))
 
 

@@ -10,8 +10,10 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from jsfdd.base.disk import free_bytes
 from jsfdd.commands.inputs import describe_target, read_chats_for
 from jsfdd.commands.options import (
     ChatOptions,
@@ -24,7 +26,7 @@ from jsfdd.commands.options import (
     check_at_least,
     check_share,
 )
-from jsfdd.commands.outcome import Outcome, rendered
+from jsfdd.commands.outcome import Outcome, rendered, too_little_disk
 from jsfdd.training.recipe import SoftTargets
 
 if TYPE_CHECKING:
@@ -215,6 +217,9 @@ def print_plan(plan: Plan, out: Console) -> None:
             f"{seconds:,.0f} s" if known else "", f"{stage.disk / GB:.3g}",
         )  # fmt: skip
     out.print(table)
+    wanted, free = sum(stage.disk for stage in plan.stages), free_bytes(".")
+    if wanted > free:
+        out.print(too_little_disk(Path.cwd(), wanted, free), soft_wrap=True)
     if plan.suggested is None:
         out.print(
             f"no mesh of these {devices.count} devices fits every stage: use more or larger devices, or less --batch-tokens"

@@ -150,7 +150,10 @@ def describe(config: RunConfig, prepared: Prepared) -> Outcome:
     stores += [f"{SOFT_TARGETS}/"] * bool(soft_target_bytes and not config.recipe.draft_vocab)
     files = ["scores.parquet", "token_scores.parquet", *stores, *(f"arms/{arm}/" for arm in arms)]
     files += ["summary.json", "report.html"]
-    values = {"scoring": scoring, "hidden_bytes": hidden_bytes, "arms": arms, "decoding": decoding}
+    if config.recipe.draft_vocab:  # each arm has soft targets of its own
+        soft_target_bytes *= len(arms)
+    values = {"scoring": scoring, "hidden_bytes": hidden_bytes, "soft_target_bytes": soft_target_bytes, "arms": arms}
+    values["decoding"] = decoding
     return planned("run", values, words, config.out, files, continues=config.out / "run.json")
 
 

@@ -422,6 +422,7 @@ def describe_training(
         "epochs": recipe.epochs,
         "steps": math.ceil(share * steps),
         "estimated": estimated,
+        "checkpoint_bytes": _checkpoint_bytes(inputs.target.config, recipe, kept),
     }
     about = "about " if estimated else ""
     words = [
@@ -432,6 +433,18 @@ def describe_training(
         values["mix"] = contents(kept)
         words.append(f"a mixture of {in_words(values['mix'])}")
     return values, words
+
+
+def _checkpoint_bytes(target: DecoderConfig, recipe: Recipe, kept: Sequence[Sample]) -> int:
+    """The disk that checkpoints take at most: the draft and two moments, of the last two steps and of the one being written."""
+    import jax
+
+    from jsfdd.models.draft import init_draft
+    from jsfdd.training.draft_shape import draft_of
+
+    draft = draft_of(target, recipe, kept)
+    shapes = jax.eval_shape(lambda: init_draft(draft, jax.random.key(0)))
+    return 3 * 3 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
 
 def describe_soft_targets(

@@ -40,7 +40,9 @@ def check_tokenizer(tokenizer) -> None:
     try:
         jinja2.Environment(extensions=["jinja2.ext.loopcontrols", _GenerationTag]).parse(tokenizer.chat_template)
     except jinja2.TemplateSyntaxError as error:
-        raise ValueError(f"the chat template has a syntax error in line {error.lineno}: {error.message}") from error
+        raise ValueError(f"the chat template has a syntax error in line {error.lineno}: {error.message:.{_SHOWN}}") from error
+    except RecursionError:
+        raise ValueError("the chat template nests too deep to be read") from None
 
 
 def render(tokenizer, messages: Sequence[Message], tools: Sequence[dict] = (), *, prompt: bool = False) -> str:

@@ -12,8 +12,11 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
+import msgspec
+
+from jsfdd.base.disk import writing
 from jsfdd.base.files import differences, plain, sync
 
 
@@ -47,6 +50,17 @@ class AnsweredBatch(NamedTuple):
     accept_counts: list[int]
 
 
+class _First(TypedDict):
+    identity: dict
+
+
+class _Batch(TypedDict):
+    turn: int
+    numbers: list[int]
+    answers: list[tuple[str, int, bool]]
+    accept_counts: list[int]
+
+
 def read_log(path: Path, identity: dict) -> list[AnsweredBatch]:
     """Read the batches that earlier calls answered; none if there is no log.
 
@@ -57,10 +71,14 @@ def read_log(path: Path, identity: dict) -> list[AnsweredBatch]:
     for number, row in enumerate(_whole_lines(path).splitlines(), 1):
         try:
             line = json.loads(row)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}:{number}: damaged ({error}); delete the file and start anew") from error
-        expected = {"identity"} if number == 1 else set(AnsweredBatch._fields)
-        if not isinstance(line, dict) or set(line) != expected:
+        expected, kind = ({"identity"}, _First) if number == 1 else (set(AnsweredBatch._fields), _Batch)
+        try:
+            msgspec.convert(line, kind)
+        except (msgspec.ValidationError, UnicodeError):  # half a surrogate pair is no text
+            expected = None
+        if expected is None or set(line) != expected:
             raise ValueError(f"{path}:{number}: not a line of answers; delete the file and start anew")
         lines.append(line)
     if not lines:
@@ -91,7 +109,7 @@ def _whole_lines(path: Path) -> bytes:
 
 
 def _append(path: Path, line: dict) -> None:
-    with path.open("ab") as file:
+    with writing(path), path.open("ab") as file:
         file.write(json.dumps(line).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from jsfdd.base.records import Sample
+from jsfdd.base.text import printable
 
 Severity = Literal["ok", "note", "warning", "error"]
 SEVERITIES: tuple[Severity, ...] = ("ok", "note", "warning", "error")  # mildest first
@@ -85,16 +86,17 @@ def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
     """The sample, the findings, one line each with its remedy below, and the verdict."""
     coloured = console.is_terminal and console.color_system is not None and not console.no_color
     how = "coloured" if coloured else "in ⟦ ⟧"
-    console.print(f"sample {diagnosis.sample_id}; the tokens that are trained on are {how}:\n", markup=False, soft_wrap=True)
+    sample = printable(diagnosis.sample_id)
+    console.print(f"sample {sample}; the tokens that are trained on are {how}:\n", markup=False, soft_wrap=True)
     console.print(_marked(diagnosis.spans, coloured), soft_wrap=True)
     console.print()
     width = max(len(severity) for severity in SEVERITIES)
     for finding in diagnosis.findings:
         line = Text(finding.severity.ljust(width), style=_STYLES[finding.severity])
-        line.append(f"  {finding.name}: {finding.seen}", style="not bold default")
+        line.append(f"  {finding.name}: {printable(finding.seen)}", style="not bold default")
         console.print(line, soft_wrap=True)
         if finding.remedy:
-            console.print(Text(f"{' ' * width}  → {finding.remedy}"), soft_wrap=True)
+            console.print(Text(f"{' ' * width}  → {printable(finding.remedy)}"), soft_wrap=True)
     counts = ((s, sum(finding.severity == s for finding in diagnosis.findings)) for s in reversed(SEVERITIES))
     console.print("\n" + ", ".join(f"{n} {severity}" for severity, n in counts if n), markup=False, soft_wrap=True)
 
@@ -109,8 +111,7 @@ def spread_over(items: Sequence, count: int) -> list:
 def _marked(spans: Sequence[Span], coloured: bool) -> Text:
     text = Text()
     for span in spans:
-        # A chat may hold anything; a terminal must not obey it.
-        shown = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in span.text)
+        shown = printable(span.text)
         if coloured:
             text.append(shown, style=_SUPERVISED if span.supervised else "")
         else:

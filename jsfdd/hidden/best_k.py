@@ -11,9 +11,10 @@ than k.
 
 from __future__ import annotations
 
-import bisect
+import heapq
 from collections import Counter
 from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,21 +24,32 @@ from jsfdd.scoring.table import ScoreTable
 from jsfdd.selection.sfdd import Within, how_many, place_in_order, random_score
 
 
+class _Place(NamedTuple):
+    """A sample's place in the order of `sfdd.select`. The heap has its smallest on top, so here the worst is the smallest."""
+
+    score: float
+    id: str
+
+    def __lt__(self, other: _Place) -> bool:
+        return tuple.__gt__(self, other)
+
+
 class BestK:
     """The k best of the samples offered so far, with the order and the ties of `sfdd.select`."""
 
     def __init__(self, metric: MetricName, k: int):
         self._metric, self._k = metric, k
-        self._order: list[tuple[float, str]] = []
+        self._heap: list[_Place] = []
         self._ids: set[str] = set()
 
     def offer(self, sample_id: str, score: float) -> str | None:
         """Take in a new sample. Returns the one that falls out if there are more than k; it cannot come back."""
-        bisect.insort(self._order, place_in_order(self._metric, score, sample_id))
+        place = _Place(*place_in_order(self._metric, score, sample_id))
         self._ids.add(sample_id)
-        if len(self._order) <= self._k:
+        if len(self._heap) < self._k:
+            heapq.heappush(self._heap, place)
             return None
-        worst = self._order.pop()[1]
+        worst = heapq.heappushpop(self._heap, place).id
         self._ids.remove(worst)
         return worst
 
@@ -70,6 +82,7 @@ class StillPossible:
         self._best = {
             (metric, name): BestK(metric, how_many(retain_ratio, size)) for metric in metrics for name, size in sizes.items()
         }
+        self._metrics = tuple(metrics)
         self._scored_metrics = [metric for metric in metrics if metric != "random"]
         self._always = frozenset(always)
         for sample in ranked if "random" in metrics else ():
@@ -94,4 +107,7 @@ class StillPossible:
 
     def __contains__(self, sample_id: str) -> bool:
         """Whether a sample may still be selected; for one not scored yet, whether it is kept whatever its score."""
-        return sample_id in self._always or any(sample_id in best for best in self._best.values())
+        stratum = self._stratum.get(sample_id)
+        return sample_id in self._always or any(
+            sample_id in self._best[metric, stratum] for metric in self._metrics if stratum is not None
+        )

@@ -25,7 +25,7 @@ from jsfdd.base.records import Batch, Sample
 from jsfdd.hidden.best_k import StillPossible
 from jsfdd.hidden.rows import HiddenDtype, row_bytes
 from jsfdd.hidden.store import HiddenStore
-from jsfdd.hidden.writer import SHARD_BYTES, HiddenWriter, moderate_shard_bytes, write_missing
+from jsfdd.hidden.writer import HiddenWriter, large_shard_bytes, moderate_shard_bytes, write_missing
 from jsfdd.models.architecture import DecoderConfig
 from jsfdd.models.foreign import ForeignTarget, foreign_hidden
 from jsfdd.models.sharding import place_params
@@ -140,7 +140,7 @@ def store_hidden(
     identity: dict | None = None,
     dtype: HiddenDtype = "bfloat16",
     layers: tuple[int, ...] = (),
-    shard_bytes: int = SHARD_BYTES,
+    shard_bytes: int | None = None,
     progress: bool = True,
 ) -> HiddenStore:
     """The store in `directory` with the hidden states of all samples, after computing the missing ones.
@@ -149,7 +149,9 @@ def store_hidden(
     """
     identity = {"target": target.fingerprint} if identity is None else identity
     hidden_of = make_recompute(target, mesh, _device_dtype(dtype), layers)
-    width = (len(layers) + 1) * target.config.hidden_size
+    width, parts = (len(layers) + 1) * target.config.hidden_size, len(layers) + 1
+    if shard_bytes is None:
+        shard_bytes = large_shard_bytes(sum(len(sample.tokens) for sample in samples) * row_bytes(dtype, width, parts))
     with HiddenWriter(directory, width, dtype, identity, shard_bytes, layers=layers) as writer:
         write_missing(
             writer, lambda _, batch: hidden_of(batch), None, samples, mesh,

@@ -10,6 +10,7 @@ old; only then is the old one deleted.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -22,6 +23,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
 
+from jsfdd.base.disk import writing
 from jsfdd.base.files import plain
 from jsfdd.base.processes import agree, is_primary, several, wait_for_all
 from jsfdd.base.records import Sample
@@ -41,13 +43,19 @@ from jsfdd.scoring.passes import run_batches
 
 SHARD_BYTES = 256 << 20
 _SMALLEST_SHARD = 4 << 10  # about a block of a disk
+_MOST_SHARDS = 256
 _SHARDS = 32  # in a store from which samples are dropped, at least: rewriting one takes the size of it once more
 _DEAD_SHARE = 0.1  # dropped bytes per living byte; a smaller share would rewrite more for each byte it frees
 
 
+def large_shard_bytes(store_bytes: float) -> int:
+    """The size at which shards of a large store are closed, so that there are few: each one writes the manifest anew."""
+    return int(max(SHARD_BYTES, store_bytes / _MOST_SHARDS))
+
+
 def moderate_shard_bytes(store_bytes: float) -> int:
     """The size at which shards are closed in a store from which samples are dropped."""
-    return int(min(SHARD_BYTES, max(_SMALLEST_SHARD, store_bytes / _SHARDS)))
+    return int(min(large_shard_bytes(store_bytes), max(_SMALLEST_SHARD, store_bytes / _SHARDS)))
 
 
 @dataclasses.dataclass
@@ -118,6 +126,8 @@ class HiddenWriter:
                 self._closed.append(shard)
                 self._place |= {name: (shard, i) for i, (name, _) in enumerate(shard.samples) if name is not None}
         self._open = _Shard("", "", [])  # gets a name when it is closed
+        self._tokens = sum(length for shard in self._closed for _, length in shard.samples)
+        self._dead = sum(shard.dead for shard in self._closed)
         self._stream = None  # the open shard's file, from the first sample on
         self._unsaved = False  # whether a drop is in no manifest yet
         self._sha = hashlib.sha256()
@@ -151,6 +161,7 @@ class HiddenWriter:
         for sample_id in sample_ids:
             shard, index = self._place.pop(sample_id)
             shard.drop(index)
+            self._dead += shard.samples[index][1]
             self._unsaved = True
         while self._dead > _DEAD_SHARE * (self._tokens - self._dead):
             emptiest = max(self._closed, key=lambda shard: shard.dead, default=None)
@@ -175,19 +186,14 @@ class HiddenWriter:
         return self
 
     def __exit__(self, kind, *_) -> None:
-        if kind is None:
-            self.close()
-        elif self._stream is not None:  # the shard may be cut short, and the disk may be full: free its place
-            self._stream.close()
-            self._aside.unlink(missing_ok=True)
-
-    @property
-    def _dead(self) -> int:
-        return sum(shard.dead for shard in (*self._closed, self._open))
-
-    @property
-    def _tokens(self) -> int:
-        return sum(length for shard in (*self._closed, self._open) for _, length in shard.samples)
+        try:
+            if kind is None:
+                self.close()
+        finally:
+            if self._stream is not None:  # the shard may be cut short, and the disk may be full: free its place
+                with contextlib.suppress(OSError):  # closing writes what is left, which fails again
+                    self._stream.close()
+                self._aside.unlink(missing_ok=True)
 
     @property
     def _aside(self) -> Path:
@@ -197,10 +203,12 @@ class HiddenWriter:
         if self._stream is None:
             self._stream = self._aside.open("wb")
         data = np.ascontiguousarray(rows)
-        self._stream.write(data)
+        with writing(self._directory, data.nbytes):
+            self._stream.write(data)
         self._sha.update(data)
         self._place[sample_id] = self._open, len(self._open.samples)
         self._open.samples.append((sample_id, len(rows)))
+        self._tokens += len(rows)
 
     def _rewrite(self, shard: _Shard) -> None:
         """Append a closed shard's living samples to the open one, close that, and delete the shard."""
@@ -211,6 +219,8 @@ class HiddenWriter:
             for sample_id, sample_rows in samples_of(facts, rows).items():
                 self._append(sample_id, sample_rows)
         self._closed.remove(shard)
+        self._tokens -= sum(length for _, length in shard.samples)
+        self._dead -= shard.dead
         if self._stream is not None:
             self._close_shard()
         else:
@@ -238,10 +248,11 @@ class HiddenWriter:
         shard, self._open = self._open, _Shard("", "", [])
         shard.file, shard.sha256 = f"shard-{self._next:05d}.bin", self._sha.hexdigest()
         self._next += jax.process_count()
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
-        self._stream.close()
-        self._aside.replace(self._directory / shard.file)
+        with writing(self._directory / shard.file, self._stream.tell()):
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+            self._stream.close()
+            self._aside.replace(self._directory / shard.file)
         self._closed.append(shard)
         self._stream, self._sha = None, hashlib.sha256()
         self._write_own_manifest()

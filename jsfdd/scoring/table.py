@@ -123,7 +123,7 @@ def read_scores(path: Path) -> ScoreTable:
 
     return ScoreTable(
         ids=ids,
-        sources=tuple(table["source"].to_pylist()),
+        sources=_shared_strings(table["source"]),
         num_tokens=numbers("num_tokens", np.int32),
         metrics={name: numbers(name, np.float64) for name in column_names()},
         identity=json.loads(table.schema.metadata[_IDENTITY]),
@@ -135,6 +135,15 @@ def read_token_scores(path: Path) -> dict[str, TokenRow]:
     """Read token_scores.parquet: sample id -> its scores. Errors as in `read_scores`."""
     table = _read(Path(path), ("id", *_TOKEN_COLUMNS))
     return dict(zip(table["id"].to_pylist(), _token_rows(table, ""), strict=True))
+
+
+def _shared_strings(column: pyarrow.ChunkedArray) -> tuple[str, ...]:
+    """A column's values, equal ones as one string: millions of rows have a few sources."""
+    names: list[str] = []
+    for chunk in column.dictionary_encode().chunks:
+        known = chunk.dictionary.to_pylist()
+        names += [known[i] for i in chunk.indices.to_numpy()]
+    return tuple(names)
 
 
 def _sample_columns(table: ScoreTable) -> dict[str, pyarrow.Array]:

@@ -50,7 +50,10 @@ def mixture(
     if unknown := sorted(weights.keys() - sizes.keys()):
         names = ", ".join(f"{source} ({count:,})" for source, count in sorted(sizes.items()))
         raise ValueError(f"--mix: no sample to train on is of source {unknown[0]!r}; choose from {names}")
-    queues = {source: _queue(samples, source, weight, unit, seed) for source, weight in weights.items()}
+    by_source: dict[str, list[Sample]] = {source: [] for source in sizes}
+    for sample in samples:
+        by_source[sample.source].append(sample)
+    queues = {source: _queue(by_source[source], weight, unit, seed) for source, weight in weights.items()}
     # The sequence ends where the first source runs out: at the place that its next sample would have.
     available = {source: sum(placed.size for placed in queue) for source, queue in queues.items()}
     limit, scarce = min(((available[source] + 0.5) / weight, source) for source, weight in weights.items())
@@ -85,12 +88,14 @@ def in_words(counts: Mapping[str, Mapping[str, int]]) -> str:
     return f"samples: {', '.join(parts)}"
 
 
-def _queue(samples: Sequence[Sample], source: str, weight: float, unit: MixUnit, seed: int) -> list[_Placed]:
-    """The samples of a source in the order of their hashes, with their places in the sequence."""
-    ordered = sorted((sample for sample in samples if sample.source == source), key=lambda sample: _rank(sample, seed))
+def _queue(samples: Sequence[Sample], weight: float, unit: MixUnit, seed: int) -> list[_Placed]:
+    """The samples of one source in the order of their hashes, with their places in the sequence."""
+    ordered = sorted(samples, key=lambda sample: _rank(sample, seed))
     sizes = [int(sample.counted.sum()) if unit == "tokens" else 1 for sample in ordered]
     ends = itertools.accumulate(sizes)
-    return [_Placed((end - size / 2) / weight, source, size, sample.id) for sample, size, end in zip(ordered, sizes, ends)]
+    return [
+        _Placed((end - size / 2) / weight, sample.source, size, sample.id) for sample, size, end in zip(ordered, sizes, ends)
+    ]
 
 
 def _rank(sample: Sample, seed: int) -> bytes:

@@ -95,7 +95,7 @@ def select(
     ranked = np.flatnonzero(table.num_tokens > 0)
     if not len(ranked):
         raise ValueError("no sample has a token that counts: every answer is empty or one token long; check the data")
-    ranked = np.array(sorted(ranked, key=lambda row: table.ids[row]))
+    ranked = _by_id(table, ranked)
     kept, thresholds = [], {}
     for name, rows in _strata(table, ranked, within).items():
         scores = _scores(table, metric, rows, seed)
@@ -178,7 +178,8 @@ def check_inputs(selection: Selection, identity: dict, path: Path) -> None:
 
 def write_selection(path: Path, selection: Selection) -> None:
     """Write selection.json atomically."""
-    write_json(path, dataclasses.asdict(selection))
+    # `asdict` would copy every id by itself.
+    write_json(path, {field.name: getattr(selection, field.name) for field in dataclasses.fields(Selection)})
 
 
 def read_selection(path: Path) -> Selection:
@@ -221,19 +222,31 @@ def selection_facts(path: Path, identity: dict | None) -> dict:
 
 def _check_options(metric: str, retain_ratio: float, within: str) -> None:
     if metric not in METRICS:
-        raise ValueError(f"metric {metric!r} is unknown; choose from {', '.join(METRICS)}")
+        raise ValueError(f"metric {metric!r:.80} is unknown; choose from {', '.join(METRICS)}")
     if not 0 < retain_ratio <= 1:
         raise ValueError(f"retain_ratio is {retain_ratio}, but it must be a share of the samples in (0, 1]")
     if within not in typing.get_args(Within):
-        raise ValueError(f"within {within!r} is unknown; choose from {', '.join(typing.get_args(Within))}")
+        raise ValueError(f"within {within!r:.80} is unknown; choose from {', '.join(typing.get_args(Within))}")
 
 
 def _strata(table: ScoreTable, ranked: np.ndarray, within: Within) -> dict[str, np.ndarray]:
     """Split the row numbers `ranked` into groups that are ranked separately: name -> rows, in the same order."""
     if within == "all":
         return {"all": ranked}
-    sources = np.array([table.sources[row] for row in ranked], object)
-    return {name: ranked[sources == name] for name in sorted(set(sources))}
+    numbers: dict[str, int] = {}  # in the order in which they are met
+    of_row = np.fromiter((numbers.setdefault(table.sources[row], len(numbers)) for row in ranked), np.int64, len(ranked))
+    grouped = ranked[np.argsort(of_row, kind="stable")]
+    groups = dict(zip(numbers, np.split(grouped, np.cumsum(np.bincount(of_row))[:-1])))
+    return {name: groups[name] for name in sorted(groups)}
+
+
+def _by_id(table: ScoreTable, rows: np.ndarray) -> np.ndarray:
+    """Row numbers in the order of their ids. Arrow compares UTF-8, which has the order of Python's strings."""
+    import pyarrow
+    import pyarrow.compute
+
+    ids = pyarrow.array([table.ids[row] for row in rows], pyarrow.large_string())
+    return rows[pyarrow.compute.sort_indices(ids).to_numpy()]
 
 
 def _scores(table: ScoreTable, metric: str, rows: np.ndarray, seed: int) -> Float[np.ndarray, " rows"]:

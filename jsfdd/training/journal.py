@@ -20,6 +20,7 @@ import os
 from contextlib import ExitStack
 from pathlib import Path
 
+from jsfdd.base.disk import writing
 from jsfdd.base.files import read_json, write_json, written_whole
 from jsfdd.base.processes import is_primary, wait_for_all
 from jsfdd.training.tensorboard import open_board
@@ -133,7 +134,7 @@ def _append(path: Path, line: dict) -> None:
     """Append one line and flush it to disk, before the checkpoint that follows."""
     if not is_primary():
         return
-    with path.open("a", encoding="utf-8") as file:
+    with writing(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
         file.flush()
         os.fsync(file.fileno())
@@ -164,4 +165,4 @@ def _parse(text: str, path: Path) -> list[dict]:
 
 
 def _is_duration(value) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value) and value >= 0
+    return isinstance(value, int | float) and 0 <= value < math.inf  # an integer may be larger than any float

@@ -12,8 +12,9 @@ from typing import Literal
 from jax.sharding import Mesh
 
 from jsfdd.base.tuning import vocabulary_block
+from jsfdd.hidden.rows import row_bytes
 from jsfdd.hidden.store import HiddenStore
-from jsfdd.hidden.writer import HiddenWriter, write_missing
+from jsfdd.hidden.writer import HiddenWriter, large_shard_bytes, write_missing
 from jsfdd.models.draft import DraftConfig, vocabulary_digest
 from jsfdd.training.batch import TrainingData, on_devices, read_rows, weights_digest
 from jsfdd.training.loss import Borrowed
@@ -71,7 +72,8 @@ def store_soft_targets(
         settings |= {"weights": weights_digest(data)}
     identity = {**identity, "soft_targets": settings}
 
-    with HiddenWriter(directory, width, dtype, identity) as writer:
+    shard_bytes = large_shard_bytes(sum(len(sample.tokens) for sample in data.samples) * row_bytes(dtype, width))
+    with HiddenWriter(directory, width, dtype, identity, shard_bytes) as writer:
         write_missing(
             writer,
             lambda borrowed, rows: step(borrowed, on_devices(data, rows)),

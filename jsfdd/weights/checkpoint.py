@@ -12,7 +12,10 @@ whole; what a killed run left behind is removed at the next start.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -21,6 +24,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jsfdd.base.checksums import array_checksums
+from jsfdd.base.disk import DiskError, writing
 from jsfdd.base.files import decode, differences, plain, sealed, unsealed
 from jsfdd.base.processes import is_primary, wait_for_all
 from jsfdd.base.records import TrainState
@@ -28,7 +32,16 @@ from jsfdd.models.draft import Draft, DraftConfig, init_draft
 
 DIRECTORY = "checkpoints"
 BEST = "best"
+_WRAPPED = (ValueError, RuntimeError)  # in which Orbax and TensorStore wrap what the system says
 _REMEDY = "delete it to fall back on an earlier one"
+
+
+def _says_it_twice(record: logging.LogRecord) -> bool:
+    """Whether Orbax logs, with a traceback, what it raises in the thread that called it as well."""
+    return "_SignalingThread.run() raised an exception" in record.getMessage()
+
+
+logging.getLogger("absl").addFilter(lambda record: not _says_it_twice(record))
 
 
 class Checkpoints:
@@ -108,14 +121,31 @@ class Checkpoints:
         items = {"params": state.params, "rest": state._replace(params=None)._asdict()}
         info = plain(self._info | more | {"checksums": {name: array_checksums(tree) for name, tree in items.items()}})
         saved = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-        manager.save(int(state.step), args=ocp.args.Composite(**saved, info=ocp.args.JsonSave(sealed(info))))
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        with _removed_if_the_disk_refuses(Path(manager.directory) / str(int(state.step)), size):
+            manager.save(int(state.step), args=ocp.args.Composite(**saved, info=ocp.args.JsonSave(sealed(info))))
+
+
+@contextmanager
+def _removed_if_the_disk_refuses(path: Path, size: int) -> Iterator[None]:
+    """As `writing`; what was written of the checkpoint is removed."""
+    try:
+        with writing(path, size, also=_WRAPPED):
+            yield
+    except DiskError:
+        _remove_unfinished(path.parent)
+        raise
+
+
+def _remove_unfinished(directory: Path) -> None:
+    for left in directory.glob("*"):
+        if is_primary() and ocp.utils.is_tmp_checkpoint(left):
+            shutil.rmtree(left)
 
 
 def _open(directory: Path, kept: int) -> ocp.CheckpointManager:
     # Orbax's own clean-up runs in a thread that it only waits for at the next save, and two of them can collide.
-    for left in directory.glob("*"):
-        if is_primary() and ocp.utils.is_tmp_checkpoint(left):
-            shutil.rmtree(left)
+    _remove_unfinished(directory)
     wait_for_all("unfinished checkpoints removed")
     options = ocp.CheckpointManagerOptions(max_to_keep=kept, create=True, enable_async_checkpointing=False)
     return ocp.CheckpointManager(directory, options=options)

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from jsfdd.base.disk import writing
 from jsfdd.base.files import sync
 from jsfdd.models.architecture import DecoderConfig, Rope
 from jsfdd.models.draft import DraftConfig, DraftKind
@@ -72,16 +74,20 @@ def write_draft(
     partial = directory.with_name(directory.name + ".partial")
     if partial.exists():  # of an export that was interrupted
         shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    (partial / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    (partial / "README.md").write_text(card, encoding="utf-8")
-    save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-    # safetensors makes its files readable to their owner alone, and servers often run as someone else.
-    (partial / "model.safetensors").chmod((partial / "config.json").stat().st_mode)
-    for path in (*partial.iterdir(), partial):
-        sync(path)
-    partial.rename(directory)
-    sync(directory.parent)
+    try:
+        with writing(directory, sum(tensor.nbytes for tensor in tensors.values()), also=(SafetensorError,)):
+            partial.mkdir(parents=True)
+            (partial / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+            (partial / "README.md").write_text(card, encoding="utf-8")
+            save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+            # safetensors makes its files readable to their owner alone, and servers often run as someone else.
+            (partial / "model.safetensors").chmod((partial / "config.json").stat().st_mode)
+            for path in (*partial.iterdir(), partial):
+                sync(path)
+            partial.rename(directory)
+            sync(directory.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def draft_settings(config: DraftConfig, flavour: Flavour, dtype: str, serving: Serving) -> dict:

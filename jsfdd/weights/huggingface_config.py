@@ -130,9 +130,9 @@ def parse_decoder(path: Path, raw: dict[str, Any], prefix: str = "") -> DecoderC
     """
     fields = _Fields(path, raw, prefix)
     model_type = raw.get("model_type")
-    if model_type not in _FAMILIES:
+    if not isinstance(model_type, str) or model_type not in _FAMILIES:
         supported = ", ".join([*_FAMILIES, _WRAPPER])
-        raise fields.error("model_type", f"is {model_type!r}; supported are {supported}")
+        raise fields.error("model_type", f"is {model_type!r:.80}; supported are {supported}")
     _refuse_what_is_not_computed(fields)
     for key in _STATED:
         if model_type != "gemma3_text" or key in raw:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from jsfdd.weights.gguf_file import GGUFFile
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+_LARGEST_ID = 10_000_000
 _SHOWN = 200  # characters of a library's complaint
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")  # beside a tokenizer.json
 _REMEDY = "use the model's Hugging Face directory (with its tokenizer.json) as the target instead"
@@ -61,6 +63,8 @@ def tokenizer_from_directory(directory: str | Path) -> PreTrainedTokenizerFast:
     for name in _SETTINGS:
         if (directory / name).is_file():
             read_json(directory / name, dict, remedy="download it again")
+    if (directory / "tokenizer.json").is_file():
+        _check_ids(directory / "tokenizer.json")
     try:
         tokenizer = reader.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the Rust library raises no narrower class for a file that it does not know
@@ -68,6 +72,20 @@ def tokenizer_from_directory(directory: str | Path) -> PreTrainedTokenizerFast:
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"{directory}: only a slow tokenizer ({type(tokenizer).__name__}); a tokenizer.json is needed")
     return tokenizer
+
+
+def _check_ids(path: Path) -> None:
+    """ValueError for a token's id that no vocabulary is large enough for: libraries make room for all below it."""
+    if not re.search(rb"\d{%d}" % len(str(_LARGEST_ID)), path.read_bytes()):
+        return  # no number is that long, and reading megabytes of JSON takes a while
+    values = read_json(path, dict, remedy="download it again")
+    model, added = values.get("model"), values.get("added_tokens")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    ids = [*vocabulary.values()] if isinstance(vocabulary, dict) else []
+    ids += [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    largest = max((token_id for token_id in ids if isinstance(token_id, int)), default=0)
+    if largest >= _LARGEST_ID:
+        raise ValueError(f"{path}: a token has the id {largest}, and no vocabulary is that large; download it again")
 
 
 def _not_loaded(directory: Path, error: Exception) -> str:

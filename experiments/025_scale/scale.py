@@ -1,0 +1,138 @@
+"""What grows with the number of rows: scores on disk, selection, the best k so far, a store from which samples are dropped.
+
+Each measurement is a process of its own, so its memory is its own: seconds, and the resident bytes it adds at its peak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from experiments.results import write_results
+from jsfdd.base.records import Sample
+from jsfdd.hidden.best_k import BestK
+from jsfdd.hidden.writer import HiddenWriter, moderate_shard_bytes
+from jsfdd.scoring.metrics import column_names
+from jsfdd.scoring.table import ScoreTable, read_scores, write_scores
+from jsfdd.selection.mixture import mixture
+from jsfdd.selection.sfdd import read_selection, select, write_selection
+
+LARGEST = {"drop": 10**6, "mixture": 10**6, "best k": 10**6, "select in 10 sources": 10**7, "select in as many sources": 10**6}
+
+
+def table_of(rows: int, sources: int = 10) -> ScoreTable:
+    rng = np.random.default_rng(0)
+    return ScoreTable(
+        ids=tuple(f"chats.jsonl:{i}" for i in range(rows)),
+        sources=tuple(f"source {i % sources}" for i in range(rows)),
+        num_tokens=np.full(rows, 100, np.int32),
+        metrics={name: rng.random(rows) for name in column_names()},
+        identity={},
+    )
+
+
+def select_command(rows: int, folder: Path) -> None:
+    """What `jsfdd select` does."""
+    select_from(folder, "all")
+
+
+def select_from(folder: Path, within) -> None:
+    write_selection(folder / "selection.json", select(read_scores(folder / "scores.parquet"), 0.5, within=within))
+
+
+def prepare_scores(rows: int, folder: Path, sources: int = 10) -> None:
+    write_scores(folder / "scores.parquet", table_of(rows, sources))
+
+
+def prepare_selection(rows: int, folder: Path) -> None:
+    write_selection(folder / "selection.json", select(table_of(rows), 0.5))
+
+
+def best_k(rows: int, _: Path) -> None:
+    best = BestK("flatness", rows // 2)
+    for i, score in enumerate(np.random.default_rng(0).random(rows).tolist()):
+        best.offer(str(i), score)
+
+
+def drop(rows: int, folder: Path) -> None:
+    """A pass that keeps half: every sample is appended, and from the middle on one is dropped for each."""
+    hidden = np.ones((4, 8), np.float32)
+    with HiddenWriter(folder / "store", 8, "float32", {}, moderate_shard_bytes(rows * 64)) as writer:
+        for i in range(rows):
+            writer.add(str(i), hidden)
+            if i >= rows // 2:
+                writer.drop([str(i - rows // 2)])
+
+
+def mix(rows: int, _: Path) -> None:
+    tokens, mask = np.zeros(4, np.int32), np.ones(4, bool)
+    samples = [Sample(str(i), f"source {i % 100}", tokens, mask) for i in range(rows)]
+    mixture(samples, {f"source {i}": 1.0 for i in range(100)}, "samples", None, 0)
+
+
+MEASURED: dict[str, tuple[Callable | None, Callable]] = {
+    "write scores": (None, prepare_scores),
+    "select": (prepare_scores, select_command),
+    "select in 10 sources": (prepare_scores, lambda rows, folder: select_from(folder, "source")),
+    "select in as many sources": (
+        lambda rows, folder: prepare_scores(rows, folder, sources=rows),
+        lambda rows, folder: select_from(folder, "source"),
+    ),
+    "read selection": (prepare_selection, lambda rows, folder: read_selection(folder / "selection.json")),
+    "best k": (None, best_k),
+    "drop": (None, drop),
+    "mixture": (None, mix),
+}
+
+
+def _prepare(name: str, rows: int, folder: Path) -> None:
+    MEASURED[name][0](rows, folder)
+
+
+def _measure(name: str, rows: int, folder: Path, answer) -> None:
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    MEASURED[name][1](rows, folder)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    answer.send({"seconds": round(time.perf_counter() - start, 3), "megabytes": round((peak - before) / 1024)})
+
+
+def measure(name: str, rows: int) -> dict:
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        if MEASURED[name][0] is not None:
+            process = context.Process(target=_prepare, args=(name, rows, Path(folder)))
+            process.start()
+            process.join()
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_measure, args=(name, rows, Path(folder), sender))
+        process.start()
+        sender.close()
+        value = receiver.recv()
+        process.join()
+    return value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", nargs="+", type=int, required=True)
+    parser.add_argument("--results", type=Path)
+    options = parser.parse_args()
+    results: dict = {}
+    for name in MEASURED:
+        for rows in options.rows:
+            if rows <= LARGEST.get(name, rows):
+                results.setdefault(name, {})[str(rows)] = measure(name, rows)
+                print(name, rows, results[name][str(rows)], flush=True)
+                if options.results:
+                    write_results(options.results, {"scale": results})
+
+
+if __name__ == "__main__":
+    main()
