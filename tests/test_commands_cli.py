@@ -487,3 +487,18 @@ def test_scores_as_json(tmp_path, target, capsys):
     assert (counts["read"], counts["kept"], counts["duplicates"], counts["special_text"]) == (3, 1, 1, 1)
     assert f"{data}: 3 read, 1 kept; skipped: 1 duplicates, 1 with a special token's text" in captured.err
     assert "Ada" not in captured.out + captured.err
+
+
+@pytest.mark.parametrize("error, said", [
+    (FileExistsError(17, "File exists", "b/file"), "b/file: file exists; it is a file where a directory is to be"),
+    (PermissionError(13, "Permission denied", "b/ro/o"), "b/ro/o: permission denied; check who may read or write it"),
+    (FileNotFoundError(2, "No such file or directory", "x"), "x: no such file or directory; check the path"),
+    (FileNotFoundError("x: no such file; score first"), "x: no such file; score first"),
+])  # fmt: skip
+def test_what_the_system_says_of_a_file_has_a_remedy_too(monkeypatch, capsys, error, said):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(cli, "_run", fail)
+    assert main(["demo"]) == 2
+    assert capsys.readouterr().err.startswith(f"jsfdd: error: {said}")

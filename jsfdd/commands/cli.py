@@ -9,6 +9,7 @@ jsfdd and comes with a traceback.
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 import inspect
 import os
@@ -31,6 +32,12 @@ from jsfdd.commands.parser import Command, Invocation, parse
 _INPUT_ERRORS = (
     ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError, DiskError,
 )  # fmt: skip
+_REMEDIES = {
+    errno.EACCES: "check who may read or write it and the directories above it",
+    errno.EPERM: "check who may read or write it and the directories above it",
+    errno.EEXIST: "it is a file where a directory is to be; choose another --out",
+    errno.ENOTDIR: "it is a file where a directory is to be; choose another --out",
+}
 _BROKEN_PIPE = 141  # 128 + SIGPIPE, as shells report it
 
 # `jsfdd X` is commands/x.py with XConfig, EXAMPLES, prepare, run and describe.
@@ -102,7 +109,7 @@ def _answer(arguments: Sequence[str] | None) -> int:
     except _INPUT_ERRORS as error:
         if os.environ.get("JSFDD_TRACEBACK"):
             raise
-        print(f"jsfdd: error: {shortened(printable(str(error)))}", file=sys.stderr)
+        print(f"jsfdd: error: {_words(error)}", file=sys.stderr)
         return _leave(2)
     except RuntimeError as error:
         if not _is_distributed(error):
@@ -134,6 +141,14 @@ def command(name: str) -> Command:
         raise ValueError(f"no command {name!r}; " + (f"did you mean {close[0]}?" if close else f"take {', '.join(COMMANDS)}"))
     module = _module(name)
     return Command(getattr(module, f"{name.capitalize()}Config"), textwrap.indent(module.EXAMPLES.strip("\n"), "  "))
+
+
+def _words(error: BaseException) -> str:
+    """An error as one line: what the system says of a file gets the remedy that the rooms' own errors have."""
+    text = str(error)
+    if isinstance(error, OSError) and error.filename is not None and error.errno is not None:
+        text = f"{error.filename}: {os.strerror(error.errno).lower()}; {_REMEDIES.get(error.errno, 'check the path')}"
+    return shortened(printable(text))
 
 
 def _is_distributed(error: RuntimeError) -> bool:
