@@ -18,7 +18,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from jsfdd.base.processes import is_primary, true_on_primary
@@ -48,14 +48,16 @@ def sole_writer(out: Path) -> Iterator[None]:
         raise ValueError(refusal or _refusal(path))
     _held.add(path)
     ended = threading.Event()
+    alive = threading.Thread(target=_show_life, args=(lock, ended), daemon=True, name="sign of life")
     try:
         if lock is not None:
-            threading.Thread(target=_show_life, args=(lock, ended), daemon=True, name="sign of life").start()
+            alive.start()
         yield
     finally:
         ended.set()
         _held.discard(path)
         if lock is not None:
+            alive.join()
             path.unlink(missing_ok=True)
             os.close(lock)
 
@@ -110,7 +112,8 @@ def _touched(path: Path) -> int:
 
 def _show_life(lock: int, ended: threading.Event) -> None:
     while not ended.wait(_BEAT):
-        os.utime(lock)
+        with suppress(OSError):  # a disk that fails will be found by what is written
+            os.utime(lock)
 
 
 def _holder(path: Path) -> dict:
