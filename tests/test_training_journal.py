@@ -50,6 +50,33 @@ def test_a_run_goes_on_only_from_its_own_lines(run):
         assert path.read_text() == ""
 
 
+def test_a_kill_after_the_later_lines_were_dropped_leaves_a_run_that_goes_on(run):
+    for start in (10, 10, 0, 0):  # each is killed before it writes a line
+        with Journal(run, start):
+            assert [line["step"] for line in read_metrics(run)] == [10][: start // 10]
+
+
+def test_a_kill_before_later_lines_are_dropped_leaves_a_run_that_goes_on(run, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    for start in (10, 0):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr("jsfdd.training.journal._drop_after", killed)
+            Journal(run, start)
+        check_metrics(run)
+        with Journal(run, start):
+            pass
+
+
+def test_a_checkpoint_before_the_first_line_has_a_checksum_too(tmp_path):
+    with Journal(tmp_path, 0) as journal:
+        journal.seal(2)
+    with Journal(tmp_path, 2) as journal:
+        journal.note({"step": 3})
+    check_metrics(tmp_path)
+
+
 @pytest.mark.parametrize("name, line", [
     (METRICS, b'{"step": ' + b"9" * 5000 + b"}\n"),
     (METRICS, b"[" * 100_000),

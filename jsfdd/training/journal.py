@@ -52,6 +52,11 @@ class Journal:
         if is_primary():
             if start:
                 check_metrics(out)
+                self.seal(
+                    start
+                )  # before the later lines go: a kill in between must not leave a checksum of lines that are gone
+            else:
+                (out / CHECKSUM).unlink(missing_ok=True)
             for name in (METRICS, TIMINGS):
                 _drop_after(out / name, start)
         wait_for_all("later lines dropped")
@@ -118,7 +123,9 @@ def _checksum(path: Path, step: int) -> str:
 
 
 def _lines_until(path: Path, step: int) -> str:
-    """The complete lines up to a step, as text. A kill may have cut the last line short."""
+    """The complete lines up to a step, as text; none without a file. A kill may have cut the last line short."""
+    if not path.exists():
+        return ""
     whole, _, _ = _text(path).rpartition("\n")
     return "".join(json.dumps(line) + "\n" for line in _parse(whole, path) if line["step"] <= step)
 
