@@ -277,6 +277,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
         ("f.csv", b"prompt,response\na", r"f.csv: row 1: 1 cells under 2 names"),
         ("f.csv", b'prompt,response\n"a', r"f.csv:2: malformed CSV|f.csv: row 1: 1 cells"),
         ("f.csv", b"", r"f.csv: the file holds no rows"),
+        ("f.csv", b"prompt,prompt,response\na,b,c", r"f.csv: two columns have one name"),
         ("f.jsonl", "é".encode("utf-16"), r"f.jsonl:1: invalid UTF-8 .*; this is UTF-16"),
         (".json", GOOD, r".json: unknown file ending"),
         *((f"f.{ending}", POINTER, "a Git LFS pointer") for ending in ("jsonl", "json", "csv", "jsonl.gz", "parquet", "arrow")),

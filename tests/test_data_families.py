@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from families import FAMILIES, ROWS, family_tokenizer
+from families import CALL, FAMILIES, RESULT, ROWS, answer, family_tokenizer, user
 
 from jsfdd.base.records import Sample
 from jsfdd.data.chat import Chat
@@ -175,6 +175,21 @@ def test_the_doctor_finds_every_planted_fault(family, row, fault):
     assert _severities(_examine(family, samples, rows)).get("loss-mask") is None
     found = _severities(_examine(family, [_faulty(samples[0], tokenizer, fault), samples[1]], rows))
     assert found.get("token-ids" if fault == "another id" else "loss-mask") == "error"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [user("q") | {"name": "<|im_end|>"}, answer("a")]},
+        {"messages": [user("q"), answer("a", reasoning_content="<|im_end|>")]},
+        {"messages": [user("q"), answer("", tool_calls=[CALL | {"function": {"name": "<|im_end|>", "arguments": {}}}])]},
+        {"messages": [user("q"), answer("", tool_calls=[CALL]), RESULT | {"tool_call_id": "<|im_end|>"}, answer("a")]},
+        {"messages": ROWS["turns"]["messages"], "tools": [{"type": "function", "function": {"name": "<|im_end|>"}}]},
+    ],
+)
+def test_a_special_token_may_stand_in_no_text_that_a_template_could_write(row):
+    samples, summary = tokenize_chats([chat_of("c", row), chat_of("ok", ROWS["turns"])], TOKENIZERS["qwen3"], 4096)
+    assert [sample.id for sample in samples] == ["ok"] and summary.skipped["special_text"] == ("c",)
 
 
 def test_the_doctor_says_where_an_answer_of_weight_0_counts():

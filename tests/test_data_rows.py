@@ -102,8 +102,11 @@ def test_lists_in_parquet_as_json_text_or_as_an_object_of_lists(tmp_path):
     pq.write_table(pa.table(texts), tmp_path / "text.parquet")
     lists = {"conversations": [{"from": ["human", "gpt"], "value": ["Hi", "Hello 👋"]}]}
     pq.write_table(pa.table(lists), tmp_path / "lists.parquet")
-    text, whole = (read_chats([tmp_path / name])[0] for name in ("text.parquet", "lists.parquet"))
-    assert list(text.messages) == list(whole.messages) == TURNS
+    maps = pa.array([[list(turn.items()) for turn in TURNS]], pa.list_(pa.map_(pa.string(), pa.string())))
+    pq.write_table(pa.table({"messages": maps}), tmp_path / "maps.parquet")
+    names = ("text.parquet", "lists.parquet", "maps.parquet")
+    text, whole, mapped = (read_chats([tmp_path / name])[0] for name in names)
+    assert list(text.messages) == list(whole.messages) == list(mapped.messages) == TURNS
     assert text.tools == ({"type": "function", "function": {"name": "f"}},)
 
 

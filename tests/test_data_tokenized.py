@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from families import answer, family_tokenizer, user
 from toy import toy_tokenizer
 
 from jsfdd.base.records import Sample, samples_digest
@@ -86,6 +87,21 @@ def test_other_processes_make_the_same_samples(files, monkeypatch):
     together = read_samples(files, toy_tokenizer(), 100, processes=2)
     _same(together.samples, list(alone.samples))
     assert together[1:] == alone[1:]
+
+
+def test_answers_beyond_the_cut_are_counted_and_their_conversation_is_read_once(tmp_path):
+    """With --split-answers: of 12 answers, those whose prompt alone is too long make no sample."""
+    messages = [
+        message
+        for i in range(12)
+        for message in (user(f"q{i}"), answer(f"a{i}", reasoning_content="a thought"))
+    ]  # fmt: skip
+    path = write(tmp_path / "s.jsonl", [{"messages": messages}, turns("q", "")])
+    read = read_samples([path], family_tokenizer("qwen3"), 200, split_answers=True)
+    [counts] = read.files
+    made = len(read.samples)
+    assert 0 < made < 12 and (counts.read, counts.kept, counts.skipped) == (2, 1, {"no_counted": 1})
+    assert read.summary.kept == 1 and f"{12 - made} answers have no token within the maximal length" in "".join(read.notes)
 
 
 def test_nothing_left_is_an_error_that_says_why(tmp_path):

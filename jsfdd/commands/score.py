@@ -195,7 +195,7 @@ def describe_scoring(inputs: Inputs) -> tuple[dict, list[str]]:
     values = {
         "files": counts_to_json(inputs.files),
         "samples": len(lengths),
-        "skipped": total(inputs.files).read - len(lengths),
+        "skipped": total(inputs.files).read - total(inputs.files).kept,
         "tokens": sum(lengths),
         "counted_tokens": counted_tokens(inputs.samples),
         "batches": len(plans),

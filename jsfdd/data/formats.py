@@ -214,7 +214,9 @@ def _table(path: Path, packing: str) -> Iterator[Entry]:
     with _open(path, packing) as stream:
         reader = csv.reader(_text_lines(stream, path, packing))
         try:
-            names = next(reader, [])
+            names = [name.strip() for name in next(reader, [])]
+            if len(set(names)) < len(names):
+                raise ValueError(f"{path}: two columns have one name; rename one of {', '.join(names)}")
             for number, cells in enumerate(reader, 1):
                 place = f"{path}: row {number}"
                 if not cells:
@@ -351,6 +353,6 @@ def _wanted(path: Path, names: list[str], columns: Collection[str]) -> list[str]
 
 
 def _rows(path: Path, batches) -> Iterator[Entry]:
-    rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+    rows = itertools.chain.from_iterable(batch.to_pylist(maps_as_pydicts="lossy") for batch in batches)
     for number, value in enumerate(rows, 1):
         yield without_nulls(value), f"{path}: row {number}", number

@@ -120,8 +120,8 @@ def text_in(row: dict, key: str, place: str) -> str:
 
 
 def kind_of(value: object) -> str:
-    """What a JSON value is, in words."""
-    return _KINDS.get(type(value), "null")
+    """What a JSON value is, in words; columnar files may hold others."""
+    return "null" if value is None else _KINDS.get(type(value), f"of type {type(value).__name__}")
 
 
 def text_of_calls(calls: list[dict]) -> str:

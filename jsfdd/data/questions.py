@@ -112,7 +112,7 @@ def questions_of(
             reason = "no_question"
         elif digest in seen:
             reason = "duplicates"
-        elif any(special_text.search(message["content"]) for message in said):
+        elif any(map(special_text.search, [json.dumps(chat.tools), *(text for message in said for text in _texts(message))])):
             reason = "special_text"
         elif (prompt := _first_prompt(turns, tokenizer, chat.tools)) is None:
             reason = "refused"
@@ -156,6 +156,10 @@ def _turns(messages: Sequence[Message]) -> tuple[tuple[Message, ...], ...]:
             turns.append(tuple(said))
             said = []
     return (*turns, tuple(said)) if _asks(said) else tuple(turns)
+
+
+def _texts(message: Message) -> list[str]:
+    return [message[key] for key in ("content", "name") if key in message]
 
 
 def _asks(said: Sequence[Message]) -> bool:

@@ -43,6 +43,7 @@ from jsfdd.data.spans import MaskSpan, excluded_spans
 
 __all__ = ["RefusedByTemplate", "TokenizeSummary", "render_prompt", "special_text_of", "tokenize_chats"]
 
+_WRITTEN = ("content", "reasoning_content", "name", "tool_call_id")  # texts of a message
 _CHUNK = 256  # conversations per tokenizer call, which spreads them over the cores
 _SKIPS = ("no_counted", "special_text", "refused", "rewritten", "unknown_token")
 # Added tokens that an answer may well hold: its own marks of thoughts and calls.
@@ -251,14 +252,16 @@ class ChatTokenizer:
         return Rendered(sample_id, chat, text, spans, closed, excluded)
 
     def _check_special_text(self, chat: Chat, messages: Iterable[Message]) -> None:
-        for number, message in enumerate(messages, 1):
-            for text in _texts(message):
-                if found := self.special_text[message["role"]].search(text):
-                    raise BadRow(
-                        "special_text",
-                        f"{chat.place}: message {number}",
-                        f"it holds the text of the special token {found.group()!r}, which would be read as the token",
-                    )
+        tools = json.dumps(chat.tools, ensure_ascii=False)
+        texts = [("the tools", "system", tools)] if chat.tools else []
+        texts += [(f"message {i}", m["role"], text) for i, m in enumerate(messages, 1) for text in _texts(m)]
+        for where, role, text in texts:
+            if found := self.special_text[role].search(text):
+                raise BadRow(
+                    "special_text",
+                    f"{chat.place}: {where}",
+                    f"it holds the text of the special token {found.group()!r}, which would be read as the token",
+                )
 
     def _beyond(self, chat: Chat, token: int) -> BadRow:
         name = self.tokenizer.convert_ids_to_tokens(token) if token < len(self.tokenizer) else None
@@ -328,34 +331,50 @@ def tokenize_chunk(tokenize: ChatTokenizer, chats: Iterable[Chat]) -> Iterator[t
 
 
 class Tally:
-    """Counts what becomes of conversations whose samples come one after the other."""
+    """Counts what becomes of conversations whose samples come one after the other.
+
+    A conversation is skipped if no sample is made of it; of one that is split, answers may be lost beyond the cut.
+    """
 
     def __init__(self):
-        self.read, self.kept = 0, 0
-        self.last = self.last_kept = None
+        self.read, self.kept, self.lost = 0, 0, 0
         self.truncated: list[str] = []
         self.skipped: dict[str, list[str]] = {reason: [] for reason in _SKIPS}
         self.first: dict[str, str] = {}
         self.by_file: dict[tuple[str, str], int] = {}  # of a reason, or "truncated"
+        self._id: str | None = None  # of the conversation whose samples come
+        self._samples, self._bad, self._file = 0, [], ""
 
     def add(self, chat_id: str, outcome: Sample | BadRow, cut: bool, file: str = "") -> None:
-        self.read += chat_id != self.last
-        self.last = chat_id
+        if chat_id != self._id:
+            self._settle()
+            self._id, self._file = chat_id, file
+            self.read += 1
         if isinstance(outcome, BadRow):
-            self.skipped[outcome.reason].append(chat_id)
-            self.first.setdefault(outcome.reason, str(outcome))
-            self._count(file, outcome.reason)
+            self._bad.append(outcome)
             return
-        self.kept += chat_id != self.last_kept
-        self.last_kept = chat_id
+        self._samples += 1
         if cut:
             self.truncated.append(outcome.id)
             self._count(file, "truncated")
+
+    def _settle(self) -> None:
+        """Count the conversation whose samples have come."""
+        if self._samples:
+            self.kept += 1
+            self.lost += len(self._bad)
+        elif self._bad:
+            reason = self._bad[0].reason
+            self.skipped[reason].append(self._id)
+            self.first.setdefault(reason, str(self._bad[0]))
+            self._count(self._file, reason)
+        self._id, self._samples, self._bad = None, 0, []
 
     def _count(self, file: str, what: str) -> None:
         self.by_file[file, what] = self.by_file.get((file, what), 0) + 1
 
     def summary(self, left_out: dict[str, int]) -> TokenizeSummary:
+        self._settle()
         skipped = {reason: tuple(ids) for reason, ids in self.skipped.items()}
         left = {what: count for what, count in left_out.items() if count}
         return TokenizeSummary(self.read, self.kept, tuple(self.truncated), skipped, self.first, left)
@@ -386,7 +405,7 @@ def _with_written_calls(message: Message) -> Message:
 def _texts(message: Message) -> list[str]:
     """Everything in a message that a template may write."""
     calls = [json.dumps(message["tool_calls"], ensure_ascii=False)] if "tool_calls" in message else []
-    return [message["content"], message.get("reasoning_content", ""), *calls]
+    return [*(message[key] for key in _WRITTEN if key in message), *calls]
 
 
 def _batched(items: Iterable, size: int) -> Iterator[tuple]:

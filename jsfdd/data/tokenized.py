@@ -93,6 +93,8 @@ def read_samples(
         everything = total(files)
         raise ValueError(nothing_left(everything.read, everything.skipped, first))
     notes = [f"skipped as {MEANINGS[reason]}, the first: {text}" for reason, text in first.items()]
+    if tally.lost:
+        notes.append(f"{tally.lost:,} answers have no token within the maximal length and are no samples")
     notes += [*counts.notes(), *filter(None, [summary.left_out_words()])]
     return TokenizedChats(samples, summary, files, notes)
 
