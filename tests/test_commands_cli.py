@@ -126,6 +126,12 @@ def test_an_output_that_cannot_be_written(tmp_path, target, capsys):
     for name in ("score", "train"):
         assert main([name, "--target", target, "--data", data, "--out", str(blocked)]) == 2
         assert str(blocked) in capsys.readouterr().err
+    for arguments in (
+        ["evaluate", "--draft", "none", "--prompts", data, "--out", str(blocked)],
+        ["respond", "--data", data, "--out", str(blocked / "a" / "b.jsonl")],
+    ):
+        assert main([*arguments, "--target", target, "--dry-run"]) == 2
+        assert f"{blocked}: not a directory; choose another --out" in capsys.readouterr().err
 
 
 def test_a_draft_that_is_not_there(tmp_path, capsys):
@@ -149,6 +155,14 @@ _SCORE = ["score", "--target", "t", "--data", "d", "--out", "o"]
         (["run", "--target", "t", "--data", "d", "--prompts", "p", "--out", "o", "--hidden-from", "d"], "--hidden-from"),
         ([*_SCORE, "--keep-hidden", "flattest", "--retain-ratio", "0.5"], "'flattest' is unknown; choose from full, flatness"),
         ([*_SCORE, "--keep-hidden", "full", "full"], "--keep-hidden: got"),
+        ([*_SCORE, "--retain-ratio", "0.3"], "--retain-ratio goes with --keep-hidden"),
+        ([*_SCORE, "--hidden-dtype", "int8"], "--hidden-dtype goes with --keep-hidden"),
+        ([*_SCORE, "--max-length", "1"], "jsfdd: error: --max-length: got 1, but it must be 8 tokens or more"),
+        ([*_SCORE, "--max-length", "abc"], "Error parsing --max-length"),
+        (["score", "--target", "", "--data", "d", "--out", "o"], "--target: got ''"),
+        (["score", "--target", "t", "--data", "d", "", "--out", "o"], "--data: got an empty path"),
+        (["score", "--target", "t", "--data", "d", "--out="], "--out: got an empty path"),
+        ([*_SCORE, "--num-processes", "2", "--dry-run"], "go with --coordinator"),
         (["train", *_SCORE[1:], "--no-hidden-store", "--hidden-dtype", "int8"], "take bfloat16 or float32"),
         (["train", *_SCORE[1:], "--no-hidden-store", "--hidden-from", "d"], "choose one"),
         (["train", *_SCORE[1:], "--mix", "a=0.5", "b"], "--mix: got ('a=0.5', 'b'), but it must be different SOURCE=WEIGHT"),
@@ -161,6 +175,7 @@ _SCORE = ["score", "--target", "t", "--data", "d", "--out", "o"]
         (["train", *_SCORE[1:], "--soft-targets", "top_k", "--draft-vocab", "4"], "exceeds the 4 tokens of --draft-vocab"),
         (["train", *_SCORE[1:], "--draft-vocab", "4", "--no-hidden-store"], "--draft-vocab trains on soft targets"),
         (["train", *_SCORE[1:], "--hass-top-k-weight", "1"], "--hass-top-k-weight"),
+        (["train", *_SCORE[1:], "--learning-rate", "inf"], "--learning-rate: got inf"),
         (["train", *_SCORE[1:], "--token-scores", "t"], "say how many with --token-retain-ratio"),
         (["generate", "--target", "t", "--prompt", " "], "--prompt is empty"),
         (["generate", "--target", "t", "--prompt", "x", "--show-accepted"], "--show-accepted"),

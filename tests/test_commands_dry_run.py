@@ -176,6 +176,8 @@ def test_wrong_input_is_the_stages_own_error(place, capsys):
     (place / "chats" / "c.jsonl").unlink()
     assert main(["train", *DATA, "--out", "prompts.jsonl", "--dry-run"]) == 2
     assert "prompts.jsonl: not a directory; choose another --out" in capsys.readouterr().err
+    assert main(["train", *DATA, "--out", "out", "--token-retain-ratio", "0.5", "--token-scores", "none", "--dry-run"]) == 2
+    assert "none: no such file" in capsys.readouterr().err
 
 
 def test_a_disk_that_is_too_small_is_a_warning_beforehand(place, capsys, monkeypatch):

@@ -85,7 +85,7 @@ def test_a_file_of_another_writer_is_refused(tmp_path):
     table = pyarrow.parquet.read_table(path)
     other = table.set_column(1, "source", pyarrow.array(["math", None, "chat"]))
     pyarrow.parquet.write_table(other, path)
-    with pytest.raises(ValueError, match="checksum is of other scores; delete it and score again"):
+    with pytest.raises(ValueError, match="checksum is of other scores; .*delete it and score again"):
         read_scores(path)
     pyarrow.parquet.write_table(table.replace_schema_metadata({}), path)
     with pytest.raises(ValueError, match="was not written by this version"):

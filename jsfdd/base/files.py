@@ -71,7 +71,12 @@ def write_json(path: str | Path, value, *, indent: int = 1) -> None:
         aside.write_bytes(msgspec.json.format(text.encode(), indent=indent) + b"\n")  # the standard library's is slow
 
 
-def read_json(path: str | Path, kind: type = object, *, remedy: str = "delete the file and run again") -> Any:
+def read_json(
+    path: str | Path,
+    kind: type = object,
+    *,
+    remedy: str = "give another file; if jsfdd wrote this one, delete it and run again",
+) -> Any:
     """Read a JSON file, without the checksum that `write_json` put there.
 
     Args:

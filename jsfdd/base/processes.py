@@ -40,6 +40,19 @@ def start(coordinator: str | None, num_processes: int | None = None, process_id:
     Raises:
       ValueError: the arguments do not fit together.
     """
+    check_place(coordinator, num_processes, process_id)
+    if coordinator is None or jax.distributed.is_initialized():
+        return
+    jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM (`interrupts.py`)
+    timeouts = dict(heartbeat_timeout_seconds=_HEARTBEAT, shutdown_timeout_seconds=_SHUTDOWN, initialization_timeout=_START)
+    if coordinator == AUTO:
+        jax.distributed.initialize(**timeouts)
+    else:
+        jax.distributed.initialize(coordinator, num_processes, process_id, **timeouts)
+
+
+def check_place(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    """Raise ValueError unless `start` takes these arguments together."""
     explicit = num_processes is not None, process_id is not None
     if coordinator is None or coordinator == AUTO:
         if any(explicit):
@@ -52,14 +65,6 @@ def start(coordinator: str | None, num_processes: int | None = None, process_id:
             raise ValueError(f"--coordinator: got {coordinator!r}, but it must be HOST:PORT or auto")
         if not 0 <= process_id < num_processes:
             raise ValueError(f"--process-id {process_id}: must be from 0 to {num_processes - 1} (--num-processes)")
-    if coordinator is None or jax.distributed.is_initialized():
-        return
-    jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM (`interrupts.py`)
-    timeouts = dict(heartbeat_timeout_seconds=_HEARTBEAT, shutdown_timeout_seconds=_SHUTDOWN, initialization_timeout=_START)
-    if coordinator == AUTO:
-        jax.distributed.initialize(**timeouts)
-    else:
-        jax.distributed.initialize(coordinator, num_processes, process_id, **timeouts)
 
 
 def is_primary() -> bool:

@@ -46,6 +46,8 @@ COMMANDS = (
     "completion",
 )  # fmt: skip
 
+_WRITE_A_FILE = ("respond", "report")  # their --out is a file, not a directory
+
 _DESCRIPTION = "Cheap training of draft models for speculative decoding."
 
 _EPILOGUE = """
@@ -180,13 +182,24 @@ def _run(name: str, invocation: Invocation) -> int:
     _prepare_jax()
     from jsfdd.base import processes
 
-    if (place := getattr(config, "processes", None)) and not output.dry_run:
-        processes.start(place.coordinator, place.num_processes, place.process_id)
+    if place := getattr(config, "processes", None):
+        join = processes.check_place if output.dry_run else processes.start
+        join(place.coordinator, place.num_processes, place.process_id)
+    if out := getattr(config, "out", None):
+        _check_out(out, is_file=name in _WRITE_A_FILE)
     prepared = module.prepare(config)
     outcome = (module.describe if output.dry_run else module.run)(config, prepared)
     if processes.is_primary():
         show(outcome, output.json)
     return outcome.exit_code
+
+
+def _check_out(out: Path, is_file: bool) -> None:
+    """Raise NotADirectoryError if `out` is below a file, or is a file and should be a directory: a command would notice only
+    when it writes."""
+    present = next(path for path in (*([] if is_file else [out]), *out.parents, Path()) if path.exists())
+    if not present.is_dir():
+        raise NotADirectoryError(f"{present}: not a directory; choose another --out")
 
 
 def _prepare_jax() -> None:

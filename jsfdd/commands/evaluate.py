@@ -104,7 +104,7 @@ def run(config: EvaluateConfig, prepared: Prepared) -> Outcome:
     width = max(Console().width, 100)
     table = rendered(lambda out: print_evaluation(reports, differences, out), soft_wrap=True, width=width)
     values = {"command": "evaluate", "drafts": drafts, "differences": differences, "out": config.out}
-    return Outcome(values, f"{table}{config.out}")
+    return Outcome(values, f"{table}written to {config.out}")
 
 
 def describe(config: EvaluateConfig, prepared: Prepared) -> Outcome:

@@ -139,6 +139,7 @@ class ModelOptions:
     """Today's date as chat templates see it. The default never changes, so the same chats always give the same tokens."""
 
     def __post_init__(self):
+        check("--target", self.target, self.target != "", "a model's directory, file or name")
         check("--model-shards", self.model_shards, self.model_shards >= 1, "1 (whole on every device) or more")
         self.template_options()
 

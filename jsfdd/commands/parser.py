@@ -6,8 +6,10 @@ import contextlib
 import dataclasses
 import inspect
 import io
+import sys
 import typing
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Generic, NamedTuple, TypeVar
 
 import docstring_parser
@@ -39,26 +41,35 @@ def parse(name: str, command: Command, words: Sequence[str]) -> Invocation:
 
     Raises:
       SystemExit: 0 after --help, 2 for an unknown or missing option.
-      ValueError: a value is wrong, or an option that takes several values is given twice; tyro would drop the first.
+      ValueError: a value is wrong; a path is empty; or an option that takes several values is given twice, of which tyro
+        would drop the first.
     """
     _explain(command.config)
-    lists = {option_of(option) for option, (kind, _) in options_of(command.config).items() if _is_tuple(kind)}
+    kinds = {option_of(option): kind for option, (kind, _) in options_of(command.config).items()}
+    _refuse_empty_paths(kinds, words)
+    lists = {option for option, kind in kinds.items() if _is_tuple(kind)}
     names = [word.partition("=")[0].replace("_", "-") for word in words]
     for option in sorted(lists):
         if (count := names.count(option)) > 1:
             raise ValueError(f"{option}: given {count} times; give all its values after one, as in {option} A B")
+    box = io.StringIO()
     try:
-        return tyro.cli(
-            Invocation[command.config],
-            args=words,
-            prog=f"jsfdd {name}",
-            description=inspect.getdoc(command.config),
-            config=_STYLE,
-        )
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(
+                Invocation[command.config],
+                args=words,
+                prog=f"jsfdd {name}",
+                description=inspect.getdoc(command.config),
+                config=_STYLE,
+            )
     except SystemExit as stop:
         if not stop.code:
             print(f"example:\n{command.examples}")
-        raise
+        refused = _refused_by_group(stop)
+        if refused is None:
+            sys.stderr.write(box.getvalue())
+            raise
+        raise refused from None
 
 
 def completion_script(commands: Mapping[str, Command], shell: str) -> str:
@@ -83,6 +94,31 @@ def _explain(kind: type) -> None:
     for group in typing.get_type_hints(kind).values():
         if dataclasses.is_dataclass(group):
             _explain(group)
+
+
+def _refused_by_group(stop: BaseException) -> ValueError | None:
+    """The error of a group that refused its values, from whose message tyro drew a box; None for tyro's own errors."""
+    cause = stop.__context__
+    while cause is not None:
+        if isinstance(cause, ValueError) and str(cause).startswith("--"):
+            return cause
+        cause = cause.__context__
+    return None
+
+
+def _refuse_empty_paths(kinds: Mapping[str, type], words: Sequence[str]) -> None:
+    """Raise ValueError for a path that is an empty string, as from an unset shell variable: it would mean this directory."""
+    option = ""
+    for word in words:
+        if word.startswith("--"):
+            option, assigned, word = word.partition("=")
+            option, word = option.replace("_", "-"), word if assigned else option
+        if not word and _has_path(kinds.get(option)):
+            raise ValueError(f"{option}: got an empty path; give a name, or . for this directory")
+
+
+def _has_path(kind) -> bool:
+    return kind is Path or any(map(_has_path, typing.get_args(kind)))
 
 
 def _is_tuple(kind) -> bool:

@@ -31,6 +31,7 @@ from jsfdd.commands.options import (
     Within,
     check,
     check_share,
+    option_of,
 )
 from jsfdd.commands.outcome import Outcome, counts_to_json, many, planned
 from jsfdd.scoring.metrics import METRICS
@@ -82,6 +83,10 @@ class ScoreConfig:
 
 
 def prepare(config: ScoreConfig) -> Inputs:
+    if not config.keep_hidden:
+        for name in ("retain_ratio", "within", "held_out_share", "hidden_dtype"):
+            if getattr(config, name) != getattr(ScoreConfig, name):
+                raise ValueError(f"{option_of(name)} goes with --keep-hidden; `score` itself scores every sample")
     return read_inputs(config.model, config.chats)
 
 
@@ -89,7 +94,7 @@ def run(config: ScoreConfig, inputs: Inputs) -> Outcome:
     table = score(config, load(config, inputs))
     path = config.out / "scores.parquet"
     values = {"command": "score", "samples": len(table.ids), "scores": path, "files": counts_to_json(inputs.files)}
-    words = f"{len(table.ids)} samples scored: {path}"
+    words = f"{many(len(table.ids), 'sample')} scored: {path}"
     if config.keep_hidden:
         values["hidden"] = config.out / HIDDEN
         words += f"; hidden states kept for {' '.join(config.keep_hidden)}: {values['hidden']}"

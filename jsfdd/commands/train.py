@@ -110,6 +110,8 @@ def prepare(config: TrainConfig) -> Prepared:
     inputs = read_inputs(config.model, config.chats)
     selection = None if config.selection is None else read_selection(config.selection)
     kept, held_out = training_sides(inputs.samples, selection, config.recipe, config.mixture, config.seed)
+    if config.token_scores is not None:
+        _token_weights(config, kept)  # fails if the scores are missing or of other samples
     if selection is not None:  # the weights are compared when they are there
         length = longest_sample(inputs.target, config.chats.max_length)
         present = identity_of(inputs.target, config.chats.data, length, target_dtype(config.model))
@@ -127,7 +129,9 @@ def run(config: TrainConfig, prepared: Prepared) -> Outcome:
     names = ("steps", "samples", "tokens", "seconds", "held_out")
     values = {"command": "train"} | {name: getattr(result, name) for name in names}
     values |= {"draft": config.out, "files": counts_to_json(loaded.files)}
-    return Outcome(values, f"{result.steps} steps on {result.samples} samples in {result.seconds:.0f} s: {config.out}")
+    return Outcome(
+        values, f"{many(result.steps, 'step')} on {many(result.samples, 'sample')} in {result.seconds:.0f} s: {config.out}"
+    )
 
 
 def describe(config: TrainConfig, prepared: Prepared) -> Outcome:

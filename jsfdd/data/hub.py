@@ -56,9 +56,10 @@ def _loaded(name: str):
     try:
         return datasets.load_dataset(parts["name"], parts["config"], split=parts["split"] or "train")
     except OSError as error:  # what the library and its HTTP client raise for everything out of reach
+        reason = str(error).partition("\n")[0]
         raise FileNotFoundError(
-            f"{name}: not in the cache, and the hub does not give it ({type(error).__name__}: {error}); check the name and the "
-            "network, log in for a gated dataset, or give a downloaded copy's .parquet or .jsonl files"
+            f"{name}: not in the cache, and the hub does not give it ({type(error).__name__}: {reason}); check the name and "
+            "the network, log in for a gated dataset, or give a downloaded copy's .parquet or .jsonl files"
         ) from error
     except ValueError as error:
         raise ValueError(f"{name}: {error}; name another split or config: hf:NAME@CONFIG:SPLIT") from error

@@ -16,7 +16,7 @@ from jsfdd.scoring.table import ScoreTable, read_scores, read_token_scores
 from jsfdd.selection.sfdd import Selection, read_selection
 from jsfdd.training.journal import METRICS, read_metrics
 
-_REMEDY = "finish the run with `jsfdd run` (it continues where it stopped), or give another --run"
+_REMEDY = "finish the run with `jsfdd run` (it continues where it stopped), or give another directory"
 _SUMMARY_KEYS = ("versions", "hardware", "target", "data", "seconds", "arms", "differences")
 _CONFIG_KEYS = (
     "arms", "batch_size", "held_out_share", "log_every", "max_length", "max_new_tokens", "mix", "num_draft_tokens",

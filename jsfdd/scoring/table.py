@@ -24,7 +24,7 @@ from jsfdd.scoring.metrics import column_names
 _TOKEN_COLUMNS = ("counted", "flatness", "entropy")
 _IN_PART = "token_"  # a part holds sample and token columns in one file, so the token columns need a prefix
 _IDENTITY, _DIGEST = b"jsfdd_identity", b"jsfdd_sha256"
-_REMEDY = "delete it and score again"
+_REMEDY = "give a file of `jsfdd score`; if it is one, delete it and score again"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 from jsfdd.models.architecture import DraftKind, Eagle3Norm
@@ -14,7 +15,7 @@ SoftTargets = Literal["auto", "means", "top_k", "none"]
 # Field -> (test of a value, description of valid values).
 _RULES = {
     "epochs": (lambda x: x >= 1, "1 or more"),
-    "learning_rate": (lambda x: x > 0, "above 0"),
+    "learning_rate": (lambda x: 0 < x < math.inf, "above 0 and finite"),
     "warmup_share": (lambda x: 0 <= x < 1, "a share of the run's steps in [0, 1)"),
     "max_grad_norm": (lambda x: x > 0, "above 0"),
     "soft_top_k": (lambda x: x >= 1, "1 or more"),

@@ -231,8 +231,9 @@ def _from_hub(name: str, weights: bool) -> Path:
         # Files in folders, and Mistral's second copy of its weights, are other formats of the same model.
         folder = snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"])
     except (OSError, HFValidationError) as error:
+        reason = str(error).partition("\n")[0]
         raise FileNotFoundError(
-            f"{name}: no such file or directory here, and the hub does not give it ({type(error).__name__}: {error}); "
+            f"{name}: no such file or directory here, and the hub does not give it ({type(error).__name__}: {reason}); "
             "check the name and the network, log in for a gated model, or give the path of a downloaded copy"
         ) from error
     return Path(folder)
