@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +65,8 @@ def hidden_states(target: Target | ForeignTarget, tokens: Int[Array, "B T"]) -> 
       >>> jsfdd.hidden_states(target, tokens).shape == (*tokens.shape, target.config.hidden_size)
       True
     """
+    if jnp.ndim(tokens) != 2:
+        raise ValueError(f"tokens has shape {jnp.shape(tokens)}, but it must be [B, T]; of one text: tokens[None]")
     if isinstance(target, ForeignTarget):
         return target.hidden_states(np.asarray(tokens))
     return _hidden_states(target.config, target.params, jnp.asarray(tokens))
@@ -189,6 +191,8 @@ def train(
     from jsfdd.training.soft_store import store_soft_targets
     from jsfdd.training.train import train as train_draft
 
+    if isinstance(kept, Recipe):
+        raise TypeError("the third argument is the selection; give the recipe as recipe=…")
     recipe, mesh = recipe or Recipe(), mesh or make_mesh()
     if recipe.weighs_tokens:
         raise ValueError("a recipe that weighs tokens needs their scores: see jsfdd.selection.tokens and jsfdd.training.train")
@@ -276,6 +280,10 @@ def evaluate(
 
     if isinstance(target, ForeignTarget):
         raise ValueError(f"{target.name} is a foreign target: decoding needs its layers; load it with `load_target`")
+    if isinstance(prompts, str):
+        raise TypeError("prompts is one string; give a list of them: [prompt]")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, but it must be 1 or more")
     prompts = [Prompt(f"p{i}", "prompts", (text,)) if isinstance(text, str) else text for i, text in enumerate(prompts)]
     report = evaluate_drafts(
         target,
@@ -317,9 +325,12 @@ def export(
       >>> jsfdd.load_draft("draft-vllm").config == draft.config
       True
     """
-    from jsfdd.weights.card import Provenance, Serving
-    from jsfdd.weights.export import write_draft
+    from jsfdd.weights.card import Flavour, Provenance, Serving
+    from jsfdd.weights.export import ExportDtype, write_draft
 
+    for name, value, known in (("flavour", flavour, Flavour), ("dtype", dtype, ExportDtype)):
+        if value not in get_args(known):
+            raise ValueError(f"{name} {value!r} is unknown; choose from {', '.join(get_args(known))}")
     provenance = Provenance(training=draft.record)
     write_draft(
         directory, draft.config, draft.params, flavour, dtype=dtype, serving=Serving(served_target), provenance=provenance
@@ -329,6 +340,8 @@ def export(
 def _tokenized(target: Target | ForeignTarget, chats: Sequence[Chat] | Sequence[Sample], max_length: int) -> list[Sample]:
     if all(isinstance(chat, Sample) for chat in chats):
         return list(chats)
+    if max_length < 1:
+        raise ValueError(f"max_length is {max_length}, but it must be 1 or more")
     if target.tokenizer is None:
         raise ValueError(f"{target.name} has no tokenizer: give tokenized samples, or the target with a tokenizer")
     from jsfdd.data.template import tokenize_chats

@@ -158,3 +158,29 @@ def test_evaluate_agrees_with_its_report(trained):
     result = jsfdd.evaluate(TARGET, trained, ["Why?", "How so?"], max_new_tokens=12)
     assert result.tau == result.report["tau"] >= 1 and result.tau_low <= result.tau <= result.tau_high
     assert result.same_text_share == 1.0 and len(result.report["prompts"]) == 2
+
+
+def test_wrong_arguments_are_named():
+    draft, chats = jsfdd.init_draft(TARGET, jax.random.key(0)), toy_chats()
+    foreign = jsfdd.foreign_target(
+        None, np.zeros((258, 32), np.float32), np.zeros((258, 32), np.float32), TARGET.config, name="theirs"
+    )
+    for call, error, words in (
+        (lambda: jsfdd.evaluate(TARGET, draft, "Why?"), TypeError, "one string"),  # not four prompts of one letter
+        (lambda: jsfdd.evaluate(TARGET, draft, []), ValueError, "no prompt"),
+        (lambda: jsfdd.evaluate(TARGET, draft, ["a"], temperature=-1), ValueError, "temperature is -1"),
+        (lambda: jsfdd.evaluate(TARGET, draft, ["a"], max_new_tokens=0), ValueError, "max_new_tokens is 0"),
+        (lambda: jsfdd.evaluate(TARGET, draft, ["a"], batch_size=0), ValueError, "batch_size is 0"),
+        (lambda: jsfdd.generate(TARGET, ["a"], temperature=float("nan")), ValueError, "temperature is nan"),
+        (lambda: jsfdd.generate(foreign, ["a"]), ValueError, "theirs is a foreign target"),
+        (lambda: jsfdd.score(TARGET, chats, max_length=-3), ValueError, "max_length is -3"),
+        (lambda: jsfdd.train(TARGET, chats, jsfdd.Recipe()), TypeError, "recipe=…"),
+        (lambda: jsfdd.hidden_states(TARGET, TOKENS[0]), ValueError, r"must be \[B, T\]"),
+        (lambda: jsfdd.export(draft, "nowhere", "vlm"), ValueError, "'vlm' is unknown; choose from vllm"),
+        (lambda: jsfdd.export(draft, "nowhere", dtype="int4"), ValueError, "'int4' is unknown"),
+        (lambda: jsfdd.Recipe(token_loss="mse"), ValueError, "--token-loss: got 'mse', but it must be one of cross_entropy"),
+        (lambda: jsfdd.Recipe(soft_targets="mean"), ValueError, "--soft-targets"),
+        (lambda: jsfdd.Recipe(compute_dtype="int8"), ValueError, "compute_dtype"),
+    ):
+        with pytest.raises(error, match=words):
+            call()

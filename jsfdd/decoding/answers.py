@@ -15,8 +15,9 @@ from jsfdd.decoding import generate as loop
 from jsfdd.decoding.conversation_log import Answer
 from jsfdd.decoding.conversations import PromptGroup, by_width, hold, read_answer
 from jsfdd.decoding.prompts import prompt_batch, questions_in
-from jsfdd.decoding.settings import EVERY_TOKEN, Cutoff, Team, TreeShape, decode_setup
+from jsfdd.decoding.settings import EVERY_TOKEN, Cutoff, Team, TreeShape, check_temperature, decode_setup
 from jsfdd.models.draft import Draft
+from jsfdd.models.foreign import ForeignTarget
 from jsfdd.weights.draft import check_draft
 from jsfdd.weights.target import Target
 
@@ -77,6 +78,9 @@ def generate(
     """
     if isinstance(prompts, str):
         raise TypeError("prompts is one string; give a list of them: [prompt]")
+    if isinstance(target, ForeignTarget):
+        raise ValueError(f"{target.name} is a foreign target: decoding needs its layers; load it with `load_target`")
+    check_temperature(temperature)
     if draft is not None:
         check_draft(target, draft.config, "draft")
     team = Team({} if draft is None else {"draft": draft})

@@ -121,6 +121,8 @@ class DecodeSetup:
     combine: Combine | None = None
 
     def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}, but it must be 1 or more")
         if bool(self.drafts) != (self.num_draft_tokens > 0):
             raise ValueError(f"num_draft_tokens={self.num_draft_tokens} with {len(self.drafts)} drafts: both or neither")
         for number in self.layers:
@@ -155,6 +157,12 @@ class DecodeSetup:
         """Cache slots for a padded prompt, its answer, and the draft tokens of a last step that starts one token short."""
         nodes = max(self.tree.nodes + 1, self.tree.draft_slots) if self.tree else self.num_draft_tokens + 1
         return prompt_length + self.max_new_tokens + nodes
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise ValueError for a temperature below 0, which would turn the distribution round, or that is no number."""
+    if not temperature >= 0:
+        raise ValueError(f"temperature is {temperature}, but it must be 0 (greedy) or more")
 
 
 def decode_setup(

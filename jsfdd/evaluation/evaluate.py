@@ -33,7 +33,7 @@ from jsfdd.decoding.conversation_log import Answer
 from jsfdd.decoding.conversations import Batches, PromptGroup, hold, read_answer
 from jsfdd.decoding.generate import make_generate, prepare_params
 from jsfdd.decoding.prompts import prompt_batch, questions_in
-from jsfdd.decoding.settings import EVERY_TOKEN, Cutoff, DecodeSetup, Team, TreeShape, decode_setup
+from jsfdd.decoding.settings import EVERY_TOKEN, Cutoff, DecodeSetup, Team, TreeShape, check_temperature, decode_setup
 from jsfdd.decoding.state import DecodeParams, PromptBatch
 from jsfdd.evaluation.acceptance import AcceptanceCounts, acceptance_figures, no_counts, with_interval
 from jsfdd.evaluation.intervals import resample_ratios, tau_difference
@@ -114,6 +114,9 @@ def evaluate(
       >>> reports["mine"]["same_text_share"]
       1.0
     """
+    check_temperature(temperature)
+    if not prompts:
+        raise ValueError("there is no prompt to evaluate on")
     teams = {name: team if isinstance(team, Team) else Team({name: team}) for name, team in drafts.items()}
     for team in teams.values():
         for name, draft in team.drafts.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from jsfdd.models.architecture import DraftKind, Eagle3Norm
 from jsfdd.selection.tokens import TokenMetric
@@ -120,6 +120,9 @@ class Recipe:
         for name, (is_good, good) in _RULES.items():
             if not is_good(value := getattr(self, name)):
                 raise ValueError(f"{_option(name)}: got {value!r}, but it must be {good}")
+        for name, kind in get_type_hints(Recipe).items():
+            if get_origin(kind) is Literal and (value := getattr(self, name)) not in get_args(kind):
+                raise ValueError(f"{_option(name)}: got {value!r}, but it must be one of {', '.join(get_args(kind))}")
         if self.draft_kind == "eagle":
             for name in ("target_layers", "eagle3_norms"):
                 if value := getattr(self, name):
