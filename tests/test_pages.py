@@ -14,8 +14,8 @@ from jsfdd.training.recipe import PYTHON_ONLY
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "tpu" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
-# Options of other programs that pages name: tpu/run.sh, Slurm, and serving engines.
-OTHERS = {"--fetch", "--force", "--until-done", "--zone", "--nodes", "--gpus-per-node", "--ntasks-per-node"}
+# Options of other programs that pages name: pip, tpu/run.sh, Slurm, and serving engines.
+OTHERS = {"--no-deps", "--fetch", "--force", "--until-done", "--zone", "--nodes", "--gpus-per-node", "--ntasks-per-node"}
 OTHERS |= {"--model-path", "--speculative-algorithm", "--speculative-config", "--speculative-draft-model-path"}
 OTHERS |= {"--speculative-eagle-topk", "--speculative-num-draft-tokens", "--speculative-num-steps"}
 
