@@ -83,10 +83,11 @@ def test_a_file_of_another_writer_is_refused(tmp_path):
     path = tmp_path / "scores.parquet"
     write_scores(path, make_table())
     table = pyarrow.parquet.read_table(path)
-    other = table.set_column(1, "source", pyarrow.array(["math", None, "chat"]))
-    pyarrow.parquet.write_table(other, path)
-    with pytest.raises(ValueError, match="checksum is of other scores; .*delete it and score again"):
-        read_scores(path)
+    changed = {"id": ["é0", "é1", "é3"], "source": ["math", None, "chat"], "num_tokens": np.array([1, 2, 3], np.int32)}
+    for number, (name, values) in enumerate(changed.items()):
+        pyarrow.parquet.write_table(table.set_column(number, name, pyarrow.array(values)), path)
+        with pytest.raises(ValueError, match="checksum is of other scores; .*delete it and score again"):
+            read_scores(path)
     pyarrow.parquet.write_table(table.replace_schema_metadata({}), path)
     with pytest.raises(ValueError, match="was not written by this version"):
         read_scores(path)
