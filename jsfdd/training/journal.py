@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from contextlib import ExitStack
 from pathlib import Path
@@ -28,6 +27,7 @@ from jsfdd.training.tensorboard import open_board
 METRICS = "metrics.jsonl"
 TIMINGS = "timings.jsonl"
 CHECKSUM = "metrics.sha256.json"
+_LONGEST = 1e12  # seconds
 _REMEDY = "delete this run's directory and train again"
 
 
@@ -172,4 +172,4 @@ def _parse(text: str, path: Path) -> list[dict]:
 
 
 def _is_duration(value) -> bool:
-    return isinstance(value, int | float) and 0 <= value < math.inf  # an integer may be larger than any float
+    return isinstance(value, int | float) and 0 <= value < _LONGEST
