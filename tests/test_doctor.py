@@ -446,6 +446,8 @@ def test_the_decoders_verdicts_are_those_of_reading_whole(healthy, monkeypatch):
     def observe_other_tokens(setup, params, state, hidden, following, count):
         return observe(setup, params, state, hidden, jnp.roll(following, 1, axis=1), count)
 
+    # A stream is compiled once for a setup, so each of these has to be made anew.
+    generate.make_stream.cache_clear()
     with monkeypatch.context() as patch:
         patch.setattr(generate, "observe", observe_other_tokens)
         wrong = decode_texts(target, Draft(config, params), prompts, **SHORT)
@@ -455,9 +457,11 @@ def test_the_decoders_verdicts_are_those_of_reading_whole(healthy, monkeypatch):
     assert found.figures["position"] == texts[0].prompt_length + 1
 
     verify = generate.verify
+    generate.make_stream.cache_clear()
     with monkeypatch.context() as patch:
         patch.setattr(generate, "verify", lambda *a: verify(*a)._replace(next_token=verify(*a).next_token + 1))
         wrong = decode_texts(target, Draft(config, params), prompts, **SHORT)
+    generate.make_stream.cache_clear()
     found = check_target_text(reader, wrong, target.tokenizer)
     assert found.severity == "error" and found.figures["prompt"] == texts[0].id
 

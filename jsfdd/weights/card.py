@@ -62,7 +62,7 @@ def read_report(path: Path) -> dict:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; check the path")
-    report = read_json(path)
+    report = read_json(path, dict)
     missing = [key for key in _REPORT_KEYS if key not in report]
     if missing:
         raise ValueError(f"{path}: no field {', '.join(missing)}; give a report.json of `jsfdd evaluate`")

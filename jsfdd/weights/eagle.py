@@ -45,6 +45,8 @@ def read_draft(directory: str | Path, num_layers: int | None = None) -> Draft:
     directory = Path(directory)
     path = directory / "config.json"
     raw = read_object(path)
+    if not isinstance(raw.get("architectures") or [], list):
+        raise ValueError(f"{path}: architectures is {raw['architectures']!r:.80}, not a list; download or write it again")
     kind, nested = draft_kind(raw), "speculators_model_type" in raw
     _refuse_pickled(directory)
     decoder = _decoder(path, raw, kind)
