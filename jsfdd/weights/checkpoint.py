@@ -11,9 +11,12 @@ whole; what a killed run left behind is removed at the next start.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import shutil
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +35,7 @@ from jsfdd.models.draft import Draft, DraftConfig, init_draft
 
 DIRECTORY = "checkpoints"
 BEST = "best"
+_THREADS_END = 5.0  # seconds
 _WRAPPED = (ValueError, RuntimeError)  # in which Orbax and TensorStore wrap what the system says
 _REMEDY = "delete it to fall back on an earlier one"
 
@@ -128,13 +132,26 @@ class Checkpoints:
 
 @contextmanager
 def _removed_if_the_disk_refuses(path: Path, size: int) -> Iterator[None]:
-    """As `writing`; what was written of the checkpoint is removed."""
+    """As `writing`; what was written of the checkpoint is removed, once the threads that write it have ended."""
+    before, say = threading.enumerate(), sys.unraisablehook
+    sys.unraisablehook = lambda what: None if _is_of_a_closed_loop(what.exc_value) else say(what)
     try:
         with writing(path, size, also=_WRAPPED):
             yield
-    except DiskError:
+    except DiskError:  # the hook stays, and asyncio is silent: what is still written behind our back may yet fail
+        logging.getLogger("asyncio").addFilter(lambda record: "never retrieved" not in record.getMessage())
+        for thread in threading.enumerate():
+            if thread not in before:
+                with contextlib.suppress(OSError, *_WRAPPED):  # Orbax's threads raise their errors here again
+                    thread.join(_THREADS_END)
         _remove_unfinished(path.parent)
         raise
+    sys.unraisablehook = say
+
+
+def _is_of_a_closed_loop(error: BaseException | None) -> bool:
+    """Whether a write came to its end when the loop that awaited it had been closed by another one's failure."""
+    return isinstance(error, RuntimeError) and "Event loop is closed" in str(error)
 
 
 def _remove_unfinished(directory: Path) -> None:
