@@ -48,7 +48,7 @@ def read_draft(directory: str | Path, num_layers: int | None = None) -> Draft:
     if not isinstance(raw.get("architectures") or [], list):
         raise ValueError(f"{path}: architectures is {raw['architectures']!r:.80}, not a list; download or write it again")
     kind, nested = draft_kind(raw), "speculators_model_type" in raw
-    _refuse_pickled(directory)
+    _refuse_pickled(directory, _NAMES[kind])
     decoder = _decoder(path, raw, kind)
     found = weight_sources(directory)
     for name in _BORROWED:
@@ -203,7 +203,7 @@ def _check(
             )
 
 
-def _refuse_pickled(directory: Path) -> None:
+def _refuse_pickled(directory: Path, name: str) -> None:
     """Say how to convert a draft that is there as a pickle only, which can run code when opened and is never read."""
     pickled = sorted(file for pattern in _PICKLED for file in directory.glob(pattern))
     if not pickled or any(directory.glob("*.safetensors")):
@@ -215,6 +215,6 @@ def _refuse_pickled(directory: Path) -> None:
         f"s.save_file({{k: v.contiguous() for k, v in t.items()}}, {json.dumps(str(directory / 'model.safetensors'))})"
     )
     raise FileNotFoundError(
-        f"{directory}: only pickled weights ({pickled[0].name}), which can run code when opened and are never read. "
+        f"{directory}: an {name} draft with only pickled weights ({pickled[0].name}), which can run code when opened and are never read. "
         f"Convert them once, where torch is installed: python -c {shlex.quote(convert)}"
     )
