@@ -215,6 +215,6 @@ def _refuse_pickled(directory: Path, name: str) -> None:
         f"s.save_file({{k: v.contiguous() for k, v in t.items()}}, {json.dumps(str(directory / 'model.safetensors'))})"
     )
     raise FileNotFoundError(
-        f"{directory}: an {name} draft with only pickled weights ({pickled[0].name}), which can run code when opened and are never read. "
-        f"Convert them once, where torch is installed: python -c {shlex.quote(convert)}"
+        f"{directory}: an {name} draft with only pickled weights ({pickled[0].name}), which can run code when opened "
+        f"and are never read. Convert them once, where torch is installed: python -c {shlex.quote(convert)}"
     )
