@@ -28,6 +28,7 @@ from jsfdd.models.foreign import ForeignTarget
 if TYPE_CHECKING:
     from jsfdd.data.chat import Chat
     from jsfdd.decoding.settings import TreeShape
+    from jsfdd.models.architecture import DraftKind
     from jsfdd.scoring.table import ScoreTable
     from jsfdd.selection.sfdd import Selection
     from jsfdd.training.batch import HiddenStates
@@ -39,27 +40,39 @@ if TYPE_CHECKING:
 MAX_LENGTH = 2048  # the longest chat in tokens, as on the command line
 
 
-def init_draft(target: Target | ForeignTarget, key: Key[Array, ""], *, vocabulary: tuple[int, ...] = ()) -> Draft:
-    """A fresh EAGLE draft for a target: one decoder layer of the target's widths (arXiv 2401.15077), float32.
+def init_draft(
+    target: Target | ForeignTarget, key: Key[Array, ""], *, kind: DraftKind = "eagle", vocabulary: tuple[int, ...] = ()
+) -> Draft:
+    """A fresh draft for a target: one decoder layer of the target's widths, float32 (EAGLE-1/2: arXiv 2401.15077; EAGLE-3:
+    2503.01840, its head a copy of the target's rows).
 
     Args:
       key: for the random weights.
+      kind: of the draft; `eagle3` reads the inputs of the target's layers 2, N/2 and N-3.
       vocabulary: the tokens that the draft can propose, ascending; empty for all.
+
+    Raises:
+      ValueError: the target has too few layers for an EAGLE-3 draft.
 
     Example:
       >>> draft = jsfdd.init_draft(target, jax.random.key(0))
       >>> draft.params["fc"]["kernel"].shape == (2 * target.config.hidden_size, target.config.hidden_size)
       True
     """
-    config = drafts.draft_config(target.config, vocabulary=vocabulary)
-    return Draft(config, drafts.init_draft(config, key))
+    from jsfdd.training.loss import borrow
+
+    config = drafts.draft_config(target.config, vocabulary=vocabulary, kind=kind)
+    return Draft(config, drafts.init_draft(config, key, borrow(target.config, target.params).output))
 
 
-def hidden_states(target: Target | ForeignTarget, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """The target's hidden states after the final norm, which its head and a draft read.
+def hidden_states(
+    target: Target | ForeignTarget, tokens: Int[Array, "B T"], layers: tuple[int, ...] = ()
+) -> Float[Array, "B T S"]:
+    """The target's hidden states after the final norm, which its head and an EAGLE-1/2 draft read.
 
     Args:
       tokens: whole sequences from position 0, right-padded if lengths differ.
+      layers: of an EAGLE-3 draft, its `config.target_layers`: their inputs stand in front of the final state, each D wide.
 
     Example:
       >>> jsfdd.hidden_states(target, tokens).shape == (*tokens.shape, target.config.hidden_size)
@@ -69,7 +82,7 @@ def hidden_states(target: Target | ForeignTarget, tokens: Int[Array, "B T"]) -> 
         raise ValueError(f"tokens has shape {jnp.shape(tokens)}, but it must be [B, T]; of one text: tokens[None]")
     if isinstance(target, ForeignTarget):
         return target.hidden_states(np.asarray(tokens))
-    return _hidden_states(target.config, target.params, jnp.asarray(tokens))
+    return _hidden_states(target.config, target.params, jnp.asarray(tokens), layers)
 
 
 def head_logits(target: Target | ForeignTarget, hidden: Float[Array, "*shape D"]) -> Float[Array, "*shape V"]:
@@ -86,7 +99,7 @@ def head_logits(target: Target | ForeignTarget, hidden: Float[Array, "*shape D"]
 
 
 def draft_logits(
-    target: Target | ForeignTarget, draft: Draft, hidden: Float[Array, "B T D"], tokens: Int[Array, "B T"]
+    target: Target | ForeignTarget, draft: Draft, hidden: Float[Array, "B T S"], tokens: Int[Array, "B T"]
 ) -> Float[Array, "B T-1 V"]:
     """The draft's float32 logits along a text, computed from the target's hidden states, as in training.
 
@@ -94,7 +107,7 @@ def draft_logits(
     `head_logits(target, hidden)[:, t + 1]` are distributions of the same token, x_{t+2}.
 
     Args:
-      hidden: the target's hidden states of `tokens`.
+      hidden: the target's hidden states of `tokens`, with the inputs of the layers that the draft reads.
 
     Returns:
       −inf for tokens outside the draft's vocabulary, if it has one.
@@ -149,13 +162,14 @@ def train(
     recipe: Recipe | None = None,
     *,
     hidden: HiddenStates | None = None,
+    init: Draft | None = None,
     out: str | Path | None = None,
     seed: int = 0,
     max_length: int = MAX_LENGTH,
     mesh: Mesh | None = None,
     progress: bool = True,
 ) -> Draft:
-    """Train an EAGLE draft (arXiv 2401.15077) on the chats that were kept.
+    """Train an EAGLE draft (arXiv 2401.15077; 2503.01840 with `Recipe(draft_kind="eagle3")`) on the chats that were kept.
 
     Hidden states and the recipe's soft targets are computed once, before the first step.
 
@@ -163,8 +177,10 @@ def train(
       chats: from `read_chats`, or tokenized samples.
       kept: from `select`; None trains on all chats.
       recipe: epochs, learning rate and so on; the defaults are those of the command line.
-      hidden: hidden states by the samples' ids, [T, D] each; or a function that computes those of a batch at each step
-        (`jsfdd.hidden.capture.make_recompute`). If None, they are computed first.
+      hidden: hidden states by the samples' ids, [T, D] each, or with the layers' inputs that the draft reads in front; or a
+        function that computes those of a batch at each step (`jsfdd.hidden.capture.make_recompute`). If None, they are computed
+        first.
+      init: a draft to start from, whose kind and vocabulary stay; by default a fresh one.
       out: directory for hidden states, checkpoints and metrics.jsonl. An interrupted call with the same arguments continues
         there. If None, nothing is left on disk.
       seed: for the initial weights, the order of the samples and the noise.
@@ -203,11 +219,13 @@ def train(
     learned = [sample for sample in selected if sample.id not in held_out_ids]
     shared = {"identity": {"target": target.fingerprint}, "progress": progress}
     with tempfile.TemporaryDirectory() if out is None else nullcontext(out) as folder:
-        folder, draft = Path(folder), draft_of(target.config, recipe, learned)
+        folder, draft = Path(folder), draft_of(target.config, recipe, learned, init and init.config)
         folder.mkdir(parents=True, exist_ok=True)
         with sole_writer(folder):
             if hidden is None:
-                hidden = store_hidden(target, [*learned, *held_out], mesh, directory=folder / "hidden", **shared)
+                hidden = store_hidden(
+                    target, [*learned, *held_out], mesh, directory=folder / "hidden", layers=draft.target_layers, **shared
+                )
             data = TrainingData(learned, hidden)
             kind = recipe.stored_soft_targets(hidden_is_stored=not callable(hidden))
             if kind is not None:
@@ -217,7 +235,16 @@ def train(
                 )
                 data = data._replace(soft_targets=soft_targets)
             result = train_draft(
-                target, data, TrainingData(held_out, hidden), recipe, mesh, out=folder, seed=seed, draft=draft, **shared
+                target,
+                data,
+                TrainingData(held_out, hidden),
+                recipe,
+                mesh,
+                out=folder,
+                seed=seed,
+                draft=draft,
+                init=init,
+                **shared,
             )
     return result.draft
 
@@ -349,9 +376,9 @@ def _tokenized(target: Target | ForeignTarget, chats: Sequence[Chat] | Sequence[
     return tokenize_chats(chats, target.tokenizer, max_length, vocab_size=target.config.vocab_size)[0]
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _hidden_states(config, params, tokens):
-    return targets.hidden_states(config, params, tokens)
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _hidden_states(config, params, tokens, layers):
+    return targets.hidden_states(config, params, tokens, layers)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -362,7 +389,7 @@ def _head_logits(config, params, hidden):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _draft_logits(target_config, config, target_params, params, hidden, tokens):
     embedding = targets.embed_tokens(target_config, target_params, tokens[:, 1:])
-    (predicted,) = drafts.draft_steps(config, params, embedding, hidden[:, :-1], 1)
-    logits = targets.head_logits(target_config, target_params, predicted)
-    allowed = drafts.allowed_tokens(config)
-    return logits if allowed is None else jnp.where(allowed, logits, -jnp.inf)
+    layer = drafts.layer_of(config)
+    state = layer.apply({"params": params}, hidden[:, :-1], method="read")
+    state, _ = layer.apply({"params": params}, embedding, state, (), method="harmonised")
+    return drafts.draft_head_logits(target_config, target_params, config, params, state)

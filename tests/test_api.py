@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from toy import loaded_target, toy_chats
+from toy import loaded_target, toy_chats, toy_target
 
 import jsfdd
 from jsfdd.base.mesh import make_mesh
@@ -184,3 +184,22 @@ def test_wrong_arguments_are_named():
     ):
         with pytest.raises(error, match=words):
             call()
+
+
+def test_an_eagle3_draft_from_first_to_last():
+    """Its logits depend on the streams, training keeps them, and a second training starts from the first."""
+    config, params = toy_target(0, vocab_size=258, max_position=1024, num_layers=8)
+    target = TARGET._replace(config=config, params=params, fingerprint="deep")
+    with pytest.raises(ValueError, match="2 layers, fewer than 7"):
+        jsfdd.init_draft(TARGET, jax.random.key(0), kind="eagle3")
+    fresh = jsfdd.init_draft(target, jax.random.key(0), kind="eagle3")
+    np.testing.assert_array_equal(fresh.params["head"]["rows"], params["head"]["kernel"].T)
+    hidden = jsfdd.hidden_states(target, TOKENS, fresh.config.target_layers)
+    q = jsfdd.draft_logits(target, fresh, hidden, TOKENS)
+    assert np.abs(jsfdd.draft_logits(target, fresh, hidden.at[..., :32].add(1.0), TOKENS) - q).max() > 1e-3
+    np.testing.assert_array_equal(jsfdd.draft_logits(target, fresh, hidden.at[..., -32:].add(1.0), TOKENS), q)
+    samples, _ = jsfdd.tokenize_chats(toy_chats(), target.tokenizer, max_length=64)
+    recipe = jsfdd.Recipe(draft_kind="eagle3", draft_steps=2, epochs=1, held_out_share=0.0, soft_top_k=8)
+    trained = jsfdd.train(target, samples, recipe=recipe, init=fresh, progress=False)
+    assert trained.config == fresh.config
+    assert 0 < np.abs(trained.params["fc"]["kernel"] - fresh.params["fc"]["kernel"]).max() < 0.1

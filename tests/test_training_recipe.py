@@ -17,8 +17,7 @@ from jsfdd.training.recipe import PYTHON_ONLY, Recipe
     (dict(draft_steps=9), "--draft-steps: got 9, but it must be from 1 to 8"),
     (dict(warmup_share=1.0), "warmup_share: got 1.0"),
     (dict(soft_targets="means", token_loss="hybrid"), "take top_k"),
-    (dict(soft_targets="top_k", draft_vocab=8), "--soft-top-k: 32 exceeds the 8 tokens of --draft-vocab"),
-    (dict(soft_targets="top_k", soft_top_k=4, hass_top_k_weight=1.0), "hass_top_k: 10 exceeds --soft-top-k 4"),
+    (dict(soft_targets="top_k", soft_top_k=4, hass_top_k_weight=1.0), "hass_top_k: 10 exceeds soft_top_k 4"),
     (dict(soft_targets="none", draft_vocab=8), "--draft-vocab trains on soft targets"),
     (dict(token_loss="hybrid", draft_vocab=8), "--draft-vocab trains on soft targets"),
 ])  # fmt: skip

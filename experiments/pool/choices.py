@@ -64,7 +64,8 @@ def prompt_clusters(pool: Pool, count: int = 20, rounds: int = 30) -> np.ndarray
     """k-means of the prompts' mean hidden states, scaled to unit length."""
     points = []
     for sample in pool.samples:
-        prompt = np.asarray(pool.store[sample.id], np.float32)[~np.asarray(sample.assistant_mask)]
+        states = pool.store[sample.id][:, -pool.loaded.target.config.hidden_size :]  # the final ones
+        prompt = np.asarray(states, np.float32)[~np.asarray(sample.assistant_mask)]
         points.append(prompt.mean(axis=0))
     points = np.stack(points)
     points = points - points.mean(axis=0)

@@ -29,7 +29,8 @@ from jsfdd.data.chat import read_prompts
 from jsfdd.evaluation import replay
 from jsfdd.hidden.capture import store_hidden
 from jsfdd.hidden.store import HiddenStore
-from jsfdd.models.draft import Draft, DraftConfig
+from jsfdd.models.architecture import DraftKind
+from jsfdd.models.draft import Draft, DraftConfig, layers_read
 from jsfdd.scoring.table import ScoreTable, join, read_token_scores
 from jsfdd.selection.tokens import token_weights
 from jsfdd.training.batch import PerToken, TrainingData
@@ -85,21 +86,24 @@ def open_pool(
     answers: str = "answers",
     besides: Mapping[str, int] = {},
     skip: int = 0,
+    draft_kind: DraftKind = "eagle",
 ) -> Pool:
     """Compute, or read again, what the arms share. Seconds of each part go to WORK/seconds.json.
 
     Arms are made from `options.chats` chats after the first `skip`; answers to `asked` prompts, other ones than of
-    `besides`, are recorded at `temperatures`, in files named `answers`.
+    `besides`, are recorded at `temperatures`, in files named `answers`. With `draft_kind` eagle3 the streams that such drafts
+    read are kept as well; EAGLE-2 drafts read what stands behind them.
     """
     prompts, work = pick_prompts(options.prompts, asked, besides), options.work
     recipe = Recipe(
         epochs=options.epochs, learning_rate=1e-3, draft_vocab=8192, log_every=20, save_every=100_000, held_out_share=0.0
     )
-    config = scoring(options.data, work, keep_hidden=("full",))
+    config = scoring(options.data, work, keep_hidden=("full",), draft_kind=draft_kind)
     loaded = load(config)
     with timed(work, "score"):
         table = score.score(config, loaded)
     store = HiddenStore.open(work / "hidden", loaded.identity)
+    layers = layers_read(loaded.target.config, draft_kind)
     draft = draft_of(loaded.target.config, recipe, loaded.samples)
     with timed(work, "means"):
         soft_targets = soft_targets_of(recipe, loaded, TrainingData(loaded.samples, store), draft, work / "soft_targets")
@@ -114,6 +118,7 @@ def open_pool(
             states = store_hidden(
                 loaded.target, recorded[temperature].samples, loaded.mesh,
                 batch_tokens=4096, directory=directory, identity={"answers": digest}, dtype="float32",
+                layers=layers,
             )  # fmt: skip
         judges[temperature] = (states, {})
     samples = loaded.samples[skip : skip + options.chats]

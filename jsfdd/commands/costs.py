@@ -16,13 +16,14 @@ import numpy as np
 
 from jsfdd.base.tuning import scoring_block, vocabulary_block
 from jsfdd.commands.score import hidden_bytes
-from jsfdd.commands.train import soft_target_bytes
+from jsfdd.commands.stores import soft_target_bytes
 from jsfdd.data.batches import Shape, choose_shapes, make_batches
 from jsfdd.models.architecture import DecoderConfig
-from jsfdd.models.draft import DraftConfig, draft_config, init_draft
+from jsfdd.models.draft import DraftConfig, init_draft
 from jsfdd.models.flops import forward_flops, step_flops
 from jsfdd.models.sharding import shard_shape
 from jsfdd.models.target import init_params
+from jsfdd.training.draft_shape import draft_of
 from jsfdd.training.recipe import Recipe
 
 
@@ -98,7 +99,13 @@ def score_stage(config: DecoderConfig, lengths: Lengths, batch_tokens: int, item
 
 
 def hidden_stage(
-    config: DecoderConfig, lengths: Lengths, batch_tokens: int, retain_ratio: float, itemsize: int, model_shards: int
+    config: DecoderConfig,
+    lengths: Lengths,
+    batch_tokens: int,
+    retain_ratio: float,
+    recipe: Recipe,
+    itemsize: int,
+    model_shards: int,
 ) -> Stage:
     """Computing hidden states: scoring without the head, on the kept samples; the states are stored as bfloat16."""
     score = score_stage(config, lengths, batch_tokens, itemsize, model_shards)
@@ -107,7 +114,7 @@ def hidden_stage(
         "hidden states",
         score.memory,
         retain_ratio * forward_flops(config, _batch_shapes(lengths.tokens, batch_tokens)),
-        disk=hidden_bytes("bfloat16", config.hidden_size, kept),
+        disk=hidden_bytes("bfloat16", config.hidden_size, kept, len(draft_of(config, recipe, ()).target_layers)),
     )
 
 
@@ -153,7 +160,7 @@ def train_stage(
     The target's parameters stay in memory, and an untied head is copied, transposed (`loss.borrow`). With soft targets a token
     needs two products with the head, for the draft's logits and their gradient; without them a third, for the target's logits.
     """
-    draft = draft_config(config)
+    draft = draft_of(config, recipe, ())
     shapes = _batch_shapes(lengths.tokens, batch_tokens)
     on_device = [Shape(-(-shape.rows // data_shards), shape.length) for shape in shapes]
     largest = max(on_device, key=lambda shape: layer_temporaries(draft.decoder, shape, 4, 1))
@@ -163,16 +170,18 @@ def train_stage(
     # The arrays that the forward pass keeps for the backward pass; doubled below, for their gradients.
     kept = tokens * 4 * (2 * width + 6 * width + 4 * config.intermediate_size)
     kept += layer_temporaries(draft.decoder, largest, 4, 1)
+    kept *= recipe.unrolled
+    parts = len(draft.target_layers) + 1
     counted = float(lengths.counted.sum())
-    products = 2 if recipe.stored_soft_targets(hidden_is_stored=True) else 3
-    flops = step_flops(draft, shapes, counted, products=products)
+    products = recipe.head_products + (recipe.stored_soft_targets(hidden_is_stored=True) is None)
+    flops = step_flops(draft, shapes, counted, products=products, draft_steps=recipe.unrolled)
     return Stage(
         "train",
         {
             "target": param_bytes(config, itemsize, model_shards),
             "head": head,
             "draft, moments, gradient": 4 * size,
-            "batch": 4 * tokens * width * 4,
+            "batch": (3 + parts) * tokens * width * 4,
             "activations": 2 * kept,
             "temporaries": head_temporaries(config, vocabulary_block(jax.default_backend()), model_shards, 2),
         },
@@ -182,12 +191,18 @@ def train_stage(
 
 
 def evaluate_stage(
-    config: DecoderConfig, slots: int, batch_size: int, itemsize: int, model_shards: int, data_shards: int
+    config: DecoderConfig,
+    recipe: Recipe,
+    slots: int,
+    batch_size: int,
+    itemsize: int,
+    model_shards: int,
+    data_shards: int,
 ) -> Stage:
     """Decoding: the target, the draft, and both caches of `slots` slots. FLOPs depend on τ, so they are NaN."""
     rows = -(-batch_size // data_shards)
     cache = 2 * (config.num_layers + 1) * rows * config.num_kv_heads * config.head_dim * slots * itemsize
-    draft = draft_params(draft_config(config)) * 4
+    draft = draft_params(draft_of(config, recipe, ())) * 4
     return Stage(
         "evaluate",
         {"target": param_bytes(config, itemsize, model_shards), "draft": draft, "caches": cache / model_shards},

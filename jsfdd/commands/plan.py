@@ -27,6 +27,7 @@ from jsfdd.commands.options import (
     check_share,
 )
 from jsfdd.commands.outcome import Outcome, rendered, too_little_disk
+from jsfdd.models.architecture import DraftKind
 from jsfdd.training.recipe import SoftTargets
 
 if TYPE_CHECKING:
@@ -58,10 +59,10 @@ class PlanConfig:
     """Share of the samples that are trained on."""
     epochs: int = RecipeOptions.epochs
     """Passes over the kept samples."""
+    draft_kind: DraftKind = RecipeOptions.draft_kind
+    """The kind of draft to train."""
     soft_targets: SoftTargets = RecipeOptions.soft_targets
     """Soft targets to store, as for `jsfdd train`."""
-    soft_top_k: int = RecipeOptions.soft_top_k
-    """Tokens per distribution that --soft-targets top_k stores."""
     max_new_tokens: int = DecodingOptions.max_new_tokens
     """Longest answer of an evaluation, in tokens."""
     batch_size: int = 8
@@ -73,7 +74,7 @@ class PlanConfig:
 
     def __post_init__(self):
         check_share("--retain-ratio", self.retain_ratio)
-        check_at_least(1, epochs=self.epochs, soft_top_k=self.soft_top_k, devices=self.devices)
+        check_at_least(1, epochs=self.epochs, devices=self.devices)
         check_at_least(1, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size)
 
 
@@ -155,15 +156,15 @@ def plan_stages(
     from jsfdd.commands import costs
     from jsfdd.training.recipe import Recipe
 
-    recipe = Recipe(epochs=config.epochs, soft_targets=config.soft_targets, soft_top_k=config.soft_top_k)
+    recipe = Recipe(draft_kind=config.draft_kind, epochs=config.epochs, soft_targets=config.soft_targets)
     itemsize, data_shards = 2 if _dtype(config, devices) == "bfloat16" else 4, devices.count // model_shards
     batch_tokens, kept, slots = config.chats.batch_tokens, config.retain_ratio, config.chats.max_length + config.max_new_tokens
     return [
         costs.score_stage(target, lengths, batch_tokens, itemsize, model_shards),
-        costs.hidden_stage(target, lengths, batch_tokens, kept, itemsize, model_shards),
+        costs.hidden_stage(target, lengths, batch_tokens, kept, recipe, itemsize, model_shards),
         costs.soft_targets_stage(target, lengths, batch_tokens, kept, recipe, itemsize, model_shards),
         costs.train_stage(target, lengths, batch_tokens, kept, recipe, itemsize, model_shards, data_shards),
-        costs.evaluate_stage(target, slots, config.batch_size, itemsize, model_shards, data_shards),
+        costs.evaluate_stage(target, recipe, slots, config.batch_size, itemsize, model_shards, data_shards),
     ]
 
 

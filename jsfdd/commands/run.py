@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import tyro
 
-from jsfdd.commands import evaluate, export, score, select, train
+from jsfdd.commands import evaluate, export, score, select, stores, train
 from jsfdd.commands.evaluate import EvaluateConfig
 from jsfdd.commands.export import ExportConfig
 from jsfdd.commands.inputs import Inputs, Loaded, load, read_inputs, tree_shape
@@ -38,8 +38,9 @@ from jsfdd.commands.options import (
 from jsfdd.commands.outcome import Outcome, many, planned
 from jsfdd.commands.score import HIDDEN, ScoreConfig, check_arms
 from jsfdd.commands.select import SelectConfig
+from jsfdd.commands.stores import SOFT_TARGETS, check_vocabulary
 from jsfdd.commands.summary import example_texts, summarise, summary_words
-from jsfdd.commands.train import RECOMPUTED, SOFT_TARGETS, TrainConfig, check_vocabulary
+from jsfdd.commands.train import RECOMPUTED, TrainConfig
 
 if TYPE_CHECKING:
     from jsfdd.base.records import Prompt, Sample
@@ -132,7 +133,7 @@ def describe(config: RunConfig, prepared: Prepared) -> Outcome:
         hidden_bytes, hidden_words = score.describe_kept(scoring_config, inputs)
     # Each arm mixes the samples that it selected, so together the arms may train on more than one mixture's samples.
     trained_on = inputs.samples if config.mixture.mix else kept
-    soft_target_bytes, soft_target_words = train.describe_soft_targets(config.recipe, config.hidden, inputs, trained_on)
+    soft_target_bytes, soft_target_words = stores.describe_soft_targets(config.recipe, config.hidden, inputs, trained_on)
     words += [hidden_words, *soft_target_words]
     arms = {}
     for arm in config.arms:
@@ -146,9 +147,9 @@ def describe(config: RunConfig, prepared: Prepared) -> Outcome:
         config.decoding, config.batch_size, config.model.model_shards, inputs.target, prompts
     )
     words += [f"{line}, for {many(len(arms), 'draft')}" for line in lines]
-    stores = [f"{HIDDEN}/"] * bool(hidden_bytes)
-    stores += [f"{SOFT_TARGETS}/"] * bool(soft_target_bytes and not config.recipe.draft_vocab)
-    files = ["scores.parquet", "token_scores.parquet", *stores, *(f"arms/{arm}/" for arm in arms)]
+    folders = [f"{HIDDEN}/"] * bool(hidden_bytes)
+    folders += [f"{SOFT_TARGETS}/"] * bool(soft_target_bytes and not config.recipe.draft_vocab)
+    files = ["scores.parquet", "token_scores.parquet", *folders, *(f"arms/{arm}/" for arm in arms)]
     files += ["summary.json", "report.html"]
     if config.recipe.draft_vocab:  # each arm has soft targets of its own
         soft_target_bytes *= len(arms)
@@ -194,6 +195,7 @@ def scoring_of_run(config: RunConfig) -> ScoreConfig:
         retain_ratio=config.selection.retain_ratio,
         within=config.selection.within,
         held_out_share=config.recipe.held_out_share,
+        draft_kind=config.recipe.draft_kind,
         hidden_dtype=config.hidden.hidden_dtype,
         seed=config.seed,
     )
@@ -225,6 +227,7 @@ def _compute(config: RunConfig, prompts: Sequence[Prompt], inputs: Inputs) -> No
     from jsfdd.base.progress import console
     from jsfdd.evaluation.evaluate import compare
     from jsfdd.training.batch import TrainingData
+    from jsfdd.training.draft_shape import draft_of
 
     clock = _StageClock(config.out / "seconds.json")
     with clock.stage("load"):
@@ -240,13 +243,14 @@ def _compute(config: RunConfig, prompts: Sequence[Prompt], inputs: Inputs) -> No
     needed = {sample.id: sample for kept, held_out in sides.values() for sample in (*kept, *held_out)}
     stages = {arm: _training_of_arm(config, directory) for arm, directory in arms.items()}
     with clock.stage("hidden"):
-        hidden = train.hidden_states_of(next(iter(stages.values())), loaded, list(needed.values()))
+        hidden = stores.hidden_states_of(next(iter(stages.values())), loaded, list(needed.values()))
     soft_targets = None
     if not config.recipe.draft_vocab:  # with a draft vocabulary, each arm has its own soft targets
         data = TrainingData(list({sample.id: sample for kept, _ in sides.values() for sample in kept}.values()), hidden)
+        draft = draft_of(loaded.target.config, config.recipe, data.samples)
         with clock.stage("soft_targets"):
-            soft_targets = train.soft_targets_of(
-                config.recipe, config.hidden, loaded, data, config.chats.batch_tokens, config.out
+            soft_targets = stores.soft_targets_of(
+                config.recipe, config.hidden, loaded, data, draft, config.chats.batch_tokens, config.out
             )
 
     trained = {}

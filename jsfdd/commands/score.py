@@ -34,12 +34,14 @@ from jsfdd.commands.options import (
     option_of,
 )
 from jsfdd.commands.outcome import Outcome, counts_to_json, many, planned
+from jsfdd.models.architecture import DraftKind
 from jsfdd.scoring.metrics import METRICS
 
 if TYPE_CHECKING:
     from jsfdd.base.records import Sample
     from jsfdd.hidden.best_k import StillPossible
     from jsfdd.hidden.capture import HiddenKeeper
+    from jsfdd.models.architecture import DecoderConfig
     from jsfdd.scoring.table import ScoreTable
 
 HIDDEN = "hidden"  # directory of hidden states in a stage's --out
@@ -71,6 +73,8 @@ class ScoreConfig:
     """With --keep-hidden: how the selection will rank samples, as for `jsfdd select`."""
     held_out_share: float = RecipeOptions.held_out_share
     """With --keep-hidden: the share of the samples that training will hold out; their hidden states are stored, too."""
+    draft_kind: DraftKind = RecipeOptions.draft_kind
+    """With --keep-hidden: the kind of draft to train. Of `eagle3` the inputs of three layers are kept too."""
     hidden_dtype: HiddenDtype = HiddenOptions.hidden_dtype
     """With --keep-hidden: dtype of stored hidden states. int8 has a scale per token and takes half of bfloat16's disk."""
     seed: int = 0
@@ -84,10 +88,19 @@ class ScoreConfig:
 
 def prepare(config: ScoreConfig) -> Inputs:
     if not config.keep_hidden:
-        for name in ("retain_ratio", "within", "held_out_share", "hidden_dtype"):
+        for name in ("retain_ratio", "within", "held_out_share", "hidden_dtype", "draft_kind"):
             if getattr(config, name) != getattr(ScoreConfig, name):
                 raise ValueError(f"{option_of(name)} goes with --keep-hidden; `score` itself scores every sample")
-    return read_inputs(config.model, config.chats)
+    inputs = read_inputs(config.model, config.chats)
+    _layers(config, inputs.target.config)
+    return inputs
+
+
+def _layers(config: ScoreConfig, target: DecoderConfig) -> tuple[int, ...]:
+    """The layers whose inputs --keep-hidden keeps. ValueError: the target has too few."""
+    from jsfdd.models.draft import layers_read
+
+    return layers_read(target, config.draft_kind) if config.keep_hidden else ()
 
 
 def run(config: ScoreConfig, inputs: Inputs) -> Outcome:
@@ -158,6 +171,7 @@ def keeper(config: ScoreConfig, loaded: Loaded) -> AbstractContextManager[Hidden
         identity=loaded.identity,
         kept_for={name: getattr(config, name) for name in names},
         dtype=config.hidden_dtype,
+        layers=_layers(config, loaded.target.config),
     )
 
 
@@ -216,21 +230,24 @@ def describe_scoring(inputs: Inputs) -> tuple[dict, list[str]]:
 
 def describe_kept(config: ScoreConfig, inputs: Inputs) -> tuple[int, str]:
     """Describe the hidden states of --keep-hidden: exact for `full`, else an estimate that every sample is as likely kept."""
-    size, words = describe_hidden(config.hidden_dtype, inputs, still_possible(config, inputs.samples).expected_tokens)
+    tokens, layers = still_possible(config, inputs.samples).expected_tokens, _layers(config, inputs.target.config)
+    size, words = describe_hidden(config.hidden_dtype, inputs, tokens, layers)
     return size, f"keep {'' if 'full' in config.keep_hidden else 'about '}{words}, in the same pass"
 
 
-def hidden_bytes(dtype: HiddenDtype, hidden_size: int, tokens: float) -> int:
-    """Bytes on disk of the hidden states of `tokens` tokens."""
+def hidden_bytes(dtype: HiddenDtype, hidden_size: int, tokens: float, num_layers: int = 0) -> int:
+    """Bytes on disk of the hidden states of `tokens` tokens, with the inputs of so many layers."""
     from jsfdd.hidden.rows import row_bytes
 
-    return round(tokens * row_bytes(dtype, hidden_size))
+    parts = num_layers + 1
+    return round(tokens * row_bytes(dtype, parts * hidden_size, parts))
 
 
-def describe_hidden(dtype: HiddenDtype, inputs: Inputs, tokens: float) -> tuple[int, str]:
+def describe_hidden(dtype: HiddenDtype, inputs: Inputs, tokens: float, layers: tuple[int, ...] = ()) -> tuple[int, str]:
     """Describe the hidden states of `tokens` tokens: (bytes, words)."""
-    size = hidden_bytes(dtype, inputs.target.config.hidden_size, tokens)
-    return size, f"{size / 1e6:,.1f} MB of hidden states"
+    size = hidden_bytes(dtype, inputs.target.config.hidden_size, tokens, len(layers))
+    with_layers = f" and inputs of layers {', '.join(map(str, layers))}" if layers else ""
+    return size, f"{size / 1e6:,.1f} MB of hidden states{with_layers}"
 
 
 def counted_tokens(samples: Sequence[Sample]) -> int:

@@ -15,7 +15,9 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
+
+import tyro
 
 from jsfdd.commands.inputs import Inputs, Loaded, identity_of, load, longest_sample, read_inputs, target_dtype, template_digest
 from jsfdd.commands.options import (
@@ -24,25 +26,34 @@ from jsfdd.commands.options import (
     HiddenOptions,
     MixtureOptions,
     ModelOptions,
+    OptionalInt,
     OptionalPath,
     Paths,
     ProcessOptions,
     RecipeOptions,
-    option_of,
+    check_at_least,
 )
 from jsfdd.commands.outcome import Outcome, counts_to_json, many, planned
 from jsfdd.commands.score import HIDDEN, counted_tokens, describe_hidden
+from jsfdd.commands.stores import (
+    SOFT_TARGETS,
+    check_vocabulary,
+    describe_soft_targets,
+    hidden_states_of,
+    layers_of,
+    open_hidden,
+    soft_targets_of,
+)
 
 if TYPE_CHECKING:
     from jsfdd.base.records import Sample
-    from jsfdd.hidden.store import HiddenStore
     from jsfdd.models.architecture import DecoderConfig
+    from jsfdd.models.draft import Draft, DraftConfig
     from jsfdd.selection.sfdd import Selection
-    from jsfdd.training.batch import HiddenStates, PerToken, TrainingData
+    from jsfdd.training.batch import HiddenStates, PerToken
     from jsfdd.training.recipe import Recipe
     from jsfdd.training.train import Probe, TrainResult
 
-SOFT_TARGETS = "soft_targets"  # directory in --out
 RECOMPUTED = "compute the hidden states of each batch at every step; store none"
 _PROBE_DEPTH, _PROBE_NEW_TOKENS = 4, 64
 
@@ -76,6 +87,11 @@ class TrainConfig:
     probe_prompts: Paths = ()
     """Prompt files, different from those of the final evaluation. Decode them at every checkpoint, and keep the draft with the
     best τ."""
+    patience: OptionalInt = None
+    """Stop after so many --probe-prompts in a row without a new best τ. Default: train to the last step."""
+    init: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="", metavar="DRAFT")] = None
+    """Start from this draft, a training run's directory or an exported one, instead of random weights. It keeps its kind and
+    its vocabulary."""
     shard_optimizer: Flag = False
     """Split Adam's moments over the data shards, instead of a copy on every device. Costs one exchange per step."""
     tensorboard: Flag = False
@@ -86,17 +102,21 @@ class TrainConfig:
     def __post_init__(self):
         if self.hidden_from is not None and self.hidden.no_hidden_store:
             raise ValueError("--hidden-from names a store, and --no-hidden-store wants none; choose one")
+        check_at_least(1, patience=self.patience)
+        if self.patience is not None and not self.probe_prompts:
+            raise ValueError("--patience counts probes; say what to decode with --probe-prompts FILE …")
         check_vocabulary(self.recipe, self.hidden)
         if self.token_scores is not None and not self.recipe.weighs_tokens:
             raise ValueError("--token-scores chooses tokens; say how many with --token-retain-ratio below 1")
 
 
 class Prepared(NamedTuple):
-    """The inputs, and the samples to train on and to hold out."""
+    """The inputs, the samples to train on and to hold out, and the draft to start from."""
 
     inputs: Inputs
     kept: list[Sample]
     held_out: list[Sample]
+    init: Draft | None
 
 
 def prepare(config: TrainConfig) -> Prepared:
@@ -104,6 +124,7 @@ def prepare(config: TrainConfig) -> Prepared:
     from jsfdd.data.chat import read_prompts
     from jsfdd.selection.sfdd import check_inputs, read_selection
     from jsfdd.training.draft_shape import draft_of
+    from jsfdd.weights.draft import check_draft, load_draft
 
     if config.probe_prompts:
         read_prompts(config.probe_prompts)
@@ -117,15 +138,20 @@ def prepare(config: TrainConfig) -> Prepared:
         present = identity_of(inputs.target, config.chats.data, length, target_dtype(config.model))
         del present["target"]
         check_inputs(selection, present | {"tokens": tokens_digest(inputs.samples)}, config.selection)
-    draft_of(inputs.target.config, config.recipe, kept)  # fails if --draft-vocab exceeds the target's vocabulary
+    init = None
+    if config.init is not None:
+        init = load_draft(config.init, inputs.target.config.num_layers)
+        check_draft(inputs.target, init.config, str(config.init))
+    # Fails if the draft cannot be of this target, or not from --init.
+    draft = draft_of(inputs.target.config, config.recipe, kept, init and init.config)
     if config.hidden_from is not None:
-        open_hidden(config, [*kept, *held_out], selection)
-    return Prepared(inputs, kept, held_out)
+        open_hidden(config, [*kept, *held_out], selection, draft.target_layers)
+    return Prepared(inputs, kept, held_out, init)
 
 
 def run(config: TrainConfig, prepared: Prepared) -> Outcome:
     loaded = load(config, prepared.inputs)
-    result = train(config, loaded, prepared.kept, prepared.held_out)
+    result = train(config, loaded, prepared.kept, prepared.held_out, init=prepared.init)
     names = ("steps", "samples", "tokens", "seconds", "held_out")
     values = {"command": "train"} | {name: getattr(result, name) for name in names}
     values |= {"draft": config.out, "files": counts_to_json(loaded.files)}
@@ -135,7 +161,7 @@ def run(config: TrainConfig, prepared: Prepared) -> Outcome:
 
 
 def describe(config: TrainConfig, prepared: Prepared) -> Outcome:
-    inputs, kept, held_out = prepared
+    inputs, kept, held_out, init = prepared
     values, words = describe_training(config.recipe, config.mixture, config.seed, inputs, kept, held_out)
     files = ["checkpoints/", "metrics.jsonl", "timings.jsonl"]
     values["hidden_bytes"] = 0
@@ -145,7 +171,9 @@ def describe(config: TrainConfig, prepared: Prepared) -> Outcome:
         words.append(RECOMPUTED)
     else:
         tokens = sum(len(sample.tokens) for sample in (*kept, *held_out))
-        values["hidden_bytes"], line = describe_hidden(config.hidden.hidden_dtype, inputs, tokens)
+        values["hidden_bytes"], line = describe_hidden(
+            config.hidden.hidden_dtype, inputs, tokens, layers_of(config, inputs, init)
+        )
         words.append(f"store {line}")
         files.append(f"{HIDDEN}/")
     values["soft_target_bytes"], lines = describe_soft_targets(config.recipe, config.hidden, inputs, kept)
@@ -161,6 +189,7 @@ def train(
     held_out: Sequence[Sample],
     hidden: HiddenStates | None = None,
     soft_targets: PerToken | None = None,
+    init: Draft | None = None,
 ) -> TrainResult:
     """Write checkpoints/ and metrics.jsonl, and return the result. Hidden states and soft targets that are not given are
     computed, stored or read as the config asks."""
@@ -169,7 +198,7 @@ def train(
 
     agree_on_directory(config.out)
     with sole_writer(config.out):
-        return _train(config, loaded, kept, held_out, hidden, soft_targets)
+        return _train(config, loaded, kept, held_out, hidden, soft_targets, init)
 
 
 def _train(
@@ -179,6 +208,7 @@ def _train(
     held_out: Sequence[Sample],
     hidden: HiddenStates | None,
     soft_targets: PerToken | None,
+    init: Draft | None,
 ) -> TrainResult:
     from jsfdd.base.processes import agree, is_primary
     from jsfdd.base.progress import console
@@ -186,6 +216,7 @@ def _train(
     from jsfdd.selection.sfdd import check_inputs, read_selection
     from jsfdd.training import train as training
     from jsfdd.training.batch import TrainingData
+    from jsfdd.training.draft_shape import draft_of
 
     if config.selection is not None:
         check_inputs(read_selection(config.selection), loaded.identity, config.selection)
@@ -193,10 +224,11 @@ def _train(
     if config.mixture.mix and is_primary():
         console.print(f"mixture of {in_words(contents(kept))}", soft_wrap=True)
     if hidden is None:
-        hidden = hidden_states_of(config, loaded, [*kept, *held_out])
+        hidden = hidden_states_of(config, loaded, [*kept, *held_out], init)
     data = TrainingData(kept, hidden, soft_targets, _token_weights(config, kept))
+    draft = draft_of(loaded.target.config, config.recipe, kept, init and init.config)
     if soft_targets is None:
-        stored = soft_targets_of(config.recipe, config.hidden, loaded, data, config.chats.batch_tokens, config.out)
+        stored = soft_targets_of(config.recipe, config.hidden, loaded, data, draft, config.chats.batch_tokens, config.out)
         data = data._replace(soft_targets=stored)
     return training.train(
         loaded.target,
@@ -206,13 +238,16 @@ def _train(
         loaded.mesh,
         out=config.out,
         seed=config.seed,
+        draft=draft,
+        init=init,
         identity=loaded.identity
         | {"hidden_dtype": config.hidden.hidden_dtype, "template": template_digest(loaded.target)}
         | _mixture_identity(config, kept)
         | _probe_identity(config),
         shapes=loaded.shapes,
-        probe=_make_probe(config, loaded, kept) if config.probe_prompts else None,
+        probe=_make_probe(config, loaded, draft) if config.probe_prompts else None,
         probe_every=config.recipe.save_every,
+        patience=config.patience,
         shard_optimizer=config.shard_optimizer,
         tensorboard=config.tensorboard,
     )
@@ -233,105 +268,6 @@ def training_sides(
     if mixture.mix:
         kept = mixed(kept, mixture.shares, "samples", mixture.mix_total, seed)
     return kept, held_out
-
-
-# --- Hidden states and soft targets ----------------------------------------------------------------------------------
-
-
-def hidden_states_of(config: TrainConfig, loaded: Loaded, samples: Sequence[Sample]) -> HiddenStates:
-    """The hidden states of `samples`: read from --hidden-from, computed at each step, or computed once and stored.
-
-    Raises:
-      FileNotFoundError: --hidden-from does not exist.
-      ValueError: --hidden-from is not a store, or lacks some of the samples.
-    """
-    from jsfdd.hidden import capture
-    from jsfdd.selection.sfdd import read_selection
-
-    if config.hidden_from is not None:
-        selection = None if config.selection is None else read_selection(config.selection)
-        return open_hidden(config, samples, selection, loaded.identity)
-    target, dtype = loaded.target, config.hidden.hidden_dtype
-    if config.hidden.no_hidden_store:
-        return capture.make_recompute(target, loaded.mesh, dtype)
-    return capture.store_hidden(
-        target,
-        samples,
-        loaded.mesh,
-        batch_tokens=config.chats.batch_tokens,
-        directory=config.out / HIDDEN,
-        identity=loaded.identity,
-        dtype=dtype,
-    )
-
-
-def open_hidden(
-    config: TrainConfig, samples: Sequence[Sample], selection: Selection | None, identity: dict | None = None
-) -> HiddenStore:
-    """Open the store in --hidden-from, and check that it has all `samples` in --hidden-dtype, and that it belongs to `identity`
-    if that is given (it needs the target's weights)."""
-    from jsfdd.hidden.store import HiddenStore
-
-    directory, dtype = config.hidden_from, config.hidden.hidden_dtype
-    if not directory.is_dir():
-        raise FileNotFoundError(
-            f"--hidden-from {directory}: no such directory; give one that `jsfdd score --keep-hidden` wrote, or leave the "
-            "option out"
-        )
-    store = HiddenStore.open(directory, identity)
-    if store.dtype != dtype:
-        raise ValueError(f"{directory}: holds {store.dtype}; give --hidden-dtype {store.dtype}, or keep hidden states again")
-    missing = [sample.id for sample in samples if sample.id not in store]
-    if missing:
-        wanted = {"held_out_share": config.recipe.held_out_share}
-        if selection is not None:
-            wanted = {name: getattr(selection, name) for name in ("metric", "retain_ratio", "within", "seed")} | wanted
-        raise ValueError(
-            f"{directory}: lacks {len(missing)} of {len(samples)} samples, {missing[0]} the first. Wanted: {_typed(wanted)}; "
-            f"kept for: {_typed(store.kept_for or {'selection': 'of an earlier run'})}. Select and hold out what it was kept "
-            "for, leave --hidden-from out, or score again with other --keep-hidden and another --out"
-        )
-    return store
-
-
-def _typed(options: dict) -> str:
-    """Options as a user types them."""
-    texts = {name: " ".join(value) if isinstance(value, list) else value for name, value in options.items()}
-    return " ".join(f"{option_of(name)} {text}" for name, text in texts.items() if text is not None)
-
-
-def soft_targets_of(
-    recipe: Recipe, hidden: HiddenOptions, loaded: Loaded, data: TrainingData, batch_tokens: int, out: Path
-) -> HiddenStore | None:
-    """Store the recipe's soft targets of the tokens that `data` trains on in `out`/soft_targets; None if it stores none."""
-    from jsfdd.models.sharding import split_vocabulary
-    from jsfdd.training.draft_shape import draft_of
-    from jsfdd.training.loss import borrow
-    from jsfdd.training.soft_store import store_soft_targets
-
-    kind = recipe.stored_soft_targets(not hidden.no_hidden_store)
-    if kind is None:
-        return None
-    target, mesh = loaded.target, loaded.mesh
-    return store_soft_targets(
-        kind,
-        data,
-        split_vocabulary(borrow(target.config, target.params), mesh),
-        draft_of(target.config, recipe, data.samples),
-        recipe,
-        mesh,
-        batch_tokens=batch_tokens,
-        directory=out / SOFT_TARGETS,
-        identity=loaded.identity | {"hidden_dtype": hidden.hidden_dtype},
-    )
-
-
-def check_vocabulary(recipe: Recipe, hidden: HiddenOptions) -> None:
-    """Raise ValueError if --draft-vocab is set and no soft targets are stored."""
-    if recipe.draft_vocab and not recipe.stored_soft_targets(not hidden.no_hidden_store):
-        raise ValueError(
-            "--draft-vocab trains on soft targets: take --soft-targets means and cross_entropy, or --soft-targets top_k"
-        )
 
 
 # --- Recipe, token weights, probe, identities ------------------------------------------------------------------------
@@ -366,14 +302,12 @@ def _token_weights(config: TrainConfig, kept: Sequence[Sample]) -> dict | None:
     )
 
 
-def _make_probe(config: TrainConfig, loaded: Loaded, kept: Sequence[Sample]) -> Probe:
+def _make_probe(config: TrainConfig, loaded: Loaded, draft: DraftConfig) -> Probe:
     """Make the probe: decode the probe prompts with the present draft."""
     from jsfdd.data.chat import read_prompts
     from jsfdd.evaluation.probe import make_probe
-    from jsfdd.training.draft_shape import draft_of
 
     prompts = read_prompts(config.probe_prompts)
-    draft = draft_of(loaded.target.config, config.recipe, kept)
     return make_probe(
         loaded.target, draft, prompts, loaded.mesh, num_draft_tokens=_PROBE_DEPTH, max_new_tokens=_PROBE_NEW_TOKENS
     )
@@ -449,26 +383,3 @@ def _checkpoint_bytes(target: DecoderConfig, recipe: Recipe, kept: Sequence[Samp
     draft = draft_of(target, recipe, kept)
     shapes = jax.eval_shape(lambda: init_draft(draft, jax.random.key(0)))
     return 3 * 3 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
-
-
-def describe_soft_targets(
-    recipe: Recipe, hidden: HiddenOptions, inputs: Inputs, samples: Sequence[Sample]
-) -> tuple[int, list[str]]:
-    """Describe the soft targets to store, for at most these samples: (bytes, words)."""
-    tokens = sum(len(sample.tokens) for sample in samples)
-    size = soft_target_bytes(recipe, not hidden.no_hidden_store, inputs.target.config, tokens)
-    content = f"the target's {recipe.soft_top_k} likeliest tokens" if recipe.soft_targets == "top_k" else "target means"
-    return size, [f"store at most {size / 1e6:,.1f} MB of {content}"] if size else []
-
-
-def soft_target_bytes(recipe: Recipe, hidden_is_stored: bool, target: DecoderConfig, tokens: float) -> int:
-    """Bytes on disk of the soft targets of `tokens` tokens."""
-    from jsfdd.hidden.rows import row_bytes
-    from jsfdd.training.soft_rows import row_words
-
-    kind = recipe.stored_soft_targets(hidden_is_stored)
-    if kind is None:
-        return 0
-    if kind == "top_k":
-        return round(tokens * row_bytes("uint16", row_words(recipe.soft_top_k, target.vocab_size, recipe.draft_vocab)))
-    return round(tokens * row_bytes("bfloat16", target.hidden_size + 1))

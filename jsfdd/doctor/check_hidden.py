@@ -99,7 +99,8 @@ def check_stored(reader: Reader, samples: Sequence[Sample], store: Mapping[str, 
             {"conversations": len(common), "other_length": len(lengths)},
         )
     texts = [sample.tokens[: reader.width] for sample in common]
-    stored = [np.asarray(store[sample.id][: reader.width], np.float32) for sample in common]
+    width = reader.target.config.hidden_size  # what stands in front of the final state is an EAGLE-3 draft's
+    stored = [np.asarray(store[sample.id][: reader.width, -width:], np.float32) for sample in common]
     fresh = [reader.read(tokens) for tokens in texts]
     distance = _distance(stored, [text.hidden for text in fresh])
     agree = np.concatenate(

@@ -86,13 +86,14 @@ def _check_draft(target, draft, chats, conversations, num_draft_tokens, max_new_
     """The checks that run the draft, if it can run on this target at all."""
     config = draft.config
     fits = (config.decoder.hidden_size, config.decoder.vocab_size) == (target.config.hidden_size, target.config.vocab_size)
-    prompts = _prompts(target, chats, conversations, max_new_tokens) if fits else []
+    examined = fits and config.kind == "eagle"
+    prompts = _prompts(target, chats, conversations, max_new_tokens) if examined else []
     if not prompts:
-        why = (
-            f"no conversation's prompt leaves room for an answer of {max_new_tokens} tokens in the target's context"
-            if fits
-            else "the draft cannot run on this target"
-        )
+        why = f"no conversation's prompt leaves room for an answer of {max_new_tokens} tokens in the target's context"
+        if not fits:
+            why = "the draft cannot run on this target"
+        elif not examined:
+            why = "these checks are of EAGLE-1/2 drafts, and this is an EAGLE-3 draft; `jsfdd evaluate` measures its acceptance"
         left_out = Finding("decoded-acceptance", "note", f"Agreement and decoding were not examined: {why}.")
         return [check_rope(target.config, config.decoder, None, []), left_out]
 

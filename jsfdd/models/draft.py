@@ -159,6 +159,11 @@ def draft_config(
     return DraftConfig(decoder, fc_bias, vocabulary, kind, target_layers)
 
 
+def layers_read(target: DecoderConfig, kind: DraftKind, target_layers: tuple[int, ...] = ()) -> tuple[int, ...]:
+    """The target's layers whose inputs a draft reads: none, those given, or the default ones. Errors as in `draft_config`."""
+    return draft_config(target, kind=kind, target_layers=target_layers).target_layers
+
+
 def check_layers(target_layers: tuple[int, ...], num_layers: int) -> None:
     """ValueError where a draft reads layers that a target of so many does not have."""
     if beyond := [number for number in target_layers if number >= num_layers]:

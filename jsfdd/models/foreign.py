@@ -30,7 +30,7 @@ class ForeignTarget(NamedTuple):
     """A target whose decoder is not jsfdd's. Made by `foreign_target`.
 
     Attributes:
-      config: widths, heads, rotation and vocabulary, from which its draft takes its shape; layers are not looked at.
+      config: widths, heads, rotation and vocabulary, from which its draft takes its shape; layers only count for EAGLE-3.
       params: its embedding and head, laid out as in `models/target.py`.
       hidden_states: int32[B, T] tokens, right-padded, to the states [B, T, D] after its final norm; None where they are given
         as arrays.

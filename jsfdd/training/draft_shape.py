@@ -27,8 +27,6 @@ def draft_of(target: DecoderConfig, recipe: Recipe, samples: Sequence[Sample], i
     """
     if recipe.hass_top_k_weight and recipe.hass_top_k > target.vocab_size:
         raise ValueError(f"hass_top_k: {recipe.hass_top_k} exceeds the target's vocabulary of {target.vocab_size}")
-    if recipe.soft_targets == "top_k" and recipe.soft_top_k > target.vocab_size:
-        raise ValueError(f"--soft-top-k: {recipe.soft_top_k} exceeds the target's vocabulary of {target.vocab_size}")
     if init is not None:
         return _as_asked(init, recipe)
     vocabulary = ()

@@ -145,7 +145,7 @@ def _what_is_known(batch: DraftBatch, borrowed: Borrowed, truth, draft: DraftCon
     if (rows.dtype == jnp.uint16) != (stored == "top_k"):
         raise ValueError(f"soft_targets={recipe.soft_targets!r}, but the stored rows are of another kind ({rows.dtype})")
     if stored == "top_k":
-        k = recipe.soft_top_k
+        k = recipe.likeliest(len(draft.vocabulary) or draft.decoder.vocab_size)
         return TopK(distance), unpack(rows, k, num_outcomes(k, bool(draft.vocabulary)))
     if recipe.token_loss != "cross_entropy":
         raise ValueError(f"token_loss={recipe.token_loss!r} needs more of the target than means; store soft_targets='top_k'")

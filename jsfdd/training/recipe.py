@@ -36,7 +36,7 @@ _RULES = {
 PYTHON_ONLY = (
     "warmup_share", "max_grad_norm", "hidden_weight", "token_weight", "token_metric", "token_weighting", "hass_top_k",
     "hass_top_k_weight", "compute_dtype", "hidden_noise", "log_every", "fc_bias", "step_decay", "target_layers", "eagle3_norms",
-    "draft_head", "beyond_vocab",
+    "draft_head", "beyond_vocab", "accumulate", "soft_top_k",
 )  # fmt: skip
 
 
@@ -65,9 +65,9 @@ class Recipe:
     soft_targets: SoftTargets = "auto"
     """Soft targets to store before training, so that a step needs one product with the head less. `means`: the mean head
     vector of each counted token, for the same cross entropy; takes as much disk as final states. `top_k`: the likeliest
-    --soft-top-k tokens with their probabilities, for any --token-loss; takes 4 to 6 bytes per stored token. `auto`: if hidden
-    states are stored, means for cross_entropy, worth it from the third epoch, and top_k for an EAGLE-3 draft, whose head
-    learns. `none`: nothing."""
+    tokens (32; other numbers in Python) with their probabilities, for any --token-loss; takes 4 to 6 bytes per stored token.
+    `auto`: if hidden states are stored, means for cross_entropy, worth it from the third epoch, and top_k for an EAGLE-3
+    draft, whose head is trained. `none`: nothing."""
     soft_top_k: int = 32
     """Tokens per distribution that --soft-targets top_k stores. All other tokens become one outcome, so the distance is a lower
     bound of the true one."""
@@ -134,10 +134,8 @@ class Recipe:
         if self.soft_targets == "means" and self.token_loss != "cross_entropy":
             raise ValueError(f"--token-loss {self.token_loss} needs more of the target than --soft-targets means; take top_k")
         if self.stored_soft_targets(hidden_is_stored=True) == "top_k":
-            if 1 <= self.draft_vocab < self.soft_top_k:
-                raise ValueError(f"--soft-top-k: {self.soft_top_k} exceeds the {self.draft_vocab:g} tokens of --draft-vocab")
             if self.hass_top_k_weight and self.hass_top_k > self.soft_top_k:
-                raise ValueError(f"hass_top_k: {self.hass_top_k} exceeds --soft-top-k {self.soft_top_k}: no more is known")
+                raise ValueError(f"hass_top_k: {self.hass_top_k} exceeds soft_top_k {self.soft_top_k}: no more is known")
         if self.draft_vocab and not self.stored_soft_targets(hidden_is_stored=True):
             raise ValueError("--draft-vocab trains on soft targets: take --soft-targets top_k, or means with cross_entropy")
 
@@ -161,6 +159,10 @@ class Recipe:
     def head_products(self) -> int:
         """Products of a visited token with the draft's head, forward and back, by its state and, if it learns, by the head."""
         return 3 if self.trains_head else 2
+
+    def likeliest(self, vocabulary: int) -> int:
+        """Tokens that `top_k` stores of each distribution over a vocabulary of so many: `soft_top_k`, or all."""
+        return min(self.soft_top_k, vocabulary)
 
     @property
     def weighs_tokens(self) -> bool:

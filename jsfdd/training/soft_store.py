@@ -58,7 +58,7 @@ def store_soft_targets(
     if draft.vocabulary and recipe.beyond_vocab != "weigh":
         settings |= {"beyond": recipe.beyond_vocab}
     if kind == "top_k":
-        k = recipe.soft_top_k
+        k = recipe.likeliest(len(draft.vocabulary) or draft.decoder.vocab_size)
         step = make_top_k_step(k, mesh, vocabulary_block(platform), draft.vocabulary, recipe.beyond_vocab)
         width, dtype = row_words(k, draft.decoder.vocab_size, len(draft.vocabulary)), "uint16"
         settings |= {"k": k}
