@@ -83,7 +83,7 @@ def test_the_suggested_mesh_is_the_first_that_fits(tmp_path):
     peaks = {m: max(
         score_stage(config, lengths, 64, 4, m).peak,
         train_stage(config, lengths, 64, 0.5, Recipe(), 4, m, 8 // m).peak,
-        evaluate_stage(config, 2048 + 128, 8, 4, m, 8 // m).peak,
+        evaluate_stage(config, Recipe(), 2048 + 128, 8, 4, m, 8 // m).peak,
     ) for m in (1, 2, 4, 8)}  # fmt: skip
     assert peaks[1] > peaks[2] > peaks[4] > peaks[8]
     for m in (1, 2, 4, 8):
