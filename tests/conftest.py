@@ -36,8 +36,20 @@ LARGE = 800e6  # bytes; two workers, what they start and the real model are to s
 # Files that need more than others; at the front they are all the first worker's, so no two of them run at a time.
 FIRST = ("test_decoding_smollm2", "test_base_processes", "test_devices", "test_models_sharding", "test_golden")
 
+# Files that compile decoding or training, half a second a test; `make check` leaves them out, as it does what is marked slow.
+COMPILING = {
+    "test_api", "test_commands_plan", "test_decoding_answers", "test_decoding_eagle3", "test_decoding_generate",
+    "test_decoding_tree", "test_doctests", "test_hidden_capture", "test_models", "test_models_eagle3", "test_training_eagle3",
+    "test_training_loss", "test_training_soft_top_k", "test_training_step", "test_training_token_loss",
+    "test_weights_export", "test_weights_target",
+}  # fmt: skip
 
+
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at -m
 def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem in COMPILING:
+            item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: item.path.stem not in FIRST)
 
 
