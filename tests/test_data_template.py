@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from jsfdd.data import render as render_module
 from jsfdd.data.chat import Chat
 from jsfdd.data.template import render_prompt, tokenize_chats
 
@@ -257,6 +258,20 @@ def test_what_is_skipped_is_counted_by_id():
     assert summary.skipped["no_counted"] == ("empty answer", "beyond")
     assert summary.skipped["refused"] == ()
     assert "6 conversations: 2 kept (1 of them cut" in str(summary)
+
+
+@pytest.mark.parametrize("template", ["{{ 1 / 0 }}", "{{ messages[9]['x'].y }}", "{{ messages.z() }}", "{{ 'a' + 1 }}"])
+def test_an_error_of_a_template_is_a_refusal(template):
+    tokenizer = byte_level(QWEN3)
+    tokenizer.chat_template = template
+    with pytest.raises(render_module.RefusedByTemplate):
+        render_module.render(tokenizer, [{"role": "user", "content": "Q"}])
+
+
+def test_an_error_of_ours_is_none(monkeypatch):
+    monkeypatch.setattr(render_module, "_apply", lambda *_: undefined_name)
+    with pytest.raises(NameError):
+        render_module.render(byte_level(QWEN3), [{"role": "user", "content": "Q"}])
 
 
 def test_what_the_template_refuses_is_counted():

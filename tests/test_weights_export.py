@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from toy import toy_config
+from toy import LAYER_SETTINGS, toy_config
 
 from jsfdd.models.architecture import Rope
 from jsfdd.models.draft import draft_config, init_draft
@@ -139,26 +139,6 @@ def test_names_shapes_and_values(tmp_path, flavour):
         assert not tensors["fc.bias"].any()
 
 
-_LAYER_SETTINGS = {
-    "model_type": "llama",
-    "num_hidden_layers": 1,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "vocab_size": 64,
-    "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 1e5,
-    "rope_scaling": None,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-    "mlp_bias": False,
-}
-
-
 FLAT_CASES = [("eagle", True), ("eagle", False), ("vllm", False), ("sglang", True), ("sglang", False)]
 
 
@@ -167,7 +147,7 @@ def test_settings_of_flat_flavours(tmp_path, flavour, bias):
     settings, _ = written(tmp_path / "draft", flavour, a_draft(bias, rope=ROPES["default"], tie_embeddings=True))
     name = "LlamaForCausalLMEagle" if flavour == "sglang" else "LlamaForCausalLM"
     said = bias and flavour == "eagle"  # to the others this switch is the attention's
-    assert settings == {"architectures": [name], **_LAYER_SETTINGS, "bias": said, "torch_dtype": "float32"}
+    assert settings == {"architectures": [name], **LAYER_SETTINGS, "bias": said, "torch_dtype": "float32"}
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -185,7 +165,7 @@ def test_settings_of_speculators(tmp_path, bias):
             "verifier": {"name_or_path": "org/target", "architectures": []},
         },
         "transformer_layer_architecture": "LlamaDecoderLayer",
-        "transformer_layer_config": _LAYER_SETTINGS,
+        "transformer_layer_config": LAYER_SETTINGS,
         "layernorms": False,
         "fusion_bias": bias,
         "torch_dtype": "float32",

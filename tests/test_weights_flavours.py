@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from eagle3_drafts import SERVING, WORDS, N, a_config, a_draft, same_params, written
 from test_weights_export import REPORT, ROPES
-from toy import toy_config
+from toy import LAYER_SETTINGS, toy_config
 
 from jsfdd.models.architecture import Rope
 from jsfdd.models.draft import draft_config
@@ -168,24 +168,6 @@ def test_a_draft_of_all_tokens_has_a_map_where_the_engine_cannot_do_without(tmp_
         assert not {"d2t", "t2d"} & tensors.keys()
 
 
-_LAYER_SETTINGS = {
-    "model_type": "llama",
-    "num_hidden_layers": 1,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "vocab_size": 64,
-    "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 1e5,
-    "rope_scaling": None,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-    "mlp_bias": False,
-}
 _OFF = dict.fromkeys(("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output"), False)
 
 
@@ -195,7 +177,7 @@ def test_settings_of_flat_flavours(tmp_path, flavour):
     name = "Eagle3LlamaForCausalLM" if flavour == "tpu-inference" else "LlamaForCausalLMEagle3"
     assert settings == {
         "architectures": [name],
-        **_LAYER_SETTINGS,
+        **LAYER_SETTINGS,
         "draft_vocab_size": 7,
         "eagle_aux_hidden_state_layer_ids": [2, 4, 6],
         "eagle_config": {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": [1, 3, 5]},
@@ -219,7 +201,7 @@ def test_settings_of_speculators(tmp_path):
             "proposal_methods": [proposal],
             "verifier": {"name_or_path": "org/target", "architectures": []},
         },
-        "transformer_layer_config": _LAYER_SETTINGS,
+        "transformer_layer_config": LAYER_SETTINGS,
         "draft_vocab_size": 7,
         "eagle_aux_hidden_state_layer_ids": [2, 4, 6],
         **_OFF,

@@ -24,6 +24,26 @@ from jsfdd.weights.target import Target
 _init_params = jax.jit(init_params, static_argnums=0)
 _init_draft = jax.jit(init_draft, static_argnums=0)
 
+# What an exported toy draft says of its layer, in every engine's words.
+LAYER_SETTINGS = {
+    "model_type": "llama",
+    "num_hidden_layers": 1,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 64,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e5,
+    "rope_scaling": None,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+
 
 def toy_config(vocab_size=64, **changes) -> DecoderConfig:
     values = dict(

@@ -19,6 +19,11 @@ from jsfdd.data.messages import Message
 
 _SECONDS = 10.0  # a real conversation renders in milliseconds
 _LONGEST = 64 << 20  # characters
+# What a template can raise: its own errors, and those of the expressions that its author wrote. Others are faults of ours.
+TEMPLATE_ERRORS = (
+    jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TimeoutError, TypeError,
+    ValueError,
+)  # fmt: skip
 _SHOWN = 160  # characters of a template's complaint, which may quote a message
 
 
@@ -61,7 +66,7 @@ def render(tokenizer, messages: Sequence[Message], tools: Sequence[dict] = (), *
                 if as_text == list(messages):
                     raise
                 text = _apply(tokenizer, as_text, tools, prompt)
-    except Exception as error:  # any exception of a program that came with a checkpoint
+    except TEMPLATE_ERRORS as error:
         raise RefusedByTemplate(_short(error)) from error
     if len(text) > _LONGEST:
         raise RefusedByTemplate(f"it writes {len(text):,} characters")
@@ -132,6 +137,6 @@ def _limited(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
 
-def _short(error: Exception) -> str:
+def _short(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"

@@ -19,7 +19,7 @@ from jsfdd.base.numbers import percent
 from jsfdd.base.records import Sample
 from jsfdd.data.chat import Chat
 from jsfdd.data.messages import Message, text_of_calls
-from jsfdd.data.render import with_text_arguments
+from jsfdd.data.render import TEMPLATE_ERRORS, with_text_arguments
 from jsfdd.data.skipped import MEANINGS
 from jsfdd.data.template import TokenizeSummary
 from jsfdd.doctor.findings import Finding, spread_over
@@ -386,7 +386,7 @@ def _render(tokenizer, messages: Sequence[Message], tools: list[dict] | None, pr
             return tokenizer.apply_chat_template(spelled, tools=tools, add_generation_prompt=prompt, return_dict=False)
         except TypeError:
             continue
-        except Exception:  # whatever a program raises that came with a checkpoint
+        except TEMPLATE_ERRORS:
             return None
     return None
 

@@ -194,6 +194,7 @@ def _refuse_rope(rope: _Fields) -> None:
 
 def _completed(fields: _Fields) -> _Fields:
     """`fields` as transformers reads them: one spelling, and the family's default for what a file leaves out."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig  # a second of CPU time, which GGUF files do not need
 
     # Null says nothing but of a window, where it says that there is none.
@@ -201,8 +202,8 @@ def _completed(fields: _Fields) -> _Fields:
     shown = {key: _spelled_anew(fields.raw[key]) for key in stated}
     try:
         config = AutoConfig.for_model(fields.raw["model_type"], **shown).to_dict()
-    except Exception as error:  # whatever a malformed value makes it stumble over
-        reason = str(error).strip().splitlines()[-1].strip()
+    except (StrictDataclassError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
         raise ValueError(f"{fields.path}: transformers does not read it ({reason:.300}); correct the field") from error
     return fields._replace(raw=config)
 

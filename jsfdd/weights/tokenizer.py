@@ -41,6 +41,7 @@ _TEKKEN_SPLIT = (
 )
 # What writers call a split -> what it is called here.
 _PRE_NAMES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
+_NOT_LOADED = (AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError)  # transformers', of a damaged file
 _WHOLE_TOKENS = ("llama-bpe", "tekken")  # take a piece that is a token as it is, even where merges would not arrive there
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type; the others are unknown, unused and byte
 _SPACE = "▁"  # SentencePiece's mark
@@ -67,7 +68,10 @@ def tokenizer_from_directory(directory: str | Path) -> PreTrainedTokenizerFast:
         _check_ids(directory / "tokenizer.json")
     try:
         tokenizer = reader.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the Rust library raises no narrower class for a file that it does not know
+    except Exception as error:
+        # The Rust library raises Exception itself, and no narrower class, for a file that it does not know.
+        if type(error) is not Exception and not isinstance(error, _NOT_LOADED):
+            raise
         raise ValueError(_not_loaded(directory, error)) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"{directory}: only a slow tokenizer ({type(tokenizer).__name__}); a tokenizer.json is needed")
