@@ -33,6 +33,7 @@ SWALLOWED = """
 NOTED = """
     with interrupts.noted() as signalled:
         import time
+        print("noting", flush=True)
         while not signalled():
             time.sleep(0.01)
         print("saved", flush=True)
@@ -40,13 +41,14 @@ NOTED = """
 
 
 def ended(work, number):
-    """(exit code, stdout after "ready", stderr) of a process that gets the signal in the midst of its work."""
+    """(exit code, stdout from then on, stderr) of a process that gets the signal in the midst of its work."""
     script = SCRIPT.format(work=work)
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stdout.readline() == "ready\n"
-        if "closing" in work:
-            assert process.stdout.readline() == "closing\n"
+        for word in ("closing", "noting"):
+            if word in work:
+                assert process.stdout.readline() == f"{word}\n"
         process.send_signal(number)
         out, errors = process.communicate(timeout=30)
     finally:
