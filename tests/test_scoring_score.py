@@ -19,6 +19,7 @@ from jsfdd.hidden.best_k import StillPossible
 from jsfdd.hidden.capture import keep_hidden
 from jsfdd.hidden.store import HiddenStore
 from jsfdd.models.target import head_logits, hidden_states, init_params
+from jsfdd.scoring import parts as parts_module
 from jsfdd.scoring import score as score_module
 from jsfdd.scoring.flatness import score_hidden, token_scores
 from jsfdd.scoring.metrics import METRICS, Metric, column_names
@@ -193,7 +194,7 @@ class Killed(BaseException):
 
 def kill_after(monkeypatch, parts):
     written = []
-    original = score_module.write_part
+    original = parts_module.write_part
 
     def write(path, table):
         original(path, table)
@@ -201,7 +202,7 @@ def kill_after(monkeypatch, parts):
         if len(written) == parts:
             raise Killed
 
-    monkeypatch.setattr(score_module, "write_part", write)
+    monkeypatch.setattr(parts_module, "write_part", write)
 
 
 def test_a_killed_run_continues_to_the_same_bits(monkeypatch, tmp_path, table):

@@ -52,7 +52,8 @@ if TYPE_CHECKING:
     from jsfdd.selection.sfdd import Selection
     from jsfdd.training.batch import HiddenStates, PerToken
     from jsfdd.training.recipe import Recipe
-    from jsfdd.training.train import Probe, TrainResult
+    from jsfdd.training.reports import Probe
+    from jsfdd.training.train import TrainResult
 
 RECOMPUTED = "compute the hidden states of each batch at every step; store none"
 _PROBE_DEPTH, _PROBE_NEW_TOKENS = 4, 64

@@ -7,7 +7,6 @@ write_scores(out / "scores.parquet", table)
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -17,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jsfdd.base.files import differences, plain
+from jsfdd.base.files import plain
 from jsfdd.base.mesh import map_over_devices, num_data_shards
-from jsfdd.base.processes import agree, several, wait_for_all
+from jsfdd.base.processes import several
 from jsfdd.base.records import Batch, Sample, TokenScores, samples_digest
 from jsfdd.base.tuning import scoring_block
 from jsfdd.data.batches import BatchPlan, Shape, choose_shapes, make_batches, pad_batch, pad_rows
@@ -29,8 +28,9 @@ from jsfdd.models.sharding import place_params
 from jsfdd.models.target import final_state, hidden_states
 from jsfdd.scoring.flatness import score_hidden
 from jsfdd.scoring.metrics import METRICS, column_names
+from jsfdd.scoring.parts import Parts
 from jsfdd.scoring.passes import run_batches, spread_out
-from jsfdd.scoring.table import ScoreTable, TokenRow, join, read_scores, write_part
+from jsfdd.scoring.table import ScoreTable, TokenRow
 
 if TYPE_CHECKING:
     from jsfdd.weights.target import Target  # imports transformers, which is slow
@@ -94,6 +94,18 @@ def make_head_step(config: DecoderConfig, mesh: Mesh) -> Callable:
         return score_hidden(config, params, final_state(config, hidden), _next_tokens(batch), batch.counted, block)
 
     return map_over_devices(step, mesh)
+
+
+def _choose_step(
+    target: Target | ForeignTarget, mesh: Mesh, keeper: Keeper | None, hidden: Mapping[str, np.ndarray] | None
+) -> tuple[Callable, Callable]:
+    """(step, build) for `run_batches`: the whole target, or its head alone where hidden states are given."""
+    hidden_dtype, layers = (None, ()) if keeper is None else (keeper.device_dtype, keeper.layers)
+    if hidden is not None:
+        return _stored_step(target, hidden, mesh)
+    if isinstance(target, ForeignTarget):
+        return _foreign_step(target, mesh, hidden_dtype, layers), pad_batch
+    return make_score_step(target.config, mesh, hidden_dtype=hidden_dtype, layers=layers), pad_batch
 
 
 def _foreign_step(target: ForeignTarget, mesh: Mesh, hidden_dtype, layers: tuple[int, ...]) -> Callable:
@@ -174,12 +186,7 @@ def score_samples(
       ValueError: there is no sample, `parts_dir` holds parts of another identity, or a score is not finite; names the
         sample and the remedy.
     """
-    if not samples:
-        raise ValueError("there is no sample to score; check the data")
-    if keeper is not None and hidden is not None:
-        raise ValueError("hidden states that are stored need no keeper")
-    if several() and parts_dir is None:
-        raise ValueError("several processes can only put their scores together in a parts_dir")
+    _check_call(samples, parts_dir, keeper, hidden)
     lengths = [len(sample.tokens) for sample in samples]
     # The order does not affect the scores; interleaved, a keeper's store grows evenly.
     plans = spread_out(make_batches(lengths, choose_shapes(lengths, batch_tokens)), num_data_shards(mesh))
@@ -188,49 +195,36 @@ def score_samples(
         "samples": samples_digest(samples), "batch_tokens": batch_tokens, "model_shards": mesh.shape["model"],
         "per_token": per_token,
     }  # fmt: skip
-    parts = {} if parts_dir is None else _read_parts(parts_dir, identity)
-    scored = {name for part in parts.values() for name in part.ids}
-    agree({"the scores that an earlier call left": sorted(scored)})  # nobody writes before all have read
-
+    parts = Parts(parts_dir, identity, seconds_per_part)
     if keeper is not None:
-        keeper.resume(list(parts.values()))
+        keeper.resume(parts.tables)
 
     def is_finished(plan: BatchPlan) -> bool:
         batch = [samples[i] for i in plan.indices]
-        return scored.issuperset(sample.id for sample in batch) and (keeper is None or not keeper.lacks(batch))
+        return not parts.lack(batch) and (keeper is None or not keeper.lacks(batch))
 
     remaining = [plan for plan in plans if not is_finished(plan)]
-    hidden_dtype, layers = (None, ()) if keeper is None else (keeper.device_dtype, keeper.layers)
-    build = pad_batch
-    if hidden is not None:
-        step, build = _stored_step(target, hidden, mesh)
-    elif isinstance(target, ForeignTarget):
-        step = _foreign_step(target, mesh, hidden_dtype, layers)
-    else:
-        step = make_score_step(target.config, mesh, hidden_dtype=hidden_dtype, layers=layers)
-    batches = run_batches(
+    step, build = _choose_step(target, mesh, keeper, hidden)
+    for batch, (scores, states) in run_batches(
         step, place_params(target.params, mesh), samples, remaining, mesh,
         label="score", finished=len(plans) - len(remaining), progress=progress, build=build,
-    )  # fmt: skip
-    fresh: list[ScoreTable] = []  # scored, but in no part yet
-    last_part = time.monotonic()
-    for batch, (scores, states) in batches:
-        table = None  # an earlier call scored this batch; only its hidden states were lost
-        if not scored.issuperset(sample.id for sample in batch):
-            table = _summarise(batch, scores, per_token, identity)
-            fresh.append(table)
+    ):  # fmt: skip
+        # Of a batch that an earlier call scored, only the hidden states were lost.
+        table = _summarise(batch, scores, per_token, identity) if parts.lack(batch) else None
         if keeper is not None:
             keeper.keep(batch, table, states)
-        if parts_dir is not None and fresh and time.monotonic() - last_part >= seconds_per_part:
-            _write_part(parts_dir, parts, fresh)
-            fresh, last_part = [], time.monotonic()
-    if parts_dir is not None and fresh:
-        _write_part(parts_dir, parts, fresh)
-        fresh = []
-    if several():
-        wait_for_all("all batches scored")
-        parts = _read_parts(parts_dir, identity)
-    return join([*parts.values(), *fresh], [sample.id for sample in samples])
+        if table is not None:
+            parts.add(table)
+    return parts.whole([sample.id for sample in samples])
+
+
+def _check_call(samples: Sequence[Sample], parts_dir: Path | None, keeper: Keeper | None, hidden: Mapping | None) -> None:
+    if not samples:
+        raise ValueError("there is no sample to score; check the data")
+    if keeper is not None and hidden is not None:
+        raise ValueError("hidden states that are stored need no keeper")
+    if several() and parts_dir is None:
+        raise ValueError("several processes can only put their scores together in a parts_dir")
 
 
 def _summarise(samples: Sequence[Sample], scores: TokenScores, per_token: bool, identity: dict) -> ScoreTable:
@@ -265,24 +259,3 @@ def _check_finite(sample: Sample, visited: dict[str, np.ndarray]) -> None:
                 f"sample {sample.id}: {name} at token {np.flatnonzero(sample.counted)[broken][0]} is not a finite number, so "
                 "the target's logits are broken there; check its weights, and try --dtype float32"
             )
-
-
-def _read_parts(directory: Path, identity: dict) -> dict[int, ScoreTable]:
-    """Read the parts of earlier calls, by number. Raise ValueError if they belong to another run."""
-    directory.mkdir(parents=True, exist_ok=True)
-    parts = {}
-    for path in sorted(directory.glob("part-*.parquet")):
-        part = read_scores(path)
-        different = differences(part.identity, identity)
-        if different:
-            raise ValueError(f"{path}: scores of another run ({different}); delete {directory} or choose another --out")
-        parts[int(path.stem.removeprefix("part-"))] = part
-    return parts
-
-
-def _write_part(directory: Path, parts: dict[int, ScoreTable], tables: Sequence[ScoreTable]) -> None:
-    # Process i of n uses numbers congruent to i modulo n, so no two processes use the same.
-    number = max(parts, default=-1) + 1
-    number += (jax.process_index() - number) % jax.process_count()
-    parts[number] = join(tables, [name for table in tables for name in table.ids])
-    write_part(directory / f"part-{number:05d}.parquet", parts[number])

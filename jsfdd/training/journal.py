@@ -52,9 +52,8 @@ class Journal:
         if is_primary():
             if start:
                 check_metrics(out)
-                self.seal(
-                    start
-                )  # before the later lines go: a kill in between must not leave a checksum of lines that are gone
+                # Before the later lines go: a kill in between must not leave a checksum of lines that are gone.
+                self.seal(start)
             else:
                 (out / CHECKSUM).unlink(missing_ok=True)
             for name in (METRICS, TIMINGS):

@@ -15,7 +15,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -23,19 +23,19 @@ from jax.sharding import Mesh
 
 from jsfdd.base import interrupts
 from jsfdd.base.mesh import put, to_host
-from jsfdd.base.processes import is_primary, several, wait_for_all
-from jsfdd.base.progress import progress as show_progress
+from jsfdd.base.processes import several, wait_for_all
 from jsfdd.base.records import DraftBatch, Sample, TrainState, samples_digest
 from jsfdd.data.batches import Shape, choose_shapes, make_batches
 from jsfdd.models.draft import Draft, DraftConfig, params_digest, vocabulary_digest
 from jsfdd.models.sharding import split_vocabulary
 from jsfdd.training.batch import TrainingData, device_batch, weights_digest
 from jsfdd.training.draft_shape import draft_of
-from jsfdd.training.figures import RecentSteps, mean_figures
+from jsfdd.training.figures import mean_figures
 from jsfdd.training.journal import TIMINGS, Journal, read_lines, read_metrics
 from jsfdd.training.loss import Borrowed, borrow, restrict
 from jsfdd.training.recipe import Recipe
-from jsfdd.training.schedule import Step, schedule_steps
+from jsfdd.training.reports import HeldOut, Probe, Reports, Watch
+from jsfdd.training.schedule import schedule_steps
 from jsfdd.training.step import (
     init_state,
     learning_rate_schedule,
@@ -45,14 +45,12 @@ from jsfdd.training.step import (
     make_train_step,
     state_shardings,
 )
-from jsfdd.training.timings import Laps, Throughput
+from jsfdd.training.timings import Throughput
 from jsfdd.weights.checkpoint import Checkpoints
 
 if TYPE_CHECKING:
     from jsfdd.models.foreign import ForeignTarget
     from jsfdd.weights.target import Target
-
-Probe = Callable[[dict], dict]  # draft params -> figures, among them "tau"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,20 +129,14 @@ def train(
     out = Path(out)
     if patience is not None and probe is None:
         raise ValueError("patience counts probes, and there is no probe")
-    if draft is None:
-        draft = draft_of(target.config, recipe, data.samples, None if init is None else init.config)
-    if draft.vocabulary and data.soft_targets is None:
-        raise ValueError("a draft vocabulary is trained on soft targets; store them first (`soft_store.store_soft_targets`)")
+    draft = draft or draft_of(target.config, recipe, data.samples, None if init is None else init.config)
     lengths, visited = (np.array([count(sample) for sample in data.samples]) for count in (_length, data.visited))
-    if not visited.sum():
-        raise ValueError("no token to train on: every sample's answers are empty or one token long; check the data")
+    _check(draft, data, visited)
     shapes = shapes or choose_shapes([*lengths, *map(_length, held_out.samples)], batch_tokens)
     steps = schedule_steps(lengths, visited, shapes, epochs=recipe.epochs, accumulate=recipe.accumulate, seed=seed)
     run = {"target": target.fingerprint, **(identity or {}), **_identity(data, held_out.samples, shapes, recipe, seed, draft)}
-    if init is not None:
-        run["init"] = params_digest(init.params)
-    if patience is not None:
-        run["patience"] = patience
+    run |= {} if init is None else {"init": params_digest(init.params)}
+    run |= {} if patience is None else {"patience": patience}
 
     optimizer, learning_rate = make_optimizer(recipe, len(steps)), learning_rate_schedule(recipe, len(steps))
     train_step = _make_step(draft, optimizer, mesh, recipe, shard_optimizer)
@@ -154,58 +146,27 @@ def train(
     head = whole.output if draft.kind == "eagle3" and init is None else None
     fresh = init_state(draft, optimizer, seed, head, None if init is None else init.params)
     fresh = jax.tree.map(put, fresh, state_shardings(draft, optimizer, mesh, shard_optimizer))
-    throughput = Throughput(
-        draft,
-        mesh,
-        lengths,
-        visited,
-        products=recipe.head_products + (data.soft_targets is None),
-        draft_steps=recipe.unrolled,
-    )
+    products = recipe.head_products + (data.soft_targets is None)
+    throughput = Throughput(draft, mesh, lengths, visited, products=products, draft_steps=recipe.unrolled)
+    watch = Watch(held_out_figures, probe, probe_every, patience)
 
     with Checkpoints(out, draft, run) as checkpoints:
         state = checkpoints.resume(fresh)
         start = int(state.step)
-        bar = show_progress("train", "steps", len(steps), finished=start, shown=progress and is_primary())
-        with Journal(out, start, tensorboard) as journal, bar as bar, _signals() as signalled:
-            recent, laps = RecentSteps(data.samples), Laps()
-            recent.go_on(checkpoints.unreported, steps)
+        journal = Journal(out, start, tensorboard)
+        reports = Reports(
+            checkpoints, journal, data.samples, steps, start, recipe, watch, learning_rate, throughput, progress
+        )  # fmt: skip
+        with reports, _signals() as signalled:
             for step in steps[start:]:
-                if patience is not None and journal.worse_probes >= patience:
+                if reports.out_of_patience or signalled():
                     break
-                if signalled():
-                    if step.number - 1 not in (0, checkpoints.latest_step):
-                        journal.seal(step.number - 1)
-                        checkpoints.save(state, recent.to_json())
-                    break
-                with laps.lap("reading"):
+                with reports.reading():
                     batches = [device_batch(data, plan.indices, plan.shape, mesh) for plan in step.plans]
                 state, metrics = train_step(borrowed, state, batches)
-                recent.add(step, metrics)
-                bar.update(step.number)
-                due = _due(step, len(steps), recipe, probe_every if probe else None)
-                if not due.line:
-                    continue
-                taken, figures = recent.take()
-                bar.update(step.number, figures=f"loss {figures['loss']:.3f}")
-                line = {"step": step.number, "epoch": step.epoch}
-                journal.note({**line, **figures, "learning_rate": float(learning_rate(step.number - 1)), "tokens": step.tokens})
-                if step.ends_epoch and held_out.samples:
-                    with laps.lap("held_out"):
-                        figures = held_out_figures(state.params)
-                    journal.note({**line, "held_out": figures})
-                if due.probe:
-                    with laps.lap("probe"):
-                        figures = probe(state.params)
-                    if figures["tau"] > journal.best_tau:
-                        checkpoints.save_best(state)
-                    journal.note({**line, "probe": figures})
-                    due = due._replace(save=due.save or patience is not None and journal.worse_probes >= patience)
-                lap = laps.since_last()
-                journal.note_timing({"step": step.number, **lap, **throughput.rates(taken, lap)})
-                if due.save:
-                    journal.seal(step.number)
-                    checkpoints.save(state)
+                reports.after(step, state, metrics)
+            if signalled():
+                reports.save_now(state)
 
     wait_for_all("trained")
     ends = [line["held_out"] for line in read_metrics(out) if "held_out" in line]
@@ -220,25 +181,16 @@ def train(
     )
 
 
+def _check(draft: DraftConfig, data: TrainingData, visited: np.ndarray) -> None:
+    if draft.vocabulary and data.soft_targets is None:
+        raise ValueError("a draft vocabulary is trained on soft targets; store them first (`soft_store.store_soft_targets`)")
+    if not visited.sum():
+        raise ValueError("no token to train on: every sample's answers are empty or one token long; check the data")
+
+
 def _signals() -> AbstractContextManager[Callable[[], bool]]:
     """Signals wait for the end of a step; of several processes one may have none, so there they do not."""
     return nullcontext(lambda: False) if several() else interrupts.noted()
-
-
-class _Due(NamedTuple):
-    """What is due after a step, beside the held-out figures at an epoch's end."""
-
-    line: bool
-    probe: bool
-    save: bool
-
-
-def _due(step: Step, num_steps: int, recipe: Recipe, probe_every: int | None) -> _Due:
-    last = step.number == num_steps
-    save = last or step.number % recipe.save_every == 0
-    probe = probe_every is not None and (last or step.number % probe_every == 0)
-    # A checkpoint ends a line too: figures that still await theirs are not part of it.
-    return _Due(save or probe or step.ends_epoch or step.number % recipe.log_every == 0, probe, save)
 
 
 def _length(sample: Sample) -> int:
@@ -260,8 +212,10 @@ def _make_step(draft: DraftConfig, optimizer, mesh: Mesh, recipe: Recipe, shard_
 
 def _make_held_out_figures(
     borrowed: Borrowed, draft: DraftConfig, held_out: TrainingData, shapes: Sequence[Shape], recipe: Recipe, mesh: Mesh
-) -> Callable[[dict], dict[str, float]]:
-    """`draft_params -> figures` of the held-out samples, on all their tokens and by the target's own head."""
+) -> HeldOut | None:
+    """Figures of the held-out samples, on all their tokens and by the target's own head; None if there are none."""
+    if not held_out.samples:
+        return None
     held_out = TrainingData(held_out.samples, held_out.hidden)
     evaluate_step = make_evaluate_step(draft, mesh, recipe)
     plans = make_batches([len(sample.tokens) for sample in held_out.samples], shapes)

@@ -1,0 +1,87 @@
+"""What a scoring pass has finished: parts on disk that survive an interruption, and tables that no part holds yet.
+
+parts = Parts(out / "scores.parts", identity)
+if parts.lack(batch):
+    parts.add(table)                                   # on disk within `seconds`
+table = parts.whole([sample.id for sample in samples])
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from jsfdd.base.files import differences
+from jsfdd.base.processes import agree, several, wait_for_all
+from jsfdd.base.records import Sample
+from jsfdd.scoring.table import ScoreTable, join, read_scores, write_part
+
+
+class Parts:
+    """Scores by batch, of this call and of the earlier ones that a directory remembers.
+
+    Args:
+      directory: where the parts are, each process writing its own; None keeps everything in memory.
+      identity: JSON-ready: what the scores depend on.
+      seconds: about how much work an interruption may lose.
+
+    Raises:
+      ValueError: the directory holds parts of another identity.
+    """
+
+    def __init__(self, directory: Path | None, identity: dict, seconds: float = 20.0):
+        self._directory, self._identity, self._seconds = directory, identity, seconds
+        self._written = {} if directory is None else _read(directory, identity)
+        self._scored = {name for part in self._written.values() for name in part.ids}
+        self._fresh: list[ScoreTable] = []
+        self._last_write = time.monotonic()
+        agree({"the scores that an earlier call left": sorted(self._scored)})  # nobody writes before all have read
+
+    @property
+    def tables(self) -> list[ScoreTable]:
+        """The parts on disk."""
+        return list(self._written.values())
+
+    def lack(self, samples: Sequence[Sample]) -> bool:
+        """Whether an earlier call left no score of any of these samples."""
+        return not self._scored.issuperset(sample.id for sample in samples)
+
+    def add(self, table: ScoreTable) -> None:
+        """Take in the scores of a batch, and write a part if it is time."""
+        self._fresh.append(table)
+        if time.monotonic() - self._last_write >= self._seconds:
+            self._write()
+
+    def whole(self, ids: Sequence[str]) -> ScoreTable:
+        """The scores of all samples, in this order, once every batch was added. Several processes wait for the last of them."""
+        self._write()
+        if several():
+            wait_for_all("all batches scored")
+            self._written = _read(self._directory, self._identity)
+        return join([*self._written.values(), *self._fresh], ids)
+
+    def _write(self) -> None:
+        if self._directory is None or not self._fresh:
+            return
+        # Process i of n uses numbers congruent to i modulo n, so no two processes use the same.
+        number = max(self._written, default=-1) + 1
+        number += (jax.process_index() - number) % jax.process_count()
+        self._written[number] = join(self._fresh, [name for table in self._fresh for name in table.ids])
+        write_part(self._directory / f"part-{number:05d}.parquet", self._written[number])
+        self._fresh, self._last_write = [], time.monotonic()
+
+
+def _read(directory: Path, identity: dict) -> dict[int, ScoreTable]:
+    """The parts of earlier calls, by number."""
+    directory.mkdir(parents=True, exist_ok=True)
+    parts = {}
+    for path in sorted(directory.glob("part-*.parquet")):
+        part = read_scores(path)
+        different = differences(part.identity, identity)
+        if different:
+            raise ValueError(f"{path}: scores of another run ({different}); delete {directory} or choose another --out")
+        parts[int(path.stem.removeprefix("part-"))] = part
+    return parts
