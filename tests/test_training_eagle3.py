@@ -115,7 +115,7 @@ def test_loss_and_gradient_are_the_twins(known):
     assert found == pytest.approx(slope, rel=5e-3 if "top k" in known else 1e-3)
 
 
-def test_the_rows_that_learn_are_those_that_decoding_verifies():
+def test_the_rows_that_learn_are_those_that_decoding_verifies(monkeypatch):
     """By gradient. With no attention a row reads its own streams alone: what moves them is what it is supervised by.
 
     The answer is x_3 … x_8; x_3 is the target's own, so x_4 is the first that is ever drafted, by the row that reads h_2.
@@ -128,7 +128,8 @@ def test_the_rows_that_learn_are_those_that_decoding_verifies():
     batch = jax.tree.map(lambda x: x[:1], batch)
 
     def of_step(hidden, number):
-        return fast_loss(draft_params, batch._replace(hidden=hidden)).steps[number]["distance"]
+        monkeypatch.setattr(Recipe, "step_weights", tuple(float(number == n) for n in range(3)))
+        return fast_loss(draft_params, batch._replace(hidden=hidden)).total
 
     by_streams = jax.jit(jax.grad(of_step), static_argnums=1)
     for number, rows in enumerate(([2, 3, 4, 5, 6], [2, 3, 4, 5], [2, 3, 4])):  # the last token that counts is x_8
@@ -282,3 +283,22 @@ def test_what_no_run_can_be_is_named(tmp_path):
 def test_restricting_leaves_a_draft_with_its_own_head_the_whole_target():
     params, draft, *_ = toy(VOCABULARY)
     assert restrict(borrow(CONFIG, params), draft).output.shape == (37, 32)
+
+
+def test_more_steps_keep_no_more_gradients_of_the_head():
+    """Every step has its part of the head's gradient, as large as the head: added up at once, they are one array."""
+    config = toy_config(vocab_size=8192, num_layers=4)
+    draft = draft_config(config, kind="eagle3", target_layers=LAYERS)
+    params = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+    draft_params = jax.eval_shape(functools.partial(init_draft, draft), jax.random.key(0))
+
+    def temporaries(steps):
+        recipe = dataclasses.replace(RECIPE, draft_steps=steps)
+        total = lambda *arguments: loss_sums(*arguments, None, draft=draft, recipe=recipe, block=4).total  # noqa: E731
+        step = jax.jit(jax.grad(total)).lower(
+            draft_params, jax.eval_shape(functools.partial(borrow, config), params), toy(())[3]
+        )
+        return step.compile().memory_analysis().temp_size_in_bytes
+
+    head = draft_params["head"]["rows"]
+    assert temporaries(5) - temporaries(2) < 0.5 * head.size * head.dtype.itemsize

@@ -42,7 +42,7 @@ def test_value_is_the_definition_and_gradient_its_slope(name, top_k_weight):
         @jax.jit
         def loss(predicted):
             head, truth, weight = (jnp.asarray(x) for x in (HEAD, TRUTH, WEIGHT))
-            return visited_loss(Exact(distance), 2, head, predicted, (head, truth), weight)["distance"]
+            return visited_loss(Exact(distance), 2, head, predicted, (head, truth), weight)["minimised"]
 
         def weighted(predicted):
             return np.sum(WEIGHT * exact(name, predicted, 3, top_k_weight))
@@ -82,10 +82,10 @@ def test_mean_loss_is_token_loss_without_the_target(distance, dtype, tolerance):
 
     def by_means(predicted):
         known = means[:, :-1], means[:, -1].astype(jnp.float32)
-        return visited_loss(Means(), 2, head, predicted, known, weight)["distance"]
+        return visited_loss(Means(), 2, head, predicted, known, weight)["minimised"]
 
     def by_target(predicted):
-        return visited_loss(Exact(distance), 2, head, predicted, (head, truth), weight)["distance"]
+        return visited_loss(Exact(distance), 2, head, predicted, (head, truth), weight)["minimised"]
 
     (found, slope), (expected, expected_slope) = (jax.value_and_grad(f)(predicted) for f in (by_means, by_target))
     assert float(found) == pytest.approx(float(expected), rel=tolerance)
@@ -111,21 +111,21 @@ def test_a_draft_vocabulary_limits_q_and_what_p_asks_for():
     expected = -np.sum(p[:, tokens] * log_q, axis=1)
 
     sums = visited_loss(Exact(CROSS_ENTROPY, vocabulary), 2, head[tokens], predicted, (head, truth), weight)
-    assert float(sums["distance"]) == pytest.approx(np.sum(WEIGHT * expected), rel=1e-5)
+    assert sums["distance"].item() == pytest.approx(np.sum(WEIGHT * expected), rel=1e-5)
     acceptance, coverage = np.minimum(p[:, tokens], np.exp(log_q)).sum(axis=1), p[:, tokens].sum(axis=1)
-    assert float(sums["acceptance"]) == pytest.approx(np.sum(WEIGHT * acceptance), rel=1e-5)
-    assert float(sums["coverage"]) == pytest.approx(np.sum(WEIGHT * coverage), rel=1e-5)
+    assert sums["acceptance"].item() == pytest.approx(np.sum(WEIGHT * acceptance), rel=1e-5)
+    assert sums["coverage"].item() == pytest.approx(np.sum(WEIGHT * coverage), rel=1e-5)
     agreement = np.argmax(p, axis=1) == tokens[np.argmax(log_q, axis=1)]
-    assert float(sums["agreement"]) == pytest.approx(np.sum(WEIGHT * agreement)) and "cross_entropy" not in sums
+    assert sums["agreement"].item() == pytest.approx(np.sum(WEIGHT * agreement)) and "cross_entropy" not in sums
 
     means = head_means(CROSS_ENTROPY, 2, head, truth, weight, "float32", vocabulary)
     np.testing.assert_allclose(means[:, -1], np.where(WEIGHT > 0, coverage, 0), rtol=1e-5)
 
     def by_means(predicted):
-        return visited_loss(Means(), 2, head[tokens], predicted, (means[:, :-1], means[:, -1]), weight)["distance"]
+        return visited_loss(Means(), 2, head[tokens], predicted, (means[:, :-1], means[:, -1]), weight)["minimised"]
 
     def by_target(predicted):
-        return visited_loss(Exact(CROSS_ENTROPY, vocabulary), 2, head[tokens], predicted, (head, truth), weight)["distance"]
+        return visited_loss(Exact(CROSS_ENTROPY, vocabulary), 2, head[tokens], predicted, (head, truth), weight)["minimised"]
 
     (found, slope), (whole, whole_slope) = (jax.value_and_grad(f)(predicted) for f in (by_means, by_target))
     assert float(found) == pytest.approx(float(whole), rel=1e-5)
@@ -146,7 +146,7 @@ def test_extreme_logits_stay_finite_and_exact():
 
     def total(predicted):
         sums = visited_loss(Exact(CROSS_ENTROPY), 2, matrix, predicted, (matrix, truth), weight)
-        return sums["distance"], sums
+        return sums["minimised"], sums
 
     gradient, sums = jax.jit(jax.grad(total, has_aux=True))(predicted)
     assert (
@@ -158,7 +158,7 @@ def test_extreme_logits_stay_finite_and_exact():
     np.testing.assert_allclose(gradient, [[-2.0], [0.0]], atol=1e-6)  # (q − p) @ matrix
     means = head_means(CROSS_ENTROPY, 2, matrix, truth, weight, "float32")
     by_means, slope = jax.value_and_grad(
-        lambda predicted: visited_loss(Means(), 2, matrix, predicted, (means[:, :-1], means[:, -1]), weight)["distance"]
+        lambda predicted: visited_loss(Means(), 2, matrix, predicted, (means[:, :-1], means[:, -1]), weight)["minimised"]
     )(predicted)
     assert by_means == pytest.approx(6e4 + np.log(3))
     np.testing.assert_allclose(slope, [[-2.0], [0.0]], atol=1e-6)
@@ -169,10 +169,10 @@ def test_no_counted_token_means_zero_loss_and_gradient():
 
     def total(predicted):
         sums = visited_loss(Exact(CROSS_ENTROPY), 2, head, predicted, (head, rows), jnp.zeros(4))
-        return sums["distance"], sums
+        return sums["minimised"], sums
 
     gradient, sums = jax.jit(jax.grad(total, has_aux=True))(2 * rows)
-    assert len(sums) == 6 and all(value == 0 for value in sums.values())
+    assert len(sums) == 7 and all(value == 0 for value in sums.values())
     np.testing.assert_array_equal(gradient, 0)
 
 
@@ -213,7 +213,7 @@ def test_the_losses_of_training_are_the_plain_equations():
         for name, kind, head, known, plain in kinds():
 
             def visited(g, kind=kind, head=head, known=known):
-                return visited_loss(kind, 2, *jax.tree.map(jnp.asarray, (head, g, known, WEIGHT)))["distance"]
+                return visited_loss(kind, 2, *jax.tree.map(jnp.asarray, (head, g, known, WEIGHT)))["minimised"]
 
             def weighted(g, plain=plain):
                 return jnp.sum(WEIGHT * plain(g))
@@ -233,7 +233,7 @@ def test_a_head_that_learns_has_the_slope_of_the_plain_equations():
             own = head + 0.3 * np.random.default_rng(1).normal(size=head.shape)
 
             def visited(own, g, kind=kind, known=known):
-                return visited_loss(kind, 2, own, g, jax.tree.map(jnp.asarray, known), jnp.asarray(WEIGHT), True)["distance"]
+                return visited_loss(kind, 2, own, g, jax.tree.map(jnp.asarray, known), jnp.asarray(WEIGHT), True)["minimised"]
 
             def plain(own, g, kind=kind, known=known):
                 z_q = g @ own.T

@@ -6,6 +6,7 @@ An arm that is in results.jsonl is not run again, so a run that was stopped goes
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -55,8 +56,9 @@ def main() -> None:
     def run(name: str, seed: int, ids, recipe: dict) -> dict:
         rows = results.setdefault("arms", {}).setdefault(name, {})
         if str(seed) not in rows:
-            folder = f"{name}_seed_{seed}".replace(" ", "_").replace(",", "")
-            row, draft, params = Arm(ids, recipe | {"seed": seed}).train(pool, pool.work / "arms" / folder)
+            folder = pool.work / "arms" / f"{name}_seed_{seed}".replace(" ", "_").replace(",", "")
+            shutil.rmtree(folder, ignore_errors=True)  # a training that goes on would count the rest of its cost alone
+            row, draft, params = Arm(ids, recipe | {"seed": seed}).train(pool, folder)
             rows[str(seed)] = row | judge(draft, params)
             write_results(path, results)
             print(f"{name}, seed {seed}: {summary(rows[str(seed)])}", flush=True)

@@ -114,25 +114,23 @@ def loss_sums(
     restricted = draft.kind == "eagle" and batch.soft_targets is not None
     head = borrowed.output if restricted else draft_head(draft, params, borrowed.output)
 
-    def step_sums(predicted, weight) -> Sums:
-        sums = visited_loss(kind, block, head, _rows(predicted), known, weight.reshape(-1), recipe.trains_head)
-        if draft.kind == "eagle":
-            smooth_l1 = jnp.mean(optax.losses.huber_loss(predicted, truth), axis=-1)
-            sums = {"hidden_loss": jnp.sum(jnp.where(weight > 0, weight * smooth_l1, 0.0)), **sums}
-        return sums
-
-    def minimised(step: Sums):
-        if draft.kind == "eagle3":
-            return step["distance"]
-        return recipe.hidden_weight * step["hidden_loss"] + recipe.token_weight * step["distance"]
-
-    steps, weight, reached = [], batch.weight[:, 1:], batch.counted[:, 1:]
+    states, weights, reached = [], [], batch.counted[:, 1:]
     for predicted in draft_steps(draft, params, embedding, inputs, recipe.unrolled):
-        steps.append(step_sums(predicted.astype(jnp.float32), jnp.where(reached, weight, 0.0)))
+        states.append(predicted.astype(jnp.float32))
+        weights.append(jnp.where(reached, batch.weight[:, 1:], 0.0))
         # Step n at t is reached from step n − 1 at t − 1: a draft of an answer starts in the answer.
         reached = batch.counted[:, 1:] & jnp.pad(reached[:, :-1], ((0, 0), (1, 0)))
-    total = sum(factor * minimised(step) for factor, step in zip(recipe.step_weights, steps, strict=True))
-    return LossSums(total, tuple(steps))
+    states, weights = jnp.stack(states), jnp.stack(weights)
+    sums = visited_loss(
+        kind, block, head, _rows(states), known, weights.reshape(-1), recipe.trains_head, recipe.step_weights
+    )  # fmt: skip
+    total = sums.pop("minimised")
+    if draft.kind == "eagle":
+        smooth_l1 = jnp.mean(optax.losses.huber_loss(states, jnp.broadcast_to(truth, states.shape)), axis=-1)
+        sums["hidden_loss"] = jnp.sum(jnp.where(weights > 0, weights * smooth_l1, 0.0), axis=(1, 2))
+        hidden_loss = jnp.sum(jnp.array(recipe.step_weights) * sums["hidden_loss"])
+        total = recipe.hidden_weight * hidden_loss + recipe.token_weight * total
+    return LossSums(total, tuple({name: values[n] for name, values in sums.items()} for n in range(recipe.unrolled)))
 
 
 def _what_is_known(batch: DraftBatch, borrowed: Borrowed, truth, draft: DraftConfig, recipe: Recipe) -> tuple[Kind, Any]:
@@ -152,7 +150,7 @@ def _what_is_known(batch: DraftBatch, borrowed: Borrowed, truth, draft: DraftCon
     return Means(), (rows[:, :-1], rows[:, -1].astype(jnp.float32))
 
 
-def _rows(array: Float[Array, "B T N"]) -> Float[Array, "R N"]:
+def _rows(array: Float[Array, "*B N"]) -> Float[Array, "R N"]:
     return array.reshape(-1, array.shape[-1])
 
 

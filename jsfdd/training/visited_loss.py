@@ -3,15 +3,16 @@
 The head dominates training: it is 85-90% of the arithmetic of SmolLM2's step. So nothing of size tokens × V outlives its
 block, and the gradient is worked out in the forward pass, while the logits are at hand: the backward pass only scales it.
 
-    sums = visited_loss(kind, block, head, predicted, target, weight)       # sums["distance"] has a gradient
+    sums = visited_loss(kind, block, head, predicted, target, weight)       # sums["minimised"] has a gradient
 
-`head` is what the draft's outputs are multiplied with, a row each token of its vocabulary: the target's rows, or an EAGLE-3
-draft's own, which learn too where `trains_head`. A *kind* says what is known of the target's distribution p: `Exact`, `Means`
-or `TopK`. Each has one method, `of_block`, the equations for one block; all else is shared. Sums are over tokens that count,
-each times its weight; divided by "counted" they are means:
+All draft steps are visited in one loop: it is compiled once, and the gradient of a head that learns is one array, however many
+steps there are. `head` is what the draft's outputs are multiplied with, a row each token of its vocabulary: the target's rows,
+or an EAGLE-3 draft's own, which learn too where `trains_head`. A *kind* says what is known of the target's distribution p:
+`Exact`, `Means` or `TopK`. Each has one method, `of_block`, the equations for one block; all else is shared. Sums are over a
+draft step's tokens that count, each times its weight; divided by "counted" they are means:
 
     counted                         the weights' own sum; without weights, the tokens that count
-    distance                        what is minimised
+    distance                        `minimised` is its sum over the draft steps, each times its factor
     cross_entropy, target_entropy   H(p, q) and H(p) in nats; their difference is KL(p‖q)
     agreement                       1 where the draft's likeliest token is the target's
     acceptance                      Σ_v min(p, q): the chance that a token drawn from q is accepted, α at depth 1
@@ -45,7 +46,7 @@ from jsfdd.models.counted import fold_counted
 from jsfdd.training.distances import coarse, cross_entropy, total_variation
 from jsfdd.training.token_loss import Distance
 
-Sums = dict[str, Float[Array, ""]]
+Sums = dict[str, Float[Array, "*steps"]]
 Terms = dict[str, Float[Array, " block"]]
 # d distance / d predicted [block, D], and d distance / d z_q [Vq, block]; computed only where it is called.
 Slope = Callable[[], tuple[Array, Array]]
@@ -128,70 +129,82 @@ class TopK:
 Kind = Exact | Means | TopK
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 6, 7))
 def visited_loss(
     kind: Kind,
     block: int,
     head: Float[Array, "Vq D"],
-    predicted: Float[Array, "R D"],
+    predicted: Float[Array, "N*R D"],
     target: Any,
-    weight: Float[Array, " R"],
+    weight: Float[Array, " N*R"],
     trains_head: bool = False,
+    factors: tuple[float, ...] = (1.0,),
 ) -> Sums:
-    """The sums of the module's table. Only "distance" has a gradient: by `predicted` and, if it learns, by `head`.
+    """The sums of the module's table, [N] for N draft steps, and "minimised", which alone has a gradient.
+
+    The gradient is by `predicted` and, if it learns, by `head`.
 
     Args:
       kind: what is known of p.
       block: tokens that meet the head at a time.
       head: the draft's, rows of its vocabulary alone. Products are in its dtype, all else in float32.
-      predicted: g.
-      target: as the kind says.
-      weight: of each token, 0 where it does not count and then costs nothing.
+      predicted: g, of all tokens at the first step, then at the second, …
+      target: as the kind says, of R tokens.
+      weight: of each row of `predicted`, 0 where it does not count and then costs nothing.
       trains_head: whether the head has a gradient. It costs a third product of each token with the head.
+      factors: of each draft step's distance in what is minimised.
 
     Raises:
       ValueError: a head that learns, and of p only the means under the target's.
     """
-    return _visit(kind, block, head, predicted, target, weight, trains_head, with_gradient=False)[0]
+    return _visit(kind, block, head, predicted, target, weight, trains_head, factors, with_gradient=False)[0]
 
 
-def _visit(kind, block, head, predicted, target, weight, trains_head, with_gradient):
-    """(sums, (d distance / d predicted, d distance / d head)); of what has no gradient an array without rows."""
+def _visit(kind, block, head, predicted, target, weight, trains_head, factors, with_gradient):
+    """(sums, (d minimised / d predicted, d minimised / d head)); of what has no gradient an array without rows."""
     if trains_head and isinstance(kind, Means):
         raise ValueError("means know p by the target's head, and a head that learns leaves it: store the top k")
+    num_steps, (num_rows, width) = len(factors), predicted.shape
+    num_tokens = num_rows // num_steps
 
     def block_terms(rows):
         g = block_rows(predicted, rows)
-        terms, slope = kind.of_block(head, g, vocabulary_logits(head, g), _block_of(kind, target, rows))
+        tokens = jnp.where(rows < num_rows, rows % num_tokens, num_tokens)  # rows that fill a block up have no token
+        terms, slope = kind.of_block(head, g, vocabulary_logits(head, g), _block_of(kind, target, tokens))
         return {"counted": jnp.ones(len(rows)), **terms}, slope, g
 
     def visit(rows, carry):
         sums, (by_predicted, by_head) = carry
-        w = block_rows(weight, rows)
+        w, step = block_rows(weight, rows), rows // num_tokens
         terms, slope, g = block_terms(rows)
-        sums = {name: sums[name] + jnp.sum(jnp.where(w > 0, w * term, 0.0)) for name, term in terms.items()}
+        counts = (w > 0)[None] & (step[None] == jnp.arange(num_steps)[:, None])
+        terms = {name: jnp.where(counts, (w * term)[None], 0.0) for name, term in terms.items()}
+        sums = {name: sums[name] + jnp.sum(term, axis=1) for name, term in terms.items()}
         if with_gradient:
             of_predicted, of_logits = slope()
+            w = w * block_rows(jnp.array(factors), step)
             by_predicted = by_predicted.at[rows].set(w[:, None] * of_predicted, mode="drop")
             if trains_head:
                 by_head = by_head + times_rows(of_logits, w[:, None] * g, head.dtype)
         return sums, (by_predicted, by_head)
 
     names = jax.eval_shape(lambda rows: block_terms(rows)[0], jnp.zeros(block, int))
-    width = predicted.shape[1]
-    sizes = (len(predicted) if with_gradient else 0, len(head) if with_gradient and trains_head else 0)
+    sizes = (num_rows if with_gradient else 0, len(head) if with_gradient and trains_head else 0)
     gradients = tuple(jnp.zeros((size, width)) for size in sizes)
-    return fold_counted(weight > 0, block, visit, ({name: jnp.zeros(()) for name in names}, gradients))
+    sums, gradients = fold_counted(weight > 0, block, visit, ({name: jnp.zeros(num_steps) for name in names}, gradients))
+    return {**sums, "minimised": jnp.sum(jnp.array(factors) * sums["distance"])}, gradients
 
 
-def _forward(kind, block, head, predicted, target, weight, trains_head):
-    sums, (by_predicted, by_head) = _visit(kind, block, head, predicted, target, weight, trains_head, with_gradient=True)
+def _forward(kind, block, head, predicted, target, weight, trains_head, factors):
+    sums, (by_predicted, by_head) = _visit(
+        kind, block, head, predicted, target, weight, trains_head, factors, with_gradient=True
+    )  # fmt: skip
     return sums, (by_predicted, by_head.astype(head.dtype))
 
 
-def _backward(kind, block, trains_head, gradients, cotangent: Sums):
+def _backward(kind, block, trains_head, factors, gradients, cotangent: Sums):
     by_predicted, by_head = gradients
-    slope = cotangent["distance"]
+    slope = cotangent["minimised"]
     return by_head * slope.astype(by_head.dtype) if trains_head else None, by_predicted * slope, None, None
 
 
