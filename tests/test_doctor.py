@@ -5,9 +5,11 @@ import io
 import json
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.linalg
 from alphabet import alphabet_chats, alphabet_target
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -15,6 +17,7 @@ from toy import write_target
 from transformers import PreTrainedTokenizerFast
 
 from jsfdd.base.files import read_json
+from jsfdd.base.mesh import make_mesh
 from jsfdd.commands import export, train
 from jsfdd.commands.cli import main
 from jsfdd.commands.doctor import DoctorConfig, doctor
@@ -23,6 +26,7 @@ from jsfdd.commands.inputs import identity_of
 from jsfdd.commands.options import from_options
 from jsfdd.commands.train import TrainConfig
 from jsfdd.data import template
+from jsfdd.data.batches import Shape, pad_rows
 from jsfdd.data.chat import Chat, Message, read_chats
 from jsfdd.data.template import tokenize_chats
 from jsfdd.decoding import generate
@@ -33,6 +37,7 @@ from jsfdd.doctor.check_acceptance import (
     check_decoded,
     check_rope,
     check_variants,
+    faults_of,
     read_with_draft,
 )
 from jsfdd.doctor.check_data import check_data, check_tokenizer
@@ -44,6 +49,9 @@ from jsfdd.doctor.reader import Choices, DecodedText, Reader, decode_texts
 from jsfdd.models.architecture import Rope
 from jsfdd.models.draft import Draft
 from jsfdd.models.target import head_logits, hidden_states
+from jsfdd.training import train as training
+from jsfdd.training.batch import TrainingData
+from jsfdd.training.recipe import Recipe
 from jsfdd.weights.draft import load_draft
 from jsfdd.weights.target import load_target
 
@@ -358,7 +366,7 @@ def test_stored_hidden_states_and_what_they_are_instead(healthy):
     target, _, samples, *_, reader = healthy
     samples = samples[:3]
     whole = {sample.id: reader.read(sample.tokens) for sample in samples}
-    earlier = {sample.id: reader.read(sample.tokens, layers=1) for sample in samples}
+    earlier = {sample.id: reader.read(sample.tokens, depth=1) for sample in samples}
     length = {sample.id: len(sample.tokens) for sample in samples}
 
     def check(rows):
@@ -396,7 +404,9 @@ def _variants(healthy, kernel):
     """Findings on a draft with another fc kernel, over the same texts: they are the target's own."""
     _, _, _, config, params, _, texts, reader = healthy
     readings = read_with_draft(reader, Draft(config, {**params, "fc": {"kernel": jnp.asarray(kernel)}}), texts)
-    return _by_name([check_agreement(readings, texts), *check_variants(readings, texts)])
+    return _by_name(
+        [check_agreement(readings, texts), *check_variants(faults_of(reader.target.config, config), readings, texts)]
+    )
 
 
 def test_swapped_fc_inputs(healthy):
@@ -429,6 +439,70 @@ def test_a_useless_draft_is_called_so_without_a_false_cause(healthy):
     found = _variants(healthy, noise)
     assert found.pop("draft-agreement").severity == "warning"
     assert {finding.severity for finding in found.values()} == {"note"}
+
+
+LAYERS = (1, 2)
+
+
+@pytest.fixture(scope="module")
+def healthy_eagle3(tmp_path_factory):
+    """(draft, texts, reader) of an EAGLE-3 draft that names every letter, on a target whose layers do more."""
+    folder = tmp_path_factory.mktemp("eagle3")
+    target = alphabet_target(num_layers=4)
+    chats = read_chats([alphabet_chats(folder / "chats.jsonl")])
+    samples, _ = tokenize_chats(chats, target.tokenizer, LENGTH)
+    read = jax.jit(hidden_states, static_argnums=(0, 3))
+    tokens = pad_rows([sample.tokens for sample in samples], Shape(len(samples), LENGTH))
+    states = np.asarray(read(target.config, target.params, tokens, LAYERS))
+    hidden = {sample.id: row[: len(sample.tokens)] for sample, row in zip(samples, states)}
+    recipe = Recipe(draft_kind="eagle3", target_layers=LAYERS, draft_steps=1, epochs=16, learning_rate=3e-3)
+    data, held_out = TrainingData(samples, hidden), TrainingData([], hidden)
+    draft = training.train(target, data, held_out, recipe, make_mesh(1), out=folder / "run", progress=False).draft
+    prompts = [(chat.id, template.render_prompt(target.tokenizer, chat.messages[:1])) for chat in chats[:4]]
+    return draft, decode_texts(target, draft, prompts, **SHORT), Reader(target, LENGTH)
+
+
+def _eagle3_findings(draft, texts, reader):
+    readings = read_with_draft(reader, draft, texts)
+    faults = faults_of(reader.target.config, draft.config)
+    return readings, _by_name([check_agreement(readings, texts), *check_variants(faults, readings, texts)])
+
+
+def test_a_healthy_eagle3_draft_has_no_finding(healthy_eagle3):
+    draft, texts, reader = healthy_eagle3
+    readings, found = _eagle3_findings(*healthy_eagle3)
+    assert found["draft-agreement"].severity == "ok" and found["draft-agreement"].figures["agreement"] > 0.9
+    assert {finding.severity for finding in found.values()} <= {"ok", "note"} and found["pairing"].severity == "ok"
+    decoded = check_decoded(reader, readings, texts, reader.target.tokenizer)
+    assert decoded.severity == "ok" and decoded.figures["decoded"] > 0.9
+
+
+@pytest.mark.parametrize("name, served, says", [
+    ("stream-order", (2, 1), "exchange the parts of fc.weight's input"),
+    ("stream-layers-up", (0, 1), "layers 0, 1: write 1, 2"),
+    ("stream-layers-down", (2, 3), "layers 2, 3: write 1, 2"),
+])  # fmt: skip
+def test_an_eagle3_draft_on_other_streams(healthy_eagle3, name, served, says):
+    """fc also reads directions that its own streams hardly have and the streams that are served have a lot of."""
+    draft, texts, reader = healthy_eagle3
+    right, wrong = (
+        np.concatenate(
+            [reader.read(text.tokens, entered=(0, 1, 2, 3)).states(layers)[: len(text.tokens), :-32] for text in texts]
+        )
+        for layers in (LAYERS, served)
+    )
+    _, directions = scipy.linalg.eigh(wrong.T @ wrong, right.T @ right + 1e-4 * np.eye(64))
+    noise = directions[:, -4:] @ np.random.default_rng(0).standard_normal((4, 32))
+    kernel = np.asarray(draft.params["fc"]["kernel"])
+    kernel = kernel + noise * (3 * np.std(right @ kernel) / np.std(wrong @ noise))
+    if name == "stream-order":  # a draft's layers ascend, so that the file has fc's parts the other way round
+        kernel, served = np.roll(kernel, 32, axis=0), LAYERS
+    params = {**draft.params, "fc": {"kernel": jnp.asarray(kernel, jnp.float32)}}
+    config = dataclasses.replace(draft.config, target_layers=served)
+    _, found = _eagle3_findings(Draft(config, params), texts, reader)
+    planted = found.pop(name)
+    assert planted.severity == "error" and says in planted.remedy
+    assert "error" not in {finding.severity for finding in found.values()}
 
 
 def test_the_decoders_verdicts_are_those_of_reading_whole(healthy, monkeypatch):

@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from jsfdd.base.numbers import percent
 from jsfdd.doctor.check_draft import describe_rope, ropes_agree
 from jsfdd.doctor.findings import Finding
-from jsfdd.doctor.reader import Choices, DecodedText, Reader, draft_choices
+from jsfdd.doctor.reader import Choices, DecodedText, Reader, WholeText
 from jsfdd.models.architecture import DecoderConfig
-from jsfdd.models.draft import Draft
+from jsfdd.models.draft import Draft, DraftConfig
 
 _CLEAR = 4.0  # standard deviations between two ways of reading, over the positions where they differ
 _WORTH_IT = 0.03  # and at least so many more of all positions
-SWAPPED, BEFORE_NORM, OWN_TOKEN, TARGET_ROPE = "fc halves exchanged", "before the norm", "own token", "target's rope"
+TARGET_ROPE = "target's rope"
 
 
 class Readings(NamedTuple):
@@ -38,33 +39,112 @@ class Readings(NamedTuple):
     variants: dict[str, list[Choices]]
 
 
+class Fault(NamedTuple):
+    """A fault between training and serving, and how it is undone.
+
+    Attributes:
+      name: of the finding.
+      undone: (draft, text) -> the draft, embeddings and states that it would need.
+      how, says, remedy: words of the finding.
+      layers: those whose inputs the undoing reads, beside the draft's own.
+    """
+
+    name: str
+    undone: Callable[[Draft, WholeText], tuple[Draft, Array, Array]]
+    how: str
+    says: str
+    remedy: str
+    layers: tuple[int, ...] = ()
+
+
+def faults_of(target: DecoderConfig, draft: DraftConfig) -> list[Fault]:
+    """The faults that are known of a draft of this kind."""
+    layers = draft.target_layers
+    off_by_one = Fault(
+        "pairing", lambda draft, text: (draft, text.embedding, text.states(layers)),
+        "with the embedding of x_t in place of x_{t+1}",
+        "The draft was trained on pairs that are off by one: h_t goes with the embedding of x_{t+1}, the token after it",
+        "shift the tokens against the hidden states by one and train again",
+    )  # fmt: skip
+    if draft.kind == "eagle":
+        return [
+            Fault(
+                "fc-halves", lambda draft, text: (_fc_exchanged(draft), _following(text), text.hidden),
+                "with the two halves of fc's input exchanged",
+                "The fc inputs are swapped: its first half must read the embedding and its second the hidden state",
+                "exchange the halves of fc.weight's input (columns 0 to D−1 with D to 2D−1)",
+            ),
+            Fault(
+                "final-norm", lambda draft, text: (draft, _following(text), text.stream),
+                "on hidden states from before the target's final norm",
+                "The draft was trained on hidden states from before the target's final norm, and is served those after it",
+                "take hidden states after the final norm (`jsfdd train` does) and train again",
+            ),
+            off_by_one,
+        ]  # fmt: skip
+    listed = f"the draft's config says that it reads the inputs of layers {_numbers(layers)}"
+    streams = [
+        (
+            "stream-order", layers[::-1], "in the opposite order", "fc reads its streams in the opposite order",
+            f"{listed}, in this order: exchange the parts of fc.weight's input",
+        ),
+        *(
+            (
+                f"stream-layers-{way}", tuple(n + shift for n in layers), f"of one layer {than}",
+                f"its streams are those of one layer {than}; engines number layers in two ways",
+                f"{listed}: write {_numbers(n + shift for n in layers)}",
+            )
+            for way, than, shift in (("up", "later", 1), ("down", "earlier", -1))
+        ),
+    ]  # fmt: skip
+    return [
+        *(
+            Fault(
+                name, lambda draft, text, read=read: (draft, _following(text), text.states(read)),
+                f"with streams {how}", f"The draft is served other streams than it was trained on: {says}", remedy, read,
+            )
+            for name, read, how, says, remedy in streams
+            if min(read) >= 0 and max(read) < target.num_layers
+        ),
+        off_by_one,
+    ]  # fmt: skip
+
+
+def _numbers(layers: Iterable[int]) -> str:
+    return ", ".join(map(str, layers))
+
+
 def read_with_draft(reader: Reader, draft: Draft, texts: Sequence[DecodedText]) -> Readings:
     """The draft over the true pairs of each text, as it is and with each fault undone."""
-    kernel, rope = draft.params["fc"]["kernel"], reader.target.config.rope
+    target, layers = reader.target.config, draft.config.target_layers
+    faults = faults_of(target, draft.config)
+    rotated = dataclasses.replace(draft.config, decoder=dataclasses.replace(draft.config.decoder, rope=target.rope))
+    given: list[Choices] = []
+    variants: dict[str, list[Choices]] = {fault.name: [] for fault in faults}
+    if not ropes_agree(target, draft.config.decoder):
+        variants[TARGET_ROPE] = []
+    entered = tuple(sorted({*layers, *(layer for fault in faults for layer in fault.layers)}))
+    for text in texts:
+        whole = reader.read(text.tokens, entered=entered)
+        true_pairs = _following(whole), whole.states(layers)
+        given.append(reader.draft_choices(draft, text.tokens, *true_pairs))
+        inputs = {fault.name: fault.undone(draft, whole) for fault in faults}
+        inputs[TARGET_ROPE] = draft._replace(config=rotated), *true_pairs
+        for name, choices in variants.items():
+            variant, embedding, states = inputs[name]
+            choices.append(reader.draft_choices(variant, text.tokens, embedding, states))
+    return Readings(given, variants)
+
+
+def _following(text: WholeText) -> Array:
+    return jnp.roll(text.embedding, -1, axis=0)
+
+
+def _fc_exchanged(draft: Draft) -> Draft:
+    kernel = draft.params["fc"]["kernel"]
     width = kernel.shape[0] // 2
     fc = {**draft.params["fc"], "kernel": jnp.concatenate([kernel[width:], kernel[:width]])}
-    exchanged = draft._replace(params={**draft.params, "fc": fc})
-    target_rope = draft._replace(
-        config=dataclasses.replace(draft.config, decoder=dataclasses.replace(draft.config.decoder, rope=rope))
-    )
-    given: list[Choices] = []
-    variants: dict[str, list[Choices]] = {SWAPPED: [], BEFORE_NORM: [], OWN_TOKEN: []}
-    if not ropes_agree(reader.target.config, draft.config.decoder):
-        variants[TARGET_ROPE] = []
-    for text in texts:
-        whole = reader.read(text.tokens)
-        following = jnp.roll(whole.embedding, -1, axis=0)
-        given.append(draft_choices(reader, draft, text.tokens, following, whole.hidden))
-        inputs = {
-            SWAPPED: (exchanged, following, whole.hidden),
-            BEFORE_NORM: (draft, following, whole.stream),
-            OWN_TOKEN: (draft, whole.embedding, whole.hidden),
-            TARGET_ROPE: (target_rope, following, whole.hidden),
-        }
-        for name, choices in variants.items():
-            variant, embedding, hidden = inputs[name]
-            choices.append(draft_choices(reader, variant, text.tokens, embedding, hidden))
-    return Readings(given, variants)
+    return draft._replace(params={**draft.params, "fc": fc})
 
 
 def check_agreement(readings: Readings, texts: Sequence[DecodedText]) -> Finding:
@@ -89,29 +169,12 @@ def check_agreement(readings: Readings, texts: Sequence[DecodedText]) -> Finding
     )
 
 
-def check_variants(readings: Readings, texts: Sequence[DecodedText]) -> list[Finding]:
+def check_variants(faults: Sequence[Fault], readings: Readings, texts: Sequence[DecodedText]) -> list[Finding]:
     """Whether the draft does far better with one thing changed."""
-    cases = (
-        (
-            "fc-halves", SWAPPED, "with the two halves of fc's input exchanged",
-            "The fc inputs are swapped: its first half must read the embedding and its second the hidden state",
-            "exchange the halves of fc.weight's input (columns 0 to D−1 with D to 2D−1)",
-        ),
-        (
-            "final-norm", BEFORE_NORM, "on hidden states from before the target's final norm",
-            "The draft was trained on hidden states from before the target's final norm, and is served those after it",
-            "take hidden states after the final norm (`jsfdd train` does) and train again",
-        ),
-        (
-            "pairing", OWN_TOKEN, "with the embedding of x_t in place of x_{t+1}",
-            "The draft was trained on pairs that are off by one: h_t goes with the embedding of x_{t+1}, the token after it",
-            "shift the tokens against the hidden states by one and train again",
-        ),
-    )  # fmt: skip
     right = _right(readings.given, texts)
     return [
-        _compare(name, right, _right(readings.variants[variant], texts), how, fault, remedy)
-        for name, variant, how, fault, remedy in cases
+        _compare(fault.name, right, _right(readings.variants[fault.name], texts), fault.how, fault.says, fault.remedy)
+        for fault in faults
     ]
 
 

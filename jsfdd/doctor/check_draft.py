@@ -16,7 +16,7 @@ from jsfdd.models.layers import rope_frequencies
 
 
 def check_architecture(target: DecoderConfig, draft: DecoderConfig) -> list[Finding]:
-    """Widths, vocabulary, heads, norm and context; the rotation is `checks_acceptance`'s, which can also try it."""
+    """Widths, vocabulary, heads, norm and context; the rotation is left to `check_acceptance.py`, which can also try it."""
     return [
         _check_equal(
             "vocabulary", "error", target, draft, ("vocab_size",),

@@ -19,7 +19,7 @@ from jsfdd.base.records import Sample
 from jsfdd.data.chat import Chat
 from jsfdd.data.render import RefusedByTemplate, render_prompt
 from jsfdd.data.template import TokenizeSummary
-from jsfdd.doctor.check_acceptance import check_agreement, check_decoded, check_rope, check_variants, read_with_draft
+from jsfdd.doctor.check_acceptance import check_agreement, check_decoded, check_rope, check_variants, faults_of, read_with_draft
 from jsfdd.doctor.check_data import check_data, check_tokenizer
 from jsfdd.doctor.check_draft import check_architecture, check_record
 from jsfdd.doctor.check_hidden import check_data_choices, check_stored, check_target_text
@@ -86,14 +86,12 @@ def _check_draft(target, draft, chats, conversations, num_draft_tokens, max_new_
     """The checks that run the draft, if it can run on this target at all."""
     config = draft.config
     fits = (config.decoder.hidden_size, config.decoder.vocab_size) == (target.config.hidden_size, target.config.vocab_size)
-    examined = fits and config.kind == "eagle"
-    prompts = _prompts(target, chats, conversations, max_new_tokens) if examined else []
+    fits &= max(config.target_layers, default=0) < target.config.num_layers
+    prompts = _prompts(target, chats, conversations, max_new_tokens) if fits else []
     if not prompts:
         why = f"no conversation's prompt leaves room for an answer of {max_new_tokens} tokens in the target's context"
         if not fits:
             why = "the draft cannot run on this target"
-        elif not examined:
-            why = "these checks are of EAGLE-1/2 drafts, and this is an EAGLE-3 draft; `jsfdd evaluate` measures its acceptance"
         left_out = Finding("decoded-acceptance", "note", f"Agreement and decoding were not examined: {why}.")
         return [check_rope(target.config, config.decoder, None, []), left_out]
 
@@ -110,7 +108,7 @@ def _check_draft(target, draft, chats, conversations, num_draft_tokens, max_new_
     return [
         *findings,
         check_agreement(readings, texts),
-        *check_variants(readings, texts),
+        *check_variants(faults_of(target.config, config), readings, texts),
         check_rope(target.config, config.decoder, readings, texts),
         check_decoded(reader, readings, texts, target.tokenizer),
     ]
