@@ -74,12 +74,20 @@ def hidden_states(
       tokens: whole sequences from position 0, right-padded if lengths differ.
       layers: of an EAGLE-3 draft, its `config.target_layers`: their inputs stand in front of the final state, each D wide.
 
+    Raises:
+      ValueError: tokens is not [B, T], or a token is none of the target's.
+
     Example:
       >>> jsfdd.hidden_states(target, tokens).shape == (*tokens.shape, target.config.hidden_size)
       True
     """
     if jnp.ndim(tokens) != 2:
         raise ValueError(f"tokens has shape {jnp.shape(tokens)}, but it must be [B, T]; of one text: tokens[None]")
+    if not isinstance(tokens, jax.core.Tracer):
+        tokens, size = np.asarray(tokens), target.config.vocab_size
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < size:
+            wrong = tokens[(tokens < 0) | (tokens >= size)][0]
+            raise ValueError(f"tokens has {wrong}, but the target knows the ids 0 to {size - 1}; was it another tokenizer's?")
     if isinstance(target, ForeignTarget):
         return target.hidden_states(np.asarray(tokens))
     return _hidden_states(target.config, target.params, jnp.asarray(tokens), layers)

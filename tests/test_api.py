@@ -176,6 +176,7 @@ def test_wrong_arguments_are_named():
         (lambda: jsfdd.score(TARGET, chats, max_length=-3), ValueError, "max_length is -3"),
         (lambda: jsfdd.train(TARGET, chats, jsfdd.Recipe()), TypeError, "recipe=…"),
         (lambda: jsfdd.hidden_states(TARGET, TOKENS[0]), ValueError, r"must be \[B, T\]"),
+        (lambda: jsfdd.hidden_states(TARGET, TOKENS * 0 + 9999), ValueError, "tokens has 9999, but the target knows"),
         (lambda: jsfdd.export(draft, "nowhere", "vlm"), ValueError, "'vlm' is unknown; choose from vllm"),
         (lambda: jsfdd.export(draft, "nowhere", dtype="int4"), ValueError, "'int4' is unknown"),
         (lambda: jsfdd.Recipe(token_loss="mse"), ValueError, "--token-loss: got 'mse', but it must be one of cross_entropy"),

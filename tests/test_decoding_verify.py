@@ -125,6 +125,11 @@ def test_verify_switches_on_temperature():
     assert np.array_equal(sampled.next_token, [int(v.next_token) for v in alone])
 
 
+def test_a_temperature_below_zero_is_refused():
+    with pytest.raises(ValueError, match="temperature is -1"):
+        verify(jax.random.split(jax.random.key(0), 1), jnp.zeros((1, 0), int), jnp.zeros((1, 0, 3)), jnp.zeros((1, 1, 3)), -1)
+
+
 def test_draw_follows_temperature():
     logits = jnp.log(jnp.array([0.7, 0.2, 0.1]))
     keys = jax.random.split(jax.random.key(0), 100_000)

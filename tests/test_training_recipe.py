@@ -49,3 +49,9 @@ def test_a_recipe_brings_neither_jax_nor_what_reads_files():
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name, value", [("epochs", 1.5), ("draft_steps", 2.0), ("accumulate", True)])
+def test_whole_numbers_are_whole(name, value):
+    with pytest.raises(ValueError, match="must be a whole number"):
+        Recipe(**{name: value})

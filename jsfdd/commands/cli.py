@@ -60,6 +60,7 @@ start here:
   jsfdd demo                  all stages on a small model, on a CPU, in minutes
   jsfdd COMMAND --help        options and examples of a command
   jsfdd COMMAND … --dry-run   what a command would do with these inputs
+  jsfdd --version             the version
 
 exit codes:
   0    success

@@ -192,6 +192,10 @@ def _nan_to_none(value):
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
+def _gigabytes(size: float) -> str:
+    return f"{size / GB:.3g}" if size >= 1e6 or not size else "<0.001"
+
+
 def print_plan(plan: Plan, out: Console) -> None:
     """Print the plan as a table."""
     from rich import box
@@ -210,12 +214,12 @@ def print_plan(plan: Plan, out: Console) -> None:
     for name in ("stage", "GB a device", "of which", "PFLOP", "at least", "disk GB"):
         table.add_column(name, justify="left" if name in ("stage", "of which") else "right")
     for stage in plan.stages:
-        parts = ", ".join(f"{name} {size / GB:.3g}" for name, size in stage.memory.items())
+        parts = ", ".join(f"{name} {_gigabytes(size)}" for name, size in stage.memory.items())
         seconds = stage.flops / (devices.count * devices.rate)
         known = not math.isnan(stage.flops)
         table.add_row(
-            stage.name, f"{stage.peak / GB:.3g}", parts, f"{stage.flops / 1e15:.3g}" if known else "",
-            f"{seconds:,.0f} s" if known else "", f"{stage.disk / GB:.3g}",
+            stage.name, _gigabytes(stage.peak), parts, f"{stage.flops / 1e15:.3g}" if known else "",
+            f"{seconds:,.0f} s" if known else "", _gigabytes(stage.disk),
         )  # fmt: skip
     out.print(table)
     wanted, free = sum(stage.disk for stage in plan.stages), free_bytes(".")

@@ -121,6 +121,8 @@ def verify(
       >>> verify(jax.random.split(jax.random.key(0), 1), jnp.array([[1]]), q, p)
       Verdict(num_accepted=Array([1], dtype=int32), next_token=Array([0], dtype=int32))
     """
+    if isinstance(temperature, int | float) and temperature < 0:
+        raise ValueError(f"temperature is {temperature}, but it must be 0 (greedy) or more")
     return jax.lax.cond(
         temperature > 0,
         lambda: jax.vmap(verify_sampled)(

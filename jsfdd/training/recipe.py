@@ -121,8 +121,11 @@ class Recipe:
             if not is_good(value := getattr(self, name)):
                 raise ValueError(f"{_option(name)}: got {value!r}, but it must be {good}")
         for name, kind in get_type_hints(Recipe).items():
-            if get_origin(kind) is Literal and (value := getattr(self, name)) not in get_args(kind):
+            value = getattr(self, name)
+            if get_origin(kind) is Literal and value not in get_args(kind):
                 raise ValueError(f"{_option(name)}: got {value!r}, but it must be one of {', '.join(get_args(kind))}")
+            if kind is int and type(value) is not int:
+                raise ValueError(f"{_option(name)}: got {value!r}, but it must be a whole number")
         if self.draft_kind == "eagle":
             for name in ("target_layers", "eagle3_norms"):
                 if value := getattr(self, name):

@@ -93,7 +93,11 @@ def check_flavour(config: DraftConfig, flavour: Flavour, serving: Serving) -> No
 def _check_eagle(config: DraftConfig, flavour: Flavour) -> None:
     d = config.decoder
     if flavour in ("tpu-inference", "sglang-jax"):
-        _refuse(flavour, "kind", "its engine serves EAGLE-3 drafts only, and this one is of EAGLE-1/2; train with eagle3")
+        _refuse(
+            flavour,
+            "kind",
+            "its engine serves EAGLE-3 drafts only, and this one is of EAGLE-1/2; train one with --draft-kind eagle3",
+        )
     if config.vocabulary:
         _refuse(
             flavour,
