@@ -13,7 +13,7 @@ from jsfdd.base.records import Sample
 from jsfdd.hidden.best_k import StillPossible
 from jsfdd.scoring.metrics import METRICS, column_names
 from jsfdd.scoring.table import ScoreTable, join
-from jsfdd.selection.sfdd import select
+from jsfdd.selection.sfdd import select, shares
 
 
 def sample(name, length=4, counted=True, source="x"):
@@ -27,7 +27,8 @@ def table_of(samples, scores):
     counts = np.array([s.counted.sum() for s in samples], np.int32)
     values = np.where(counts > 0, np.asarray(scores, float), np.nan)
     ids = tuple(s.id for s in samples)
-    return ScoreTable(ids, tuple(s.source for s in samples), counts, dict.fromkeys(column_names(), values), identity={})
+    metrics, prompts = dict.fromkeys(column_names(), values), np.random.default_rng(0).normal(size=(len(ids), 3))
+    return ScoreTable(ids, tuple(s.source for s in samples), counts, metrics, identity={}, prompt_states=prompts)
 
 
 @settings(deadline=None)
@@ -45,7 +46,7 @@ def test_it_ends_with_what_select_chooses_and_never_drops_it(scores, uncounted, 
     whole = table_of(samples, scores)
     chosen = set(select(whole, retain_ratio, metric=metric, seed=seed, within=within).ids)
     sources = Counter(samples[i].source if within == "source" else "" for i in range(len(scores)) if i not in uncounted)
-    most = sum(max(1, int(retain_ratio * ranked + 0.5)) for ranked in sources.values())
+    most = sum(shares(retain_ratio, sources).values())
     assert len(chosen) == most
     stays = StillPossible(samples, [metric], retain_ratio, seed, within=within)
     rows, seen = list(range(len(scores))), []
@@ -59,6 +60,20 @@ def test_it_ends_with_what_select_chooses_and_never_drops_it(scores, uncounted, 
         assert now <= (set(whole.ids) if metric == "random" else set(seen)) and len(now) <= most
         assert chosen & set(seen) <= now
     assert {name for name in whole.ids if name in stays} == chosen
+
+
+def test_within_clusters_all_stay_until_the_last_has_its_score():
+    samples = [sample(f"s{i:02d}", counted=i != 7) for i in range(70)]
+    whole = table_of(samples, np.random.default_rng(1).random(70))
+    chosen = {i for metric in ("flatness", "random") for i in select(whole, 0.3, metric=metric, within="cluster", seed=1).ids}
+    stays = StillPossible(samples, ["flatness", "random"], 0.3, 1, always={"s03"}, within="cluster")
+    assert "s03" in stays and "s04" not in stays
+    ids = [f"s{i:02d}" for i in np.random.default_rng(2).permutation(70)]
+    for part in (ids[:30], ids[30:69]):
+        assert stays.score(join([whole], part)) == []
+    assert all(name in stays for name in ids[:69] if name != "s07")
+    assert set(stays.score(join([whole], ids[69:]))) == set(ids) - chosen - {"s03", "s07"}
+    assert {name for name in ids if name in stays} == chosen | {"s03"}
 
 
 def test_several_selections_keep_what_one_of_them_may_need():

@@ -23,6 +23,7 @@ from jsfdd.scoring import parts as parts_module
 from jsfdd.scoring import score as score_module
 from jsfdd.scoring.flatness import score_hidden, token_scores
 from jsfdd.scoring.metrics import METRICS, Metric, column_names
+from jsfdd.scoring.prompt_state import directions
 from jsfdd.scoring.score import make_score_step, score_samples
 from jsfdd.scoring.table import read_scores, read_token_scores, write_scores, write_token_scores
 from jsfdd.selection.sfdd import select
@@ -82,6 +83,7 @@ def score(samples=SAMPLES, params=PARAMS, devices=1, batch_tokens=512, identity=
 def assert_equal_tables(a, b):
     assert (a.ids, a.sources) == (b.ids, b.sources)
     np.testing.assert_array_equal(a.num_tokens, b.num_tokens)
+    np.testing.assert_array_equal(a.prompt_states, b.prompt_states)
     for name in column_names():
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
@@ -128,6 +130,16 @@ def test_scores_do_not_depend_on_the_order_of_the_data(table):
         np.testing.assert_allclose(shuffled[name], table[name][order], rtol=1e-5, err_msg=name)
 
 
+def test_a_prompts_state_is_the_mean_of_its_own_tokens(table):
+    for i, sample in enumerate(SAMPLES):
+        first = int(np.argmax(sample.counted))
+        mean = np.asarray(hidden_alone(pad_tokens(sample)))[0, :first].mean(axis=0) if first else np.zeros(CONFIG.hidden_size)
+        np.testing.assert_allclose(table.prompt_states[i], mean @ directions(CONFIG.hidden_size), rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(score(devices=4).prompt_states, table.prompt_states)  # to the bit
+    store = {sample.id: np.asarray(hidden_alone(pad_tokens(sample)))[0, : len(sample.tokens)] for sample in SAMPLES}
+    np.testing.assert_allclose(score(hidden=store).prompt_states, table.prompt_states, rtol=1e-4, atol=1e-5)
+
+
 def test_padding_does_not_matter():
     batch = pad_batch(SAMPLES[:3], Shape(4, 160))
     padding = np.arange(160)[None, :] >= batch.lengths[:, None]
@@ -142,8 +154,8 @@ def test_map_over_devices_equals_pmap_and_one_device():
     batch = pad_batch(SAMPLES[:8], Shape(8, 160))
     step = make_score_step(CONFIG, make_mesh(data=4), block=16, hidden_dtype="float32")
     mesh = make_mesh(data=4)
-    scores, hidden = to_host(step(replicate(PARAMS, mesh), shard_rows(batch, mesh)))
-    one_scores, one_hidden = to_host(
+    scores, _, hidden = to_host(step(replicate(PARAMS, mesh), shard_rows(batch, mesh)))
+    one_scores, _, one_hidden = to_host(
         make_score_step(CONFIG, make_mesh(data=1), block=16, hidden_dtype="float32")(PARAMS, batch)
     )
 
@@ -213,8 +225,8 @@ def test_a_killed_run_continues_to_the_same_bits(monkeypatch, tmp_path, table):
     assert len(list(tmp_path.iterdir())) == 2
     (tmp_path / "part-00002.parquet.tmp").write_bytes(b"cut sho")
     calls = []
-    original = score_module._summarise
-    monkeypatch.setattr(score_module, "_summarise", lambda batch, *a: calls.extend(s.id for s in batch) or original(batch, *a))
+    original = score_module.summarise
+    monkeypatch.setattr(score_module, "summarise", lambda batch, *a: calls.extend(s.id for s in batch) or original(batch, *a))
     resumed = score(parts_dir=tmp_path, per_token=True, seconds_per_part=0.0)
     assert_equal_tables(resumed, table)
     for a, b in zip(resumed.tokens, table.tokens):
@@ -314,8 +326,8 @@ def test_a_killed_pass_continues_to_the_same_store(everything, monkeypatch, tmp_
     if parts == 5:  # as if the store had come further than the scores
         sorted((tmp_path / "parts").iterdir())[-1].unlink()
     calls = []
-    original = score_module._summarise
-    monkeypatch.setattr(score_module, "_summarise", lambda batch, *a: calls.extend(s.id for s in batch) or original(batch, *a))
+    original = score_module.summarise
+    monkeypatch.setattr(score_module, "summarise", lambda batch, *a: calls.extend(s.id for s in batch) or original(batch, *a))
     assert_equal_tables(score_and_keep(tmp_path, flattest()), table)
     assert 0 < len(calls) < len(SAMPLES)
     calls.clear()
@@ -359,8 +371,9 @@ def test_features_in_bfloat16_are_rounded_once_wherever_that_happens(everything,
 def test_tables_come_back_from_their_files(tmp_path, table):
     write_scores(tmp_path / "scores.parquet", table)
     write_token_scores(tmp_path / "token_scores.parquet", table)
-    found = read_scores(tmp_path / "scores.parquet")
+    found = read_scores(tmp_path / "scores.parquet", prompt_states=True)
     assert_equal_tables(found, table)
+    assert read_scores(tmp_path / "scores.parquet").prompt_states is None
     assert found.identity == table.identity and found.identity["target"] == "toy" and found.tokens is None
     tokens = read_token_scores(tmp_path / "token_scores.parquet")
     assert list(tokens) == list(table.ids)
@@ -381,15 +394,14 @@ def test_a_metric_is_added_in_one_place(monkeypatch, tmp_path):
     expected = [np.quantile(row.flatness[row.counted].astype(np.float64), 0.9) for row in table.tokens]
     np.testing.assert_allclose(table["flattest_tenth"], expected)
     write_scores(tmp_path / "scores.parquet", table)
-    found = read_scores(tmp_path / "scores.parquet")
+    found = read_scores(tmp_path / "scores.parquet", prompt_states=True)
     np.testing.assert_array_equal(found["flattest_tenth"], table["flattest_tenth"])
     kept = select(found, 0.3, metric="flattest_tenth")
     worst = np.argsort(expected)[: len(kept.ids)]
     assert set(kept.ids) == {samples[i].id for i in worst} == stored(tmp_path).keys()
     monkeypatch.undo()
-    assert_equal_tables(
-        read_scores(tmp_path / "scores.parquet"), dataclasses.replace(table, metrics={n: table[n] for n in column_names()})
-    )
+    found = read_scores(tmp_path / "scores.parquet", prompt_states=True)
+    assert_equal_tables(found, dataclasses.replace(table, metrics={n: table[n] for n in column_names()}))
 
 
 def test_a_bad_scores_file_is_named(tmp_path, table):

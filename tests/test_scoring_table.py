@@ -29,13 +29,19 @@ def make_table(lengths=(5, 0, 3)):
         metrics={name: np.where(np.array(lengths) > 0, rng.random(len(lengths)), np.nan) for name in column_names()},
         identity={"target": "t"},
         tokens=tuple(rows),
+        prompt_states=rng.normal(size=(len(lengths), 4)).astype(np.float32),
     )
+
+
+def read_all(path):
+    return read_scores(path, prompt_states=True)
 
 
 def as_plain(table):
     tokens = None if table.tokens is None else [[v.tolist() for v in dataclasses.astuple(row)] for row in table.tokens]
     metrics = {name: values.tobytes() for name, values in table.metrics.items()}
-    return table.ids, table.sources, table.num_tokens.tolist(), metrics, table.identity, tokens
+    prompts = None if table.prompt_states is None else table.prompt_states.tobytes()
+    return table.ids, table.sources, table.num_tokens.tolist(), metrics, table.identity, tokens, prompts
 
 
 def test_what_goes_in_comes_out(tmp_path):
@@ -43,8 +49,9 @@ def test_what_goes_in_comes_out(tmp_path):
     write_part(tmp_path / "part", table)
     write_scores(tmp_path / "scores", table)
     write_token_scores(tmp_path / "tokens", table)
-    assert as_plain(read_scores(tmp_path / "part")) == as_plain(table)
-    assert as_plain(read_scores(tmp_path / "scores")) == as_plain(dataclasses.replace(table, tokens=None))
+    assert as_plain(read_all(tmp_path / "part")) == as_plain(table)
+    assert as_plain(read_all(tmp_path / "scores")) == as_plain(dataclasses.replace(table, tokens=None))
+    assert as_plain(read_scores(tmp_path / "part")) == as_plain(dataclasses.replace(table, prompt_states=None))
     read = read_token_scores(tmp_path / "tokens")
     for name, row in zip(table.ids, table.tokens):
         for a, b in zip(dataclasses.astuple(read[name]), dataclasses.astuple(row)):
@@ -63,7 +70,7 @@ def flips(path, count):
 
 
 @pytest.mark.parametrize("write, read, plain", [
-    (write_part, read_scores, as_plain),
+    (write_part, read_all, as_plain),
     (write_token_scores, read_token_scores, lambda rows: {name: repr(row) for name, row in rows.items()}),
 ])  # fmt: skip
 def test_no_flipped_bit_is_taken_for_another_score(tmp_path, write, read, plain):
@@ -98,4 +105,4 @@ def test_the_checksum_does_not_depend_on_chunks(tmp_path):
     write_part(path, table)
     whole = pyarrow.parquet.read_table(path)
     pyarrow.parquet.write_table(pyarrow.concat_tables([whole[:7], whole[7:31], whole[31:]]), path, row_group_size=9)
-    assert as_plain(read_scores(path)) == as_plain(table)
+    assert as_plain(read_all(path)) == as_plain(table)

@@ -93,9 +93,10 @@ def test_within_sources_each_keeps_its_share_and_its_own_threshold():
     table = make_table("abcdefg", sources=sources, flatness=[0.1, 0.9, 0.3, 0.7, 0.2, 0.8, 0.0])
     assert select(table, 0.5).ids == ("b", "c", "d", "f")  # all of the chats, and little else
     selection = select(table, 0.5, within="source")
-    assert selection.ids == ("b", "c", "e", "f", "g")  # half of three is two, and of one it is one
-    assert selection.thresholds == {"chat": 0.8, "code": 0.0, "maths": 0.2}
-    # By any metric, it is what every source alone would keep.
+    # Half of seven is four: at least one of each, and the largest remainder's goes to the first name.
+    assert selection.ids == ("b", "c", "f", "g") and selection.sizes == {"chat": 3, "code": 1, "maths": 3}
+    assert selection.thresholds == {"chat": 0.8, "code": 0.0, "maths": 0.3}
+    # By any metric, it is what every source alone would keep where their shares need no rounding.
     for metric in ("top1", "random", "entropy"):
         alone = [join([table], [i for i, s in zip("abcdefg", sources) if s == source]) for source in set(sources)]
         kept = {i for part in alone for i in select(part, 0.4, metric=metric).ids}
@@ -108,7 +109,7 @@ def test_bad_options_are_named():
         ({"metric": "flat"}, "metric 'flat' is unknown; choose from flatness"),
         ({"metric": "flatness", "retain_ratio": 0.0}, "retain_ratio is 0.0"),
         ({"metric": "flatness", "retain_ratio": float("nan")}, "retain_ratio is nan"),
-        ({"metric": "flatness", "within": "length"}, "within 'length' is unknown; choose from all, source"),
+        ({"metric": "flatness", "within": "length"}, "within 'length' is unknown; choose from all, source, cluster"),
     ]:
         with pytest.raises(ValueError, match=message):
             select(table, **options)

@@ -10,6 +10,7 @@ from experiments.pool.pool import Pool
 from jsfdd.data.batches import make_batches
 from jsfdd.models.draft import DraftConfig
 from jsfdd.selection import sfdd
+from jsfdd.selection.clusters import cluster_prompts
 from jsfdd.selection.sfdd import how_many, random_score
 from jsfdd.training.batch import TrainingData, device_batch
 from jsfdd.training.loss import borrow
@@ -60,25 +61,12 @@ def length_bands(pool: Pool, count: int = 5) -> np.ndarray:
     return np.searchsorted(np.quantile(lengths, np.linspace(0, 1, count + 1)[1:-1]), lengths)
 
 
-def prompt_clusters(pool: Pool, count: int = 20, rounds: int = 30) -> np.ndarray:
-    """k-means of the prompts' mean hidden states, scaled to unit length."""
-    points = []
-    for sample in pool.samples:
-        states = pool.store[sample.id][:, -pool.loaded.target.config.hidden_size :]  # the final ones
-        prompt = np.asarray(states, np.float32)[~np.asarray(sample.assistant_mask)]
-        points.append(prompt.mean(axis=0))
-    points = np.stack(points)
-    points = points - points.mean(axis=0)
-    points /= np.linalg.norm(points, axis=1, keepdims=True)
-    count = min(count, len(points))
-    centres = points[np.random.default_rng(0).choice(len(points), count, replace=False)]
-    for _ in range(rounds):
-        nearest = np.argmax(points @ centres.T, axis=1)
-        for i in range(count):
-            if (nearest == i).any():
-                centre = points[nearest == i].mean(axis=0)
-                centres[i] = centre / np.linalg.norm(centre)
-    return nearest
+def prompt_clusters(pool: Pool, count: int | None = None) -> np.ndarray:
+    """The cluster of each prompt, as `jsfdd select --within cluster` finds them with seed 0."""
+    order = np.argsort(pool.table.ids)
+    clusters = np.empty(len(order), np.int64)
+    clusters[order] = cluster_prompts(pool.table.prompt_states[order], seed=0, count=count)
+    return clusters
 
 
 def refused_share(pool: Pool, draft: DraftConfig, params: dict) -> np.ndarray:

@@ -191,7 +191,8 @@ class SelectionOptions:
     retain_ratio: float = 0.5
     """Share of the samples to keep."""
     within: Within = "all"
-    """Rank `all` samples together, or those of each `source` separately; then each source keeps this share, at least one."""
+    """Rank `all` samples together, or those of each `source` or each `cluster` of like prompts separately; then each of these
+    keeps this share, at least one."""
 
     def __post_init__(self):
         check_share("--retain-ratio", self.retain_ratio)

@@ -70,7 +70,8 @@ class ScoreConfig:
     retain_ratio: float = SelectionOptions.retain_ratio
     """With --keep-hidden: the share of the samples that the selection will keep."""
     within: Within = SelectionOptions.within
-    """With --keep-hidden: how the selection will rank samples, as for `jsfdd select`."""
+    """With --keep-hidden: how the selection will rank samples, as for `jsfdd select`. Clusters are known only when all prompts
+    are, so with `cluster` the states of all samples stay on disk until the end."""
     held_out_share: float = RecipeOptions.held_out_share
     """With --keep-hidden: the share of the samples that training will hold out; their hidden states are stored, too."""
     draft_kind: DraftKind = RecipeOptions.draft_kind

@@ -39,8 +39,8 @@ def prepare(config: SelectConfig) -> Selection:
     from jsfdd.scoring.table import read_scores
     from jsfdd.selection import sfdd
 
-    table = read_scores(config.scores)
     wanted = config.selection
+    table = read_scores(config.scores, prompt_states=wanted.within == "cluster")
     return sfdd.select(table, wanted.retain_ratio, metric=config.metric, within=wanted.within, seed=config.seed)
 
 

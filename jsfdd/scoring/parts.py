@@ -79,7 +79,7 @@ def _read(directory: Path, identity: dict) -> dict[int, ScoreTable]:
     directory.mkdir(parents=True, exist_ok=True)
     parts = {}
     for path in sorted(directory.glob("part-*.parquet")):
-        part = read_scores(path)
+        part = read_scores(path, prompt_states=True)
         different = differences(part.identity, identity)
         if different:
             raise ValueError(f"{path}: scores of another run ({different}); delete {directory} or choose another --out")

@@ -30,6 +30,7 @@ from jsfdd.scoring.flatness import score_hidden
 from jsfdd.scoring.metrics import METRICS, column_names
 from jsfdd.scoring.parts import Parts
 from jsfdd.scoring.passes import run_batches, spread_out
+from jsfdd.scoring.prompt_state import SIZE, prompt_states
 from jsfdd.scoring.table import ScoreTable, TokenRow
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def make_score_step(
     layers: tuple[int, ...] = (),
     block: int | None = None,
 ) -> Callable:
-    """Compile the scoring of one batch: `(params, Batch) -> (TokenScores [B, T], hidden [B, T, S] or None)`.
+    """Compile the scoring of one batch: `(params, Batch) -> (TokenScores [B, T], prompts [B, P], hidden [B, T, S] or None)`.
 
     Every device runs the head on the counted tokens of its own rows, so there is no communication. The step traces once
     for each shape of a batch.
@@ -75,23 +76,25 @@ def make_score_step(
     """
     block = block or _block(mesh)
 
-    def step(params: dict, batch: Batch) -> tuple[TokenScores, jax.Array | None]:
+    def step(params: dict, batch: Batch) -> tuple[TokenScores, jax.Array, jax.Array | None]:
         hidden = hidden_states(config, params, batch.tokens, layers)
         final = final_state(config, hidden)
         scores = score_hidden(config, params, final, _next_tokens(batch), batch.counted, block)
-        return scores, None if hidden_dtype is None else hidden.astype(hidden_dtype)
+        return scores, prompt_states(final, batch.counted), None if hidden_dtype is None else hidden.astype(hidden_dtype)
 
     return map_over_devices(step, mesh)
 
 
 @functools.lru_cache(maxsize=8)
 def make_head_step(config: DecoderConfig, mesh: Mesh) -> Callable:
-    """Compile `(params, (Batch, hidden [B, T, S])) -> TokenScores [B, T]`, the scores from given hidden states."""
+    """Compile `(params, (Batch, hidden [B, T, S])) -> (TokenScores [B, T], prompts [B, P])`, from given hidden states."""
     block = _block(mesh)
 
-    def step(params: dict, batch: tuple[Batch, jax.Array]) -> TokenScores:
+    def step(params: dict, batch: tuple[Batch, jax.Array]) -> tuple[TokenScores, jax.Array]:
         batch, hidden = batch
-        return score_hidden(config, params, final_state(config, hidden), _next_tokens(batch), batch.counted, block)
+        final = final_state(config, hidden)
+        scores = score_hidden(config, params, final, _next_tokens(batch), batch.counted, block)
+        return scores, prompt_states(final, batch.counted)
 
     return map_over_devices(step, mesh)
 
@@ -112,9 +115,9 @@ def _foreign_step(target: ForeignTarget, mesh: Mesh, hidden_dtype, layers: tuple
     """`make_score_step` for a foreign target, in two programs: its own computes hidden states, ours scores them."""
     head_step = make_head_step(target.config, mesh)
 
-    def step(params: dict, batch: Batch) -> tuple[TokenScores, jax.Array | None]:
+    def step(params: dict, batch: Batch) -> tuple[TokenScores, jax.Array, jax.Array | None]:
         hidden = foreign_hidden(target, batch, mesh, layers)
-        return head_step(params, (batch, hidden)), None if hidden_dtype is None else hidden.astype(hidden_dtype)
+        return *head_step(params, (batch, hidden)), None if hidden_dtype is None else hidden.astype(hidden_dtype)
 
     return step
 
@@ -134,7 +137,7 @@ def _stored_step(target: Target | ForeignTarget, hidden: Mapping[str, np.ndarray
                 )
         return pad_batch(samples, shape), pad_rows([hidden[sample.id] for sample in samples], shape)
 
-    return lambda params, batch: (head_step(params, batch), None), build
+    return lambda params, batch: (*head_step(params, batch), None), build
 
 
 def _block(mesh: Mesh) -> int:
@@ -193,7 +196,7 @@ def score_samples(
     # Batch shapes and model shards affect rounding, so parts made with others are refused.
     identity = plain({"target": target.fingerprint} if identity is None else identity) | {
         "samples": samples_digest(samples), "batch_tokens": batch_tokens, "model_shards": mesh.shape["model"],
-        "per_token": per_token,
+        "per_token": per_token, "prompt_state": SIZE,
     }  # fmt: skip
     parts = Parts(parts_dir, identity, seconds_per_part)
     if keeper is not None:
@@ -205,12 +208,12 @@ def score_samples(
 
     remaining = [plan for plan in plans if not is_finished(plan)]
     step, build = _choose_step(target, mesh, keeper, hidden)
-    for batch, (scores, states) in run_batches(
+    for batch, (scores, prompts, states) in run_batches(
         step, place_params(target.params, mesh), samples, remaining, mesh,
         label="score", finished=len(plans) - len(remaining), progress=progress, build=build,
     ):  # fmt: skip
         # Of a batch that an earlier call scored, only the hidden states were lost.
-        table = _summarise(batch, scores, per_token, identity) if parts.lack(batch) else None
+        table = summarise(batch, scores, prompts, per_token, identity) if parts.lack(batch) else None
         if keeper is not None:
             keeper.keep(batch, table, states)
         if table is not None:
@@ -227,8 +230,10 @@ def _check_call(samples: Sequence[Sample], parts_dir: Path | None, keeper: Keepe
         raise ValueError("several processes can only put their scores together in a parts_dir")
 
 
-def _summarise(samples: Sequence[Sample], scores: TokenScores, per_token: bool, identity: dict) -> ScoreTable:
-    """Make the table of one batch, row b for samples[b]."""
+def summarise(
+    samples: Sequence[Sample], scores: TokenScores, prompts: np.ndarray, per_token: bool, identity: dict
+) -> ScoreTable:
+    """Make the table of one batch, row b for samples[b]; `scores` [B, T] and `prompts` [B, P] may have more rows."""
     columns = {name: np.full(len(samples), np.nan) for name in column_names()}
     rows = []
     for b, sample in enumerate(samples):
@@ -238,6 +243,10 @@ def _summarise(samples: Sequence[Sample], scores: TokenScores, per_token: bool, 
         if counted.any():
             visited = {name: values[counted].astype(np.float64) for name, values in tokens._asdict().items()}
             _check_finite(sample, visited)
+            if not np.isfinite(prompts[b]).all():
+                raise ValueError(
+                    f"sample {sample.id}: the target's hidden states of the prompt are not finite; check its weights"
+                )
             for name, column in columns.items():
                 column[b] = METRICS[name].aggregate(visited[METRICS[name].token_score])
     return ScoreTable(
@@ -247,6 +256,7 @@ def _summarise(samples: Sequence[Sample], scores: TokenScores, per_token: bool, 
         metrics=columns,
         identity=identity,
         tokens=tuple(rows) if per_token else None,
+        prompt_states=np.asarray(prompts[: len(samples)], np.float32),
     )
 
 

@@ -1,7 +1,8 @@
 """The table of all samples' scores, and scores.parquet, which stores it.
 
 The file's metadata holds the identity of the scores and a sha256 of identity and columns, which every reader compares: Parquet
-itself takes a flipped bit in a column for another score.
+itself takes a flipped bit in a column for another score. The column of the prompts' states, which is larger than all others
+together, has a checksum of its own, so that a reader who does not need it leaves it alone.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,8 @@ from jsfdd.scoring.metrics import column_names
 
 _TOKEN_COLUMNS = ("counted", "flatness", "entropy")
 _IN_PART = "token_"  # a part holds sample and token columns in one file, so the token columns need a prefix
-_IDENTITY, _DIGEST = b"jsfdd_identity", b"jsfdd_sha256"
+_PROMPT = "prompt_state"
+_IDENTITY, _DIGEST, _PROMPT_DIGEST = b"jsfdd_identity", b"jsfdd_sha256", b"jsfdd_sha256_prompt_state"
 _REMEDY = "give a file of `jsfdd score`; if it is one, delete it and score again"
 
 
@@ -46,6 +48,8 @@ class ScoreTable:
       metrics: name -> float64[N], as `metrics.py` defines them; NaN for samples without a counted token.
       identity: JSON-ready; all that the scores depend on.
       tokens: per-token scores of each sample, or None.
+      prompt_states: float32[N, P], where the target's states of each prompt lie (`prompt_state.py`), by which
+        `select(within="cluster")` finds like prompts; None if they were not read.
 
     Example:
       >>> table = ScoreTable(("a", "b"), ("chat", "chat"), np.array([3, 0]), {"flatness": np.array([0.02, np.nan])}, {})
@@ -59,6 +63,7 @@ class ScoreTable:
     metrics: dict[str, Float[np.ndarray, " N"]]
     identity: dict
     tokens: tuple[TokenRow, ...] | None = None
+    prompt_states: Float[np.ndarray, "N P"] | None = None
 
     def __getitem__(self, metric: str) -> Float[np.ndarray, " N"]:
         return self.metrics[metric]
@@ -69,6 +74,7 @@ class ScoreTable:
 
 def join(tables: Sequence[ScoreTable], ids: Sequence[str]) -> ScoreTable:
     """Join the rows of several tables (at least one, all of one identity) into one table, in the order of `ids`."""
+    lacking = any(table.prompt_states is None for table in tables)
     row_of_id = {name: row for row, name in enumerate(itertools.chain.from_iterable(table.ids for table in tables))}
     rows = [row_of_id[name] for name in ids]
 
@@ -83,12 +89,13 @@ def join(tables: Sequence[ScoreTable], ids: Sequence[str]) -> ScoreTable:
         metrics={name: np.concatenate([table[name] for table in tables])[rows] for name in tables[0].metrics},
         identity=tables[0].identity,
         tokens=None if tables[0].tokens is None else gathered([table.tokens for table in tables]),
+        prompt_states=None if lacking else np.concatenate([table.prompt_states for table in tables])[rows],
     )
 
 
 def write_scores(path: Path, table: ScoreTable) -> None:
     """Write scores.parquet atomically: one row per sample, no per-token scores, the identity in the file's metadata."""
-    _write(path, _sample_columns(table), table.identity)
+    _write(path, _sample_columns(table), table.identity, table.prompt_states)
 
 
 def write_token_scores(path: Path, table: ScoreTable) -> None:
@@ -99,11 +106,14 @@ def write_token_scores(path: Path, table: ScoreTable) -> None:
 def write_part(path: Path, table: ScoreTable) -> None:
     """Write a whole table, per-token scores included, into one file, atomically; `read_scores` reads it."""
     tokens = {} if table.tokens is None else _token_columns(table, _IN_PART)
-    _write(path, {**_sample_columns(table), **tokens}, table.identity)
+    _write(path, {**_sample_columns(table), **tokens}, table.identity, table.prompt_states)
 
 
-def read_scores(path: Path) -> ScoreTable:
+def read_scores(path: Path, *, prompt_states: bool = False) -> ScoreTable:
     """Read scores.parquet or a part.
+
+    Args:
+      prompt_states: read these too. Without them a table of a million samples takes a quarter of the memory.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -128,6 +138,7 @@ def read_scores(path: Path) -> ScoreTable:
         metrics={name: numbers(name, np.float64) for name in column_names()},
         identity=json.loads(table.schema.metadata[_IDENTITY]),
         tokens=_token_rows(table, _IN_PART) if _IN_PART + _TOKEN_COLUMNS[0] in table.column_names else None,
+        prompt_states=_read_prompts(path, len(ids)) if prompt_states else None,
     )
 
 
@@ -174,30 +185,56 @@ def _token_rows(table: pyarrow.Table, prefix: str) -> tuple[TokenRow, ...]:
     return tuple(TokenRow(*row) for row in zip(*columns, strict=True))
 
 
-def _write(path: Path, columns: dict[str, pyarrow.Array], identity: dict) -> None:
-    table = pyarrow.table(columns)
-    text = json.dumps(identity, sort_keys=True).encode()
-    table = table.replace_schema_metadata({_IDENTITY: text, _DIGEST: _digest(table, text)})
+def _write(
+    path: Path, columns: dict[str, pyarrow.Array], identity: dict, prompts: Float[np.ndarray, "N P"] | None = None
+) -> None:
+    table, text = pyarrow.table(columns), json.dumps(identity, sort_keys=True).encode()
+    digests = {_DIGEST: _digest(table, text)}
+    if prompts is not None:
+        flat = pyarrow.array(np.ascontiguousarray(prompts, np.float32).ravel())
+        states = pyarrow.table({_PROMPT: pyarrow.FixedSizeListArray.from_arrays(flat, prompts.shape[1])})
+        digests[_PROMPT_DIGEST] = _digest(states, text)
+        table = table.append_column(_PROMPT, states[_PROMPT])
+    table = table.replace_schema_metadata({_IDENTITY: text, **digests})
     with written_whole(path) as aside:
         pyarrow.parquet.write_table(table, aside, write_page_checksum=True)
 
 
 def _read(path: Path, columns: Sequence[str]) -> pyarrow.Table:
+    """All columns but the prompts' states, checked."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; run `jsfdd score` first, or check the path")
-    try:
-        table = pyarrow.parquet.read_table(path, page_checksum_verification=True)
-        present = table.column_names  # may be no UTF-8
-    except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:  # a damaged size asks for terabytes
-        raise ValueError(f"{path}: not a whole Parquet file ({error}); {_REMEDY}") from None
-    missing = [name for name in columns if name not in present]
+    table = _whole(path, lambda names: [name for name in names if name != _PROMPT])
+    missing = [name for name in columns if name not in table.column_names]
     metadata = table.schema.metadata or {}
     if missing or not {_IDENTITY, _DIGEST} <= metadata.keys():
         what = f"has no column {', '.join(missing)}" if missing else "was not written by this version of jsfdd"
         raise ValueError(f"{path}: {what}; {_REMEDY}")
-    if metadata[_DIGEST] != _digest(table, metadata[_IDENTITY]):
-        raise ValueError(f"{path}: damaged: its checksum is of other scores; {_REMEDY}")
+    _check_digest(path, table, _DIGEST)
     return table
+
+
+def _read_prompts(path: Path, rows: int) -> Float[np.ndarray, "N P"] | None:
+    """The prompts' states, checked; None in a file from before they were kept."""
+    table = _whole(path, lambda names: [name for name in names if name == _PROMPT])
+    if _PROMPT not in table.column_names:
+        return None
+    _check_digest(path, table, _PROMPT_DIGEST)
+    return table[_PROMPT].combine_chunks().flatten().to_numpy().reshape(rows, -1)
+
+
+def _whole(path: Path, chosen: Callable[[list[str]], list[str]]) -> pyarrow.Table:
+    try:
+        names = chosen(pyarrow.parquet.read_schema(path).names)  # may be no UTF-8
+        return pyarrow.parquet.read_table(path, columns=names, page_checksum_verification=True)
+    except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:  # a damaged size asks for terabytes
+        raise ValueError(f"{path}: not a whole Parquet file ({error}); {_REMEDY}") from None
+
+
+def _check_digest(path: Path, table: pyarrow.Table, key: bytes) -> None:
+    metadata = table.schema.metadata
+    if metadata.get(key) != _digest(table, metadata[_IDENTITY]):
+        raise ValueError(f"{path}: damaged: its checksum is of other scores; {_REMEDY}")
 
 
 def _digest(table: pyarrow.Table, identity: bytes) -> bytes:
@@ -217,6 +254,9 @@ def _parts(column: pyarrow.ChunkedArray) -> Iterator[np.ndarray]:
     chunks = column.chunks
     if pyarrow.types.is_large_list(column.type):
         yield from (chunk.value_lengths().to_numpy() for chunk in chunks)
+        chunks = [chunk.flatten() for chunk in chunks]
+    elif pyarrow.types.is_fixed_size_list(column.type):
+        yield np.array(column.type.list_size)
         chunks = [chunk.flatten() for chunk in chunks]
     elif pyarrow.types.is_string(column.type):
         texts = [chunk.cast(pyarrow.large_string()) for chunk in chunks if len(chunk)]

@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import math
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -21,12 +21,13 @@ from jaxtyping import Float
 
 from jsfdd.base.files import decode, differences, read_json, sha256, write_json
 from jsfdd.scoring.metrics import METRICS, MetricName
+from jsfdd.selection.clusters import cluster_prompts
 
 if TYPE_CHECKING:  # the command line imports this module, and must start fast
     from jsfdd.base.records import Sample
     from jsfdd.scoring.table import ScoreTable
 
-Within = Literal["all", "source"]
+Within = Literal["all", "source", "cluster"]
 
 _REMEDY = "select again with `jsfdd select`"
 
@@ -38,10 +39,11 @@ class Selection:
     Attributes:
       ids: samples that were kept, in the order of the data.
       dropped: samples without a counted token, in the order of the data: nothing to train on, so they were not ranked.
-      metric, retain_ratio, seed, within: the arguments of `select`; only the metric random depends on the seed.
-      thresholds: source (or "all") -> the score of the last sample kept. Samples with lower scores were not kept (with
-        higher ones for top1 and margin).
+      metric, retain_ratio, seed, within: the arguments of `select`; only the metric random and clusters depend on the seed.
+      thresholds: source or cluster (or "all") -> the score of the last sample kept. Samples with lower scores were not kept
+        (with higher ones for top1 and margin).
       inputs: identity and hash of the scores.
+      sizes: source or cluster (or "all") -> samples that were ranked there; empty in a file from before it was recorded.
     """
 
     ids: tuple[str, ...]
@@ -52,6 +54,7 @@ class Selection:
     within: Within
     thresholds: dict[str, float]
     inputs: dict
+    sizes: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         _check_options(self.metric, self.retain_ratio, self.within)
@@ -78,12 +81,13 @@ def select(
       table: the scores of all samples.
       retain_ratio: in (0, 1].
       metric: the metric that ranks the samples.
-      within: "source" ranks the samples of each source separately and keeps the same share of each, at least one. This is
-        not in the paper: ranked together, its metrics mostly choose between sources (experiments/013 and 014).
-      seed: for the metric random.
+      within: "source" ranks the samples of each source separately and keeps the same share of each, at least one; "cluster"
+        those of each cluster of like prompts (`clusters.py`). This is not in the paper: ranked together, its metrics mostly
+        choose between sources (experiments/013 and 014), and within clusters flatness beat chance (014 and 022).
+      seed: for the metric random, and for the clusters.
 
     Raises:
-      ValueError: an unknown metric or `within`, a ratio out of range, or no sample to rank.
+      ValueError: an unknown metric or `within`, a ratio out of range, no sample to rank, or no prompts' states for clusters.
 
     Example:
       >>> from jsfdd.scoring.table import ScoreTable
@@ -96,14 +100,16 @@ def select(
     if not len(ranked):
         raise ValueError("no sample has a token that counts: every answer is empty or one token long; check the data")
     ranked = _by_id(table, ranked)
-    kept, thresholds = [], {}
-    for name, rows in _strata(table, ranked, within).items():
+    strata = _strata(table, ranked, within, seed)
+    sizes = {name: len(rows) for name, rows in strata.items()}
+    quotas, kept, thresholds = shares(retain_ratio, sizes), [], {}
+    for name, rows in strata.items():
         scores = _scores(table, metric, rows, seed)
         if np.isnan(scores).any():
             broken = [table.ids[row] for row in rows[np.isnan(scores)]]
             raise ValueError(f"the {metric} of these samples is not a number: {_few(broken)}; score again")
         # The rows are sorted by id, and a stable sort keeps that order among equal scores.
-        order = np.argsort(_ascending(metric, scores), kind="stable")[: how_many(retain_ratio, len(rows))]
+        order = np.argsort(_ascending(metric, scores), kind="stable")[: quotas[name]]
         kept.append(rows[order])
         thresholds[name] = float(scores[order[-1]])
     kept = np.sort(np.concatenate(kept))
@@ -116,12 +122,30 @@ def select(
         within=within,
         thresholds=thresholds,
         inputs={"scores": table.identity, "scores_sha256": _digest(table)},
+        sizes=sizes,
     )
 
 
 def how_many(retain_ratio: float, number: int) -> int:
     """How many of `number` samples to keep: at least one; half a sample rounds up."""
     return max(1, math.floor(retain_ratio * number + 0.5))
+
+
+def shares(retain_ratio: float, sizes: Mapping[str, int]) -> dict[str, int]:
+    """How many samples to keep of each group: at least one, in all as many as of all together, if that is no fewer.
+
+    Shares are rounded by largest remainder; of equal ones, the smaller name gains.
+
+    Example:
+      >>> shares(0.5, {"a": 3, "b": 3, "c": 4})
+      {'a': 2, 'b': 1, 'c': 2}
+    """
+    exact = {name: retain_ratio * size for name, size in sizes.items()}
+    kept = {name: max(1, math.floor(share)) for name, share in exact.items()}
+    left = how_many(retain_ratio, sum(sizes.values())) - sum(kept.values())
+    for name in sorted(sizes, key=lambda name: (kept[name] - exact[name], name))[: max(0, left)]:
+        kept[name] += 1
+    return kept
 
 
 def place_in_order(metric: str, score: float, sample_id: str) -> tuple[float, str]:
@@ -189,9 +213,9 @@ def read_selection(path: Path) -> Selection:
       FileNotFoundError: there is no such file.
       ValueError: the file is damaged, or not a selection; names file, value and remedy.
     """
-    values = read_json(path, remedy=_REMEDY)
+    values = read_json(path, dict, remedy=_REMEDY)
     try:
-        return decode(Selection, values, path)
+        return decode(Selection, values | {"sizes": values.get("sizes", {})}, path)
     except ValueError as error:
         raise ValueError(f"{error}; {_REMEDY}") from None
 
@@ -229,15 +253,24 @@ def _check_options(metric: str, retain_ratio: float, within: str) -> None:
         raise ValueError(f"within {within!r:.80} is unknown; choose from {', '.join(typing.get_args(Within))}")
 
 
-def _strata(table: ScoreTable, ranked: np.ndarray, within: Within) -> dict[str, np.ndarray]:
+def _strata(table: ScoreTable, ranked: np.ndarray, within: Within, seed: int) -> dict[str, np.ndarray]:
     """Split the row numbers `ranked` into groups that are ranked separately: name -> rows, in the same order."""
     if within == "all":
         return {"all": ranked}
     numbers: dict[str, int] = {}  # in the order in which they are met
-    of_row = np.fromiter((numbers.setdefault(table.sources[row], len(numbers)) for row in ranked), np.int64, len(ranked))
+    if within == "cluster":
+        if table.prompt_states is None:
+            raise ValueError(
+                "within cluster: these scores have no prompts' states, from before they were kept; delete scores.parquet and "
+                "scores.parts and run the same `jsfdd score` again"
+            )
+        of_row = cluster_prompts(table.prompt_states[ranked], seed)
+        numbers = {f"cluster {number}": number for number in range(max(of_row) + 1)}
+    else:
+        of_row = np.fromiter((numbers.setdefault(table.sources[row], len(numbers)) for row in ranked), np.int64, len(ranked))
     grouped = ranked[np.argsort(of_row, kind="stable")]
     groups = dict(zip(numbers, np.split(grouped, np.cumsum(np.bincount(of_row))[:-1])))
-    return {name: groups[name] for name in sorted(groups)}
+    return groups if within == "cluster" else {name: groups[name] for name in sorted(groups)}
 
 
 def _by_id(table: ScoreTable, rows: np.ndarray) -> np.ndarray:
