@@ -30,7 +30,7 @@ from jsfdd.scoring.flatness import score_hidden
 from jsfdd.scoring.metrics import METRICS, column_names
 from jsfdd.scoring.parts import Parts
 from jsfdd.scoring.passes import run_batches, spread_out
-from jsfdd.scoring.prompt_state import SIZE, prompt_states
+from jsfdd.scoring.prompt_state import SIZE, prompt_lengths, prompt_states
 from jsfdd.scoring.table import ScoreTable, TokenRow
 
 if TYPE_CHECKING:
@@ -80,7 +80,11 @@ def make_score_step(
         hidden = hidden_states(config, params, batch.tokens, layers)
         final = final_state(config, hidden)
         scores = score_hidden(config, params, final, _next_tokens(batch), batch.counted, block)
-        return scores, prompt_states(final, batch.counted), None if hidden_dtype is None else hidden.astype(hidden_dtype)
+        return (
+            scores,
+            prompt_states(final, prompt_lengths(batch.counted)),
+            None if hidden_dtype is None else hidden.astype(hidden_dtype),
+        )
 
     return map_over_devices(step, mesh)
 
@@ -94,7 +98,7 @@ def make_head_step(config: DecoderConfig, mesh: Mesh) -> Callable:
         batch, hidden = batch
         final = final_state(config, hidden)
         scores = score_hidden(config, params, final, _next_tokens(batch), batch.counted, block)
-        return scores, prompt_states(final, batch.counted)
+        return scores, prompt_states(final, prompt_lengths(batch.counted))
 
     return map_over_devices(step, mesh)
 
