@@ -93,13 +93,13 @@ def longest_sample(target: Target, max_length: int) -> int:
     return min(max_length, target.config.max_position)
 
 
-def load(config, inputs: Inputs | None = None) -> Loaded:
-    """Load the target's weights, and read the inputs that `config.model` and `config.chats` name unless they are given."""
+def load(config, inputs: Inputs | None = None, target: Target | None = None) -> Loaded:
+    """Load the target's weights, and read the inputs that `config.model` and `config.chats` name, unless they are given."""
     from jsfdd.base.processes import agree
     from jsfdd.base.records import samples_digest, tokens_digest
 
     inputs = inputs or read_inputs(config.model, config.chats)
-    target = load_weights(config.model, inputs.mesh)
+    target = target or load_weights(config.model, inputs.mesh)
     length = longest_sample(target, config.chats.max_length)
     identity = identity_of(target, config.chats.data, length, target_dtype(config.model))
     # Results depend on the tokens, not on the template's text: different templates may write the same tokens.

@@ -2,6 +2,7 @@
 
     answers.jsonl         one line {"id", "source", "messages", "answered_by": {…}} per conversation, in the order of the input
     answers.jsonl.parts   a log of the answers (`decoding.conversation_log`), from which an interrupted run continues
+    scores.parquet …      with --keep-hidden, what `jsfdd score --keep-hidden` would write (`commands.kept_answers`)
 
 Drafts learn best from the target's own text. If an answer was cut at --max-new-tokens, its message has `"truncated": true`:
 every command reads its text, but does not count the end-of-turn token that the template adds.
@@ -14,9 +15,13 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
+import tyro
+
+from jsfdd.commands import score
 from jsfdd.commands.combine import check_combine, check_one_team, one_team
 from jsfdd.commands.inputs import (
     describe_target,
@@ -27,6 +32,7 @@ from jsfdd.commands.inputs import (
     target_dtype,
     tree_shape,
 )
+from jsfdd.commands.kept_answers import Kept, Recording, recording, score_answers, scoring_of
 from jsfdd.commands.options import (
     ChatOptions,
     DecodingOptions,
@@ -36,12 +42,18 @@ from jsfdd.commands.options import (
     OptionalShare,
     Paths,
     ProcessOptions,
+    RecipeOptions,
+    SelectionOptions,
+    Within,
     check,
     check_at_least,
+    check_share,
     share_of,
     to_json,
 )
 from jsfdd.commands.outcome import Outcome, counts_to_json, many, planned
+from jsfdd.commands.score import check_arms
+from jsfdd.models.architecture import DraftKind
 
 if TYPE_CHECKING:
     from jsfdd.data.counts import FileCounts
@@ -54,6 +66,7 @@ if TYPE_CHECKING:
 EXAMPLES = """
 jsfdd respond --target smollm2 --data chats.jsonl --max-new-tokens 512 --out answers.jsonl
 jsfdd respond --target DIR --data chats/ --temperature 0.7 --out answers.jsonl --dry-run
+jsfdd respond --target DIR --data chats/ --turns first --keep-hidden flatness --within cluster --out own/answers.jsonl
 """
 
 
@@ -79,6 +92,15 @@ class RespondConfig:
     """Stop if more than this share of the rows is skipped, as for `jsfdd score`."""
     batch_size: int = 8
     """Prompts decoded together."""
+    keep_hidden: Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="", metavar="ARM …")] = ()
+    """In the same pass, write scores.parquet and hidden/ beside FILE, as `jsfdd score --keep-hidden` does in a pass of its own:
+    an ARM is a metric, for the samples that it can select, or `full`. Decodes without a draft."""
+    retain_ratio: float = SelectionOptions.retain_ratio
+    """With --keep-hidden: the share of the samples that the selection will keep."""
+    within: Within = SelectionOptions.within
+    """With --keep-hidden: how the selection will rank samples, as for `jsfdd score`."""
+    draft_kind: DraftKind = RecipeOptions.draft_kind
+    """With --keep-hidden: the kind of draft to train. Of `eagle3` the inputs of three layers are kept too."""
     seed: int = 0
     """Seed of every random choice of the command."""
 
@@ -88,6 +110,10 @@ class RespondConfig:
         check("--out", str(self.out), self.out.suffix == ".jsonl", "a file that ends in .jsonl")
         check_at_least(1, batch_size=self.batch_size)
         share_of("--max-skipped", self.max_skipped)
+        check_share("--retain-ratio", self.retain_ratio)
+        check_arms("--keep-hidden", self.keep_hidden)
+        if self.keep_hidden and self.drafts.draft:
+            raise ValueError("--keep-hidden keeps the states of plain decoding; leave --draft out")
         check_one_team(self.drafts)
         check_combine(self.drafts, self.decoding)
 
@@ -117,11 +143,13 @@ class Responses(NamedTuple):
       conversations: in the order of the output file.
       files: counts of each input file's rows.
       tau: tokens emitted per verification; None without a draft.
+      kept: with --keep-hidden, how many samples have their scores from the decoding.
     """
 
     conversations: Sequence[Conversation]
     files: list[FileCounts]
     tau: float | None
+    kept: Kept | None = None
 
     def counts(self) -> dict[str, int]:
         """Numbers of conversations, answers, tokens and truncated answers, and of conversations that ended early, by reason."""
@@ -148,6 +176,8 @@ def prepare(config: RespondConfig) -> Prepared:
     from jsfdd.weights.draft import check_draft
 
     tree_shape(config.decoding)
+    if not config.keep_hidden:
+        score.check_only_with_keep_hidden(config, ("retain_ratio", "within", "draft_kind"))
     if config.out.is_dir():
         raise IsADirectoryError(f"{config.out}: a directory; give --out the name of a file")
     if config.out.exists() and not parts_of(config.out).exists():
@@ -158,6 +188,8 @@ def prepare(config: RespondConfig) -> Prepared:
     for name, draft in team.drafts.items():
         check_draft(target, draft.config, name)
     setup = setup_of(target, team, config.decoding)
+    if config.keep_hidden:
+        score.layers_kept(scoring_of(config), target.config)  # fails if the target has too few
     longest_prompt = min(config.max_length, target.config.max_position) - config.decoding.max_new_tokens
     read = ReadCounts()
     questions, summary = questions_of(
@@ -189,7 +221,13 @@ def run(config: RespondConfig, prepared: Prepared) -> Outcome:
     words += f"; ended early: {ended}" if ended else ""
     words += "" if responses.tau is None else f"; τ {responses.tau:.2f}"
     values = {"command": "respond"} | counts | {"tau": responses.tau, "chats": config.out}
-    return Outcome(values | {"files": counts_to_json(responses.files)}, f"{words}: {config.out}")
+    words += f": {config.out}"
+    if responses.kept is not None:
+        samples, decoded = responses.kept
+        values |= {"samples": samples, "scored_while_decoding": decoded, "scores": config.out.parent / "scores.parquet"}
+        values |= {"hidden": config.out.parent / score.HIDDEN}
+        words += f"; {many(samples, 'sample')} scored, {decoded:,} of them while decoding: {values['scores']}"
+    return Outcome(values | {"files": counts_to_json(responses.files)}, words)
 
 
 def describe(config: RespondConfig, prepared: Prepared) -> Outcome:
@@ -209,7 +247,11 @@ def describe(config: RespondConfig, prepared: Prepared) -> Outcome:
         f"{config.batch_size} at a time, {' and '.join(prepared.team.drafts) or 'without a draft'}",
     ]
     parts = parts_of(config.out)
-    return planned("respond", values, words, config.out.parent, [config.out.name, parts.name], continues=parts)
+    files = [config.out.name, parts.name]
+    if config.keep_hidden:
+        words.append(f"keep scores, and hidden states for {' '.join(config.keep_hidden)}, in the same pass")
+        files += ["scores.parquet", "scores.parts/", f"{score.HIDDEN}/"]
+    return planned("respond", values, words, config.out.parent, files, continues=parts)
 
 
 def respond(config: RespondConfig, prepared: Prepared | None = None) -> Responses:
@@ -243,7 +285,13 @@ def _respond(config: RespondConfig, prepared: Prepared) -> Responses:
     if is_primary():
         open_log(log, identity)
     done, total = sum(len(batch.answers) for batch in finished), sum(len(item.turns) for item in prepared.questions)
-    with progress("respond", "answers", total, finished=done, shown=is_primary()) as bar:
+    kept_for_later = nullcontext(Recording(None, lambda batch, *_: append_batch(log, batch) if is_primary() else None))
+    if config.keep_hidden:
+        kept_for_later = recording(config, prepared, target, mesh, identity, lambda batch: append_batch(log, batch))
+    with (
+        kept_for_later as recorder,
+        progress("respond", "answers", total, finished=done, shown=is_primary()) as bar,
+    ):
         conversations, accept_counts = answer_all(
             target,
             prepared.setup,
@@ -254,16 +302,19 @@ def _respond(config: RespondConfig, prepared: Prepared) -> Responses:
             batch_size=batch_size,
             longest_prompt=prepared.longest_prompt,
             seed=config.seed,
+            decode=recorder.decode,
             finished=finished,
-            keep=lambda batch: append_batch(log, batch) if is_primary() else None,
+            keep=recorder.keep,
             progress=bar.update,
         )
     if is_primary():
         _write(config, target, conversations)
     wait_for_all("answers written")
+    kept = score_answers(config, target) if config.keep_hidden else None
     steps = accept_counts.sum()
     emitted = accept_counts @ np.arange(1, len(accept_counts) + 1)
-    return Responses(conversations, prepared.files, float(emitted / steps) if prepared.team.drafts and steps else None)
+    tau = float(emitted / steps) if prepared.team.drafts and steps else None
+    return Responses(conversations, prepared.files, tau, kept)
 
 
 def parts_of(out: Path) -> Path:

@@ -89,15 +89,13 @@ class ScoreConfig:
 
 def prepare(config: ScoreConfig) -> Inputs:
     if not config.keep_hidden:
-        for name in ("retain_ratio", "within", "held_out_share", "hidden_dtype", "draft_kind"):
-            if getattr(config, name) != getattr(ScoreConfig, name):
-                raise ValueError(f"{option_of(name)} goes with --keep-hidden; `score` itself scores every sample")
+        check_only_with_keep_hidden(config, ("retain_ratio", "within", "held_out_share", "hidden_dtype", "draft_kind"))
     inputs = read_inputs(config.model, config.chats)
-    _layers(config, inputs.target.config)
+    layers_kept(config, inputs.target.config)
     return inputs
 
 
-def _layers(config: ScoreConfig, target: DecoderConfig) -> tuple[int, ...]:
+def layers_kept(config: ScoreConfig, target: DecoderConfig) -> tuple[int, ...]:
     """The layers whose inputs --keep-hidden keeps. ValueError: the target has too few."""
     from jsfdd.models.draft import layers_read
 
@@ -164,16 +162,21 @@ def keeper(config: ScoreConfig, loaded: Loaded) -> AbstractContextManager[Hidden
     """The keeper that stores the hidden states of --keep-hidden in OUT/hidden."""
     from jsfdd.hidden.capture import keep_hidden
 
-    names = ("keep_hidden", "retain_ratio", "within", "seed", "held_out_share")
     return keep_hidden(
         loaded.target,
         still_possible(config, loaded.samples),
         directory=config.out / HIDDEN,
         identity=loaded.identity,
-        kept_for={name: getattr(config, name) for name in names},
+        kept_for=rule_of(config),
         dtype=config.hidden_dtype,
-        layers=_layers(config, loaded.target.config),
+        layers=layers_kept(config, loaded.target.config),
     )
+
+
+def rule_of(config: ScoreConfig) -> dict:
+    """The rule by which hidden states are kept."""
+    names = ("keep_hidden", "retain_ratio", "within", "seed", "held_out_share")
+    return {name: getattr(config, name) for name in names}
 
 
 def still_possible(config: ScoreConfig, samples: Sequence[Sample]) -> StillPossible:
@@ -187,6 +190,13 @@ def still_possible(config: ScoreConfig, samples: Sequence[Sample]) -> StillPossi
         always |= {sample.id for sample in samples if sample.counted.any()}
     metrics = [arm for arm in config.keep_hidden if arm != "full"]
     return StillPossible(samples, metrics, config.retain_ratio, config.seed, always, config.within)
+
+
+def check_only_with_keep_hidden(config, names: Sequence[str]) -> None:
+    """Raise ValueError if an option is set that only --keep-hidden reads."""
+    for name in names:
+        if getattr(config, name) != getattr(ScoreConfig, name):
+            raise ValueError(f"{option_of(name)} goes with --keep-hidden; without it every sample is scored or answered")
 
 
 def check_held_out_share(value: float) -> None:
@@ -231,7 +241,7 @@ def describe_scoring(inputs: Inputs) -> tuple[dict, list[str]]:
 
 def describe_kept(config: ScoreConfig, inputs: Inputs) -> tuple[int, str]:
     """Describe the hidden states of --keep-hidden: exact for `full`, else an estimate that every sample is as likely kept."""
-    tokens, layers = still_possible(config, inputs.samples).expected_tokens, _layers(config, inputs.target.config)
+    tokens, layers = still_possible(config, inputs.samples).expected_tokens, layers_kept(config, inputs.target.config)
     size, words = describe_hidden(config.hidden_dtype, inputs, tokens, layers)
     return size, f"keep {'' if 'full' in config.keep_hidden else 'about '}{words}, in the same pass"
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
@@ -197,8 +197,9 @@ def answer_all(
     batch_size: int,
     longest_prompt: int,
     seed: int,
+    decode: Callable | None = None,
     finished: Sequence[AnsweredBatch] = (),
-    keep: Callable[[AnsweredBatch], None] = lambda batch: None,
+    keep: Callable[[AnsweredBatch, PromptGroup, Any], None] = lambda batch, group, out: None,
     progress: Callable[[int, int, str], None] = lambda done, total, figures: None,
 ) -> tuple[Conversations, Int[np.ndarray, " G1"]]:
     """Hold every conversation to its end, decoding each batch once, in this call or in an earlier one.
@@ -213,8 +214,9 @@ def answer_all(
       batch_size: rows decoded together; a multiple of the mesh's data shards.
       longest_prompt: the most tokens of a prompt that is answered.
       seed: for sampling.
+      decode: compiled; by default `make_generate`'s. `recorded.make_recorded` makes one that returns more.
       finished: the batches that earlier calls with the same arguments passed to `keep`, in order; not decoded again.
-      keep: called with every new batch as soon as it is answered.
+      keep: called with every new batch as soon as it is answered, its prompts, and what `decode` returned, on the host.
       progress: called with the number of answers done, and in all as far as is known, and the speed as text.
 
     Returns:
@@ -223,7 +225,7 @@ def answer_all(
     Raises:
       ValueError: `finished` does not come from the same arguments.
     """
-    decode, longest = make_generate(setup, mesh), setup.max_new_tokens
+    decode, longest = decode or make_generate(setup, mesh), setup.max_new_tokens
     params = prepare_params(target.params, draft_params, mesh)
     accept_counts = np.zeros(setup.num_draft_tokens + 1, np.int64)
     earlier, started, fresh_tokens = iter(finished), time.monotonic(), 0
@@ -236,7 +238,7 @@ def answer_all(
             out = to_host(decode(params, shard_rows(inputs, mesh), temperature))
             answers = [read_answer(target, tokens[:n], longest) for tokens, n, _ in zip(out.tokens, out.lengths, group.rows)]
             batch = AnsweredBatch(group.turn, group.numbers, answers, out.stats.accept_counts.sum(axis=0).tolist())
-            keep(batch)
+            keep(batch, group, out)
             fresh_tokens += sum(answer.num_tokens for answer in answers)
         elif (batch.turn, batch.numbers) != (group.turn, group.numbers):
             raise ValueError(

@@ -63,13 +63,17 @@ class HiddenKeeper:
         """Whether a sample that may be selected, by the scores so far, is not stored."""
         return any(sample.id in self._possible and sample.id not in self._writer.ids for sample in samples)
 
-    def keep(self, samples: Sequence[Sample], scores: ScoreTable | None, hidden: Float[np.ndarray, "B T S"]) -> None:
+    def keep(self, samples: Sequence[Sample], scores: ScoreTable | None, hidden: Sequence[Float[np.ndarray, "T S"]]) -> None:
         """Take a batch, row b for samples[b], right-padded; `scores` are None if an earlier call computed them."""
         if scores is not None:
             fallen = self._possible.score(scores)
             self._writer.drop([name for name in fallen if name in self._writer.ids])
         wanted = [b for b, sample in enumerate(samples) if sample.id in self._possible]
         self._writer.add_missing([samples[b] for b in wanted], [hidden[b] for b in wanted])
+
+    def save(self) -> None:
+        """Put on disk what it keeps so far."""
+        self._writer.save()
 
 
 @contextmanager

@@ -170,12 +170,16 @@ class HiddenWriter:
             else:
                 self._rewrite(emptiest)
 
-    def close(self) -> None:
-        """Close the open shard: everything added, by any process, is then in the store. Waits for all processes."""
+    def save(self) -> None:
+        """Close the open shard: everything that this process added and dropped is then in the store."""
         if self._stream is not None:
             self._close_shard()
         elif self._unsaved:
             self._write_own_manifest()
+
+    def close(self) -> None:
+        """Everything added, by any process, is then in the store. Waits for all processes."""
+        self.save()
         if several():
             wait_for_all("hidden states stored")
             if is_primary():

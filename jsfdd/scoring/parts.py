@@ -1,5 +1,8 @@
 """What a scoring pass has finished: parts on disk that survive an interruption, and tables that no part holds yet.
 
+part-00000.parquet    the scores of some batches
+given.parquet         scores that did not come from the pass, but with the answers (`decoding/kept.py`)
+
 parts = Parts(out / "scores.parts", identity)
 if parts.lack(batch):
     parts.add(table)                                   # on disk within `seconds`
@@ -19,6 +22,8 @@ from jsfdd.base.processes import agree, several, wait_for_all
 from jsfdd.base.records import Sample
 from jsfdd.scoring.table import ScoreTable, join, read_scores, write_part
 
+GIVEN = "given.parquet"
+
 
 class Parts:
     """Scores by batch, of this call and of the earlier ones that a directory remembers.
@@ -35,15 +40,21 @@ class Parts:
     def __init__(self, directory: Path | None, identity: dict, seconds: float = 20.0):
         self._directory, self._identity, self._seconds = directory, identity, seconds
         self._written = {} if directory is None else _read(directory, identity)
-        self._scored = {name for part in self._written.values() for name in part.ids}
+        self._given = None if directory is None else _read_one(directory / GIVEN, identity)
+        self._scored = {name for part in self.tables for name in part.ids}
         self._fresh: list[ScoreTable] = []
         self._last_write = time.monotonic()
         agree({"the scores that an earlier call left": sorted(self._scored)})  # nobody writes before all have read
 
     @property
     def tables(self) -> list[ScoreTable]:
-        """The parts on disk."""
-        return list(self._written.values())
+        """The parts on disk, and what was given."""
+        return [*([] if self._given is None else [self._given]), *self._written.values()]
+
+    @property
+    def given(self) -> frozenset[str]:
+        """The samples whose scores were given."""
+        return frozenset() if self._given is None else frozenset(self._given.ids)
 
     def lack(self, samples: Sequence[Sample]) -> bool:
         """Whether an earlier call left no score of any of these samples."""
@@ -53,17 +64,18 @@ class Parts:
         """Take in the scores of a batch, and write a part if it is time."""
         self._fresh.append(table)
         if time.monotonic() - self._last_write >= self._seconds:
-            self._write()
+            self.save()
 
     def whole(self, ids: Sequence[str]) -> ScoreTable:
         """The scores of all samples, in this order, once every batch was added. Several processes wait for the last of them."""
-        self._write()
+        self.save()
         if several():
             wait_for_all("all batches scored")
             self._written = _read(self._directory, self._identity)
-        return join([*self._written.values(), *self._fresh], ids)
+        return join([*self.tables, *self._fresh], ids)
 
-    def _write(self) -> None:
+    def save(self) -> None:
+        """Write what no part holds yet."""
         if self._directory is None or not self._fresh:
             return
         # Process i of n uses numbers congruent to i modulo n, so no two processes use the same.
@@ -79,9 +91,16 @@ def _read(directory: Path, identity: dict) -> dict[int, ScoreTable]:
     directory.mkdir(parents=True, exist_ok=True)
     parts = {}
     for path in sorted(directory.glob("part-*.parquet")):
-        part = read_scores(path, prompt_states=True)
-        different = differences(part.identity, identity)
-        if different:
-            raise ValueError(f"{path}: scores of another run ({different}); delete {directory} or choose another --out")
-        parts[int(path.stem.removeprefix("part-"))] = part
+        parts[int(path.stem.removeprefix("part-"))] = _read_one(path, identity)
     return parts
+
+
+def _read_one(path: Path, identity: dict) -> ScoreTable | None:
+    """A part, or None if there is no such file."""
+    if not path.exists():
+        return None
+    part = read_scores(path, prompt_states=True)
+    different = differences(part.identity, identity)
+    if different:
+        raise ValueError(f"{path}: scores of another run ({different}); delete {path.parent} or choose another --out")
+    return part

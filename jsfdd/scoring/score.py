@@ -7,7 +7,7 @@ write_scores(out / "scores.parquet", table)
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -181,7 +181,7 @@ def score_samples(
       identity: JSON-ready: what the scores depend on besides the other arguments, by default the target's fingerprint. The
         table stores it with a hash of the samples; parts of another identity are refused.
       parts_dir: where finished batches are stored; if None, a new call starts from the beginning. With several processes,
-        all of them must see it.
+        all of them must see it. Scores in its given.parquet, which came with the answers, are taken as they are.
       per_token: keep per-token scores in the table.
       keeper: stores hidden states of samples that may still be selected; use a new one for each call.
       hidden: the hidden states of all samples by id, [T, D] each, after the final norm: a `HiddenStore` or any mapping to
@@ -194,15 +194,10 @@ def score_samples(
         sample and the remedy.
     """
     _check_call(samples, parts_dir, keeper, hidden)
-    lengths = [len(sample.tokens) for sample in samples]
-    # The order does not affect the scores; interleaved, a keeper's store grows evenly.
-    plans = spread_out(make_batches(lengths, choose_shapes(lengths, batch_tokens)), num_data_shards(mesh))
-    # Batch shapes and model shards affect rounding, so parts made with others are refused.
-    identity = plain({"target": target.fingerprint} if identity is None else identity) | {
-        "samples": samples_digest(samples), "batch_tokens": batch_tokens, "model_shards": mesh.shape["model"],
-        "per_token": per_token, "prompt_state": SIZE,
-    }  # fmt: skip
+    identity = {"target": target.fingerprint} if identity is None else identity
+    identity = identity_of_scores(identity, samples, mesh, batch_tokens, per_token)
     parts = Parts(parts_dir, identity, seconds_per_part)
+    plans = _plans(samples, parts.given, mesh, batch_tokens)
     if keeper is not None:
         keeper.resume(parts.tables)
 
@@ -223,6 +218,30 @@ def score_samples(
         if table is not None:
             parts.add(table)
     return parts.whole([sample.id for sample in samples])
+
+
+def identity_of_scores(
+    identity: dict, samples: Sequence[Sample], mesh: Mesh, batch_tokens: int = 4096, per_token: bool = False
+) -> dict:
+    """All that the scores of `score_samples` with these arguments depend on. Batch shapes and model shards affect rounding, so
+    parts made with others are refused."""
+    return plain(identity) | {
+        "samples": samples_digest(samples), "batch_tokens": batch_tokens, "model_shards": mesh.shape["model"],
+        "per_token": per_token, "prompt_state": SIZE,
+    }  # fmt: skip
+
+
+def _plans(samples: Sequence[Sample], given: Collection[str], mesh: Mesh, batch_tokens: int) -> list[BatchPlan]:
+    """The batches of the samples whose scores are not given, and then those of the others, which may lack hidden states."""
+    lengths = np.array([len(sample.tokens) for sample in samples])
+    is_given = np.array([sample.id in given for sample in samples])
+    plans = []
+    for rows in (np.flatnonzero(~is_given), np.flatnonzero(is_given)):
+        batches = make_batches(lengths[rows], choose_shapes(lengths[rows], batch_tokens))
+        # The order does not affect the scores; interleaved, a keeper's store grows evenly.
+        for plan in spread_out(batches, num_data_shards(mesh)):
+            plans.append(plan._replace(indices=tuple(rows[list(plan.indices)].tolist())))
+    return plans
 
 
 def _check_call(samples: Sequence[Sample], parts_dir: Path | None, keeper: Keeper | None, hidden: Mapping | None) -> None:
