@@ -146,6 +146,9 @@ def test_scoring_afterwards_computes_nothing(inputs, finished, monkeypatch):
     assert_same(score_again(inputs, config.out.parent), before)
     respond.respond(config)
     assert_same(results(config.out.parent), before)
+    files = dict(target=str(inputs / "target"), data=(config.out,), out=config.out.parent)
+    again = from_options(ScoreConfig, **files)
+    assert "samples scored before" in score.run(again, score.prepare(again)).words
     assert not plans
 
 

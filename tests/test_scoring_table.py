@@ -106,3 +106,17 @@ def test_the_checksum_does_not_depend_on_chunks(tmp_path):
     whole = pyarrow.parquet.read_table(path)
     pyarrow.parquet.write_table(pyarrow.concat_tables([whole[:7], whole[7:31], whole[31:]]), path, row_group_size=9)
     assert as_plain(read_all(path)) == as_plain(table)
+
+
+def test_changed_prompts_states_are_refused(tmp_path):
+    path, table = tmp_path / "scores.parquet", make_table()
+    write_scores(path, table)
+    whole = pyarrow.parquet.read_table(path)
+    for values in (table.prompt_states[::-1], table.prompt_states[:, ::-1]):
+        flat = pyarrow.array(np.ascontiguousarray(values).ravel())
+        column = pyarrow.FixedSizeListArray.from_arrays(flat, values.shape[1])
+        place = whole.column_names.index("prompt_state")
+        pyarrow.parquet.write_table(whole.set_column(place, "prompt_state", column), path)
+        with pytest.raises(ValueError, match="checksum is of other scores; .*delete it and score again"):
+            read_all(path)
+        assert as_plain(read_scores(path)) == as_plain(dataclasses.replace(table, tokens=None, prompt_states=None))

@@ -103,14 +103,25 @@ def layers_kept(config: ScoreConfig, target: DecoderConfig) -> tuple[int, ...]:
 
 
 def run(config: ScoreConfig, inputs: Inputs) -> Outcome:
-    table = score(config, load(config, inputs))
     path = config.out / "scores.parquet"
+    before = _identity_in(path)
+    table = score(config, load(config, inputs))
     values = {"command": "score", "samples": len(table.ids), "scores": path, "files": counts_to_json(inputs.files)}
-    words = f"{many(len(table.ids), 'sample')} scored: {path}"
+    words = f"{many(len(table.ids), 'sample')} scored{' before' if table.identity == before else ''}: {path}"
     if config.keep_hidden:
         values["hidden"] = config.out / HIDDEN
         words += f"; hidden states kept for {' '.join(config.keep_hidden)}: {values['hidden']}"
     return Outcome(values, words)
+
+
+def _identity_in(path: Path) -> dict | None:
+    """The identity of the scores that are there; None where there are none, or damaged ones, which will be written anew."""
+    from jsfdd.scoring.table import read_scores
+
+    try:
+        return read_scores(path).identity
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def describe(config: ScoreConfig, inputs: Inputs) -> Outcome:
