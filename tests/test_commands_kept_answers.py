@@ -196,8 +196,15 @@ def test_within_clusters_and_for_eagle3(inputs, tmp_path):
     (dict(keep_hidden=(), within="all"), "--retain-ratio goes with --keep-hidden"),
     (dict(keep_hidden=("flat",)), "--keep-hidden: 'flat' is unknown"),
     (dict(draft=(Path("x"),)), "leave --draft out"),
-    (dict(draft_kind="eagle3", retain_ratio=1.5), "--retain-ratio"),
+    (dict(retain_ratio=1.5), "--retain-ratio"),
 ])  # fmt: skip
 def test_bad_options_are_named(inputs, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         respond.prepare(config_of(inputs, tmp_path, **changes))
+
+
+def test_a_folder_of_other_scores_is_refused_before_anything_is_answered(inputs, tmp_path):
+    (tmp_path / "hidden").mkdir()
+    with pytest.raises(FileExistsError, match="hidden is there, of other answers.*choose a folder of its own"):
+        respond.prepare(config_of(inputs, tmp_path))
+    respond.prepare(config_of(inputs, tmp_path, keep_hidden=(), retain_ratio=0.5, within="all"))

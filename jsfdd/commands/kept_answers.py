@@ -53,6 +53,16 @@ def kept_of(out: Path) -> Path:
     return out.with_name(out.name + ".kept")
 
 
+def check_free(out: Path) -> None:
+    """Raise FileExistsError if scores or hidden states of other answers lie beside the file to write."""
+    found = [name for name in ("scores.parquet", "scores.parts", HIDDEN) if (out.parent / name).exists()]
+    if found and not out.exists():
+        raise FileExistsError(
+            f"{out.parent}: {found[0]} is there, of other answers than {out.name} will have; --keep-hidden writes its own "
+            "beside --out: choose a folder of its own for it"
+        )
+
+
 def scoring_of(config: RespondConfig) -> ScoreConfig:
     """How `jsfdd score` would score and keep the answers."""
     names = ("keep_hidden", "retain_ratio", "within", "draft_kind", "seed")

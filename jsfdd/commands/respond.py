@@ -32,7 +32,7 @@ from jsfdd.commands.inputs import (
     target_dtype,
     tree_shape,
 )
-from jsfdd.commands.kept_answers import Kept, Recording, recording, score_answers, scoring_of
+from jsfdd.commands.kept_answers import Kept, Recording, check_free, recording, score_answers, scoring_of
 from jsfdd.commands.options import (
     ChatOptions,
     DecodingOptions,
@@ -182,6 +182,8 @@ def prepare(config: RespondConfig) -> Prepared:
         raise IsADirectoryError(f"{config.out}: a directory; give --out the name of a file")
     if config.out.exists() and not parts_of(config.out).exists():
         raise FileExistsError(f"{config.out}: already there, without {parts_of(config.out).name}; choose another --out")
+    if config.keep_hidden:
+        check_free(config.out)
     expand_names(config.data)  # a wrong name should not even cost the target's tokenizer
     target = describe_target(config.model)
     team = one_team(config.drafts, target.config.num_layers)
