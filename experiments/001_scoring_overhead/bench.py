@@ -70,8 +70,8 @@ def scored(config, block, params, hidden, tokens):
     return score_hidden(config, params, hidden, tokens, jnp.ones(tokens.shape, bool), block)
 
 
-def forward(config, then, params, tokens):
-    return then(params, hidden_states(config, params, tokens), tokens)
+def forward(config, last_stage, params, tokens):
+    return last_stage(params, hidden_states(config, params, tokens), tokens)
 
 
 def measure(programs: dict, repeats: int) -> dict:

@@ -61,7 +61,7 @@ def gap_times_head(matrix, predicted, truth):
     return gap @ matrix
 
 
-def ours(block, matrix, predicted, truth):
+def closed_form(block, matrix, predicted, truth):
     """`visited_loss` with all its figures and its gradient."""
 
     def loss(predicted):
@@ -179,7 +179,7 @@ def main():
                                ("token-major gradient only", gap_times_head),
                                ("expected embedding stored", with_expected_embedding)):  # fmt: skip
             programs[f"{name} / {block}"] = compiled(functools.partial(in_blocks, function, block), *inputs)
-        loss = functools.partial(ours, block)
+        loss = functools.partial(closed_form, block)
         programs[f"token_loss / {block}"] = compiled(loss, *inputs)
         of_kernel = lambda kernel, *hidden, loss=loss: loss(kernel.T, *hidden)  # noqa: E731
         programs[f"token_loss, head as [D, V] / {block}"] = compiled(of_kernel, matrix.T, *inputs[1:])

@@ -44,7 +44,11 @@ def main():
                 seconds[name].append(sum(out["seconds"]))
                 answers[name] = out["answers"]
     tokens = COUNT * NEW_TOKENS
-    equal = sum(a == b for ours, theirs in zip(answers["jsfdd"], answers["transformers"]) for a, b in zip(ours, theirs))
+    equal = sum(
+        a == b
+        for jsfdd_answer, peer_answer in zip(answers["jsfdd"], answers["transformers"])
+        for a, b in zip(jsfdd_answer, peer_answer)
+    )
     rates = {name: [tokens / s for s in values] for name, values in seconds.items()}
     ratios = [a / b for a, b in zip(rates["jsfdd"], rates["transformers"])]
     results = {

@@ -74,8 +74,8 @@ def main(out: Path) -> None:
         read_seconds.append(time.perf_counter() - begin)
 
     def by_rows(name):
-        own = {rows: s for (program, rows), s in seconds.items() if program == name}
-        return {rows: {"median": 1e3 * statistics.median(s), "best": 1e3 * min(s)} for rows, s in own.items()}
+        by_rows = {rows: s for (program, rows), s in seconds.items() if program == name}
+        return {rows: {"median": 1e3 * statistics.median(s), "best": 1e3 * min(s)} for rows, s in by_rows.items()}
 
     milliseconds = {name: by_rows(name) for name in dict.fromkeys(name for name, _ in programs)}
     for name, times in milliseconds.items():

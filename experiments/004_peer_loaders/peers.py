@@ -45,19 +45,19 @@ def speculators_draft(directory: Path, target: Path):
     # Its decoder layer is built outside of a transformers model, which would have chosen one; without a choice it fails.
     model.config.transformer_layer_config._attn_implementation = "eager"
     model.eval()
-    seen = []
+    inputs_read = []
 
     def keep(_module, _inputs, output):
-        seen.append(output[0] if isinstance(output, tuple) else output)
+        inputs_read.append(output[0] if isinstance(output, tuple) else output)
 
     model.transformer.register_forward_hook(keep)
 
     def run(hidden, tokens):
         rows = []
         for row, ids in zip(hidden, tokens):  # row by row: with transformers 4.54 and later it keeps the batch's first alone
-            seen.clear()
+            inputs_read.clear()
             model(ids[None], row[None], attention_mask=torch.ones_like(ids[None]))
-            rows.append(seen[0].reshape(row.shape))
+            rows.append(inputs_read[0].reshape(row.shape))
         return torch.stack(rows)
 
     return run
@@ -81,19 +81,19 @@ def main(work: Path, target: Path, checkout: Path, out: Path) -> None:
     for entry in json.loads((work / "index.json").read_text()):
         directory = work / entry["name"]
         load = eagle_draft(directory, head) if entry["flavour"] == "eagle" else speculators_draft(directory, target)
-        ours, theirs = torch.from_numpy(arrays[entry["name"]]), load(hidden, tokens)
-        difference = (ours - theirs).abs().max().item()
-        scale = ours.pow(2).mean().sqrt().item()
-        same = (ours @ head.T).argmax(-1) == (theirs @ head.T).argmax(-1)
+        jsfdd_states, peer_states = torch.from_numpy(arrays[entry["name"]]), load(hidden, tokens)
+        difference = (jsfdd_states - peer_states).abs().max().item()
+        scale = jsfdd_states.pow(2).mean().sqrt().item()
+        equal = (jsfdd_states @ head.T).argmax(-1) == (peer_states @ head.T).argmax(-1)
         rows.append(
             {
                 "case": entry["case"],
                 "peer": entry["flavour"],
-                "positions": same.numel(),
+                "positions": equal.numel(),
                 "rms": scale,
                 "max_difference": difference,
                 "max_difference_over_rms": difference / scale,
-                "same_proposal": int(same.sum()),
+                "same_proposal": int(equal.sum()),
             }
         )
         print(rows[-1], flush=True)

@@ -15,12 +15,12 @@ from jsfdd.weights.draft import load_draft
 
 def main(work: Path) -> None:
     for converted in sorted((work / "converted").iterdir()):
-        (config, params, _), (again, params_again, _) = load_draft(work / converted.name), load_draft(converted)
-        same = jax.tree.structure(params) == jax.tree.structure(params_again)
-        same = same and jax.tree.all(jax.tree.map(np.array_equal, params, params_again))
-        ours, theirs = (dataclasses.asdict(c.decoder) | {"fc_bias": c.fc_bias} for c in (config, again))
-        changed = {name: (ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]}
-        verdict = "the same bits" if same else "DIFFER"
+        (config, params, _), (config_again, params_again, _) = load_draft(work / converted.name), load_draft(converted)
+        equal = jax.tree.structure(params) == jax.tree.structure(params_again)
+        equal = equal and jax.tree.all(jax.tree.map(np.array_equal, params, params_again))
+        fields, fields_again = (dataclasses.asdict(c.decoder) | {"fc_bias": c.fc_bias} for c in (config, config_again))
+        changed = {name: (fields[name], fields_again[name]) for name in fields if fields[name] != fields_again[name]}
+        verdict = "the same bits" if equal else "DIFFER"
         print(f"{converted.name}: parameters {verdict}; settings that differ: {changed or 'none'}")
 
 

@@ -52,8 +52,8 @@ def main() -> None:
     parser.add_argument("--ours", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    ours = json.loads(args.ours.read_text())
-    settings = ours["settings"]
+    jsfdd_run = json.loads(args.ours.read_text())
+    settings = jsfdd_run["settings"]
     accepted, proposals = [], []
     speculation = {}
     if args.draft:
@@ -81,7 +81,7 @@ def main() -> None:
     tokenizer = llm.get_tokenizer()
     rows = []
     # One at a time with a draft, so that every count belongs to a prompt; without one only the texts matter.
-    for group in ([row] for row in ours["rows"]) if args.draft else [ours["rows"]]:
+    for group in ([row] for row in jsfdd_run["rows"]) if args.draft else [jsfdd_run["rows"]]:
         accepted.clear()
         proposals.clear()
         outputs = llm.generate([{"prompt_token_ids": row["prompt"]} for row in group], sampling, use_tqdm=False)

@@ -31,8 +31,8 @@ def part(name: str, *arguments: object, devices: int = 1) -> dict:
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     environment["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # what compiling takes is part of what a command takes
     command = [sys.executable, __file__, "--part", name, *map(str, arguments)]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    process = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 def stage_memory(*command: str) -> dict:
@@ -44,10 +44,10 @@ def stage_memory(*command: str) -> dict:
     from jsfdd.commands.cli import main
 
     jax.block_until_ready(jax.numpy.ones(8) + 1)
-    before = resident("VmRSS")
+    resident_before = resident("VmRSS")
     if code := main(list(command)):
         raise SystemExit(code)
-    return {"growth": resident("VmHWM") - before, "imports": before}
+    return {"growth": resident("VmHWM") - resident_before, "imports": resident_before}
 
 
 def loaded_memory(data: str) -> dict:
@@ -61,11 +61,11 @@ def loaded_memory(data: str) -> dict:
     from jsfdd.commands.score import ScoreConfig
 
     jax.block_until_ready(jax.numpy.ones(8) + 1)
-    before = resident("VmRSS")
+    resident_before = resident("VmRSS")
     chats = ChatOptions(data=(Path(data),), batch_tokens=BATCH_TOKENS)
     loaded = load(ScoreConfig(model=ModelOptions(target="smollm2"), chats=chats, out=Path("none")))
     parameters = sum(leaf.nbytes for leaf in jax.tree.leaves(loaded.target.params))
-    return {"growth": resident("VmRSS") - before, "of_files": resident("RssFile"), "parameters": parameters}
+    return {"growth": resident("VmRSS") - resident_before, "of_files": resident("RssFile"), "parameters": parameters}
 
 
 def planned(data: str) -> dict:
@@ -89,15 +89,15 @@ def work(data: str) -> dict:
     samples, _ = tokenize_chats(read_chats([Path(data)]), load_tokenizer("smollm2"), 2048)
     lengths = [len(sample.tokens) for sample in samples]
     plans = make_batches(lengths, choose_shapes(lengths, BATCH_TOKENS))
-    found = {}
+    arrays = {}
     for devices in (1, 2, 4, 8):
         groups, batches, tokens = list(group_plans(plans, devices)), [0] * devices, [0] * devices
         for group in groups:
             for device, plan in enumerate(group):
                 batches[device] += 1
                 tokens[device] += plan.shape.rows * plan.shape.length
-        found[devices] = {"calls": len(groups), "batches": batches, "padded_tokens": tokens}
-    return found
+        arrays[devices] = {"calls": len(groups), "batches": batches, "padded_tokens": tokens}
+    return arrays
 
 
 def exchanges() -> dict:

@@ -120,8 +120,8 @@ def make_batch(case: Case) -> tuple[Batch, Lengths]:
 
 def peak_bytes(compiled) -> dict:
     """What the compiler allocates for one step, and what the device's allocator has seen at most (None: it does not say)."""
-    found = compiled.memory_analysis()
-    step = found.argument_size_in_bytes + found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    memory = compiled.memory_analysis()
+    step = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return {"step": step, "device": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")}
 
 
@@ -140,9 +140,9 @@ def measure_score(case: Case, dtype, rate: float, repeats: int) -> dict:
     step = make_score_step(case.config, make_mesh(1)).lower(params, batch).compile()
     took = seconds(step, (params, batch), repeats)
     stage = score_stage(case.config, lengths, batch.tokens.size, jnp.dtype(dtype).itemsize, 1)
-    found = figures(stage, batch.tokens.size, took, rate, step)
+    row = figures(stage, batch.tokens.size, took, rate, step)
     plain = jax.jit(functools.partial(bare, case.config, scoring_block(jax.default_backend()))).lower(params, batch).compile()
-    return found | {"overhead_over_bare": took / seconds(plain, (params, batch), repeats) - 1}
+    return row | {"overhead_over_bare": took / seconds(plain, (params, batch), repeats) - 1}
 
 
 def measure_train(case: Case, dtype, rate: float, repeats: int) -> dict:
@@ -186,16 +186,16 @@ def main() -> None:
         rate = matmul_rate(size, dtype)
         target, stage = arguments.case
         measure = {"score": measure_score, "train": measure_train}[stage]
-        found = measure(cases(smoke)[target], dtype, rate, repeats)
-        print(json.dumps({"hardware": describe_hardware(), "dtype": dtype, "matmul_flops": rate} | found))
+        row = measure(cases(smoke)[target], dtype, rate, repeats)
+        print(json.dumps({"hardware": describe_hardware(), "dtype": dtype, "matmul_flops": rate} | row))
         return
     results = {}
     for target in ("smollm2", "8b"):
         for stage in ("score", "train"):
             # A process each: the allocator's peak is that of the process.
             command = [sys.executable, __file__, "--case", target, stage]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            results[f"{target} {stage}"] = json.loads(done.stdout.splitlines()[-1])
+            process = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            results[f"{target} {stage}"] = json.loads(process.stdout.splitlines()[-1])
             print(target, stage, json.dumps(results[f"{target} {stage}"]), flush=True)
     arguments.out.write_text(json.dumps(results, indent=1) + "\n")
 

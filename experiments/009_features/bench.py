@@ -39,12 +39,12 @@ def count_compiling(event: str, seconds: float, **_) -> None:
 
 def watched(directory: Path):
     """A function that looks at a directory's size, and gives the most it ever saw; files are looked at before they go."""
-    most, unlink = 0, Path.unlink
+    peak, unlink = 0, Path.unlink
 
     def look() -> int:
-        nonlocal most
-        most = max(most, sum(path.stat().st_size for path in directory.glob("*") if path.suffix != ".json"))
-        return most
+        nonlocal peak
+        peak = max(peak, sum(path.stat().st_size for path in directory.glob("*") if path.suffix != ".json"))
+        return peak
 
     def look_and_unlink(path, **rest):
         look()
@@ -77,17 +77,17 @@ def main() -> None:
     )  # fmt: skip
 
     def score(keeper=None):
-        before, start, cpu = compiling, time.perf_counter(), time.process_time()
+        compiling_before, start, cpu = compiling, time.perf_counter(), time.process_time()
         table = score_samples(target, samples, mesh, batch_tokens=1024, identity={}, keeper=keeper, progress=False)
-        compiled = compiling - before
+        compiled = compiling - compiling_before
         return table, time.perf_counter() - start - compiled, time.process_time() - cpu - compiled
 
     full = sum(len(sample.tokens) for sample in samples) * row_bytes("bfloat16", target.config.hidden_size)
     results = {"hardware": describe_hardware(), "chats": len(samples), "tokens": sum(len(s.tokens) for s in samples)}
     _, results["score_seconds"], results["score_cpu_seconds"] = score()
     look = watched(work / "hidden")
-    where = dict(directory=work / "hidden", identity={}, kept_for={})
-    with keep_hidden(target, still_possible(options, samples), **where) as keeper:
+    store_arguments = dict(directory=work / "hidden", identity={}, kept_for={})
+    with keep_hidden(target, still_possible(options, samples), **store_arguments) as keeper:
         keep, spent = keeper.keep, 0.0
 
         def timed_keep(*batch):

@@ -132,13 +132,13 @@ def check_exactness(trials: int) -> dict[str, float]:
     for _ in range(trials):
         p, q = (0.99 * random.dirichlet(np.full(8, 0.3), 2)) + 0.01 / 8
         theta = random.choice([0.01, 0.1, 0.5])
-        mine = budgeted_step(np.log(p)[None], np.log(q)[None], theta)[0]
-        found = minimize(
+        exact_step = budgeted_step(np.log(p)[None], np.log(q)[None], theta)[0]
+        optimum = minimize(
             lambda z, p=p: -np.sum(p * log_softmax(z)), np.log(q), method="SLSQP", options=dict(ftol=1e-13, maxiter=1000),
             constraints=[dict(type="ineq", fun=lambda z, q=q, t=theta: t - np.sum(softmax(z) * (log_softmax(z) - np.log(q))))],
         )  # fmt: skip
-        differences.append(float(np.abs(softmax(found.x) - mine).max()))
-        excess.append(float(np.sum(p * (np.log(softmax(found.x)) - np.log(mine)))))  # how much better the optimiser is
+        differences.append(float(np.abs(softmax(optimum.x) - exact_step).max()))
+        excess.append(float(np.sum(p * (np.log(softmax(optimum.x)) - np.log(exact_step)))))  # how much better the optimiser is
     p, q = random.dirichlet(np.full(50, 3.0), 2)
     tiny = 1e-7
     step = budgeted_step(np.log(p)[None], np.log(q)[None], tiny)

@@ -62,11 +62,18 @@ def main() -> None:
         path = options.work / f"{name}.npz"
         if not path.exists():
             measure(options, files, path)
-        with np.load(path) as found:
-            results[name] = summarise(dict(found))
+        with np.load(path) as columns:
+            results[name] = summarise(dict(columns))
     if not SMOKE:
         record(options.name, results)
-        draw({(name, text): found for name, part in recorded().items() if "on-policy" in part for text, found in part.items()})
+        draw(
+            {
+                (name, text): figures
+                for name, part in recorded().items()
+                if "on-policy" in part
+                for text, figures in part.items()
+            }
+        )
 
 
 def measure(options: argparse.Namespace, files: Sequence[Path], path: Path) -> None:
@@ -87,8 +94,8 @@ def measure(options: argparse.Namespace, files: Sequence[Path], path: Path) -> N
     compare = jax.jit(partial(compare_block, target.config))
     for begin in range(0, total, ROWS):
         rows = np.minimum(np.arange(begin, begin + ROWS), total - 1)
-        found = compare(target.params, hidden[rows], draft_hidden[rows], following[rows])
-        blocks.append({name: np.asarray(values)[: total - begin] for name, values in found.items()})
+        compared = compare(target.params, hidden[rows], draft_hidden[rows], following[rows])
+        blocks.append({name: np.asarray(values)[: total - begin] for name, values in compared.items()})
         print(f"{min(begin + ROWS, total)}/{total} tokens", end="\r", flush=True)
     columns |= {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
     p, q = columns.pop("p_bins").astype(float), columns.pop("q_bins").astype(float)
@@ -110,11 +117,11 @@ def choose(chats, target: Target, count: int) -> list[Sample]:
     of_source = defaultdict(list)
     for chat in sorted(chats, key=lambda chat: hashlib.sha256(chat.id.encode()).hexdigest()):
         of_source[chat.source].append(chat)
-    chosen = [chat for found in of_source.values() for chat in found[:count]]
+    chosen = [chat for chats_of_source in of_source.values() for chat in chats_of_source[:count]]
     return tokenize_chats(chosen, target.tokenizer, 256)[0]
 
 
-def read_tokens(target: Target, config, params: dict, samples: Sequence[Sample], begin: int, most: int):
+def read_tokens(target: Target, config, params: dict, samples: Sequence[Sample], begin: int, limit: int):
     """(sample number, h [n, D], the draft's guess of h [n, D], token after each [n]) of the samples of one batch."""
     batch = samples[begin : begin + BATCH]
     shape = BATCH, bucket_lengths(max(len(sample.tokens) for sample in samples))[-1]
@@ -122,7 +129,7 @@ def read_tokens(target: Target, config, params: dict, samples: Sequence[Sample],
     hidden, guessed = map(np.asarray, _hidden_and_guess(target.config, config, target.params, params, tokens))
     for row, sample in enumerate(batch):
         # The draft's output at t − 1 stands for h_t; the first position has none.
-        places = np.flatnonzero(sample.counted & (np.arange(len(sample.tokens)) > 0))[:most]
+        places = np.flatnonzero(sample.counted & (np.arange(len(sample.tokens)) > 0))[:limit]
         yield begin + row, hidden[row, places], guessed[row, places - 1], sample.tokens[places + 1]
 
 
@@ -172,7 +179,7 @@ def summarise(columns: dict[str, np.ndarray]) -> dict:
     everything = np.arange(len(sample))
     means = np.stack([np.concatenate([x[rows], y[rows]], 1).mean(0) for rows in of_chat])
     chat_draws = random.integers(0, len(sources), (RESAMPLES, len(sources)))
-    found = {
+    figures = {
         "chats": len(sources),
         "tokens": len(sample),
         "sources": sorted(set(sources.tolist())),
@@ -198,12 +205,12 @@ def summarise(columns: dict[str, np.ndarray]) -> dict:
     edges = np.quantile(columns["flatness"], np.linspace(0, 1, GROUPS + 1)[1:-1])
     tenth = np.digitize(columns["flatness"], edges)
     curves = np.stack([group_means(y, tenth, rows) for rows in [everything, *draws]])
-    found["by tenth of flatness"] = {
+    figures["by tenth of flatness"] = {
         "choices": [float(effective_choices(np.median(columns["flatness"][tenth == k]), 49152)) for k in range(GROUPS)],
         "distance": [float(columns["‖p−q‖₁"][tenth == k].mean()) for k in range(GROUPS)],
         "kl": [float(columns["KL(p‖q)"][tenth == k].mean()) for k in range(GROUPS)],
     } | {name: [[float(curves[0, k, j]), *interval(curves[1:, k, j])] for k in range(GROUPS)] for j, name in enumerate(gains)}
-    return found
+    return figures
 
 
 def table(statistic, x, y, everything, draws, metrics, gains) -> dict[str, dict[str, list[float]]]:
@@ -217,12 +224,12 @@ def table(statistic, x, y, everything, draws, metrics, gains) -> dict[str, dict[
 
 def one_source(columns, x, y, rows, metrics, gains) -> dict:
     """How far the draft is on one source, and gain -> metric -> Spearman there."""
-    found = spearman(x, y, rows)
+    ranks = spearman(x, y, rows)
     return {
         "tokens": len(rows),
         "top-1 agreement": float(columns["agree"][rows].mean()),
         "acceptance": float(1 - columns["‖p−q‖₁"][rows].mean() / 2),
-        "spearman": {name: dict(zip(metrics, found[:, j].tolist())) for j, name in enumerate(gains)},
+        "spearman": {name: dict(zip(metrics, ranks[:, j].tolist())) for j, name in enumerate(gains)},
     }
 
 
@@ -253,14 +260,14 @@ def group_means(y: np.ndarray, group: np.ndarray, rows: np.ndarray) -> np.ndarra
 
 def draw(results: dict[tuple[str, str], dict]) -> None:
     """real.png: for each draft and kind of text ΔL1 by tenths of flatness, and how well each metric ranks it."""
-    shown = {"θ = 0.01": "#88CCEE", "θ = 0.1": "#0072B2", "θ = 2": "#223388", "η = 1": "#D55E00"}
+    colours = {"θ = 0.01": "#88CCEE", "θ = 0.1": "#0072B2", "θ = 2": "#223388", "η = 1": "#D55E00"}
     names = {name: f"−{name}" if sign < 0 else name for name, sign in (OF_TARGET | OF_DRAFT).items()}
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(2, len(results), figsize=(4 * len(results), 7.6), sharey="row", squeeze=False)
-        for (upper, lower), ((draft, text), found) in zip(axes.T, results.items()):
-            curve = found["by tenth of flatness"]
-            for name, colour in shown.items():
-                mean, low, high = np.array(curve[name], float).T / found["mean gain"][name]
+        for (upper, lower), ((draft, text), figures) in zip(axes.T, results.items()):
+            curve = figures["by tenth of flatness"]
+            for name, colour in colours.items():
+                mean, low, high = np.array(curve[name], float).T / figures["mean gain"][name]
                 upper.plot(curve["choices"], mean, "o-", color=colour, label=name, markersize=4)
                 upper.fill_between(curve["choices"], low, high, color=colour, alpha=0.15, linewidth=0)
             upper.axhline(1, color=MUTED, linewidth=1, linestyle=(0, (2, 2)))
@@ -270,8 +277,8 @@ def draw(results: dict[tuple[str, str], dict]) -> None:
             upper.set_ylim(bottom=0)
             upper.set_title(f"{draft}, {text}")
             upper.set_xlabel("effective number of choices, exp(H₂)")
-            for offset, (name, colour) in zip((-0.3, -0.1, 0.1, 0.3), shown.items()):
-                value, low, high = np.array([found["spearman of tokens"][name][m] for m in names], float).T
+            for offset, (name, colour) in zip((-0.3, -0.1, 0.1, 0.3), colours.items()):
+                value, low, high = np.array([figures["spearman of tokens"][name][m] for m in names], float).T
                 y = np.arange(len(names)) + offset
                 lower.barh(y, value, 0.18, color=colour, linewidth=0)
                 lower.hlines(y, low, high, color=INK, linewidth=0.8)
@@ -287,9 +294,9 @@ def draw(results: dict[tuple[str, str], dict]) -> None:
         figure.savefig(HERE / "real.png", dpi=70)
 
 
-def tick_labels(ticks: Sequence[int], most: float) -> tuple[list[int], list[str]]:
+def tick_labels(ticks: Sequence[int], largest: float) -> tuple[list[int], list[str]]:
     """Those up to a little beyond `most`, and their labels: the style draws no mathematics."""
-    used = [tick for tick in ticks if tick <= 1.2 * most]
+    used = [tick for tick in ticks if tick <= 1.2 * largest]
     return used, [f"{tick:g}" for tick in used]
 
 

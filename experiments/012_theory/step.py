@@ -51,9 +51,9 @@ def budgeted_step(log_p: Float[np.ndarray, "N K"], log_q: Float[np.ndarray, "N K
         return np.sum(q[row] * ratio(log_multiplier, row), axis=1) - 1
 
     if len(rows):
-        found = find_root(mass, _LOG_MULTIPLIER, args=(rows,))
-        assert found.success.all()
-        r[rows] = q[rows] * ratio(found.x, rows)
+        multiplier = find_root(mass, _LOG_MULTIPLIER, args=(rows,))
+        assert multiplier.success.all()
+        r[rows] = q[rows] * ratio(multiplier.x, rows)
     return r
 
 

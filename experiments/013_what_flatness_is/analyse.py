@@ -69,22 +69,22 @@ def main() -> None:
     parser.add_argument("--excerpts", action="store_true", help="print the flattest and the least flat on-policy answers")
     options = parser.parse_args()
     tokenizer = load_target("smollm2").tokenizer
-    both = {"on-policy": from_scores(options.on, options.on_data, tokenizer), "off-policy": from_rounds(options.off)}
-    results = {name: describe_samples(scored) | describe_tokens(scored, tokenizer) for name, scored in both.items()}
+    by_kind = {"on-policy": from_scores(options.on, options.on_data, tokenizer), "off-policy": from_rounds(options.off)}
+    results = {name: describe_samples(scored) | describe_tokens(scored, tokenizer) for name, scored in by_kind.items()}
     print(json.dumps(results, indent=1, ensure_ascii=False))
     if options.excerpts:
-        show_ends(both["on-policy"], tokenizer)
+        show_ends(by_kind["on-policy"], tokenizer)
     if not SMOKE:
         write_results(HERE / "results.jsonl", rounded(results))
-        draw(both)
+        draw(by_kind)
 
 
 def from_rounds(directory: Path) -> Scored:
     """All rounds that `score.py` left in a directory, as one."""
     parts, first = [], 0
     for path in sorted(directory.glob("round-???.npz")):
-        with np.load(path) as found:
-            part = dict(found)
+        with np.load(path) as file:
+            part = dict(file)
         part["tokens"] = np.split(part["tokens"], np.cumsum(part["lengths"])[:-1])
         part["sample"] = part["sample"] + first
         first += len(part["ids"])
@@ -211,7 +211,10 @@ def with_interval(scored: Scored, statistic: Callable, resamples: int) -> list:
     """[value, low, high] of statistic(chats); chats are drawn anew within each source."""
     random = np.random.default_rng(0)
     of_source = [np.flatnonzero(scored.sources == source) for source in np.unique(scored.sources)]
-    drawn = [statistic(np.concatenate([random.choice(found, len(found)) for found in of_source])) for _ in range(resamples)]
+    drawn = [
+        statistic(np.concatenate([random.choice(chats_of_source, len(chats_of_source)) for chats_of_source in of_source]))
+        for _ in range(resamples)
+    ]
     bounds = np.nanpercentile(drawn, [2.5, 97.5], axis=0)
     return np.stack([statistic(np.arange(len(scored.sources))), *bounds], -1).tolist()
 
@@ -225,12 +228,12 @@ def rows_of(scored: Scored, chats: np.ndarray) -> np.ndarray:
 def correlations(scored: Scored, names: tuple[str, ...], columns: Callable, resamples: int) -> dict:
     """Of flatness, the first column, with every other one."""
 
-    def both(chats):
+    def spearman_and_pearson(chats):
         values = columns(chats)
         return np.stack([np.corrcoef(rankdata(values, axis=0), rowvar=False)[0, 1:], np.corrcoef(values, rowvar=False)[0, 1:]])
 
-    found = with_interval(scored, both, resamples)
-    return {kind: dict(zip(names[1:], rows)) for kind, rows in zip(("spearman", "pearson"), found)}
+    intervals = with_interval(scored, spearman_and_pearson, resamples)
+    return {kind: dict(zip(names[1:], rows)) for kind, rows in zip(("spearman", "pearson"), intervals)}
 
 
 def within_source(scored: Scored, names: tuple[str, ...], columns: np.ndarray) -> dict:
@@ -298,13 +301,13 @@ def rounded(values: dict) -> dict:
     return json.loads(json.dumps(values), parse_float=lambda text: float(f"{float(text):.4g}"))
 
 
-def draw(both: dict[str, Scored]) -> None:
+def draw(by_kind: dict[str, Scored]) -> None:
     """flatness.png: tokens, chats by source, and flatness against entropy."""
     colours = {"on-policy": "#0072B2", "off-policy": "#D55E00"}
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(2, 2, figsize=(11, 7.6))
         edges = np.geomspace(1, 3000, 49)
-        for name, scored in both.items():
+        for name, scored in by_kind.items():
             choices = effective_choices(scored.scores[:, 0], VOCAB)
             weights = np.full(len(choices), 100 / len(choices))
             look = dict(histtype="step", color=colours[name], linewidth=1.6, label=name)
@@ -320,7 +323,7 @@ def draw(both: dict[str, Scored]) -> None:
         ax.set_ylabel("% of tokens")
         ax.set_title("tokens (dashed: medians)")
         ax.legend(frameon=False)
-        for ax, (name, scored) in zip((axes[0, 1], axes[1, 1]), both.items()):
+        for ax, (name, scored) in zip((axes[0, 1], axes[1, 1]), by_kind.items()):
             flatness = scored.means[:, 0]
             sources = sorted(set(scored.sources.tolist()), key=lambda s: np.median(flatness[scored.sources == s]))
             boxes = ax.boxplot(
@@ -335,7 +338,7 @@ def draw(both: dict[str, Scored]) -> None:
             ax.set_title(f"chats, {name} (dashed: cut at one half)")
             ax.set_xlim(left=0)
         ax = axes[1, 0]
-        for name, scored in both.items():
+        for name, scored in by_kind.items():
             ax.plot(scored.means[:, 0], scored.means[:, 1], ".", color=colours[name], markersize=4, alpha=0.6, label=name)
         ax.set_xlabel("sample flatness")
         ax.set_ylabel("mean entropy, nats")

@@ -61,8 +61,8 @@ def main() -> None:
         plans = make_batches([len(sample.tokens) for sample in samples], shapes)
         scores: dict[str, TokenScores] = {}
         label = f"round {number + 1}/{len(chosen)}"
-        for batch, (found, _) in run_batches(step, params, samples, plans, mesh, label=label):
-            scores |= {sample.id: TokenScores(*[values[b] for values in found]) for b, sample in enumerate(batch)}
+        for batch, (values_of_batch, _) in run_batches(step, params, samples, plans, mesh, label=label):
+            scores |= {sample.id: TokenScores(*[values[b] for values in values_of_batch]) for b, sample in enumerate(batch)}
         write_round(path, samples, scores, truncated)
 
 
@@ -72,7 +72,7 @@ def chats_in_rounds(chats: list[Chat], samples: int) -> list[list[Chat]]:
     for chat in sorted(chats, key=lambda chat: hashlib.sha256(chat.id.encode()).hexdigest()):
         of_source[chat.source].append(chat)
     return [
-        [chat for found in of_source.values() for chat in found[begin : min(begin + ROUND, samples)]]
+        [chat for chats_of_source in of_source.values() for chat in chats_of_source[begin : min(begin + ROUND, samples)]]
         for begin in range(0, samples, ROUND)
     ]
 

@@ -59,10 +59,10 @@ class Progressive:
         for number, share in enumerate(self.passes):
             kept = everyone
             if share < 1:
-                before = time.process_time()
+                cpu_before = time.process_time()
                 hardness = random.random(len(lengths)) if self.rank is None else self.rank(pool, draft, state.params)
                 kept = np.sort(np.argsort(-hardness, kind="stable")[: how_many(share, len(lengths))])
-                ranking += time.process_time() - before
+                ranking += time.process_time() - cpu_before
             for plan in epoch_batches(lengths[kept], pool.shapes, self.seed, number):
                 state, metrics = step(frozen, state, device_batch(data, kept[list(plan.indices)], plan.shape, mesh))
             jax.block_until_ready(metrics)

@@ -67,21 +67,21 @@ def main() -> None:
         _plot_halves(results, options.out / "halves.png")
         return
     options.out.mkdir(parents=True, exist_ok=True)
-    runs = {name: each for name, each in read_runs(options.work).items() if not name.startswith(OTHERS)}
+    runs = {name: arm_runs for name, arm_runs in read_runs(options.work).items() if not name.startswith(OTHERS)}
     proxies = {name: runs.pop(name) for name in list(runs) if name.startswith("proxy at ")}
     sources = sources_of(options.work)
     results = {
         "hardware": describe_hardware(),
         "seconds": json.loads((options.work / "seconds.json").read_text()),
         "prompts": {name: int((sources == name).sum()) for name in dict.fromkeys(sources)},
-        "arms": {name: summary(each, sources) for name, each in runs.items()},
+        "arms": {name: summary(arm_runs, sources) for name, arm_runs in runs.items()},
         "minus_full": {}, "minus_random": {}, "compared": {}, "proxies": foretold(proxies, runs),
         "kept": composition(options.work, options.chats),
     }  # fmt: skip
-    for name, each in runs.items():
-        if name != "full" and "full" in runs and set(each.seeds) & set(runs["full"].seeds):
-            shared = each.emitted.keys() & runs["full"].emitted.keys()
-            results["minus_full"][name] = {t: difference(each, runs["full"], t) for t in sorted(shared)}
+    for name, arm_runs in runs.items():
+        if name != "full" and "full" in runs and set(arm_runs.seeds) & set(runs["full"].seeds):
+            shared = arm_runs.emitted.keys() & runs["full"].emitted.keys()
+            results["minus_full"][name] = {t: difference(arm_runs, runs["full"], t) for t in sorted(shared)}
         share = re.search(r"(\d+)%", name)
         control = f"random {share.group(1)}%" if share else None
         if name == "progressive dropout, hardest":
@@ -91,8 +91,8 @@ def main() -> None:
         if "of the tokens" in name:
             control = "full, random 50% of the tokens"
         if control in runs and control != name:
-            shared = each.emitted.keys() & runs[control].emitted.keys()
-            results["minus_random"][name] = {t: difference(each, runs[control], t) for t in sorted(shared)}
+            shared = arm_runs.emitted.keys() & runs[control].emitted.keys()
+            results["minus_random"][name] = {t: difference(arm_runs, runs[control], t) for t in sorted(shared)}
     for a, b in COMPARED:
         if a in runs and b in runs:
             shared = sorted(runs[a].emitted.keys() & runs[b].emitted.keys())
@@ -122,15 +122,15 @@ def composition(work: Path, chats: int) -> dict:
 
 def foretold(proxies: dict[str, Runs], runs: dict[str, Runs]) -> dict:
     """Of proxy runs at each learning rate: τ of every arm beside its τ after all epochs, seed 0, and the rank correlation."""
-    found = {}
+    by_rate = {}
     for name, proxy in proxies.items():
         rate, arm = re.fullmatch(r"proxy at ([\d.e-]+), (.*)", name).groups()
         if arm in runs:
-            pair = [tau(with_seeds(each, [0]), "T=0") for each in (proxy, runs[arm])]
-            found.setdefault(rate, {"arms": {}})["arms"][arm] = pair
-    for each in found.values():
-        each["spearman"] = float(spearmanr(*zip(*each["arms"].values())).statistic)
-    return found
+            pair = [tau(with_seeds(one, [0]), "T=0") for one in (proxy, runs[arm])]
+            by_rate.setdefault(rate, {"arms": {}})["arms"][arm] = pair
+    for row in by_rate.values():
+        row["spearman"] = float(spearmanr(*zip(*row["arms"].values())).statistic)
+    return by_rate
 
 
 def _print(results: dict) -> None:
@@ -141,23 +141,23 @@ def _print(results: dict) -> None:
         head = ["arm (seeds)", "samples", "steps", f"τ [95%], {t}", *benchmarks, "− full", "− random"]
         print("\n| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
         for name, arm in sorted(arms.items(), key=lambda item: -item[1][t]["tau"]):
-            own = arm[t]
+            figures = arm[t]
             cells = [f"{name} ({len(arm['seeds'])})", str(arm["samples"]), str(arm["steps"])]
-            cells += [_interval(own["tau"], own), *(f"{own['by_benchmark'][b]:.3f}" for b in benchmarks)]
+            cells += [_interval(figures["tau"], figures), *(f"{figures['by_benchmark'][b]:.3f}" for b in benchmarks)]
             for kind in ("minus_full", "minus_random"):
                 d = results[kind].get(name, {}).get(t)
                 cells.append(_interval(d["difference"], d, "+") if d else "")
             print("| " + " | ".join(cells) + " |")
     print()
-    for pair, each in results["compared"].items():
-        for t, row in each.items():
+    for pair, by_temperature in results["compared"].items():
+        for t, row in by_temperature.items():
             cells = [f"{pair}, {t} ({row['all']['seeds']})", *(_interval(d["difference"], d, "+") for d in row.values())]
             print("| " + " | ".join(cells) + " |")
-    for metric, each in results["kept"].items():
-        print(f"| {metric} | {' | '.join(map(str, each['sources'].values()))} | {each['of_flatness']:.0%} |")
-    for rate, each in results["proxies"].items():
-        pairs = ", ".join(f"{arm} {proxy:.3f} → {final:.3f}" for arm, (proxy, final) in each["arms"].items())
-        print(f"proxies at rate {rate}: Spearman {each['spearman']:+.2f} ({pairs})")
+    for metric, row in results["kept"].items():
+        print(f"| {metric} | {' | '.join(map(str, row['sources'].values()))} | {row['of_flatness']:.0%} |")
+    for rate, row in results["proxies"].items():
+        pairs = ", ".join(f"{arm} {proxy:.3f} → {final:.3f}" for arm, (proxy, final) in row["arms"].items())
+        print(f"proxies at rate {rate}: Spearman {row['spearman']:+.2f} ({pairs})")
 
 
 def _interval(value: float, row: dict, sign: str = "") -> str:

@@ -38,11 +38,11 @@ def main() -> None:
     edges = np.quantile(flatness, np.linspace(0, 1, BINS + 1))
     bins = np.clip(np.searchsorted(edges, flatness, side="right") - 1, 0, BINS - 1)
     look = _make_look(pool, held_out)
-    seen = [look(init_state(pool.draft, make_optimizer(pool.recipe, 1), 0).params)]
+    looks = [look(init_state(pool.draft, make_optimizer(pool.recipe, 1), 0).params)]
 
     def probe(params: dict) -> dict:
-        seen.append(look(params))
-        return {"tau": float(1 + seen[-1][3].mean())}  # of the first depth alone; only the log reads it
+        looks.append(look(params))
+        return {"tau": float(1 + looks[-1][3].mean())}  # of the first depth alone; only the log reads it
 
     steps_an_epoch = len(epoch_batches([len(s.tokens) for s in kept], pool.shapes, 0, 0))
     train(
@@ -50,16 +50,16 @@ def main() -> None:
         pool.loaded.mesh, out=options.work / "dynamics", identity=pool.loaded.identity, draft=pool.draft, shapes=pool.shapes,
         probe=probe, probe_every=steps_an_epoch,
     )  # fmt: skip
-    seen = np.stack(seen)  # [epoch, figure, token]
+    looks = np.stack(looks)  # [epoch, figure, token]
     results = {
         "hardware": describe_hardware(), "train_samples": len(kept), "held_out_samples": len(held_out),
         "held_out_tokens": len(flatness), "epochs": options.epochs, "steps_an_epoch": steps_an_epoch,
-        "flatness_edges": edges.tolist(), "by_epoch_and_bin": _by_bin(seen, bins),
+        "flatness_edges": edges.tolist(), "by_epoch_and_bin": _by_bin(looks, bins),
     }  # fmt: skip
-    results["change_of_l1"] = _changes(seen, bins, owner)
+    results["change_of_l1"] = _changes(looks, bins, owner)
     out = options.work if SMOKE else HERE
     write_results(out / "results.jsonl", results)
-    _plot(seen, bins, out / "dynamics.png")
+    _plot(looks, bins, out / "dynamics.png")
 
 
 def _flatness(pool: Pool, samples) -> tuple[np.ndarray, np.ndarray]:
@@ -108,50 +108,51 @@ def _make_look(pool: Pool, samples):
         blocks = (hidden[:, 1:].reshape(-1, hidden.shape[2]), predicted.reshape(-1, hidden.shape[2]))
         size = blocks[0].shape[0]
         blocks = jax.tree.map(lambda x: jnp.pad(x, ((0, -size % 16), (0, 0))).reshape(shape), blocks)
-        found = jax.lax.map(of_row, blocks).swapaxes(0, 1).reshape(len(FIGURES), -1)[:, :size]
-        return found.reshape(len(FIGURES), *batch.tokens[:, 1:].shape)
+        losses = jax.lax.map(of_row, blocks).swapaxes(0, 1).reshape(len(FIGURES), -1)[:, :size]
+        return losses.reshape(len(FIGURES), *batch.tokens[:, 1:].shape)
 
     def look(params) -> np.ndarray:
-        found = {}
+        by_sample = {}
         for plan in make_batches(lengths, pool.shapes):
             rows = np.asarray(of_batch(params, device_batch(data, plan.indices, plan.shape, pool.loaded.mesh)))
             for row, i in zip(rows.swapaxes(0, 1), plan.indices):
-                found[i] = row[:, _loss_places(samples[i]) - 1]  # the loss at t is of the distribution scored at t + 1
-        return np.concatenate([found[i] for i in range(len(samples))], axis=1)
+                by_sample[i] = row[:, _loss_places(samples[i]) - 1]  # the loss at t is of the distribution scored at t + 1
+        return np.concatenate([by_sample[i] for i in range(len(samples))], axis=1)
 
     return look
 
 
-def _by_bin(seen, bins) -> list[dict]:
+def _by_bin(looks, bins) -> list[dict]:
     return [
-        {name: [float(figures[i][bins == b].mean()) for b in range(BINS)] for i, name in enumerate(FIGURES)} for figures in seen
+        {name: [float(figures[i][bins == b].mean()) for b in range(BINS)] for i, name in enumerate(FIGURES)}
+        for figures in looks
     ]
 
 
-def _changes(seen, bins, owner) -> dict:
+def _changes(looks, bins, owner) -> dict:
     """Mean fall of ‖p − q‖₁ per bin from before training to the end, and in the last epoch; 95% over samples."""
-    found = {}
-    for name, before in (("in all", seen[0]), ("last epoch", seen[-2])):
-        fall = before[1] - seen[-1][1]
+    changes = {}
+    for name, earlier in (("in all", looks[0]), ("last epoch", looks[-2])):
+        fall = earlier[1] - looks[-1][1]
         rows = []
         for b in range(BINS):
-            own = bins == b
-            sums = np.bincount(owner[own], weights=fall[own], minlength=owner.max() + 1)
-            counts = np.bincount(owner[own], minlength=owner.max() + 1)
+            in_bin = bins == b
+            sums = np.bincount(owner[in_bin], weights=fall[in_bin], minlength=owner.max() + 1)
+            counts = np.bincount(owner[in_bin], minlength=owner.max() + 1)
             low, high = interval(resample_ratios(sums[:, None], counts[:, None], 0)[:, 0])
-            rows.append({"mean": float(fall[own].mean()), "low": low, "high": high})
-        found[name] = rows
-    return found
+            rows.append({"mean": float(fall[in_bin].mean()), "low": low, "high": high})
+        changes[name] = rows
+    return changes
 
 
-def _plot(seen, bins, path: Path) -> None:
+def _plot(looks, bins, path: Path) -> None:
     figure, axes = plt.subplots(1, 4, figsize=(14, 3.4), layout="constrained")
     titles = ("cross entropy (nats)", "‖p − q‖₁", "gradient norm ‖q − p‖₂", "acceptance Σ min(p, q)")
     colours = plt.cm.viridis(np.linspace(0, 0.95, BINS))
     for i, (axis, title) in enumerate(zip(axes, titles)):
         for b in range(BINS):
-            axis.plot([figures[i][bins == b].mean() for figures in seen[1:]], color=colours[b], label=f"tenth {b + 1}")
-        axis.set(title=title, xlabel="epoch", xticks=range(len(seen) - 1), xticklabels=range(1, len(seen)))
+            axis.plot([figures[i][bins == b].mean() for figures in looks[1:]], color=colours[b], label=f"tenth {b + 1}")
+        axis.set(title=title, xlabel="epoch", xticks=range(len(looks) - 1), xticklabels=range(1, len(looks)))
     axes[-1].legend(fontsize=6, title="of flatness", title_fontsize=6)
     figure.savefig(path, dpi=90)
 

@@ -34,9 +34,11 @@ def main() -> None:
     for name in sorted(names, key=lambda name: -results["arms"][name]["T=0"]["tau"]):
         arm, d = results["arms"][name], results["minus_half"].get(name)
         t = arm["T=0"]
-        own = runs[name].rows[0]["cpu_seconds_of_own_store"] if "cpu_seconds_of_own_store" in runs[name].rows[0] else 0
+        store_seconds = (
+            runs[name].rows[0]["cpu_seconds_of_own_store"] if "cpu_seconds_of_own_store" in runs[name].rows[0] else 0
+        )
         cells = [
-            name, str(arm["steps"]), f"{arm['tokens_in_loss']:,}", f"{arm['cpu_seconds'][0]:.0f}", f"{own:.0f}",
+            name, str(arm["steps"]), f"{arm['tokens_in_loss']:,}", f"{arm['cpu_seconds'][0]:.0f}", f"{store_seconds:.0f}",
             f"{t['tau']:.3f} [{t['low']:.3f}, {t['high']:.3f}]",
             f"{d['difference']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]" if d else "",
         ]  # fmt: skip

@@ -20,13 +20,13 @@ FIGURES = (
 )  # fmt: skip
 
 
-def decoded(pool: Pool, chosen: dict[str, System], temperature: float, each: int, tree: TreeShape) -> dict[str, dict]:
+def decoded(pool: Pool, chosen: dict[str, System], temperature: float, per_source: int, tree: TreeShape) -> dict[str, dict]:
     """One turn of `each` prompts of every benchmark, one prompt at a time, all systems of one budget in turn on it."""
     prompts = []
     for source in PROMPTS:
-        asked = [prompt for prompt in pool.prompts if prompt.source == source][:each]
-        prompts += [prompt.__class__(prompt.id, source, prompt.turns[:1]) for prompt in asked]
-    found = {}
+        of_source = [prompt for prompt in pool.prompts if prompt.source == source][:per_source]
+        prompts += [prompt.__class__(prompt.id, source, prompt.turns[:1]) for prompt in of_source]
+    timings = {}
     for times in sorted({system.nodes // NODES for system in chosen.values()}):
         teams = {name: system.team for name, system in chosen.items() if system.nodes == times * NODES}
         reports = evaluate(
@@ -35,9 +35,9 @@ def decoded(pool: Pool, chosen: dict[str, System], temperature: float, each: int
         )  # fmt: skip
         for name, report in reports.items():
             name = name.replace(f"at {times * NODES}", f"at {times * tree.nodes}")
-            found[name] = {"nodes": times * tree.nodes} | {figure: report[figure] for figure in FIGURES}
+            timings[name] = {"nodes": times * tree.nodes} | {figure: report[figure] for figure in FIGURES}
             print(f"{name}: τ {report['tau']:.3f}, speedup {report['speedup']:.3f}", flush=True)
-    return found
+    return timings
 
 
 def main() -> None:
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--tree", nargs=3, type=int, default=[5, 10, NODES], help="depth, top-k and nodes (doubled at 120)")
     parser.add_argument("--systems", nargs="+", help="of those in the tables; all unless given")
     options = parser.parse_args()
-    pool = open_pool(options, [0.0], asked=PROMPTS, answers="answers_taps")
+    pool = open_pool(options, [0.0], per_file=PROMPTS, answers="answers_taps")
     path = (options.work if SMOKE else HERE) / "clock.jsonl"
     tree = TreeShape(*options.tree)
     budget = "" if tree == TreeShape(5, 10, NODES) else f", trees of depth {tree.depth}, top-k {tree.top_k}, {tree.nodes} nodes"
@@ -58,9 +58,9 @@ def main() -> None:
         chosen = systems(pool, training, options.seed)
         chosen = {name: system for name, system in chosen.items() if not options.systems or name in options.systems}
         for temperature in options.temperatures:
-            found = decoded(pool, chosen, temperature, options.each, tree)
+            timings = decoded(pool, chosen, temperature, options.each, tree)
             results = read_results(path)
-            results[f"{training}, T={temperature:g}{budget}"] = found
+            results[f"{training}, T={temperature:g}{budget}"] = timings
             results["hardware"] = describe_hardware()
             write_results(path, results)
 

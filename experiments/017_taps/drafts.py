@@ -23,27 +23,29 @@ def arms(pool: Pool, training: str, size: int, seed: int, epochs: int, flattest:
 
     `flattest`: of the flattest half of either subject.
     """
-    both = [
+    labelled = [
         dataclasses.replace(sample, source="maths" if sample.source in MATHS else "chat")
         for sample in pool.samples
         if sample.source in MATHS + CHAT
     ]
     if flattest:
         scores = dict(zip(pool.table.ids, pool.table["flatness"]))
-        subjects = {name: [sample for sample in both if sample.source == name] for name in ("maths", "chat")}
-        both = [
+        subjects = {name: [sample for sample in labelled if sample.source == name] for name in ("maths", "chat")}
+        labelled = [
             sample
             for name, subject in subjects.items()
             for sample in sorted(subject, key=lambda sample: -scores[sample.id])[: how_many(0.5, len(subject))]
         ]
     shares = {"maths": {"maths": 1.0}, "chat": {"chat": 1.0}, "mixed small": None, "mixed large": None}
-    found = {}
+    arms_by_name = {}
     for name, weights in shares.items():
         total = 2 * size if name == "mixed large" else size
-        ids = [sample.id for sample in mixture(both, weights or {"maths": 0.5, "chat": 0.5}, "samples", total, 0)]
+        ids = [sample.id for sample in mixture(labelled, weights or {"maths": 0.5, "chat": 0.5}, "samples", total, 0)]
         chosen = ", flattest" if flattest else ""
-        found[f"{training} {name}{chosen} seed {seed}"] = Arm(ids, TRAININGS[training] | {"seed": seed, "epochs": epochs})
-    return found
+        arms_by_name[f"{training} {name}{chosen} seed {seed}"] = Arm(
+            ids, TRAININGS[training] | {"seed": seed, "epochs": epochs}
+        )
+    return arms_by_name
 
 
 def main() -> None:

@@ -37,7 +37,7 @@ def replayed(pool: Pool, system: System, temperature: float, programs: dict) -> 
         sources = np.array([prompt.source for prompt in pool.prompts])
         total = {s: [x[sources == s].sum(axis=0) for x in shares] for s in PROMPTS}
         row["shares"] = {
-            s: {kind: (x / x.sum()).tolist() for kind, x in zip(("verified", "accepted"), each)} for s, each in total.items()
+            s: {kind: (x / x.sum()).tolist() for kind, x in zip(("verified", "accepted"), parts)} for s, parts in total.items()
         }
     return row
 
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--flattest", action="store_true", help="of drafts that were trained on the flattest half")
     parser.add_argument("--systems", nargs="+", help="of the replayed; all unless given")
     options = parser.parse_args()
-    pool = open_pool(options, options.temperatures, asked=PROMPTS, answers="answers_taps")
+    pool = open_pool(options, options.temperatures, per_file=PROMPTS, answers="answers_taps")
     path = (options.work if SMOKE else HERE) / "results.jsonl"
     results = read_results(path)
     results |= {"hardware": describe_hardware(), "prompts": [prompt.source for prompt in pool.prompts]}
@@ -60,10 +60,10 @@ def main() -> None:
         for temperature in options.temperatures:
             for seed, next_seed in zip(options.seeds, [*options.seeds[1:], options.seeds[0]]):
                 key = f"{training}, T={temperature:g}"
-                done = results.setdefault("replayed", {}).setdefault(key, {})
-                other = next_seed if next_seed != seed else None
-                for name, system in systems(pool, training, seed, chosen, other).items():
-                    rows = done.setdefault(name, {})
+                replays = results.setdefault("replayed", {}).setdefault(key, {})
+                second_seed = next_seed if next_seed != seed else None
+                for name, system in systems(pool, training, seed, chosen, second_seed).items():
+                    rows = replays.setdefault(name, {})
                     if str(seed) in rows or (options.systems and name not in options.systems):
                         continue
                     rows[str(seed)] = row = replayed(pool, system, temperature, programs)

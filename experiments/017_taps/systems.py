@@ -29,15 +29,15 @@ def systems(pool: Pool, training: str, seed: int, chosen: str = "", other_seed: 
     """
     drafts = {name: trained_draft(pool, f"{training} {name}{chosen} seed {seed}") for name in SINGLE}
     teams = {name: Team({name: draft}) for name, draft in drafts.items()}
-    both = {name: drafts[name] for name in ("maths", "chat")}
-    teams["averaged"] = Team({"averaged": average_drafts(both, (0.5, 0.5))})
+    pair = {name: drafts[name] for name in ("maths", "chat")}
+    teams["averaged"] = Team({"averaged": average_drafts(pair, (0.5, 0.5))})
     if other_seed is not None:
-        unlike = both | {"chat": trained_draft(pool, f"{training} chat{chosen} seed {other_seed}")}
+        unlike = pair | {"chat": trained_draft(pool, f"{training} chat{chosen} seed {other_seed}")}
         teams["averaged, of two starts"] = Team({"averaged": average_drafts(unlike, (0.5, 0.5))})
-    teams["routed"] = Team(both, Combine("route"))
-    teams["routed by entropy"] = Team(both, Combine("route", "entropy"))
-    teams["routed per prompt"] = Team(both, Combine("route", "confidence", 5))
-    teams["merged at 60"] = Team(both, Combine("merge"))
+    teams["routed"] = Team(pair, Combine("route"))
+    teams["routed by entropy"] = Team(pair, Combine("route", "entropy"))
+    teams["routed per prompt"] = Team(pair, Combine("route", "confidence", 5))
+    teams["merged at 60"] = Team(pair, Combine("merge"))
     at_60 = {name: System(team) for name, team in teams.items()}
     at_120 = {
         "mixed large at 120": System(teams["mixed large"], 2 * NODES),

@@ -33,10 +33,10 @@ COMPARED = (
 def summaries(results: dict) -> dict:
     """{"EAGLE-2, T=0": {"systems": {name: figures}, "differences": {"a − b": figures}}}."""
     sources = np.array(results["prompts"])
-    found = {}
+    summaries_by_key = {}
     for key, by_name in results["replayed"].items():
         runs = {name: _runs(by_seed) for name, by_seed in by_name.items() if by_seed}
-        found[key] = {
+        summaries_by_key[key] = {
             "systems": {name: _figures(runs[name], by_name[name], sources) for name in runs},
             "differences": {f"{a} − {b}": difference(runs[a], runs[b], "") for a, b in COMPARED if a in runs and b in runs},
         }
@@ -45,8 +45,8 @@ def summaries(results: dict) -> dict:
         common = [name for name in hass if hass[name] and eagle.get(name)]
         if common:
             between = {f"{name}, HASS − EAGLE-2": difference(_runs(hass[name]), _runs(eagle[name]), "") for name in common}
-            found[f"HASS, {temperature}"]["differences"] |= between
-    return found
+            summaries_by_key[f"HASS, {temperature}"]["differences"] |= between
+    return summaries_by_key
 
 
 def _runs(by_seed: dict) -> Runs:
@@ -55,39 +55,39 @@ def _runs(by_seed: dict) -> Runs:
 
 
 def _figures(runs: Runs, by_seed: dict, sources: np.ndarray) -> dict:
-    def of(picked: np.ndarray) -> dict:
-        own = runs._replace(emitted={"": runs.emitted[""][:, picked]}, steps={"": runs.steps[""][:, picked]})
-        low, high = np.percentile(resampled(own, "", *draws(len(picked), len(runs.seeds))), [2.5, 97.5])
-        return {"tau": tau(own, ""), "low": float(low), "high": float(high)}
+    def figures_of(picked: np.ndarray) -> dict:
+        part = runs._replace(emitted={"": runs.emitted[""][:, picked]}, steps={"": runs.steps[""][:, picked]})
+        low, high = np.percentile(resampled(part, "", *draws(len(picked), len(runs.seeds))), [2.5, 97.5])
+        return {"tau": tau(part, ""), "low": float(low), "high": float(high)}
 
     rows = list(by_seed.values())
     reached, accepted = (np.sum([row[name] for row in rows], axis=0) for name in ("reached", "accepted"))
-    found = {
-        "nodes": rows[0]["nodes"], "seeds": runs.seeds, **of(np.arange(len(sources))),
-        "by_benchmark": {name: of(np.flatnonzero(sources == name)) for name in dict.fromkeys(sources.tolist())},
+    figures = {
+        "nodes": rows[0]["nodes"], "seeds": runs.seeds, **figures_of(np.arange(len(sources))),
+        "by_benchmark": {name: figures_of(np.flatnonzero(sources == name)) for name in dict.fromkeys(sources.tolist())},
         "alpha": [float(a / r) if r else None for a, r in zip(accepted, reached)],
     }  # fmt: skip
     if "shares" in rows[0]:
-        found["first_verified"] = {
+        figures["first_verified"] = {
             source: float(np.mean([row["shares"][source]["verified"][0] for row in rows])) for source in rows[0]["shares"]
         }
-    return found
+    return figures
 
 
 def table(summary: dict, clock: dict) -> str:
     """Markdown, a table for each training and temperature, with the speeds that `clock.py` found."""
     lines = []
-    for key, each in summary.items():
-        benchmarks = list(next(iter(each["systems"].values()))["by_benchmark"])
+    for key, group in summary.items():
+        benchmarks = list(next(iter(group["systems"].values()))["by_benchmark"])
         head = ["system (seeds)", "nodes", "τ, all", *benchmarks, "α by depth", "nodes of maths", "tokens/s", "speedup"]
         lines += [f"\n{key}\n", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-        for name, row in each["systems"].items():
+        for name, row in group["systems"].items():
             shares = ", ".join(f"{share:.0%}" for share in row.get("first_verified", {}).values())
             alphas = " ".join("–" if alpha is None else f"{alpha:.2f}" for alpha in row["alpha"])
             taus = [_interval(row), *map(_interval, row["by_benchmark"].values())]
             cells = [f"{name} ({len(row['seeds'])})", str(row["nodes"]), *taus, alphas, shares, *_speed(clock, key, name)]
             lines.append("| " + " | ".join(cells) + " |")
-        for name, row in each["differences"].items():
+        for name, row in group["differences"].items():
             lines.append(f"- {name}: {row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}] ({row['seeds']})")
     return "\n".join(lines)
 

@@ -81,16 +81,24 @@ def _in_text(sample: Sample, prompt: int, judged: Judged, max_new_tokens: int) -
     depth = np.arange(1, len(judged.accept) + 1)
     begin = np.arange(1, min(max_new_tokens, length))[:, None]  # tokens that are there when a step begins
     # At depth i a step proposes the answer's token begin + i − 1, counted from 0; nothing behind the answer's end.
-    there = begin + depth <= length
-    at = np.where(there, start + begin + depth - 3, 0)
-    accepted, probability, entropy = (np.where(there, field[depth - 1, at], 0.0).astype(float) for field in judged)
+    proposed = begin + depth <= length
+    at = np.where(proposed, start + begin + depth - 3, 0)
+    accepted, probability, entropy = (np.where(proposed, field[depth - 1, at], 0.0).astype(float) for field in judged)
     reached = np.cumprod(np.pad(accepted[:, :-1], ((0, 0), (1, 0)), constant_values=1.0), axis=1)
     path = np.cumprod(probability, axis=1)
-    wide = (accepted, probability, entropy, reached, path, np.broadcast_to(depth, there.shape), np.full(there.shape, prompt))
-    return DraftTokens(*(field[there] for field in wide))
+    wide = (
+        accepted,
+        probability,
+        entropy,
+        reached,
+        path,
+        np.broadcast_to(depth, proposed.shape),
+        np.full(proposed.shape, prompt),
+    )
+    return DraftTokens(*(field[proposed] for field in wide))
 
 
-def only(drafted: DraftTokens, rows: Bool[np.ndarray, " n"]) -> DraftTokens:
+def rows_of(drafted: DraftTokens, rows: Bool[np.ndarray, " n"]) -> DraftTokens:
     """The entries that `rows` picks: those of one depth, or of some prompts."""
     return DraftTokens(*(field[rows] for field in drafted))
 
@@ -100,9 +108,9 @@ def only(drafted: DraftTokens, rows: Bool[np.ndarray, " n"]) -> DraftTokens:
 
 def reliability(drafted: DraftTokens, confidence: Float[np.ndarray, " n"], seed: int, bins: int = 10) -> list[Bin]:
     """Accepted share by confidence in [0, 1], in so many bins of equal width; those that nothing reaches are left out."""
-    which = np.minimum((confidence * bins).astype(int), bins - 1)
+    bin_numbers = np.minimum((confidence * bins).astype(int), bins - 1)
     sums = (drafted.reached, drafted.reached * confidence, drafted.reached * drafted.accepted)
-    count, mean, accepted = (_by_prompt(drafted, values, which, bins) for values in sums)
+    count, mean, accepted = (_by_prompt(drafted, values, bin_numbers, bins) for values in sums)
     resampled = resample_ratios(accepted, count, seed)
     count, mean, accepted = (values.sum(axis=0) for values in (count, mean, accepted))
     return [
@@ -132,9 +140,9 @@ def auroc(drafted: DraftTokens, confidence: Float[np.ndarray, " n"], seed: int) 
     for b in range(size):
         rows = np.flatnonzero(prompt == b)
         rows = rows[np.argsort(confidence[rows], kind="stable")]
-        below = np.concatenate([[0.0], np.cumsum(wrong[rows])])
-        less, no_more = (below[np.searchsorted(confidence[rows], confidence, side)] for side in ("left", "right"))
-        wins[:, b] = np.bincount(prompt, right * (less + no_more) / 2, size)
+        wrong_below = np.concatenate([[0.0], np.cumsum(wrong[rows])])
+        fewer, not_more = (wrong_below[np.searchsorted(confidence[rows], confidence, side)] for side in ("left", "right"))
+        wins[:, b] = np.bincount(prompt, right * (fewer + not_more) / 2, size)
     right, wrong = (np.bincount(prompt, values, size) for values in (right, wrong))
     areas = []
     for times in (np.ones((1, size)), resample_times(size, seed)):

@@ -33,8 +33,8 @@ def main() -> None:
     counts = replay.walk(recorded, judged)
     drafted = confidence.proposed(recorded, judged)
     sources = np.array([prompt.source for prompt in pool.prompts])
-    by_source = {source: confidence.only(drafted, sources[drafted.prompt] == source) for source in dict.fromkeys(sources)}
-    depths = {depth: confidence.only(drafted, drafted.depth == depth) for depth in range(1, GAMMA + 1)}
+    by_source = {source: confidence.rows_of(drafted, sources[drafted.prompt] == source) for source in dict.fromkeys(sources)}
+    depths = {depth: confidence.rows_of(drafted, drafted.depth == depth) for depth in range(1, GAMMA + 1)}
     results = {
         "hardware": describe_hardware(),
         "draft": options.draft,
@@ -47,8 +47,8 @@ def main() -> None:
                 "measured": confidence.measured_tau(part, 0),
                 "as_confident": confidence.expected_tau(part, 0),
                 "predicted_from": {
-                    other: confidence.predicted_tau(part, confidence.thresholds(labelled), 0)
-                    for other, labelled in by_source.items()
+                    other_source: confidence.predicted_tau(part, confidence.thresholds(labelled), 0)
+                    for other_source, labelled in by_source.items()
                 },
             }
             for source, part in by_source.items()
@@ -57,11 +57,11 @@ def main() -> None:
     errors = {"as_confident": [], "atc": [], "tau_of_the_other": []}
     for source, row in results["tau"].items():
         truth = row["measured"]["tau"]
-        for other, predicted in row["predicted_from"].items():
-            if other != source:
+        for other_source, predicted in row["predicted_from"].items():
+            if other_source != source:
                 errors["as_confident"].append(abs(row["as_confident"]["tau"] - truth))
                 errors["atc"].append(abs(predicted["tau"] - truth))
-                errors["tau_of_the_other"].append(abs(results["tau"][other]["measured"]["tau"] - truth))
+                errors["tau_of_the_other"].append(abs(results["tau"][other_source]["measured"]["tau"] - truth))
     results["mean_absolute_error"] = {name: float(np.mean(part)) for name, part in errors.items()}
     out = options.work if SMOKE else HERE
     write_results(out / "results.jsonl", results)

@@ -9,10 +9,10 @@ from confidence import (
     expected_tau,
     figures,
     measured_tau,
-    only,
     predicted_tau,
     proposed,
     reliability,
+    rows_of,
     thresholds,
 )
 
@@ -46,11 +46,11 @@ def calibrated(n=60_000, prompts=150, seed=0):
 def test_a_calibrated_draft_is_found_to_be_one():
     drafted = calibrated()
     bins = reliability(drafted, drafted.probability, seed=0)
-    assert len(bins) == 10 and sum(each.count for each in bins) == 60_000
+    assert len(bins) == 10 and sum(bin_.count for bin_ in bins) == 60_000
     # 6000 a bin: the standard error is at most 0.0065, and ten bins must lie within four.
-    assert all(abs(each.accepted - each.confidence) < 0.026 for each in bins)
-    assert all(abs(each.confidence - (i + 0.5) / 10) < 0.01 for i, each in enumerate(bins))
-    assert all(each.accepted_low < each.accepted < each.accepted_high < each.accepted_low + 0.04 for each in bins)
+    assert all(abs(bin_.accepted - bin_.confidence) < 0.026 for bin_ in bins)
+    assert all(abs(bin_.confidence - (i + 0.5) / 10) < 0.01 for i, bin_ in enumerate(bins))
+    assert all(bin_.accepted_low < bin_.accepted < bin_.accepted_high < bin_.accepted_low + 0.04 for bin_ in bins)
     assert calibration_error(bins) < 0.013
     # Densities of accepted and refused are 2c and 2(1 − c): ∫ 2c ∫₀ᶜ 2(1 − b) db dc = 5/6.
     area = auroc(drafted, drafted.probability, seed=0)
@@ -61,7 +61,7 @@ def test_a_calibrated_draft_is_found_to_be_one():
 def test_what_is_not_calibrated_is_off_by_as_much():
     drafted = single([1, 0] * 50 + [1, 1, 0, 0, 0] * 40, [0.7] * 100 + [1.0] * 200)
     bins = reliability(drafted, drafted.probability, seed=0)
-    assert [(each.count, each.confidence, each.accepted) for each in bins] == [
+    assert [(bin_.count, bin_.confidence, bin_.accepted) for bin_ in bins] == [
         (100, pytest.approx(0.7), 0.5), (200, 1.0, pytest.approx(0.4)),
     ]  # fmt: skip
     assert calibration_error(bins) == pytest.approx((0.2 * 100 + 0.6 * 200) / 300)
@@ -84,15 +84,15 @@ def ragged(seed, whole):
 def test_auroc_and_its_interval_are_the_definitions(whole):
     drafted = ragged(0, whole)
     right, wrong = drafted.reached * drafted.accepted, drafted.reached * (1 - drafted.accepted)
-    found = auroc(drafted, drafted.probability, seed=3)
-    assert found["auroc"] == pytest.approx(area_by_definition(drafted.probability, right, wrong))
+    result = auroc(drafted, drafted.probability, seed=3)
+    assert result["auroc"] == pytest.approx(area_by_definition(drafted.probability, right, wrong))
     _, row = np.unique(drafted.prompt, return_inverse=True)
     resampled = [
         area_by_definition(drafted.probability, right * times[row], wrong * times[row])
         for times in resample_times(row.max() + 1, 3)
     ]
-    assert (found["auroc_low"], found["auroc_high"]) == pytest.approx(interval(np.array(resampled)))
-    assert auroc(drafted, -drafted.probability, seed=3)["auroc"] == pytest.approx(1 - found["auroc"])
+    assert (result["auroc_low"], result["auroc_high"]) == pytest.approx(interval(np.array(resampled)))
+    assert auroc(drafted, -drafted.probability, seed=3)["auroc"] == pytest.approx(1 - result["auroc"])
     assert auroc(drafted, np.ones(len(drafted.path)), seed=3)["auroc"] == pytest.approx(0.5)
 
 
@@ -111,10 +111,10 @@ def test_figures_are_of_what_is_reached():
         name: np.where(hidden, 1 - getattr(drafted, name), getattr(drafted, name))
         for name in ("accepted", "probability", "entropy")
     })  # fmt: skip
-    found = figures(drafted, seed=0)
-    assert found == figures(changed, seed=0) == figures(only(drafted, ~hidden), seed=0)
-    assert found["count"] == (~hidden).sum() and found["accepted"] == drafted.accepted[~hidden].mean()
-    assert found["auroc_entropy"] == pytest.approx(found["auroc"])  # entropies here are 1 − probabilities
+    result = figures(drafted, seed=0)
+    assert result == figures(changed, seed=0) == figures(rows_of(drafted, ~hidden), seed=0)
+    assert result["count"] == (~hidden).sum() and result["accepted"] == drafted.accepted[~hidden].mean()
+    assert result["auroc_entropy"] == pytest.approx(result["auroc"])  # entropies here are 1 − probabilities
 
 
 def test_tau_is_the_tokens_of_steps():
@@ -122,8 +122,8 @@ def test_tau_is_the_tokens_of_steps():
     drafted = steps(accepted, np.full(accepted.shape, 0.5), np.arange(4))
     assert measured_tau(drafted, seed=0)["tau"] == np.mean([3, 1, 2, 4])
     assert expected_tau(drafted, seed=0)["tau"] == 1 + 0.5 + 0.25 + 0.125
-    found = measured_tau(drafted, seed=0)
-    assert 1 <= found["tau_low"] < found["tau"] < found["tau_high"] <= 4
+    result = measured_tau(drafted, seed=0)
+    assert 1 <= result["tau_low"] < result["tau"] < result["tau_high"] <= 4
 
 
 def workload(seed, sure, n=500, noise=0.0):
@@ -145,13 +145,13 @@ def test_thresholds_are_exact_where_they_were_found(noise):
 
 def test_tau_of_another_workload_is_predicted_without_its_labels():
     """Where acceptance is a function of confidence, almost exactly, however much more confident the draft is there."""
-    found = thresholds(workload(0, sure=2))
+    limits = thresholds(workload(0, sure=2))
     easy, hard = workload(1, sure=6), workload(2, sure=0.7)
     for drafted in (easy, hard):
-        predicted = predicted_tau(drafted, found, seed=0)
+        predicted = predicted_tau(drafted, limits, seed=0)
         assert predicted["tau"] == pytest.approx(measured_tau(drafted, seed=0)["tau"], abs=0.03)
         blind = drafted._replace(accepted=np.zeros_like(drafted.accepted), reached=np.zeros_like(drafted.reached))
-        assert predicted_tau(blind, found, seed=0) == predicted
+        assert predicted_tau(blind, limits, seed=0) == predicted
     assert measured_tau(easy, seed=0)["tau"] > measured_tau(hard, seed=0)["tau"] + 1
 
 
@@ -166,9 +166,9 @@ def recorded_texts(seed=0, depth=3, max_new_tokens=9):
     """An answer that stops early, one that stops on the way, one cut at the limit, and one of a single token; two prompts."""
     random = np.random.default_rng(seed)
     samples, judged = [], []
-    for number, (asked, answered) in enumerate([(4, 5), (3, 10), (6, max_new_tokens + depth), (2, 1)]):
-        size = asked + answered
-        samples.append(Sample(f"s{number}", "s", np.ones(size, np.int32), np.arange(size) >= asked))
+    for number, (start, answered) in enumerate([(4, 5), (3, 10), (6, max_new_tokens + depth), (2, 1)]):
+        size = start + answered
+        samples.append(Sample(f"s{number}", "s", np.ones(size, np.int32), np.arange(size) >= start))
         if answered < max_new_tokens + depth:
             samples[-1].tokens[-1] = 0  # the stopping token
         accept = (random.random((depth, size)) < 0.7).astype(np.float32)
@@ -181,19 +181,19 @@ def test_proposed_tokens_are_those_of_the_walk():
     recorded, judged = recorded_texts()
     drafted = proposed(recorded, judged)
     accepted, reached, begun = np.zeros((2, 3)), np.zeros((2, 3)), np.zeros(2)
-    for sample, prompt, each in zip(recorded.samples, recorded.prompts, judged):
+    for sample, prompt, judgement in zip(recorded.samples, recorded.prompts, judged):
         start = int(np.argmax(sample.assistant_mask))
         stops = sample.tokens[start:] == 0
         for n in range(1, min(recorded.max_new_tokens, len(stops))):
-            _, one_reached, one_accepted = walk_text(each.accept, start + n - 1, stops[n - 1 :], max_new_tokens=2)
+            _, one_reached, one_accepted = walk_text(judgement.accept, start + n - 1, stops[n - 1 :], max_new_tokens=2)
             reached[prompt] += one_reached
             accepted[prompt] += one_accepted
             begun[prompt] += 1
     for prompt in (0, 1):
         for depth in (1, 2, 3):
-            own = (drafted.prompt == prompt) & (drafted.depth == depth)
-            assert drafted.reached[own].sum() == pytest.approx(reached[prompt, depth - 1])
-            assert np.sum((drafted.reached * drafted.accepted)[own]) == pytest.approx(accepted[prompt, depth - 1])
+            chosen = (drafted.prompt == prompt) & (drafted.depth == depth)
+            assert drafted.reached[chosen].sum() == pytest.approx(reached[prompt, depth - 1])
+            assert np.sum((drafted.reached * drafted.accepted)[chosen]) == pytest.approx(accepted[prompt, depth - 1])
     assert measured_tau(drafted, seed=0)["tau"] == pytest.approx(1 + accepted.sum() / begun.sum())
 
 
@@ -201,13 +201,13 @@ def test_a_path_is_that_of_its_own_step():
     recorded, judged = recorded_texts()
     drafted = proposed(recorded, judged)
     expected = []
-    for sample, each in zip(recorded.samples, judged):
+    for sample, judgement in zip(recorded.samples, judged):
         start, length = int(np.argmax(sample.assistant_mask)), int(sample.assistant_mask.sum())
         for begin in range(1, min(recorded.max_new_tokens, length)):
             path = 1.0
             for i in range(min(3, length - begin)):
-                probability, entropy = (field[i, start + begin + i - 2] for field in each[1:])
+                probability, entropy = (field[i, start + begin + i - 2] for field in judgement[1:])
                 path *= float(probability)
                 expected.append((path, probability, entropy, i + 1))
-    found = np.stack([drafted.path, drafted.probability, drafted.entropy, drafted.depth], axis=1)
-    np.testing.assert_allclose(found, np.array(expected), rtol=1e-6)
+    columns = np.stack([drafted.path, drafted.probability, drafted.entropy, drafted.depth], axis=1)
+    np.testing.assert_allclose(columns, np.array(expected), rtol=1e-6)

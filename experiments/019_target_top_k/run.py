@@ -42,12 +42,12 @@ def main() -> None:
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="chats, best the target's own")
     parser.add_argument("--chats", type=int, default=4 if smoke else 48)
     parser.add_argument("--turns", type=int, default=1 if smoke else 7)
-    given = parser.parse_args()
-    chats = ChatOptions(data=tuple(given.data), max_length=LENGTH, batch_tokens=1024)
+    arguments = parser.parse_args()
+    chats = ChatOptions(data=tuple(arguments.data), max_length=LENGTH, batch_tokens=1024)
     loaded = load(ScoreConfig(model=ModelOptions(target="smollm2"), chats=chats, out=HERE))
     target, mesh, recipe = loaded.target, loaded.mesh, Recipe(hidden_noise=0.0)
     frozen, draft = borrow(target.config, target.params), draft_of(target.config, recipe, loaded.samples)
-    samples = [loaded.samples[i] for i in np.random.default_rng(0).permutation(len(loaded.samples))[: given.chats]]
+    samples = [loaded.samples[i] for i in np.random.default_rng(0).permutation(len(loaded.samples))[: arguments.chats]]
     data = TrainingData(samples, make_recompute(target, mesh, "bfloat16"))
 
     block = vocabulary_block(jax.default_backend())
@@ -71,10 +71,10 @@ def main() -> None:
         step = make_train_step(draft, optimizer, mesh, dataclasses.replace(recipe, **changes))
         made[name] = [step, init_state(draft, optimizer, 0), batch._replace(soft_targets=stored)]
     seconds = {name: [] for name in made}
-    for turn in range(given.turns + 2):  # the first two compile: once for a fresh state, once for a program's own
-        for name, (step, state, own) in made.items():
+    for turn in range(arguments.turns + 2):  # the first two compile: once for a fresh state, once for a program's own
+        for name, (step, state, training_batch) in made.items():
             begin = time.perf_counter()
-            made[name][1], _ = jax.block_until_ready(step(frozen, state, own))
+            made[name][1], _ = jax.block_until_ready(step(frozen, state, training_batch))
             if turn > 1:
                 seconds[name].append(time.perf_counter() - begin)
 
@@ -86,7 +86,7 @@ def main() -> None:
                  for k, m in masses.items()},
         "bytes_a_token": {"means": row_bytes("bfloat16", width + 1)} | {k: 2 * row_words(k, vocab_size, 0) for k in KS},
         "counted_in_step": int(np.asarray(batch.counted).sum()),
-        "turns": given.turns,
+        "turns": arguments.turns,
         "median_seconds": {name: statistics.median(values) for name, values in seconds.items()},
         "times_means": {name: sorted(a / b for a, b in zip(values, seconds["means"])) for name, values in seconds.items()},
     }  # fmt: skip

@@ -49,11 +49,11 @@ class Stages:
         if name in self.seconds:
             return None
         cpu, wall = time.process_time(), time.perf_counter()
-        found = work(*args, **options)
+        outcome = work(*args, **options)
         self.seconds[name] = {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
         self.path.write_text(json.dumps(self.seconds, indent=1))
         print(f"{self.path.stem}, {name}: {self.seconds[name]['cpu']:.1f} CPU s", flush=True)
-        return found
+        return outcome
 
 
 def target_passes(pool: Pool, data: Path, work: Path, number: int) -> None:

@@ -26,7 +26,7 @@ def main() -> None:
     facts, passes = (json.loads((work / name).read_text()) for name in ("facts.json", "passes.json"))
     tokens = json.loads((options.work / "arms/full_seed_0/row.json").read_text())["tokens"]
     scale = tokens / facts["tokens"]
-    asked = {
+    of_target_by_arm = {
         "all": scale * passes["features of all"]["cpu"],
         "half": scale * (passes["scores, features of half"]["cpu"] + passes["selection"]["cpu"]),
     }
@@ -38,11 +38,11 @@ def main() -> None:
     # Chance needs no scores: the target reads the half that was drawn, and the rest is as of the flattest half.
     unscored = {number: row | {"counts": None} for number, row in arms["half, 8k head"].items()}
     arms["random half, not scored, 8k head"] = unscored
-    asked["random half, not scored"] = asked["all"] / 2
+    of_target_by_arm["random half, not scored"] = of_target_by_arm["all"] / 2
     runs = {name: _runs(name, by_seed, options.work) for name, by_seed in arms.items()}
     results = {"hardware": describe_hardware(), "passes": passes, "passes_on": facts, "tokens": tokens, "arms": {}}
     for name, by_seed in arms.items():
-        of_target = asked.get(name.rsplit(", ", 1)[0], asked["half"])
+        of_target = of_target_by_arm.get(name.rsplit(", ", 1)[0], of_target_by_arm["half"])
         stored, training = (
             np.mean([row["stages"][stage]["cpu"] for row in by_seed.values()]) for stage in ("soft targets", "training")
         )
@@ -77,12 +77,12 @@ def _runs(name: str, by_seed: dict[int, dict], pool: Path) -> Runs:
     arm, head = name.rsplit(", ", 1)
     if arm in SAME and head == "8k head":
         for path in pool.glob(f"arms/{SAME[arm]}_seed_*/row.json"):
-            found = np.array(json.loads(path.read_text())["T=0"]["accept_counts"])
+            counts_of_014 = np.array(json.loads(path.read_text())["T=0"]["accept_counts"])
             seed = int(path.parent.name.rsplit("_", 1)[1])
-            if seed in counts and not np.array_equal(counts[seed], found):
-                here, there = map(_tau, (counts[seed], found))
-                print(f"{name}, seed {seed}: not the counts of 014's draft; τ {here:.3f} here and {there:.3f} there")
-            counts.setdefault(seed, found)
+            if seed in counts and not np.array_equal(counts[seed], counts_of_014):
+                tau_here, tau_of_014 = map(_tau, (counts[seed], counts_of_014))
+                print(f"{name}, seed {seed}: not the counts of 014's draft; τ {tau_here:.3f} here and {tau_of_014:.3f} there")
+            counts.setdefault(seed, counts_of_014)
     seeds = sorted(counts)
     emitted = np.stack([counts[seed] @ np.arange(1, counts[seed].shape[1] + 1) for seed in seeds])
     return Runs(seeds, [{}] * len(seeds), {"": emitted}, {"": np.stack([counts[seed].sum(axis=1) for seed in seeds])})

@@ -41,9 +41,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="chats, best the target's own")
     parser.add_argument("--turns", type=int, default=1 if smoke else 9)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     loaded = load(
-        ScoreConfig(model=ModelOptions(target="smollm2"), chats=ChatOptions(data=tuple(given.data), max_length=256), out=HERE)
+        ScoreConfig(
+            model=ModelOptions(target="smollm2"), chats=ChatOptions(data=tuple(arguments.data), max_length=256), out=HERE
+        )
     )
     target, mesh, shape = loaded.target, loaded.mesh, Shape(4, 256)
     # The chats whose answers are longest: most of a batch's tokens count, as in long chats.
@@ -67,10 +69,10 @@ def main() -> None:
             made[head, share] = [step, init_state(draft, optimizer, 0), frozen, chosen]
             flops[head, share] = step_flops(draft, [shape], float((weights[share][:, 1:] > 0).sum()), 2)
     seconds = {key: [] for key in made}
-    for turn in range(given.turns + 2):  # the first two compile: once for a fresh state, once for a program's own
-        for key, (step, state, frozen, own) in made.items():
+    for turn in range(arguments.turns + 2):  # the first two compile: once for a fresh state, once for a program's own
+        for key, (step, state, frozen, training_batch) in made.items():
             begin = time.perf_counter()
-            made[key][1], _ = jax.block_until_ready(step(frozen, state, own))
+            made[key][1], _ = jax.block_until_ready(step(frozen, state, training_batch))
             if turn > 1:
                 seconds[key].append(time.perf_counter() - begin)
 
@@ -87,7 +89,7 @@ def main() -> None:
         cells += [f"{row['seconds']:.3f}", f"{row['time_ratio']:.2f} [{row['least']:.2f}, {row['most']:.2f}]"]
         print("| " + " | ".join(cells) + " |")
     if not smoke:
-        results = {"hardware": describe_hardware(), "counted": int(counted.sum()), "turns": given.turns, "rows": rows}
+        results = {"hardware": describe_hardware(), "counted": int(counted.sum()), "turns": arguments.turns, "rows": rows}
         (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
         _plot(rows, HERE / "share.png")
 
@@ -95,11 +97,11 @@ def main() -> None:
 def _plot(rows: list[dict], path: Path) -> None:
     figure, axis = plt.subplots(figsize=(5.5, 3.6), layout="constrained")
     for number, head in enumerate(HEADS):
-        own = [row for row in rows if row["head"] == head]
-        x = [100 * row["share"] for row in own]
-        axis.plot(x, [row["flops_ratio"] for row in own], "--", color=f"C{number}", label=f"{head}: arithmetic")
-        axis.plot(x, [row["time_ratio"] for row in own], "o-", color=f"C{number}", label=f"{head}: time")
-        axis.vlines(x, [row["least"] for row in own], [row["most"] for row in own], color=f"C{number}", alpha=0.4)
+        of_head = [row for row in rows if row["head"] == head]
+        x = [100 * row["share"] for row in of_head]
+        axis.plot(x, [row["flops_ratio"] for row in of_head], "--", color=f"C{number}", label=f"{head}: arithmetic")
+        axis.plot(x, [row["time_ratio"] for row in of_head], "o-", color=f"C{number}", label=f"{head}: time")
+        axis.vlines(x, [row["least"] for row in of_head], [row["most"] for row in of_head], color=f"C{number}", alpha=0.4)
     axis.set(xlabel="tokens trained on (% of the counted)", ylabel="of the step on all", ylim=(0, None), xlim=(0, 103))
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.pool.choices import by_metric, prompt_clusters, within
+from experiments.pool.choices import best_of_groups, by_metric, prompt_clusters
 from experiments.pool.counts import Runs, by_benchmark, runs_of, summary
 from experiments.pool.pool import PROMPTS, SMOKE, Arm, Pool, judge_draft, open_pool, pool_parser, taus, trained_draft
 from experiments.results import write_results
@@ -39,9 +39,9 @@ def chosen(pool: Pool, seed: int) -> dict[str, Sequence[str]]:
     return {
         "random 50%": by_metric(pool, "random", 0.5, seed),
         "flatness 50%": by_metric(pool, "flatness", 0.5, seed),
-        "flatness 50% within clusters": within(pool, clusters, flat, 0.5),
-        "random 50% within clusters": within(pool, clusters, chance, 0.5),
-        "flatness 50% within sources": within(pool, sources, flat, 0.5),
+        "flatness 50% within clusters": best_of_groups(pool, clusters, flat, 0.5),
+        "random 50% within clusters": best_of_groups(pool, clusters, chance, 0.5),
+        "flatness 50% within sources": best_of_groups(pool, sources, flat, 0.5),
     }
 
 
@@ -52,8 +52,8 @@ def row_of(pool: Pool, name: str, ids: Sequence[str], seed: int) -> dict:
         return json.loads(path.read_text())
     trained = pool.work / "arms" / name.replace(" ", "_")
     if (trained / "row.json").exists():
-        before = json.loads((trained / "row.json").read_text())
-        row = {key: before[key] for key in ("samples", "steps", "tokens_in_loss", "cpu_seconds")}
+        trained_row = json.loads((trained / "row.json").read_text())
+        row = {key: trained_row[key] for key in ("samples", "steps", "tokens_in_loss", "cpu_seconds")}
         draft, params, _ = trained_draft(pool, name)
     else:
         row, draft, params = Arm(ids, {"seed": seed}).train(pool, trained)
@@ -68,7 +68,7 @@ def row_of(pool: Pool, name: str, ids: Sequence[str], seed: int) -> dict:
 def tables(runs: dict[str, Runs], sources: np.ndarray) -> dict:
     """{"arms": summaries, "differences": at either temperature, by benchmark}."""
     return {
-        "arms": {name: summary(each, sources) for name, each in runs.items()},
+        "arms": {name: summary(arm_runs, sources) for name, arm_runs in runs.items()},
         "differences": {
             f"{a} − {b}, {t}": by_benchmark(runs[a], runs[b], t, sources) for a, b in COMPARED for t in ("T=0", "T=1")
         },
@@ -80,11 +80,11 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--first", action="store_true", help="the chats of 014 too, with the drafts that it trained")
     options = parser.parse_args()
-    shared = dict(temperatures=(0.0, 1.0), asked=OTHERS, answers="answers_others", besides={} if SMOKE else PROMPTS)
+    shared = dict(temperatures=(0.0, 1.0), per_file=OTHERS, answers="answers_others", excluded={} if SMOKE else PROMPTS)
     pools = {"other chats": open_pool(options, **shared, skip=options.chats)}
     if options.first:
         pools["the chats of 014"] = open_pool(options, **shared)
-    found = {}
+    outcomes = {}
     for chats, pool in pools.items():
         rows: dict[str, dict[int, dict]] = {}
         for seed in options.seeds:
@@ -92,10 +92,10 @@ def main() -> None:
                 prefix = "other chats, " if chats == "other chats" else ""
                 rows.setdefault(name, {})[seed] = row_of(pool, f"{prefix}{name} seed {seed}", ids, seed)
         sources = np.array([prompt.source for prompt in pool.prompts])
-        found[chats] = tables({name: runs_of(by_seed) for name, by_seed in rows.items()}, sources)
+        outcomes[chats] = tables({name: runs_of(by_seed) for name, by_seed in rows.items()}, sources)
     path = (options.work if SMOKE else HERE) / "results.jsonl"
-    write_results(path, found | {"hardware": describe_hardware()})
-    show(found)
+    write_results(path, outcomes | {"hardware": describe_hardware()})
+    show(outcomes)
 
 
 if __name__ == "__main__":

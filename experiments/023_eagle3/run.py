@@ -90,7 +90,7 @@ def run_halves(pool: Pool, options: argparse.Namespace, run) -> None:
     for seed in options.seeds:
         halves = {
             "random half": choices.by_metric(pool, "random", 0.5, seed),
-            "flattest half of every cluster": choices.within(pool, clusters, flatness, 0.5),
+            "flattest half of every cluster": choices.best_of_groups(pool, clusters, flatness, 0.5),
         }
         for name, ids in halves.items():
             run(f"{REFERENCE}, {name}", seed, ids, KINDS[REFERENCE])

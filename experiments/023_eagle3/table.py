@@ -20,12 +20,14 @@ def print_tables(results: dict) -> None:
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for name, rows in arms.items():
-        cpu, own = (np.mean([row[key] for row in rows.values()]) for key in ("cpu_seconds", "cpu_seconds_of_own_store"))
+        cpu, store_seconds = (
+            np.mean([row[key] for row in rows.values()]) for key in ("cpu_seconds", "cpu_seconds_of_own_store")
+        )
         steps = next(iter(rows.values()))["steps"]
         base = arms.get("EAGLE-2, equal cost" if "equal cost" in name else "EAGLE-2", {})
-        shown = " | ".join(interval(*resampled(rows, kind)) for kind in ("chain", "tree"))
+        taus = " | ".join(interval(*resampled(rows, kind)) for kind in ("chain", "tree"))
         print(
-            f"| {name} | {' '.join(rows)} | {steps} | {cpu:.0f} | {1000 * cpu / steps:.0f} | {own:.0f} | {shown} | "
+            f"| {name} | {' '.join(rows)} | {steps} | {cpu:.0f} | {1000 * cpu / steps:.0f} | {store_seconds:.0f} | {taus} | "
             f"{against(rows, base)} |"
         )
 

@@ -15,11 +15,11 @@ def main(work: Path, out: Path) -> None:
     for path in sorted(work.glob("*.json")):
         if path.name == "index.json":
             continue
-        found = json.loads(path.read_text())
+        written = json.loads(path.read_text())
         rows = {}
-        for row in found["rows"]:
+        for row in written["rows"]:
             rows.setdefault(row.pop("case"), {})[str(row.pop("step", 1))] = row
-        results[path.stem] = {"versions": found["versions"], "cases": rows}
+        results[path.stem] = {"versions": written["versions"], "cases": rows}
     for path in sorted(work.glob("*/results.json")):
         results[f"vLLM, format {path.parent.name}"] = json.loads(path.read_text())
     write_results(out, results)

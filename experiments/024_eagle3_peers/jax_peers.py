@@ -158,19 +158,21 @@ def main(work: Path, target: Path, out: Path, peer: str) -> None:
         if entry["flavour"] != peer:
             continue
         mesh, run, proposed = LOADERS[peer](work / entry["name"], embedding)
-        streams, ours = arrays["hidden " + " ".join(map(str, entry["layers"]))], arrays[entry["name"]][0]
+        streams, jsfdd_outputs = arrays["hidden " + " ".join(map(str, entry["layers"]))], arrays[entry["name"]][0]
         with jax.set_mesh(mesh):
-            theirs = [run(row, tokens) for row, tokens in zip(streams, arrays["tokens"])]
-            same = [np.asarray(proposed(a)) == np.asarray(proposed(jnp.asarray(b))) for a, b in zip(theirs, ours)]
-        difference = np.abs(ours - np.stack([np.asarray(x, np.float32) for x in theirs]))
-        scale = np.sqrt((ours**2).mean())
+            peer_outputs = [run(row, tokens) for row, tokens in zip(streams, arrays["tokens"])]
+            equal = [
+                np.asarray(proposed(a)) == np.asarray(proposed(jnp.asarray(b))) for a, b in zip(peer_outputs, jsfdd_outputs)
+            ]
+        difference = np.abs(jsfdd_outputs - np.stack([np.asarray(x, np.float32) for x in peer_outputs]))
+        scale = np.sqrt((jsfdd_outputs**2).mean())
         rows.append(
             {
                 "case": entry["case"],
-                "positions": int(np.size(same)),
+                "positions": int(np.size(equal)),
                 "max_difference_over_rms": float(difference.max() / scale),
                 "rms_difference_over_rms": float(np.sqrt((difference**2).mean()) / scale),
-                "same_proposal": int(np.sum(same)),
+                "same_proposal": int(np.sum(equal)),
             }
         )
         print(rows[-1], flush=True)

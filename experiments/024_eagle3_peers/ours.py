@@ -103,8 +103,8 @@ def main(target_dir: Path, work: Path, trained: Path | None = None) -> None:
             arrays[name] = np.stack([np.asarray(x) for x in outputs])
             # Over a draft vocabulary we weigh a token by what the target gives to it, and speculators does not.
             if flavour == "speculators" and not config.vocabulary:
-                found = loss_of_a_row(target, config, params, tokens, whole)
-                arrays |= {f"{name} {what}": value for what, value in found.items()}
+                parts = loss_of_a_row(target, config, params, tokens, whole)
+                arrays |= {f"{name} {part}": value for part, value in parts.items()}
                 arrays["final"] = np.asarray(whole[:1, 1:, -target.config.hidden_size :])
             index.append({"name": name, "case": case, "flavour": flavour, "layers": layers})
     np.savez(work / "arrays.npz", **arrays)

@@ -35,14 +35,14 @@ def eagle_draft(directory: Path, target: Path):
 
     def run(streams, tokens, steps):
         """[(the rows of a step that are compared, outputs)]: all of step 1, one row of every later step."""
-        found = [(slice(None), model.norm(model(streams, input_ids=tokens)))]
+        compared = [(slice(None), model.norm(model(streams, input_ids=tokens)))]
         for last in range(1, steps):  # `last` steps after the one that reads the target's states
             first = tokens.shape[1] - last
             out, cache = model(streams[:, :first], input_ids=tokens[:, :first], use_cache=True)
             for row in range(first, tokens.shape[1]):
                 out, cache = model(out[:, -1:], input_ids=tokens[:, row : row + 1], past_key_values=cache, use_cache=True)
-            found.append((slice(tokens.shape[1] - 1, None), model.norm(out)))
-        return found
+            compared.append((slice(tokens.shape[1] - 1, None), model.norm(out)))
+        return compared
 
     return run, model.lm_head, model
 
@@ -59,15 +59,15 @@ def speculators_draft(directory: Path, target: Path):
     assert not any(x.isnan().any() for x in model.parameters()), "a parameter that no tensor filled"
     # Beside transformers 5.19 a file without the embedding leaves it at zero: speculators looks for NaN and borrows nothing.
     model.embed_tokens.weight.data = load_file(target / "model.safetensors")["model.embed_tokens.weight"]
-    seen = []
-    model.lm_head.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    inputs_read = []
+    model.lm_head.register_forward_pre_hook(lambda _module, inputs: inputs_read.append(inputs[0]))
 
     def run(streams, tokens, steps):
         rows = []
         for row, ids in zip(streams, tokens):  # it takes one packed row
-            seen.clear()
+            inputs_read.clear()
             model(row[None], ids[None], torch.zeros_like(ids[None]), ttt_steps=steps)
-            rows.append([x[0] for x in seen])
+            rows.append([x[0] for x in inputs_read])
         return [(slice(n, None), torch.stack([row[n] for row in rows])[:, : tokens.shape[1] - n]) for n in range(steps)]
 
     return run, model.lm_head, model
@@ -87,9 +87,9 @@ def compare_losses(model, streams, tokens, final, loss, gradient) -> dict:
         model_loss = {"verifier_last_hidden_states": final, "ttt_steps": len(loss), "loss_config": config}
         _, total, metrics = model(streams[:1], tokens[:1], documents, torch.ones_like(documents), **model_loss)
         total.backward()
-    theirs = [metrics[f"loss_{n}_sum"].item() + entropy[n:].mean().item() for n in range(len(loss))]  # KL and H(p)
+    peer_loss = [metrics[f"loss_{n}_sum"].item() + entropy[n:].mean().item() for n in range(len(loss))]  # KL and H(p)
     change = (model.fc.weight.grad - gradient).norm() / gradient.norm()
-    return {"loss": list(map(float, loss)), "their_loss": theirs, "gradient_difference": change.item()}
+    return {"loss": list(map(float, loss)), "their_loss": peer_loss, "gradient_difference": change.item()}
 
 
 LOADERS = {"eagle": eagle_draft, "speculators": speculators_draft}
@@ -106,26 +106,26 @@ def main(work: Path, target: Path, out: Path, peer: str, checkout: str = "") -> 
             continue
         streams = torch.from_numpy(arrays["hidden " + " ".join(map(str, entry["layers"]))])
         run, head, model = LOADERS[peer](work / entry["name"], target)
-        ours = torch.from_numpy(arrays[entry["name"]])
-        for step, (places, theirs) in enumerate(run(streams, tokens, len(ours))):
-            mine = ours[step][:, places]
-            difference, scale = (mine - theirs).abs().max().item(), mine.pow(2).mean().sqrt().item()
-            same = head(mine).argmax(-1) == head(theirs).argmax(-1)
+        jsfdd_outputs = torch.from_numpy(arrays[entry["name"]])
+        for step, (places, peer_outputs) in enumerate(run(streams, tokens, len(jsfdd_outputs))):
+            expected = jsfdd_outputs[step][:, places]
+            difference, scale = (expected - peer_outputs).abs().max().item(), expected.pow(2).mean().sqrt().item()
+            equal = head(expected).argmax(-1) == head(peer_outputs).argmax(-1)
             rows.append(
                 {
                     "case": entry["case"],
                     "peer": entry["flavour"],
                     "step": step + 1,
-                    "positions": same.numel(),
+                    "positions": equal.numel(),
                     "max_difference_over_rms": difference / scale,
-                    "same_proposal": int(same.sum()),
+                    "same_proposal": int(equal.sum()),
                 }
             )
             print(rows[-1], flush=True)
         if f"{entry['name']} loss" in arrays:
-            found = [torch.from_numpy(arrays[f"{entry['name']} {what}"]) for what in ("loss", "gradient")]
+            stored = [torch.from_numpy(arrays[f"{entry['name']} {part}"]) for part in ("loss", "gradient")]
             final = torch.from_numpy(arrays["final"])
-            rows.append({"case": entry["case"], "step": "loss", **compare_losses(model, streams, tokens, final, *found)})
+            rows.append({"case": entry["case"], "step": "loss", **compare_losses(model, streams, tokens, final, *stored)})
             print(rows[-1], flush=True)
     packages = ("torch", "transformers", *(["speculators"] if peer == "speculators" else []))
     versions = {name: importlib.metadata.version(name) for name in packages}

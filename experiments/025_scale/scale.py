@@ -43,8 +43,8 @@ def select_command(rows: int, folder: Path) -> None:
     select_from(folder, "all")
 
 
-def select_from(folder: Path, within) -> None:
-    write_selection(folder / "selection.json", select(read_scores(folder / "scores.parquet"), 0.5, within=within))
+def select_from(folder: Path, groups) -> None:
+    write_selection(folder / "selection.json", select(read_scores(folder / "scores.parquet"), 0.5, within=groups))
 
 
 def prepare_scores(rows: int, folder: Path, sources: int = 10) -> None:
@@ -97,10 +97,10 @@ def _prepare(name: str, rows: int, folder: Path) -> None:
 
 
 def _measure(name: str, rows: int, folder: Path, answer) -> None:
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    memory_before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     MEASURED[name][1](rows, folder)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    answer.send({"seconds": round(time.perf_counter() - start, 3), "megabytes": round((peak - before) / 1024)})
+    answer.send({"seconds": round(time.perf_counter() - start, 3), "megabytes": round((peak - memory_before) / 1024)})
 
 
 def measure(name: str, rows: int) -> dict:

@@ -61,10 +61,10 @@ def _case(stage: str, work: Path, size: int, expected: dict) -> dict:
     words = [sys.executable, "-m", "jsfdd.commands.cli", *stages.command(stage, work / "inputs", mount)]
     command = " ".join(f"'{word}'" for word in words)
     script = SCRIPT.format(size=size, mount=mount, command=command, copy=copy)
-    done = subprocess.run(
+    process = subprocess.run(
         ["unshare", "--map-root-user", "--mount", "sh", "-c", script], capture_output=True, text=True, check=True
     )
-    first, left, second = map(int, done.stdout.split())
+    first, left, second = map(int, process.stdout.split())
     errors = (work / "case" / "err.1").read_text()
     lines = [line for line in errors.splitlines() if line.startswith("jsfdd: error")]
     return {

@@ -49,7 +49,7 @@ def main() -> None:
     while kills < options.kills:
         number += 1
         for stage in stages.STAGES:
-            out, here, code = work / "killed" / stage, 0, None
+            out, kills_here, code = work / "killed" / stage, 0, None
             shutil.rmtree(out, ignore_errors=True)
             out.mkdir(parents=True)
             while code is None:
@@ -57,14 +57,14 @@ def main() -> None:
                 end = time.monotonic() + limit
                 while child.running and time.monotonic() < end:
                     time.sleep(0.005)
-                if child.running and here < 6:  # then it may end
+                if child.running and kills_here < 6:  # then it may end
                     child.kill()
                     child.finish()
-                    here += 1
+                    kills_here += 1
                     continue
                 code, _, errors = child.finish()
-            kills += here
-            value = {"kills": here, "code": code, "same": code == 0 and stages.result(stage, out) == expected[stage]}
+            kills += kills_here
+            value = {"kills": kills_here, "code": code, "same": code == 0 and stages.result(stage, out) == expected[stage]}
             value["left_over"] = stages.left_over(out)
             if code:
                 value["error"] = errors[-300:]

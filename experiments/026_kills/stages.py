@@ -53,20 +53,20 @@ def result(stage: str, out: Path) -> dict[str, str]:
     from jsfdd.base.files import read_json
     from jsfdd.hidden.store import HiddenStore
 
-    found = {}
+    digests = {}
     for path in sorted(path for path in out.rglob("*") if path.is_file()):
         name = str(path.relative_to(out))
         if path.suffix in (".parquet", ".safetensors") or path.name in ("metrics.jsonl", "answers.jsonl", "selection.json"):
             if "scores.parts" not in name:
-                found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+                digests[name] = hashlib.sha256(path.read_bytes()).hexdigest()
         elif path.name in ("report.json", "summary.json"):
-            found[name] = json.dumps(_without_times(read_json(path)), sort_keys=True)
+            digests[name] = json.dumps(_without_times(read_json(path)), sort_keys=True)
         elif path.name == "manifest.json":
             store, sha = HiddenStore.open(path.parent, None, verify=True), hashlib.sha256()
             for sample in sorted(store):
                 sha.update(sample.encode() + store[sample].tobytes())
-            found[name] = sha.hexdigest()
-    return found | {"draft " + str(path.relative_to(out)): _draft_digest(path.parent) for path in out.rglob("checkpoints")}
+            digests[name] = sha.hexdigest()
+    return digests | {"draft " + str(path.relative_to(out)): _draft_digest(path.parent) for path in out.rglob("checkpoints")}
 
 
 def left_over(out: Path) -> list[str]:

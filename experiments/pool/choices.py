@@ -22,7 +22,7 @@ def by_metric(pool: Pool, metric: str, ratio: float, seed: int) -> tuple[str, ..
     return sfdd.select(pool.table, ratio, metric=metric, seed=seed).ids
 
 
-def within(pool: Pool, groups: Sequence, scores: Sequence[float], ratio: float) -> list[str]:
+def best_of_groups(pool: Pool, groups: Sequence, scores: Sequence[float], ratio: float) -> list[str]:
     """The highest scores of each group, `ratio` of it."""
     groups, scores, kept = np.asarray(groups), np.asarray(scores), []
     for group in np.unique(groups):
@@ -74,9 +74,9 @@ def refused_share(pool: Pool, draft: DraftConfig, params: dict) -> np.ndarray:
     target, mesh = pool.loaded.target, pool.loaded.mesh
     step = make_evaluate_step(draft, mesh, pool.recipe)
     data = TrainingData(pool.samples, pool.store)
-    frozen, found = borrow(target.config, target.params), np.zeros(len(pool.samples))
+    frozen, refused = borrow(target.config, target.params), np.zeros(len(pool.samples))
     lengths = [len(sample.tokens) for sample in pool.samples]
     for plan in make_batches(lengths, [shape._replace(rows=1) for shape in pool.shapes]):
         sums = step(frozen, params, device_batch(data, plan.indices, plan.shape, mesh)).steps[0]
-        found[plan.indices[0]] = 1 - float(sums["acceptance"]) / max(float(sums["counted"]), 1)
-    return found
+        refused[plan.indices[0]] = 1 - float(sums["acceptance"]) / max(float(sums["counted"]), 1)
+    return refused

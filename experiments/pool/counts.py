@@ -25,11 +25,11 @@ class Runs(NamedTuple):
 
 def read_runs(work: Path) -> dict[str, Runs]:
     """Every arm that was run, by its name without the seed."""
-    found: dict[str, dict[int, dict]] = {}
+    rows_by_arm: dict[str, dict[int, dict]] = {}
     for path in sorted(work.glob("arms/*/row.json")):
         name, seed = re.fullmatch(r"(.*)_seed_(\d+)", path.parent.name).groups()
-        found.setdefault(name.replace("_", " "), {})[int(seed)] = json.loads(path.read_text())
-    return {name: runs_of(rows) for name, rows in found.items()}
+        rows_by_arm.setdefault(name.replace("_", " "), {})[int(seed)] = json.loads(path.read_text())
+    return {name: runs_of(rows) for name, rows in rows_by_arm.items()}
 
 
 def runs_of(rows: dict[int, dict]) -> Runs:
@@ -39,8 +39,8 @@ def runs_of(rows: dict[int, dict]) -> Runs:
     counts = {t: [np.array(row[t]["accept_counts"]) for row in rows.values()] for t in temperatures}
     return Runs(
         list(rows), list(rows.values()),
-        {t: np.stack([c @ np.arange(1, c.shape[1] + 1) for c in each]) for t, each in counts.items()},
-        {t: np.stack([c.sum(axis=1) for c in each]) for t, each in counts.items()},
+        {t: np.stack([c @ np.arange(1, c.shape[1] + 1) for c in parts]) for t, parts in counts.items()},
+        {t: np.stack([c.sum(axis=1) for c in parts]) for t, parts in counts.items()},
     )  # fmt: skip
 
 
@@ -79,15 +79,15 @@ def difference(a: Runs, b: Runs, temperature: str) -> dict:
 
 def by_benchmark(a: Runs, b: Runs, temperature: str, sources: np.ndarray) -> dict:
     """`difference` over all prompts and over each benchmark's."""
-    found = {"all": difference(a, b, temperature)}
+    differences = {"all": difference(a, b, temperature)}
     for name in dict.fromkeys(sources.tolist()):
         rows = np.flatnonzero(sources == name)
         of_name = (
             x._replace(emitted={t: e[:, rows] for t, e in x.emitted.items()}, steps={t: s[:, rows] for t, s in x.steps.items()})
             for x in (a, b)
         )
-        found[name] = difference(*of_name, temperature)
-    return found
+        differences[name] = difference(*of_name, temperature)
+    return differences
 
 
 def with_seeds(runs: Runs, seeds: Sequence[int]) -> Runs:
@@ -100,19 +100,19 @@ def with_seeds(runs: Runs, seeds: Sequence[int]) -> Runs:
 
 def summary(runs: Runs, sources: np.ndarray) -> dict:
     """What the tables say of one arm."""
-    found = {
+    figures = {
         "seeds": runs.seeds, "samples": runs.rows[0]["samples"], "steps": runs.rows[0]["steps"],
         "tokens_in_loss": runs.rows[0]["tokens_in_loss"], "cpu_seconds": [row["cpu_seconds"] for row in runs.rows],
     }  # fmt: skip
     for t in runs.emitted:
         times, seeds = draws(len(sources), len(runs.seeds))
         low, high = np.percentile(resampled(runs, t, times, seeds), [2.5, 97.5])
-        found[t] = {
+        figures[t] = {
             "tau": tau(runs, t), "low": float(low), "high": float(high),
             "by_seed": [float(e.sum() / s.sum()) for e, s in zip(runs.emitted[t], runs.steps[t])],
             "by_benchmark": {name: tau(runs, t, np.flatnonzero(sources == name)) for name in dict.fromkeys(sources)},
         }  # fmt: skip
-    return found
+    return figures
 
 
 def sources_of(work: Path) -> np.ndarray:

@@ -82,9 +82,9 @@ def open_pool(
     options: argparse.Namespace,
     temperatures: Sequence[float] = (0.0,),
     batch_size: int = 40,
-    asked: Mapping[str, int] = PROMPTS,
+    per_file: Mapping[str, int] = PROMPTS,
     answers: str = "answers",
-    besides: Mapping[str, int] = {},
+    excluded: Mapping[str, int] = {},
     skip: int = 0,
     draft_kind: DraftKind = "eagle",
 ) -> Pool:
@@ -94,7 +94,7 @@ def open_pool(
     `besides`, are recorded at `temperatures`, in files named `answers`. With `draft_kind` eagle3 the streams that such drafts
     read are kept as well; EAGLE-2 drafts read what stands behind them.
     """
-    prompts, work = pick_prompts(options.prompts, asked, besides), options.work
+    prompts, work = pick_prompts(options.prompts, per_file, excluded), options.work
     recipe = Recipe(
         epochs=options.epochs, learning_rate=1e-3, draft_vocab=8192, log_every=20, save_every=100_000, held_out_share=0.0
     )
@@ -244,11 +244,11 @@ def judge_draft(pool: Pool, draft: DraftConfig, params: dict, temperature: float
 
 def taus(row: dict) -> str:
     """τ at each temperature, in words."""
-    shown = []
+    words = []
     for temperature in (key for key in row if key.startswith("T=")):
         counts = np.array(row[temperature]["accept_counts"])
-        shown.append(f"τ {(counts @ np.arange(1, counts.shape[1] + 1)).sum() / counts.sum():.3f} at {temperature}")
-    return ", ".join(shown)
+        words.append(f"τ {(counts @ np.arange(1, counts.shape[1] + 1)).sum() / counts.sum():.3f} at {temperature}")
+    return ", ".join(words)
 
 
 def trained_draft(pool: Pool, name: str) -> Draft:
@@ -278,7 +278,7 @@ class timed:
 
 
 def pick_prompts(
-    folder: Path, per_file: Mapping[str, int], besides: Mapping[str, int] = {}, longest: int = 3000
+    folder: Path, per_file: Mapping[str, int], excluded: Mapping[str, int] = {}, longest: int = 3000
 ) -> list[Prompt]:
     """Evenly spaced prompts of each file, {"mt_bench": 40, …}, of those with at most `longest` characters.
 
@@ -288,8 +288,8 @@ def pick_prompts(
     for name, count in per_file.items():
         prompts = read_prompts((folder / f"{name.split('/')[0]}.jsonl",))
         prompts = [p for p in prompts if sum(map(len, p.turns)) <= longest and ("/" not in name or p.source == name)]
-        taken = _spaced(len(prompts), besides.get(name, 0))
-        prompts = [prompt for i, prompt in enumerate(prompts) if i not in taken]
+        picked_before = _spaced(len(prompts), excluded.get(name, 0))
+        prompts = [prompt for i, prompt in enumerate(prompts) if i not in picked_before]
         chosen += [dataclasses.replace(prompts[i], source=name) for i in _spaced(len(prompts), count)]
     return chosen
 
