@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from jsfdd.models.draft import Draft
 
 _READ = 6  # how many conversations the target reads and answers
-_EXAMINED = 200  # how many conversations' template and masks are checked; a fault of the template shows in all of them
 
 EXAMPLES = """
 jsfdd doctor --target smollm2 --data chats.jsonl --draft draft
@@ -91,6 +90,7 @@ class Prepared(NamedTuple):
 def prepare(config: DoctorConfig) -> Prepared:
     from jsfdd.data.chat import ReadCounts, stream_chats
     from jsfdd.data.tokenized import read_samples, usable_processes
+    from jsfdd.doctor.check_data import EXAMINED
     from jsfdd.doctor.findings import spread_over
     from jsfdd.weights.draft import load_draft
 
@@ -105,7 +105,7 @@ def prepare(config: DoctorConfig) -> Prepared:
         split_answers=config.split_answers, max_skipped=1.0, processes=usable_processes(),
     )  # fmt: skip
     show_counts(tokenized.files, tokenized.notes)
-    names = {sample.id for sample in spread_over(tokenized.samples, _EXAMINED)}
+    names = {sample.id for sample in spread_over(tokenized.samples, EXAMINED)}
     names |= {name.rpartition("/")[0] for name in names}  # of one answer's sample
     chats = [chat for chat in stream_chats(config.data, ReadCounts()) if chat.id in names]
     return Prepared(chats, draft, store, max_length, tokenized.samples, tokenized.summary)

@@ -37,7 +37,7 @@ from jsfdd.models.sharding import place_params
 from jsfdd.models.target import decode, final_state, head_logits, unstack_layers
 
 
-def generate(setup: DecodeSetup, params: DecodeParams, batch: PromptBatch, temperature: Float[Array, ""]) -> Generation:
+def decode_prompts(setup: DecodeSetup, params: DecodeParams, batch: PromptBatch, temperature: Float[Array, ""]) -> Generation:
     """Decode whole answers in one program: prefill, then steps until every row is done."""
     state = prefill(setup, params, batch, temperature)
     return until_done(setup, state, lambda state: speculative_step(setup, params, state, temperature))
@@ -221,14 +221,16 @@ def prepare_params(target_params: dict, draft_params: Sequence[dict] = (), mesh:
 
 @functools.lru_cache(maxsize=8)
 def make_generate(setup: DecodeSetup, mesh: Mesh) -> Callable[[DecodeParams, PromptBatch, float], Generation]:
-    """Compile `generate(params, batch, temperature)`. Rows are split over the devices, and each device stops by itself.
+    """Compile `decode_prompts` as a function of (params, batch, temperature).
+
+    Rows are split over the devices, and each device stops by itself.
 
     `params` comes from `prepare_params`. Every new (B, P) shape of a batch is compiled.
     """
 
     def run(arguments, batch):
         params, temperature = arguments
-        return generate(setup, params, batch, temperature)
+        return decode_prompts(setup, params, batch, temperature)
 
     compiled = map_over_devices(run, mesh)
 

@@ -24,7 +24,7 @@ from jsfdd.data.skipped import MEANINGS
 from jsfdd.data.template import TokenizeSummary
 from jsfdd.doctor.findings import Finding, spread_over
 
-_LOOKED_AT = 200  # conversations; a fault of the template is in all of them
+EXAMINED = 200  # conversations whose template and masks are checked; a fault of the template shows in all of them
 _ANSWERS = 8  # of one conversation
 # Digits, spaces, line breaks, contractions, accents, emoji: where classes of tokenizers split text differently.
 _PROBE = "In 2024, 1234567 people paid $3.14 — it's 50% off!\n\n  def f(x1):\treturn x1**2  # naïve café 日本語 🙂"
@@ -98,7 +98,7 @@ def check_data(
       stop_tokens: ids after which the target's answers are over.
       masks_spans: whether parts of answers were left out of the mask on purpose.
     """
-    pairs = spread_over(list(_conversations(tokenizer, chats, samples)), _LOOKED_AT)
+    pairs = spread_over(list(_conversations(tokenizer, chats, samples)), EXAMINED)
     answers = [answer for conversation in pairs for answer in _answers(tokenizer, conversation)]
     return [
         check_ids(pairs, tokenizer, set(summary.truncated)),
@@ -296,7 +296,7 @@ def check_tokenizer(location: Path, tokenizer, chats: Sequence[Chat]) -> Finding
             f"AutoTokenizer of transformers {transformers.__version__} cannot load this directory ({error}).",
             "make the directory load with AutoTokenizer.from_pretrained, as most servers load it",
         )
-    texts = [_PROBE, *(m["content"] for chat in spread_over(chats, _LOOKED_AT) for m in chat.messages)]
+    texts = [_PROBE, *(m["content"] for chat in spread_over(chats, EXAMINED) for m in chat.messages)]
     different = [text for text in texts if tokenizer.encode(text) != other.encode(text)]
     kind = type(other).__name__
     figures = {"texts": len(texts), "different": len(different), "class": kind, "transformers": transformers.__version__}

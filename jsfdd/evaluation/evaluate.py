@@ -45,7 +45,7 @@ from jsfdd.weights.target import Target
 BASELINE = "autoregressive"
 
 
-class Answers(NamedTuple):
+class SystemAnswers(NamedTuple):
     """Everything that one system decoded, per prompt and per batch.
 
     Attributes:
@@ -210,7 +210,7 @@ class _Clock:
         return out, time.perf_counter() - begin
 
 
-def _add(target: Target, answers: Answers, rows: Sequence[int], out: Generation, seconds: float, source: str) -> None:
+def _add(target: Target, answers: SystemAnswers, rows: Sequence[int], out: Generation, seconds: float, source: str) -> None:
     """Add one batch's outcome to the answers of `rows`; padding rows come after them and are ignored."""
     for k, row in enumerate(rows):
         tokens = out.tokens[k, : out.lengths[k]]
@@ -223,7 +223,9 @@ def _add(target: Target, answers: Answers, rows: Sequence[int], out: Generation,
     answers.batch_sources.append(source)
 
 
-def _report(prompts, answers: Answers, baseline: Answers, compile_seconds: float, same_text: bool, seed: int) -> dict:
+def _report(
+    prompts, answers: SystemAnswers, baseline: SystemAnswers, compile_seconds: float, same_text: bool, seed: int
+) -> dict:
     same = [all(np.array_equal(a, b) for a, b in zip(tokens, plain)) for tokens, plain in zip(answers.tokens, baseline.tokens)]
     all_prompts = np.ones(len(prompts), bool)
     rate, rate_values = _rate(answers, seed)
@@ -258,15 +260,15 @@ def _report(prompts, answers: Answers, baseline: Answers, compile_seconds: float
     }
 
 
-def _rate(answers: Answers, seed: int, source: str | None = None) -> tuple[float, Float[np.ndarray, " R"]]:
+def _rate(answers: SystemAnswers, seed: int, source: str | None = None) -> tuple[float, Float[np.ndarray, " R"]]:
     """tokens/s over all batches (of one source), and its resamples. Batches are resampled, because batches were timed."""
     picked = [source in (None, batch_source) for batch_source in answers.batch_sources]
     tokens, seconds = np.array(answers.batch_tokens)[picked, None], np.array(answers.batch_seconds)[picked, None]
     return float(tokens.sum() / seconds.sum()), resample_ratios(tokens, seconds, seed)[:, 0]
 
 
-def _no_answers(num_prompts: int, setup: DecodeSetup) -> Answers:
-    """An empty `Answers` to add batches to."""
+def _no_answers(num_prompts: int, setup: DecodeSetup) -> SystemAnswers:
+    """An empty `SystemAnswers` to add batches to."""
     answers, tokens = ([[] for _ in range(num_prompts)] for _ in range(2))
     counts, shares = no_counts(num_prompts, setup.num_draft_tokens), no_shares(num_prompts, len(setup.drafts))
-    return Answers(answers, tokens, counts, shares, [], [], [])
+    return SystemAnswers(answers, tokens, counts, shares, [], [], [])

@@ -98,7 +98,7 @@ def _batches(hidden: PerToken, recorded: Recorded, batch_size: int, mesh: Mesh):
 
 
 def _replay(setup: DecodeSetup, params: DecodeParams, text: Text) -> Generation:
-    """`generate.generate`, with the target's outputs looked up."""
+    """`generate.decode_prompts`, with the target's outputs looked up."""
     rows, width = text.tokens.shape
     first = text.tokens[jnp.arange(rows), text.starts]
     # The loop needs only the length of the target's cache, so the cache has no slots.
