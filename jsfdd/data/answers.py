@@ -25,7 +25,7 @@ from jsfdd.data.render import RefusedByTemplate, render
 Span = tuple[int, int]  # first character, one past the last
 Kind = Literal["reasoning", "thought", "content", "name"]  # "reasoning": a thought beside the content
 
-_STAND_IN = "jsfddstandin"  # letters only, so that no template trims, splits or reads anything into it
+_STAND_IN = "jsfddstandin"  # letters only, so that no template trims, splits or interprets it
 _KEPT_FRAMES = 256
 _THOUGHTS = ("reasoning", "thought")
 _THOUGHT_MARK = re.compile(r"(</?think(?:ing)?>)")
@@ -126,7 +126,7 @@ def _own_frame(
     replaced, leaves = _stand_ins(messages, base)
     try:
         pieces = re.split(rf"{base}(\d{{6}})", render(tokenizer, replaced, tools))
-    except RefusedByTemplate as error:  # it takes the conversation, but not this part of it
+    except RefusedByTemplate as error:  # the template takes the conversation, but not this part of it
         raise Rewritten(f"it refuses other words in the answers' place: {error}") from error
     spans = _fit(pieces[0::2], [int(number) for number in pieces[1::2]], leaves, text)
     if spans is None:
@@ -189,7 +189,7 @@ def _stand_ins(messages: Sequence[Message], base: str) -> tuple[list[Message], l
 
 def _pieces(content: str, number: int) -> Iterator[str | _Leaf]:
     """A content as leaves and the marks between them; what a closing mark follows is a thought."""
-    parts = _THOUGHT_MARK.split(content)  # every second one is a mark
+    parts = _THOUGHT_MARK.split(content)  # every second part is a mark
     last_mark = max((i for i, part in enumerate(parts) if part.startswith("</think")), default=-1)
     for i, part in enumerate(parts):
         if i % 2 or (len(parts) > 1 and not part.strip()):
@@ -225,7 +225,7 @@ def _end_of(value: str, piece: str, text: str, position: int, last: bool) -> int
 
 
 def _answer(number: int, leaves: Sequence[tuple[_Leaf, list[Span]]], marks: TemplateMarks, text: str, after: int) -> AnswerSpan:
-    """One answer from where its leaves lie; `after` is the end of the one before it."""
+    """Make one answer from its leaves' spans; `after` is the end of the answer before it."""
     for leaf, spans in leaves:
         if leaf.kind == "content" and len(spans) != 1:
             raise Rewritten(f"it writes the content of message {number + 1} {_times(len(spans))}")
@@ -286,7 +286,7 @@ def _step_on(text: str, end: int, rest: str, closing: str) -> int:
 
 
 def _call_begin(text: str, name: int, opening: str | None, after: int) -> int:
-    """Where an answer begins that has nothing before its first call."""
+    """Where an answer without text before its first call begins."""
     if opening is not None and text.startswith(opening, name - len(opening)):
         return name - len(opening)
     head = opening.split(maxsplit=1)[0] if opening and opening.strip() else ""

@@ -136,7 +136,7 @@ def pad_batch(samples: Sequence[Sample], shape: Shape) -> Batch:
 
 
 def pad_rows(rows: Sequence[Shaped[np.ndarray, " ..."]], shape: tuple[int, int]) -> Shaped[np.ndarray, "B T *feature"]:
-    """Any per-token arrays (at least one), each [T_i, …] of one dtype, zero-padded to [rows, length, …]."""
+    """Zero-pad per-token arrays (at least one), [T_i, …] and all of one dtype, to [rows, length, …]."""
     padded = np.zeros((*shape, *rows[0].shape[1:]), rows[0].dtype)
     for target, row in zip(padded, rows):
         target[: len(row)] = row

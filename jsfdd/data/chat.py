@@ -69,12 +69,12 @@ class ReadCounts:
     renamed: int = 0
 
     def notes(self) -> list[str]:
-        """What was not read as it stands, in sentences."""
+        """Sentences about what was not read as it stands."""
         said = "rows have the id of another and are named after their file and place in it"
         return [*filter(None, [self.unread_words()]), *([f"{self.renamed:,} {said}"] if self.renamed else [])]
 
     def unread_words(self) -> str:
-        """What was not read, in a sentence; empty if everything was."""
+        """A sentence about what was not read; empty if everything was."""
         if not self.unread:
             return ""
         shown = ", ".join(f"{count:,} rows have {key!r}" for key, count in self.unread.most_common(_SHOWN_KEYS))
@@ -190,7 +190,7 @@ def content_digest(messages: Sequence[Message], tools: Sequence[dict] = ()) -> b
 
 
 def _check_id(row: Row, ids: set[int], names: Sequence[str | Path]) -> None:
-    """ValueError with both places if the row's id is another's. `ids` holds digests: a million ids are 70 MB."""
+    """Raise ValueError, naming both places, if another row has this id. `ids` holds digests: 70 MB for a million ids."""
     digest = _short_digest(row.id.encode())
     if digest in ids:
         first = next((other.place for other in read_rows(names, COLUMNS) if other.id == row.id), row.place)

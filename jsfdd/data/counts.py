@@ -41,7 +41,7 @@ class FileCounts:
         return f"{self.file}: {self.read:,} read, {self.kept:,} kept{cut}{ending}"
 
     def to_json(self) -> dict:
-        """Flat: every reason beside the other numbers, the usual ones also where they are 0."""
+        """A flat dict: every reason beside the other numbers. The usual reasons are there even if they are 0."""
         return {
             "file": self.file, "read": self.read, "kept": self.kept, "truncated": self.truncated,
             **dict.fromkeys(_ALWAYS, 0), **self.skipped,
@@ -69,7 +69,7 @@ def count_questions_by_file(read: ReadCounts, summary: QuestionSummary) -> list[
 
 
 def total(counts: Sequence[FileCounts]) -> FileCounts:
-    """The sums of all files, as those of one "all files"."""
+    """The sums over all files, as the counts of one file "all files"."""
     skipped: Counter[str] = Counter()
     for count in counts:
         skipped.update(count.skipped)

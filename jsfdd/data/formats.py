@@ -26,7 +26,7 @@ import pyarrow.parquet
 from jsfdd.base.files import check_no_pointer
 from jsfdd.data.messages import MEDIA
 
-# A row that is longer is no row: a few KB of gzip can unfold to any size.
+# A longer line is not a row: a few KB of gzip can unfold to any size.
 MAX_ROW_BYTES = 64 << 20
 ENDINGS = ".jsonl, .ndjson, .json or .csv, each also with .gz or .zst, or .parquet or .arrow"
 
@@ -36,7 +36,7 @@ _COLUMNAR = ("parquet", "arrow")
 _UNPACK_ERRORS = {"": (), ".gz": (gzip.BadGzipFile, EOFError, zlib.error), ".zst": (OSError,)}
 _JSON_SPACE = re.compile(r"[ \t\r\n]*")
 _WINDOW = 1 << 20  # characters of a .json file that are read at a time
-_ROWS = 256  # of a columnar file that are made into objects at a time
+_ROWS = 256  # rows of a columnar file that become objects at a time
 
 Entry = tuple[object, str, int]  # value, place, number in the file
 
@@ -50,7 +50,7 @@ class Form(NamedTuple):
 
 
 def form_of(path: Path) -> Form | None:
-    """How a file is to be read; None if its name does not end as one that can be. Capital letters make no difference."""
+    """How to read a file; None if its name has no known ending. Upper and lower case make no difference."""
     packing = path.suffix if path.suffix.lower() in (".gz", ".zst") else ""
     stem, _, ending = path.name.removesuffix(packing).rpartition(".")
     known = _PACKABLE if packing else (*_PACKABLE, *_COLUMNAR)
@@ -76,7 +76,7 @@ def entries_of(path: Path, columns: Collection[str]) -> Iterator[Entry]:
 
 
 def without_nulls(value):
-    """A value whose objects, at any depth, lack the keys that were null."""
+    """A copy of a value in which no object, at any depth, has a null key."""
     if isinstance(value, dict):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
@@ -332,7 +332,7 @@ def _arrow(path: Path, columns: Collection[str]) -> Iterator[Entry]:
 
 @contextlib.contextmanager
 def _arrow_batches(path: Path) -> Iterator[tuple[pa.Schema, Iterator[pa.RecordBatch]]]:
-    """Of an Arrow file, or of the stream that datasets' save_to_disk writes."""
+    """Read an Arrow file, or the stream that datasets' save_to_disk writes."""
     with pa.memory_map(str(path)) as source:
         packed = source.read(6) == b"ARROW1"
         source.seek(0)

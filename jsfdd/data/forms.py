@@ -155,7 +155,7 @@ def _pair(row: dict, question: str, place: str) -> tuple[Message, ...]:
 
 
 def _side(row: dict, key: str, role: str, place: str) -> list[Message]:
-    """One side of a plain pair: a text is one message of `role`."""
+    """One side of a plain pair. A text becomes one message of `role`."""
     if isinstance(row[key], list):
         return list(messages_from(row[key], place))
     return [Message(role=role, content=text_in(row, key, place))]
@@ -288,7 +288,7 @@ def _whole_numbers(row: dict, key: str, place: str) -> list[int]:
 
 
 def _attended(attended: list[int], place: str) -> tuple[int, int]:
-    """Where the text begins and ends between padding."""
+    """Where the text begins and ends, without padding."""
     if 1 not in attended:
         raise BadRow("empty", place, "'attention_mask' is 1 nowhere; drop the row")
     begin, end = attended.index(1), len(attended) - attended[::-1].index(1)

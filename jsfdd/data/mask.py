@@ -20,7 +20,7 @@ def assistant_mask(
 ) -> Bool[np.ndarray, " T"]:
     """True on the tokens of the spans without those that touch an excluded one, and on the added token that closes each
     whose end is in `closed`. `encoding` is the tokenizer's of `text`."""
-    ids = encoding.ids  # builds the list at every access
+    ids = encoding.ids  # the property builds the list at every access
     offsets = _Offsets(encoding, len(ids), len(text))
     mask = np.zeros(len(ids), bool)
     for values, counts in ((spans, True), (excluded, False)):

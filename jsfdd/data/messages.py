@@ -35,7 +35,7 @@ _ROLES = {
     "function_response": "tool", "function-response": "tool",
 }  # fmt: skip
 _USUAL_ROLES = ("system", "user", "assistant", "tool", "human", "gpt", "function_call", "observation")  # for errors
-_CALLERS = ("function_call", "function-call", "tool_call", "tool-call")  # their text is a call
+_CALLERS = ("function_call", "function-call", "tool_call", "tool-call")  # roles whose text is a call
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _WEIGHTS = ("weight", "train", "training", "trainable", "train_on", "loss", "loss_weight", "loss_mask")
@@ -44,7 +44,7 @@ _READ = {
     "assistant": {*_OF_ALL, *_THOUGHTS, "tool_calls", "function_call", "truncated"},
     "tool": {*_OF_ALL, "tool_call_id"},
 }
-# Keys that name images, films or sounds, of a row and of a message.
+# Keys of a row or a message that name images, films or sounds.
 MEDIA = {
     f"{what}{plural}{form}"
     for what in ("image", "img", "video", "audio")
@@ -64,8 +64,8 @@ class Message(TypedDict, total=False):
     tool_calls: list[dict]  # {"type": "function", "function": {"name": str, "arguments": dict or str}, "id"?: str}
     tool_call_id: str
     name: str
-    truncated: bool  # of an answer that was cut short; there only if it is true
-    weight: int  # of an answer that is only context: 0; there only then
+    truncated: bool  # an answer that was cut short; there only if true
+    weight: int  # 0 for an answer that is only context; there only then
 
 
 def messages_from(turns: Sequence[object], place: str) -> tuple[Message, ...]:
@@ -100,7 +100,7 @@ def unread_keys(turns: Sequence[dict]) -> set[str]:
 
 
 def check_text(value: object, what: str, place: str) -> None:
-    """A string, and one that UTF-8 can hold: JSON's escapes can spell half a surrogate pair, which is no character."""
+    """Raise BadRow unless the value is a string that UTF-8 can hold: JSON's escapes can spell half a surrogate pair."""
     if not isinstance(value, str):
         raise BadRow("no_text", place, f"{what} is {kind_of(value)}; expected a string")
     try:
@@ -175,7 +175,7 @@ def _message(turn: object, where: str) -> Message:
 
 
 def _role_in(turn: dict) -> str:
-    """As it is looked up: capital letters make no difference."""
+    """The form in which a role is looked up: upper and lower case make no difference."""
     role = turn.get("from") if turn.get("role") is None else turn["role"]
     return role.strip().lower() if isinstance(role, str) else ""
 

@@ -79,7 +79,7 @@ class QuestionTable(Sequence[Questions]):
     def __getitem__(self, index):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        index = range(len(self))[index]  # as lists do: from the end below 0, IndexError beyond
+        index = range(len(self))[index]  # as in a list: negative numbers count from the end, IndexError beyond it
         self._file.seek(self._starts[index])
         number, name, source, turns, tools = json.loads(self._file.read(self._starts[index + 1] - self._starts[index]))
         return Questions(number, name, source, tuple(map(tuple, turns)), tuple(tools))

@@ -108,7 +108,7 @@ def _apply(tokenizer, messages, tools, prompt) -> str:
 
 
 class _GenerationTag(jinja2.ext.Extension):
-    """`{% generation %} … {% endgeneration %}`, which transformers' environment knows, as plain contents."""
+    """Render `{% generation %} … {% endgeneration %}`, a tag of transformers, as its plain contents."""
 
     tags = {"generation"}
 

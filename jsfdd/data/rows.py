@@ -182,6 +182,6 @@ def _entries(file: str, columns: Collection[str], beside: Counter[str]) -> Itera
 def _dataset_digest(name: str) -> str:
     sha = hashlib.sha256()
     for row in dataset_rows(name, columns=None):
-        # What is no JSON (an image, a date) is not read either, and its repr may differ from one process to the next.
+        # A value that is not JSON (an image, a date) is not read, and its repr may differ between processes.
         sha.update(json.dumps(row, sort_keys=True, default=lambda value: type(value).__name__).encode() + b"\n")
     return sha.hexdigest()

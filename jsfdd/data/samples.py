@@ -20,7 +20,7 @@ from jaxtyping import Int
 
 from jsfdd.base.records import Sample
 
-_CHUNK = 4096  # ids that become one Arrow array
+_CHUNK = 4096  # the number of ids that become one Arrow array
 
 
 class SampleTable(Sequence[Sample]):
@@ -41,7 +41,7 @@ class SampleTable(Sequence[Sample]):
     def __getitem__(self, index):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        index = range(len(self))[index]  # as lists do: from the end below 0, IndexError beyond
+        index = range(len(self))[index]  # as in a list: negative numbers count from the end, IndexError beyond it
         part = slice(self._starts[index], self._starts[index + 1])
         return Sample(self._ids[index], self._names[self._sources[index]], self._tokens[part], self._mask[part])
 
@@ -96,6 +96,6 @@ class _Texts:
 
 def _mapped(file, dtype) -> np.ndarray:
     file.flush()
-    if not file.tell():  # nothing cannot be mapped
+    if not file.tell():  # an empty file cannot be mapped
         return np.zeros(0, dtype)
     return np.asarray(np.memmap(file, dtype, mode="r"))

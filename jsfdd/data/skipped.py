@@ -15,7 +15,7 @@ Reason = Literal[
     "special_text", "refused", "rewritten", "unknown_token", "no_counted", "no_question", "too_long",
 ]  # fmt: skip
 
-# What stands behind a number of rows.
+# Words that follow a number of rows.
 MEANINGS: dict[str, str] = {
     "empty": "empty conversations",
     "no_answer": "without an answer",
@@ -35,7 +35,7 @@ MEANINGS: dict[str, str] = {
     "too_long": "whose prompt and answer exceed the maximal length",
     "duplicates": "duplicates",
 }
-_FEW = 3  # rows that are never too many: a share of a handful says nothing
+_FEW = 3  # this many rows are never too many: a share of a handful says nothing
 
 
 class BadRow(ValueError):
@@ -71,13 +71,13 @@ class SkippedRows:
 
 
 def nothing_left(read: int, counts: Mapping[str, int], first: Mapping[str, str]) -> str:
-    """An error's text that lists why not one of the rows is of use."""
+    """An error's text that says why none of the rows is of use."""
     reasons = _listed(counts, first)
     return f"none of {read:,} conversations can be learned from:{reasons}\ngive other chats, or raise --max-length"
 
 
 def _listed(counts: Mapping[str, int], first: Mapping[str, str]) -> str:
-    """A line a reason."""
+    """One line for each reason."""
     lines = (
         f"\n  {count:,} {MEANINGS[reason]}" + (f"; first {first[reason]}" if reason in first else "")
         for reason, count in counts.items()

@@ -26,8 +26,8 @@ from jsfdd.data.spans import MaskSpan
 from jsfdd.data.template import ChatTokenizer, Tally, TokenizeSummary, tokenize_chunk
 
 _CHUNK = 256  # conversations that are tokenized together
-_ALONE = 16  # chunks before other processes are started: that takes them some seconds
-_AHEAD = 3  # chunks that wait for each process
+_ALONE = 16  # chunks before other processes start, which takes some seconds
+_AHEAD = 3  # chunks that may wait for each process
 
 
 class TokenizedChats(NamedTuple):
@@ -100,7 +100,7 @@ def read_samples(
 
 
 def usable_processes() -> int:
-    """How many processes this one may keep busy."""
+    """How many processes this process may keep busy."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -148,7 +148,7 @@ def _fc_exchanged(draft: Draft) -> Draft:
 
 
 def check_agreement(readings: Readings, texts: Sequence[DecodedText]) -> Finding:
-    """How often the draft's likeliest token is the target's, over all tokens of the answers but each one's first."""
+    """How often the draft's likeliest token is the target's, over all answer tokens except each answer's first."""
     right = _right(readings.given, texts)
     wanted = np.concatenate([text.tokens[text.prompt_length + 1 :] for text in texts])
     commonest = float(np.bincount(wanted).max() / len(wanted))
@@ -261,12 +261,12 @@ def _compare(name: str, given: np.ndarray, changed: np.ndarray, how: str, fault:
 
 
 def _right(choices: Sequence[Choices], texts: Sequence[DecodedText]) -> np.ndarray:
-    """bool, over the tokens of all answers but each one's first: entry i of a text's choices is about token i + 2."""
+    """bool over all answer tokens except each answer's first: entry i of a text's choices is about token i + 2."""
     return np.concatenate([c.gap[text.prompt_length - 1 :] == 0 for c, text in zip(choices, texts)])
 
 
 def _clearly_better(a: np.ndarray, b: np.ndarray) -> bool:
-    """McNemar's test: of the positions where only one is right, far more are a's."""
+    """McNemar's test: where exactly one is right, it is far more often a."""
     only_a, only_b = int(np.sum(a & ~b)), int(np.sum(b & ~a))
     more = only_a - only_b
     return more > _WORTH_IT * len(a) and more > _CLEAR * math.sqrt(only_a + only_b)

@@ -270,12 +270,12 @@ def _texts_of(message: Message) -> list[str]:
 
 
 def _squeezed(text: str) -> str:
-    """Text without white space, as tokenizers that normalize it may give it back."""
+    """Remove white space, which tokenizers that normalize text may change."""
     return "".join(unicodedata.normalize("NFKC", text).split())
 
 
 def check_tokenizer(location: Path, tokenizer, chats: Sequence[Chat]) -> Finding:
-    """Whether those who load the directory by its class name read the same tokens."""
+    """Whether a loader that goes by the tokenizer's class name reads the same tokens."""
     if not location.is_dir():
         return Finding(
             "tokenizer-reload",
@@ -337,7 +337,7 @@ def _conversations(tokenizer, chats: Sequence[Chat], samples: Sequence[Sample]) 
 
 
 def _with_written_calls(message: Message) -> Message:
-    """For a template that knows no calls: they are part of the content's text, or they would be lost."""
+    """Write calls into the content's text, for a template that would lose them."""
     calls = message.get("tool_calls")
     text = "\n".join(filter(None, (message["content"], text_of_calls(calls)))) if calls else message["content"]
     return Message(**{key: value for key, value in message.items() if key != "tool_calls"} | {"content": text})

@@ -16,7 +16,7 @@ from jsfdd.models.layers import rope_frequencies
 
 
 def check_architecture(target: DecoderConfig, draft: DecoderConfig) -> list[Finding]:
-    """Widths, vocabulary, heads, norm and context; the rotation is left to `check_acceptance.py`, which can also try it."""
+    """Compare widths, vocabulary, heads, norm and context. `check_acceptance` compares the rotation: it can try it, too."""
     return [
         _check_equal(
             "vocabulary", "error", target, draft, ("vocab_size",),
@@ -50,7 +50,7 @@ def ropes_agree(target: DecoderConfig, draft: DecoderConfig) -> bool:
 
 
 def describe_rope(rope: Rope) -> str:
-    """What differs from a plain rotation, in words."""
+    """Describe how a rope differs from a plain rotation."""
     changed = [
         f"{field.name} {getattr(rope, field.name):g}"
         for field in dataclasses.fields(Rope)
@@ -62,7 +62,7 @@ def describe_rope(rope: Rope) -> str:
 
 
 def check_record(record: dict | None, identity: dict, samples: Sequence[Sample]) -> list[Finding]:
-    """What the draft's training run wrote down, against what is given now.
+    """Compare what the draft's training run recorded with what is given now.
 
     Args:
       record: the identity in the draft's checkpoint; None for an exported directory, which has none.

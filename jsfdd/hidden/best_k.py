@@ -44,7 +44,7 @@ class BestK:
         self._ids: set[str] = set()
 
     def offer(self, sample_id: str, score: float) -> str | None:
-        """Take in a new sample. Returns the one that falls out if there are more than k; it cannot come back."""
+        """Add a new sample. Returns the sample that falls out if there are more than k; it cannot come back."""
         place = _Place(*place_in_order(self._metric, score, sample_id))
         self._ids.add(sample_id)
         if len(self._heap) < self._k:
@@ -130,7 +130,7 @@ class StillPossible:
         """About how many tokens the selections hold in the end if every sample is as likely as any other; an upper estimate."""
 
     def score(self, table: ScoreTable) -> list[str]:
-        """Take in the scores of samples not scored before. Returns the samples that cannot be selected any more."""
+        """Add the scores of samples not scored before. Returns the samples that can no longer be selected."""
         fallen = set() if self._clustered is None else self._clustered.offer(table)
         for metric in self._scored_metrics:
             for row in np.flatnonzero(table.num_tokens > 0):

@@ -60,11 +60,11 @@ class HiddenKeeper:
         self._writer.drop([name for name in self._writer.ids if name not in self._possible])
 
     def lacks(self, samples: Sequence[Sample]) -> bool:
-        """Whether a sample that may be selected, by the scores so far, is not stored."""
+        """Whether one of these samples may still be selected and is not stored."""
         return any(sample.id in self._possible and sample.id not in self._writer.ids for sample in samples)
 
     def keep(self, samples: Sequence[Sample], scores: ScoreTable | None, hidden: Sequence[Float[np.ndarray, "T S"]]) -> None:
-        """Take a batch, row b for samples[b], right-padded; `scores` are None if an earlier call computed them."""
+        """Add a batch, right-padded, with row b for samples[b]; `scores` are None if an earlier call computed them."""
         if scores is not None:
             fallen = self._possible.score(scores)
             self._writer.drop([name for name in fallen if name in self._writer.ids])
@@ -165,5 +165,5 @@ def store_hidden(
 
 
 def _device_dtype(dtype: HiddenDtype) -> _DeviceDtype:
-    """What the device rounds to. int8 is made on the host, from float32."""
+    """The dtype to which the device rounds. int8 is made on the host, from float32."""
     return "float32" if dtype == "int8" else dtype

@@ -23,7 +23,7 @@ _LEVELS = 127
 
 
 def row_bytes(dtype: RowDtype, hidden_size: int, parts: int = 1) -> int:
-    """Bytes of one token of `hidden_size` numbers in all. KeyError for an unknown dtype."""
+    """The bytes of one token of `hidden_size` numbers. KeyError: an unknown dtype."""
     return hidden_size + parts * _SCALE.itemsize if dtype == "int8" else hidden_size * _PLAIN[dtype].itemsize
 
 
@@ -42,7 +42,7 @@ def encode(hidden: Float[np.ndarray, "T S"], dtype: RowDtype, parts: int = 1) ->
 
 
 def decode(rows: UInt8[np.ndarray, "T row"], dtype: RowDtype, parts: int = 1) -> Float[np.ndarray, "T S"]:
-    """What `encode` was given, but for rounding: a view in `dtype`, or for int8 the dequantised float32."""
+    """The inverse of `encode`, up to rounding: a view in `dtype`, or dequantised float32 for int8."""
     if dtype != "int8":
         return rows.view(_PLAIN[dtype])
     tokens, size = rows.shape

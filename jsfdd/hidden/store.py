@@ -39,7 +39,7 @@ class _Shard:
         self._directory, self._facts, self._rows, self._checked = directory, facts, rows, False
 
     def check(self) -> None:
-        """ValueError if it is not what was written."""
+        """Raise ValueError if the shard is not what was written."""
         if not self._checked:
             check_sum(self._directory, self._facts, self._rows)
             self._checked = True
@@ -135,7 +135,7 @@ class _ShardFacts:
     samples: tuple[tuple[str | None, int], ...]
 
     def __post_init__(self):
-        # A name goes into a path, so it must be nothing but a name.
+        # A name becomes part of a path, so it must be a plain name.
         if not _SHARD_NAME.fullmatch(self.file):
             raise ValueError(f"a shard is named {self.file!r:.80}")
         if not self.samples or min(length for _, length in self.samples) < 0:
@@ -176,7 +176,7 @@ def read_manifest(path: Path) -> dict:
 
 
 def check_size(directory: Path, manifest: dict, shard: dict) -> None:
-    """ValueError if the size of a shard's file does not fit its samples."""
+    """Raise ValueError if the size of a shard's file does not fit its samples."""
     path = directory / shard["file"]
     size, expected = path.stat().st_size, _shard_size(manifest, shard)
     if size != expected:
@@ -184,13 +184,13 @@ def check_size(directory: Path, manifest: dict, shard: dict) -> None:
 
 
 def check_sum(directory: Path, shard: dict, rows: np.ndarray) -> None:
-    """ValueError if a shard's rows do not have the checksum with which they were written."""
+    """Raise ValueError if a shard's rows do not have the checksum with which they were written."""
     if hashlib.sha256(rows).hexdigest() != shard["sha256"]:
         raise ValueError(f"{directory / shard['file']}: its checksum is wrong; {_DELETE_SHARD}")
 
 
 def check_belongs(directory: Path, manifest: dict, expected: dict) -> None:
-    """ValueError if two manifests differ in target, data, format or purpose; names what differs."""
+    """Raise ValueError, naming the difference, if two manifests differ in target, data, format or purpose."""
     different = differences(*({**facts, "shards": None} for facts in (manifest, expected)))
     if different:
         raise ValueError(f"{directory}: hidden states of another run ({different}); {_DELETE_ALL}")

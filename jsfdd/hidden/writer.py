@@ -44,7 +44,7 @@ from jsfdd.scoring.passes import run_batches
 SHARD_BYTES = 256 << 20
 _SMALLEST_SHARD = 4 << 10  # about a block of a disk
 _MOST_SHARDS = 256
-_SHARDS = 32  # in a store from which samples are dropped, at least: rewriting one takes the size of it once more
+_SHARDS = 32  # the least in a store from which samples are dropped: rewriting a shard takes its size once more
 _DEAD_SHARE = 0.1  # dropped bytes per living byte; a smaller share would rewrite more for each byte it frees
 
 
@@ -129,7 +129,7 @@ class HiddenWriter:
         self._tokens = sum(length for shard in self._closed for _, length in shard.samples)
         self._dead = sum(shard.dead for shard in self._closed)
         self._stream = None  # the open shard's file, from the first sample on
-        self._unsaved = False  # whether a drop is in no manifest yet
+        self._unsaved = False  # whether a drop is not in the manifest yet
         self._sha = hashlib.sha256()
 
     @property
@@ -157,7 +157,7 @@ class HiddenWriter:
                 self.add(sample.id, states[: len(sample.tokens)])
 
     def drop(self, sample_ids: Iterable[str]) -> None:
-        """Take samples out of the store, and free their disk once it is more than a tenth of what stays."""
+        """Drop samples from the store, and free their disk space once it exceeds a tenth of what stays."""
         for sample_id in sample_ids:
             shard, index = self._place.pop(sample_id)
             shard.drop(index)
@@ -194,7 +194,7 @@ class HiddenWriter:
             if kind is None:
                 self.close()
         finally:
-            if self._stream is not None:  # the shard may be cut short, and the disk may be full: free its place
+            if self._stream is not None:  # the shard may be cut short and the disk full, so free its space
                 with contextlib.suppress(OSError):  # closing writes what is left, which fails again
                     self._stream.close()
                 self._aside.unlink(missing_ok=True)

@@ -49,7 +49,7 @@ class DraftConfig:
       vocabulary: the tokens that the draft can propose, ascending; empty for all of the target's.
       kind: EAGLE-1/2, or EAGLE-3.
 
-    Of EAGLE-3 alone:
+    EAGLE-3 only:
       target_layers: the target's layers, from 0 and ascending, of which the draft reads the inputs.
       norm_before_fc: fc reads the streams normed together (EAGLE-3.1, arXiv 2605.09992).
       fc_norm: fc reads the streams normed one by one (EAGLE-3.1).
@@ -109,10 +109,10 @@ def params_digest(params: dict) -> str:
 
 
 def default_layers(num_layers: int) -> tuple[int, int, int]:
-    """The layers of a target of so many whose inputs an EAGLE-3 draft reads unless told: 2, N // 2 and N − 3, as engines do.
+    """The layers whose inputs an EAGLE-3 draft reads by default, of a target's N: 2, N // 2 and N − 3, as in engines.
 
     Raises:
-      ValueError: fewer than seven layers, of which these would not be three different ones.
+      ValueError: fewer than seven layers, so that these would not be three different layers.
     """
     if num_layers < 7:
         raise ValueError(
@@ -129,7 +129,7 @@ def draft_config(
     kind: DraftKind = "eagle",
     target_layers: tuple[int, ...] = (),
 ) -> DraftConfig:
-    """The draft for `target`: one full-attention Llama-style layer of the target's own widths, heads and rotation.
+    """The shape of a draft for `target`: one full-attention Llama-style layer of the target's own widths, heads and rotation.
 
     Served drafts are Llama layers whatever the target's family, so the family's extras (q/k norms, biases, sandwich
     norms, windows) are left out; what must agree with the target (widths, vocabulary, rotation, eps) is copied.
@@ -165,7 +165,7 @@ def layers_read(target: DecoderConfig, kind: DraftKind, target_layers: tuple[int
 
 
 def check_layers(target_layers: tuple[int, ...], num_layers: int) -> None:
-    """ValueError where a draft reads layers that a target of so many does not have."""
+    """Raise ValueError if a draft reads layers that a target of `num_layers` layers does not have."""
     if beyond := [number for number in target_layers if number >= num_layers]:
         raise ValueError(
             f"target layers {list(target_layers)}: {beyond[0]} is out of range; the target has {num_layers}, from 0 to "
@@ -259,7 +259,7 @@ class Eagle3Layer(nn.Module):
         return self.fc(streams)
 
     def decode(self, embedding, hidden, view: View, cache: KVCache | None):
-        """States [B,T,D] that the next step reads of new pairs, and `cache`, as of `EagleLayer`."""
+        """The states [B,T,D] of new pairs, which the next step reads, and `cache`, as in `EagleLayer`."""
         x, cache = self.layer(embedding, hidden, _places(self.config, view), cache)
         return self._next_state(x), cache
 
@@ -282,7 +282,7 @@ def layer_of(config: DraftConfig) -> EagleLayer | Eagle3Layer:
 
 
 def check_states(config: DraftConfig, hidden: Float[Array, "*shape S"]) -> Float[Array, "*shape S"]:
-    """`hidden`, if it has what a draft reads; ValueError otherwise."""
+    """Return `hidden` if it has what a draft reads; raise ValueError otherwise."""
     width, layers = config.decoder.hidden_size, config.target_layers
     if layers and hidden.shape[-1] != (len(layers) + 1) * width:
         raise ValueError(
@@ -331,7 +331,7 @@ def init_draft(config: DraftConfig, key: Array, head: Float[Array, "V D"] | None
     """Fresh parameters, float32: {"fc": …, "layer": …}, and of EAGLE-3 {"norm": …, "head": {"rows": [Vq, D]}} too.
 
     Args:
-      head: the target's, of which an EAGLE-3 draft's begins as a copy; drawn at random without.
+      head: the target's. An EAGLE-3 draft's head begins as a copy of it, or at random if it is not given.
     """
     width, streams = config.decoder.hidden_size, len(config.target_layers)
     x, hidden = jnp.zeros((1, 2, width)), jnp.zeros((1, 2, (streams + 1) * width))
@@ -347,7 +347,7 @@ def init_draft(config: DraftConfig, key: Array, head: Float[Array, "V D"] | None
 
 
 def draft_head(config: DraftConfig, params: dict, head: Float[Array, "V D"]) -> Float[Array, "Vq D"]:
-    """The head of a draft's outputs, a row each token of its vocabulary: its own, or the target's `head`."""
+    """The head for a draft's outputs, one row per token of its vocabulary: its own, or the target's `head`."""
     if config.kind == "eagle3":
         return params["head"]["rows"]
     return head[np.array(config.vocabulary)] if config.vocabulary else head
@@ -356,7 +356,7 @@ def draft_head(config: DraftConfig, params: dict, head: Float[Array, "V D"]) -> 
 def draft_head_logits(
     target: DecoderConfig, target_params: dict, config: DraftConfig, params: dict, state: Float[Array, "*shape D"]
 ) -> Float[Array, "*shape V"]:
-    """A draft's float32 logits of all the target's tokens, from its state; −inf for those that it cannot propose."""
+    """A draft's float32 logits over all the target's tokens, from its state; −inf for tokens that it cannot propose."""
     tokens = np.array(config.vocabulary, np.int32) if config.vocabulary else None
     outputs = layer_of(config).apply({"params": params}, state, method="outputs")
     if config.kind == "eagle3":

@@ -11,13 +11,13 @@ Shapes = Sequence[tuple[int, int]]  # rows and length of each batch
 
 
 def layer_matrices(config: DecoderConfig) -> int:
-    """Entries of one layer's matrices: multiply-adds of one token."""
+    """The number of entries in one layer's matrices: the multiply-adds of one token."""
     width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     return config.hidden_size * (width + config.num_heads * config.head_dim + 3 * config.intermediate_size)
 
 
 def forward_flops(config: DecoderConfig, shapes: Shapes) -> float:
-    """FLOPs of the layers over batches of these shapes; attention over all pairs of a row, masked or not."""
+    """FLOPs of the layers for batches of these shapes. Attention counts all pairs of a row, masked or not."""
     tokens = sum(rows * length for rows, length in shapes)
     pairs = sum(rows * length**2 for rows, length in shapes)
     return 2 * config.num_layers * (layer_matrices(config) * tokens + 2 * config.num_heads * config.head_dim * pairs)

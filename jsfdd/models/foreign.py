@@ -105,7 +105,7 @@ def foreign_target(
 def foreign_hidden(target: ForeignTarget, batch: Batch, mesh: Mesh, layers: tuple[int, ...] = ()) -> Float[Array, "B T S"]:
     """The hidden states of a batch, its rows split over `mesh`, with the streams that enter `layers` in front.
 
-    Without `layers` the final states alone, also of a function that gives streams in front of them.
+    Without `layers`, only the final states, even if the function gives streams in front of them.
 
     Raises:
       ValueError: the target's function gave another shape, or there are several processes: a batch's tokens are then on

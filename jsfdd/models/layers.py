@@ -28,7 +28,7 @@ class Context(NamedTuple):
 
 
 def rope_frequencies(rope: Rope, head_dim: int) -> tuple[np.ndarray, float]:
-    """Angular frequencies float32[H/2] and the factor on cos and sin (1 but for YaRN).
+    """Angular frequencies float32[H/2] and the factor on cos and sin (1 except for YaRN).
 
     Rules: linear (position interpolation), Llama-3's smooth split between scaled and unscaled wavelengths, and
     YaRN (arXiv 2309.00071, §3.2-3.4). `frequency_divisors` are applied last.
@@ -47,7 +47,7 @@ def rope_frequencies(rope: Rope, head_dim: int) -> tuple[np.ndarray, float]:
         freq = (1 - unscaled) * freq / rope.factor + unscaled * freq
     elif rope.kind == "yarn":
 
-        def dimension(rotations: float) -> float:  # the dimension that turns so often over the original context
+        def dimension(rotations: float) -> float:  # the dimension that turns this often over the original context
             return head_dim * math.log(rope.original_max_position / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
 
         low = max(math.floor(dimension(rope.beta_fast)), 0)
@@ -190,7 +190,7 @@ class DecoderLayer(nn.Module):
         return self.input_norm(x) if self.has_input_norm else x
 
     def _residuals(self, x, attended):
-        """What attention gave added to the stream, and then what the MLP makes of that."""
+        """Add attention's output to the stream, and then the MLP's output."""
         sandwich = self.config.sandwich_norms
         x = x + (self.post_attention_norm(attended) if sandwich else attended)
         y = self.mlp(self.mlp_norm(x))

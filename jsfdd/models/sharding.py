@@ -47,7 +47,7 @@ def param_sharding(name: str, shape: tuple[int, ...], mesh: Mesh) -> NamedShardi
 
 
 def shard_shape(name: str, shape: tuple[int, ...], model_shards: int) -> tuple[int, ...]:
-    """What one device has of the parameter `name` of `shape`.
+    """The shape of the part of the parameter `name`, of `shape`, that one device holds.
 
     Raises:
       ValueError: no rule names it, or the model shards do not divide the axis that its rule splits.

@@ -97,7 +97,7 @@ def final_norm(config: DecoderConfig, params: dict, stream: Float[Array, "B T D"
 
 
 def unstack_layers(params: dict) -> dict:
-    """The same parameters with `layers` as a tuple of one tree a layer: a copy of the layers' weights.
+    """The same parameters with `layers` as a tuple of one tree per layer. This copies the layers' weights.
 
     On a CPU a scan first copies each layer's weights out of the stack, which at a few rows takes longer than the
     multiplication that follows; one-row decoding of SmolLM2 takes half the time without it. It is paid for with twice
@@ -118,7 +118,7 @@ def embed_tokens(config: DecoderConfig, params: dict, tokens: Int[Array, "*shape
 def head_logits(
     config: DecoderConfig, params: dict, hidden: Float[Array, "*shape D"], tokens: Int[np.ndarray, " V"] | None = None
 ) -> Float[Array, "*shape V"]:
-    """float32 logits of hidden states: the target's head, which the draft borrows as well. `tokens`: of these alone."""
+    """float32 logits of hidden states, by the target's head, which the draft borrows, too; of `tokens` only, if given."""
     if config.tie_embeddings:
         matrix, contract = params["embed"]["embedding"], 1
     else:

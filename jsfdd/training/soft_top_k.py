@@ -1,8 +1,8 @@
 """Soft targets "top_k": the k likeliest tokens of each distribution and the mass of all others, stored once for all epochs.
 
-With them any distance of `distances.py` is taken without the target's head, between coarse outcomes (`token_loss.coarse_loss`):
-the k tokens, likeliest first, and the tail, all others together. A row (`soft_rows.py`) has 4k + 2 bytes, or 6k + 2 where the
-vocabulary has more than 65,536 tokens, whatever the model's width.
+With them any distance of `distances.py` can be computed without the target's head, between coarse outcomes
+(`token_loss.coarse_loss`): the k tokens, likeliest first, and the tail, all others together. A row (`soft_rows.py`) has
+4k + 2 bytes, or 6k + 2 where the vocabulary has more than 65,536 tokens, whatever the model's width.
 
 With a draft vocabulary the k tokens and the tail are taken from it and numbered within it, and one more outcome, the last, is
 all that the draft cannot propose. Rows of tokens that do not count are 0.
@@ -38,7 +38,7 @@ def top_outcomes(
     vocabulary: tuple[int, ...] = (),
     beyond: Beyond = "weigh",
 ) -> UInt16[Array, "R W"]:
-    """The row of every token of nonzero weight.
+    """Compute the row of every token with a nonzero weight.
 
     Args:
       k: at most as many as `vocabulary` has.

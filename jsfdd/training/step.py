@@ -63,13 +63,13 @@ def init_state(
     """A fresh draft, its optimizer's state, step 0 and the key of the run's noise.
 
     Args:
-      head: the target's, as which an EAGLE-3 draft's begins; drawn at random without.
+      head: the target's. An EAGLE-3 draft's head begins as a copy of it, or at random if it is not given.
       params: those of another draft of this shape, from which training starts.
     """
     init_key, noise_key = jax.random.split(jax.random.key(seed))
     if params is None:
         params = init_draft(draft, init_key, head)
-    params = jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)  # a copy: a step takes over its state's buffers
+    params = jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)  # a copy, because a step takes over its state's buffers
     return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), noise_key)
 
 

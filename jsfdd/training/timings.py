@@ -33,7 +33,7 @@ class Laps:
 
     @contextmanager
     def lap(self, part: str):
-        """What is done inside belongs to `part`."""
+        """Time spent inside the block belongs to `part`."""
         begin = time.perf_counter()
         yield
         self._parts[part] += time.perf_counter() - begin
@@ -69,7 +69,7 @@ class Throughput:
         self._products, self._draft_steps = products, draft_steps
 
     def rates(self, steps: Sequence[Step], lap: dict[str, float]) -> dict[str, float]:
-        """The rates of the steps that were taken in a lap."""
+        """The rates of the steps in a lap."""
         plans = [plan for step in steps for plan in step.plans]
         samples = [i for plan in plans for i in plan.indices]
         seconds = lap["seconds"] - lap["held_out"] - lap["probe"]

@@ -32,7 +32,7 @@ from jsfdd.training.recipe import Recipe
 
 @dataclasses.dataclass(frozen=True)
 class Distance:
-    """What is minimised: a distance of `distances.py`, and `top_k_weight` times HASS's top-k loss."""
+    """The quantity to minimise: a distance of `distances.py` plus `top_k_weight` times HASS's top-k loss."""
 
     name: str = "cross_entropy"
     top_k: int = 0
@@ -51,7 +51,7 @@ class Distance:
         return loss
 
     def between_outcomes(self, target: Logits, draft: Logits, axis: int = -1) -> PerToken:
-        """The same of coarse outcomes, which are sorted: the likeliest first."""
+        """The same for coarse outcomes, sorted with the likeliest first."""
         loss = DISTANCES[self.name](target, draft, axis)
         if self.top_k_weight:
             loss = loss + self.top_k_weight * first_k_loss(target, draft, self.top_k, axis)
@@ -99,5 +99,5 @@ def coarse_loss(
     """
     outcomes = coarse(predicted @ head.T, ids)
     if log_probs.shape[1] > outcomes.shape[1]:
-        outcomes = jnp.pad(outcomes, ((0, 0), (0, 1)), constant_values=-jnp.inf)  # q never goes where it cannot
+        outcomes = jnp.pad(outcomes, ((0, 0), (0, 1)), constant_values=-jnp.inf)  # q is never where it cannot be
     return distance.between_outcomes(log_probs, outcomes)

@@ -111,7 +111,7 @@ class TopK:
     def of_block(self, head, predicted, z_q, target) -> tuple[Terms, Slope]:
         """`coarse_loss`. The gradient moves the other tokens' probabilities together, in proportion."""
         log_p, ids = (array.T for array in target)
-        beyond = len(log_p) - len(ids) - 1  # outcomes that the draft cannot propose: 1 with a draft vocabulary
+        beyond = len(log_p) - len(ids) - 1  # the number of outcomes that the draft cannot propose: 1 with a draft vocabulary
 
         def minimised(z_q):
             log_q = jnp.pad(coarse(z_q, ids, axis=0), ((0, beyond), (0, 0)), constant_values=-jnp.inf)
@@ -161,7 +161,7 @@ def visited_loss(
 
 
 def _visit(kind, block, head, predicted, target, weight, trains_head, factors, with_gradient):
-    """(sums, (d minimised / d predicted, d minimised / d head)); of what has no gradient an array without rows."""
+    """(sums, (d minimised / d predicted, d minimised / d head)); an array without rows where there is no gradient."""
     if trains_head and isinstance(kind, Means):
         raise ValueError("means know p by the target's head, and a head that learns leaves it: store the top k")
     num_steps, (num_rows, width) = len(factors), predicted.shape
@@ -212,7 +212,7 @@ visited_loss.defvjp(_forward, _backward)
 
 
 def _block_of(kind: Kind, target, rows):
-    """A block's part of what is known of p."""
+    """The part of `target` that belongs to a block."""
     if isinstance(kind, Exact):
         target_head, truth = target
         return target_head, block_rows(truth, rows)
@@ -224,7 +224,7 @@ def _through(head, slope: Float[Array, "Vq block"]) -> tuple[Array, Array]:
 
 
 def block_rows(array: Array, rows: Int[Array, " block"]) -> Array:
-    """A block's rows of an array; those past the end, which only fill the block up, are 0."""
+    """A block's rows of an array. Rows past the end, which only fill the block up, are 0."""
     return array.at[rows].get(mode="fill", fill_value=0)
 
 

@@ -97,9 +97,9 @@ def model_card(name: str, config: DraftConfig, flavour: Flavour, dtype: str, ser
 
 
 def extended_context(decoder: DecoderConfig) -> int:
-    """The positions up to which a decoder is meant to go: max_position, or what YaRN makes of the context it extends.
+    """The last position that a decoder is meant for: max_position, or the context as YaRN extends it.
 
-    Past its draft's length vLLM goes on without drafting, and without a word. A linear factor engines apply by themselves.
+    Beyond the draft's length vLLM silently stops drafting. Engines apply a linear factor by themselves.
     """
     rope = decoder.rope
     extended = round(rope.factor * rope.original_max_position) if rope.kind == "yarn" else 0

@@ -12,16 +12,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-_GIVEN = ("messages", "tools", "documents", "add_generation_prompt")  # by who renders, so no variable of a user's
-_WORDS = ("none", "true", "false", "not", "and", "or", "in", "is", "if", "else", "for")  # of Jinja's own
-_CODES = "aAbBcdDeFGhHIjmMnprRStTuUVwWxXyYzZ"  # of strftime
+_GIVEN = ("messages", "tools", "documents", "add_generation_prompt")  # set by whoever renders, so the user may not set them
+_WORDS = ("none", "true", "false", "not", "and", "or", "in", "is", "if", "else", "for")  # Jinja's own words
+_CODES = "aAbBcdDeFGhHIjmMnprRStTuUVwWxXyYzZ"  # strftime's codes
 
 
 class TemplateOptions(NamedTuple):
     """The user's options for a target's chat template.
 
     Attributes:
-      template: a file with a Jinja template, or the name of one of the checkpoint's; None for its usual one.
+      template: a file with a Jinja template, or the name of one of the checkpoint's templates; None for the usual one.
       kwargs: variables that the template reads, as in {"enable_thinking": False}.
       date: YYYY-MM-DD, what the template takes for today; None leaves it to the clock.
     """
@@ -69,14 +69,14 @@ def read_chat_template(path: Path) -> str:
     if not text.strip():
         raise ValueError(f"{path}: empty; --chat-template takes a Jinja template")
     try:
-        render_jinja_template([], chat_template=text)  # compiles it, and renders nothing
+        render_jinja_template([], chat_template=text)  # compiles the template without rendering it
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"{path}:{error.lineno}: not a Jinja template: {error.message}") from error
     return text
 
 
 def parse_date(text: str) -> datetime.date:
-    """ValueError unless it is YYYY-MM-DD."""
+    """Raise ValueError unless the text is YYYY-MM-DD."""
     try:
         return datetime.date.fromisoformat(text)
     except ValueError as error:
@@ -99,7 +99,7 @@ def _chosen(own: str | Mapping[str, str] | None, wanted: str | Path | None, wher
         raise ValueError(f"{where}: several chat templates ({names}) and none named 'default'; name one with --chat-template")
     if "tool_use" not in named:
         return named["default"]
-    # As transformers chooses: a conversation with definitions of tools is rendered by the one, all others by the other.
+    # transformers chooses alike: tool_use renders conversations with definitions of tools, default all others.
     return f"{{% if tools %}}\n{_ended(named['tool_use'])}{{% else %}}\n{_ended(named['default'])}{{% endif %}}"
 
 
@@ -124,7 +124,7 @@ def _variable(name: str, value: object) -> str:
 
 
 def _literal(value: object) -> str:
-    """A JSON value as Jinja writes it: alike, but for null."""
+    """A JSON value as Jinja writes it. Only null is written differently."""
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{_literal(str(key))}: {_literal(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list | tuple):

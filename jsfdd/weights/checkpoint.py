@@ -36,12 +36,12 @@ from jsfdd.models.draft import Draft, DraftConfig, init_draft
 DIRECTORY = "checkpoints"
 BEST = "best"
 _THREADS_END = 5.0  # seconds
-_WRAPPED = (ValueError, RuntimeError)  # in which Orbax and TensorStore wrap what the system says
+_WRAPPED = (ValueError, RuntimeError)  # Orbax and TensorStore wrap the system's errors in these
 _REMEDY = "delete it to fall back on an earlier one"
 
 
 def _says_it_twice(record: logging.LogRecord) -> bool:
-    """Whether Orbax logs, with a traceback, what it raises in the thread that called it as well."""
+    """Whether Orbax logs, with a traceback, an error that it also raises in the calling thread."""
     return "_SignalingThread.run() raised an exception" in record.getMessage()
 
 
@@ -138,7 +138,7 @@ def _removed_if_the_disk_refuses(path: Path, size: int) -> Iterator[None]:
     try:
         with writing(path, size, also=_WRAPPED):
             yield
-    except DiskError:  # the hook stays, and asyncio is silent: what is still written behind our back may yet fail
+    except DiskError:  # the hook stays and keeps asyncio silent: writes that still run may fail, too
         logging.getLogger("asyncio").addFilter(lambda record: "never retrieved" not in record.getMessage())
         for thread in threading.enumerate():
             if thread not in before:
@@ -150,7 +150,7 @@ def _removed_if_the_disk_refuses(path: Path, size: int) -> Iterator[None]:
 
 
 def _is_of_a_closed_loop(error: BaseException | None) -> bool:
-    """Whether a write came to its end when the loop that awaited it had been closed by another one's failure."""
+    """Whether a write finished after its loop had been closed because another write failed."""
     return isinstance(error, RuntimeError) and "Event loop is closed" in str(error)
 
 
@@ -189,7 +189,7 @@ def read_trained_draft(path: str | Path) -> Draft:
         if step is None:
             raise FileNotFoundError(f"{directory}: no checkpoint in it; train first: `jsfdd train --out {path}`")
         info = _read_info(checkpoints, step)
-        # Of fields that earlier versions did not have, their drafts have the defaults.
+        # Fields that earlier versions did not have take their defaults.
         config = decode(DraftConfig, info["draft"], directory / str(step) / "info", partial=True)
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         abstract = jax.tree.map(
@@ -204,12 +204,12 @@ def read_trained_draft(path: str | Path) -> Draft:
 
 
 def draft_to_json(config: DraftConfig) -> dict:
-    """A JSON-ready dict of the draft's shape, of which `decode(DraftConfig, …)` makes the shape again."""
+    """A JSON-ready dict of the draft's shape; `decode(DraftConfig, …)` reads it."""
     return plain(dataclasses.asdict(config))
 
 
 def _read_info(checkpoints: ocp.CheckpointManager, step: int) -> dict:
-    """A step's info; ValueError if it is not as it was written."""
+    """Read a step's info. ValueError: it is not as it was written."""
     where = _where(checkpoints, step)
     info = _read(checkpoints, step, info=ocp.args.JsonRestore())["info"]
     if not isinstance(info, dict) or not isinstance(info.get("identity"), dict) or "draft" not in info:
@@ -218,7 +218,7 @@ def _read_info(checkpoints: ocp.CheckpointManager, step: int) -> dict:
 
 
 def _check_arrays(checkpoints: ocp.CheckpointManager, step: int, info: dict, name: str, tree) -> None:
-    """ValueError unless the arrays of one item are those that were saved. Earlier versions left no checksums."""
+    """Raise ValueError unless an item's arrays are those that were saved. Earlier versions left no checksums."""
     if "checksums" not in info:
         return
     expected, found = info["checksums"][name], array_checksums(tree)
@@ -233,7 +233,7 @@ def _where(checkpoints: ocp.CheckpointManager, step: int) -> Path:
 
 
 def _read(checkpoints: ocp.CheckpointManager, step: int, **items):
-    """Items of one step; whatever Orbax raises for a directory that is there in part becomes one ValueError."""
+    """Read items of one step. Whatever Orbax raises for an incomplete directory becomes one ValueError."""
     try:
         return checkpoints.restore(step, args=ocp.args.Composite(**items))
     except (ValueError, KeyError, OSError, AttributeError, TypeError) as error:

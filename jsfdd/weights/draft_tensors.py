@@ -36,7 +36,7 @@ NESTED = Layout("fusion_fc", "transformer")
 MIDLAYER = Layout("fc", "midlayer")
 STACKED = Layout("fc", "layers.0")
 
-# Modules of the params tree that files call otherwise; those of the layer stand under its name.
+# Modules of the params tree that have other names in files. The layer's modules stand under the layer's name.
 _LAYER_MODULES = {
     "embedding_norm": "input_layernorm",
     "hidden_norm": "hidden_norm",
@@ -79,7 +79,7 @@ def draft_tensors(config: DraftConfig, params: dict, layout: Layout) -> dict[str
 
 
 def vocabulary_tensors(config: DraftConfig) -> dict[str, np.ndarray]:
-    """d2t int64[Vq] and t2d bool[V] of an EAGLE-3 draft; of one that proposes all tokens, zeros and true."""
+    """d2t int64[Vq] and t2d bool[V] of an EAGLE-3 draft: zeros and true if it proposes all tokens."""
     size = config.decoder.vocab_size
     allowed = allowed_tokens(config)
     allowed = np.ones(size, bool) if allowed is None else allowed

@@ -25,7 +25,7 @@ from jsfdd.weights.huggingface import weight_sources
 from jsfdd.weights.huggingface_config import parse_decoder, read_object
 from jsfdd.weights.layout import Source, insert_leaf
 
-# Peers save copies of what is the target's; here it is always the target's own.
+# Other projects save copies of tensors of the target; jsfdd always uses the target's own.
 _BORROWED = ("embed_tokens.weight", "verifier_norm.weight", "verifier_lm_head.weight")
 _PICKLED = ("*.bin", "*.pt", "*.pth")
 _NAMES = {"eagle": "EAGLE-1/2", "eagle3": "EAGLE-3"}
@@ -102,12 +102,12 @@ def _decoder(path: Path, raw: dict[str, Any], kind: DraftKind) -> DecoderConfig:
         raise ValueError(f"{path}: {prefix}num_hidden_layers is {decoder.num_layers}; only drafts of one layer are read")
     if "sliding_attention" in (raw.get("layer_types") or []):  # which transformers' Llama would overlook
         raise ValueError(f"{path}: {prefix}layer_types has sliding_attention; only drafts that attend to everything are read")
-    # EAGLE's switch for drafts of Qwen2. Ties say nothing about a draft: a head of its own is a tensor of its own.
+    # EAGLE's switch for drafts of Qwen2. A tied head says nothing about a draft: its own head is a tensor.
     return dataclasses.replace(decoder, qkv_bias=raw.get("qkv_bias") is True, tie_embeddings=False)
 
 
 def _check_kind(path: Path, kind: DraftKind, found: Mapping[str, Source]) -> None:
-    """EAGLE-3's layer norms the hidden state; nothing in an EAGLE-1/2 draft does."""
+    """An EAGLE-3 layer norms the hidden state; no part of an EAGLE-1/2 draft does."""
     marks = sorted(name for name in found if name.endswith(".hidden_norm.weight"))
     stored = "eagle3" if marks else "eagle"
     if stored != kind:
@@ -119,7 +119,7 @@ def _check_kind(path: Path, kind: DraftKind, found: Mapping[str, Source]) -> Non
 
 
 def _has_bias(path: Path, raw: dict[str, Any], layout: Layout, found: dict[str, Source]) -> bool:
-    """Whether fc has a bias that says something; one that does not is dropped from `found`."""
+    """Whether fc has a bias that matters. A bias that does not is dropped from `found`."""
     name = layout.fc + ".bias"
     if layout != NESTED and name in found and _is_padding(found[name], raw):
         del found[name]
@@ -130,9 +130,9 @@ def _has_bias(path: Path, raw: dict[str, Any], layout: Layout, found: dict[str, 
 
 
 def _is_padding(bias: Source, raw: dict[str, Any]) -> bool:
-    """Whether fc's bias is only there because SGLang cannot do without it: all zero, and not asked for.
+    """Whether fc's bias is only there because SGLang needs one: it is all zero, and config.json asks for none.
 
-    EAGLE's own switch ("bias") is often left out or wrong, so a bias that says something counts whatever the switch says.
+    EAGLE's own switch ("bias") is often left out or wrong, so a bias that is not zero counts whatever the switch says.
     """
     return raw.get("bias") is not True and len(bias.shape) == 1 and not np.any(bias.whole())
 
@@ -204,7 +204,7 @@ def _check(
 
 
 def _refuse_pickled(directory: Path, name: str) -> None:
-    """Say how to convert a draft that is there as a pickle only, which can run code when opened and is never read."""
+    """Say how to convert a draft of which only a pickle exists: opening one can run code, so it is never read."""
     pickled = sorted(file for pattern in _PICKLED for file in directory.glob(pattern))
     if not pickled or any(directory.glob("*.safetensors")):
         return

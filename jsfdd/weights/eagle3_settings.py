@@ -17,14 +17,14 @@ NORM_FLAGS = ("norm_before_fc", "fc_norm", "norm_output", "norm_before_residual"
 
 
 def draft_kind(raw: dict[str, Any]) -> DraftKind:
-    """Which draft a config.json describes. EAGLE-3's say so by a class name, or by a vocabulary of their own."""
+    """Which kind of draft a config.json describes: EAGLE-3 has a class name or a draft vocabulary that says so."""
     named = [raw.get("speculators_model_type"), *(raw.get("architectures") or [])]
     spelled = [str(name).lower().replace("-", "").replace("_", "") for name in named]
     return "eagle3" if any("eagle3" in name for name in spelled) or "draft_vocab_size" in raw else "eagle"
 
 
 def eagle3_settings(path: Path, raw: dict[str, Any], num_layers: int | None) -> dict[str, Any]:
-    """`DraftConfig`'s fields that are of EAGLE-3 alone.
+    """The fields of `DraftConfig` that only EAGLE-3 drafts use.
 
     Args:
       path, raw: config.json and what it holds.
@@ -61,7 +61,7 @@ def _refuse_what_is_not_computed(path: Path, raw: dict[str, Any]) -> None:
 
 
 def _flag(path: Path, raw: dict[str, Any], flag: str) -> bool:
-    """A switch, which for norm_before_fc may also stand in `eagle_config`, and counts there first."""
+    """Read a switch. norm_before_fc may also stand in `eagle_config`, which then takes precedence."""
     value = _nested(path, raw).get(flag, raw.get(flag)) if flag == "norm_before_fc" else raw.get(flag)
     if value not in (None, True, False):
         raise ValueError(f"{path}: {flag} is {value!r:.80}, neither true nor false")

@@ -27,9 +27,9 @@ from jsfdd.weights.eagle3_settings import LAYERS, NORM_FLAGS
 from jsfdd.weights.flavours import ACTIVATIONS, check_flavour
 from jsfdd.weights.huggingface_config import read_object
 
-# The last release of speculators that has EAGLE-1 drafts, and one of those that have EAGLE-3's.
+# The last release of speculators with EAGLE-1 drafts, and a release with EAGLE-3 drafts.
 _SPECULATORS_VERSIONS = {"eagle": "0.4.0.1", "eagle3": "0.9.0"}
-# By what each engine finds its EAGLE-3 class.
+# The name by which each engine finds its EAGLE-3 class.
 _EAGLE3_CLASSES = {"speculators": "Eagle3Speculator", "tpu-inference": "Eagle3LlamaForCausalLM"}
 _EAGLE3_CLASS = "LlamaForCausalLMEagle3"
 _ALWAYS_D2T = ("tpu-inference", "sglang-jax")  # their classes have the tensor whatever the vocabulary
@@ -72,7 +72,7 @@ def write_draft(
     card = model_card(directory.name, config, flavour, written.name, serving, provenance)
 
     partial = directory.with_name(directory.name + ".partial")
-    if partial.exists():  # of an export that was interrupted
+    if partial.exists():  # left by an interrupted export
         shutil.rmtree(partial)
     try:
         with writing(directory, sum(tensor.nbytes for tensor in tensors.values()), also=(SafetensorError,)):
@@ -80,7 +80,7 @@ def write_draft(
             (partial / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
             (partial / "README.md").write_text(card, encoding="utf-8")
             save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-            # safetensors makes its files readable to their owner alone, and servers often run as someone else.
+            # safetensors writes files that only their owner can read, and servers often run as another user.
             (partial / "model.safetensors").chmod((partial / "config.json").stat().st_mode)
             for path in (*partial.iterdir(), partial):
                 sync(path)
@@ -110,7 +110,7 @@ def _eagle_settings(config: DraftConfig, flavour: Flavour, dtype: str, serving: 
     return {
         "architectures": ["LlamaForCausalLMEagle" if flavour == "sglang" else "LlamaForCausalLM"],
         **layer,
-        # To EAGLE this is fc's; to SGLang and vLLM it is the attention's.
+        # EAGLE means fc's bias by this; SGLang and vLLM mean the attention's.
         "bias": config.fc_bias and flavour == "eagle",
         **({"qkv_bias": True} if config.decoder.qkv_bias else {}),
         "torch_dtype": dtype,
@@ -163,7 +163,7 @@ def _layer_settings(d: DecoderConfig, flavour: Flavour) -> dict:
 
 
 def _speculators_settings(algorithm: DraftKind, serving: Serving) -> dict:
-    """What speculators and, of its directories, vLLM are told about decoding."""
+    """The decoding settings for speculators, which vLLM reads from its directories, too."""
     proposal = {
         "proposal_type": "greedy",
         "speculative_tokens": serving.num_draft_tokens,
@@ -204,7 +204,7 @@ def _architectures(target: str) -> list[str]:
 
 
 def _cast(tensors: dict[str, np.ndarray], dtype: ExportDtype) -> dict[str, np.ndarray]:
-    """`tensors` in one dtype, all of them finite."""
+    """Convert `tensors` to one dtype, and check that all are finite."""
     kinds = sorted({value.dtype.name for value in tensors.values()})
     if dtype == "keep" and len(kinds) > 1:
         raise ValueError(f"--export-dtype keep: the draft's tensors are {' and '.join(kinds)}; choose one of them")

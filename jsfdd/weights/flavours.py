@@ -31,7 +31,7 @@ from jsfdd.weights.eagle3_settings import NORM_FLAGS
 ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}  # as config.json calls them
 _EAGLE_THETA = 10_000.0  # what EAGLE's scaled rotations use, whatever config.json says
 
-# Of EAGLE-3: the norms that a flavour's engine computes, and the flavours that read no layers from the draft's files.
+# EAGLE-3: the norms that a flavour's engine computes, and the flavours that read no layers from the draft's files.
 _NORMS = {
     "eagle": (),
     "vllm": NORM_FLAGS,
@@ -41,7 +41,7 @@ _NORMS = {
     "sglang-jax": (),
 }
 _FIXED_LAYERS = ("eagle", "tpu-inference", "sglang-jax")
-# Of both kinds: rope scalings that an engine computes as transformers does.
+# Both kinds: the rope scalings that an engine computes as transformers does.
 _SCALINGS = {
     "eagle": ("linear",),
     "vllm": ("linear", "llama3", "yarn"),
@@ -137,7 +137,7 @@ def _check_eagle3(config: DraftConfig, flavour: Flavour) -> None:
 
 
 def is_default(layers: tuple[int, ...]) -> bool:
-    """Whether a target of some number of layers N has these as its 2, N // 2 and N − 3."""
+    """Whether these layers are 2, N // 2 and N − 3 of some number of layers N."""
     number = layers[-1] + 3
     return layers == (2, number // 2, number - 3)
 
@@ -147,6 +147,6 @@ def _refuse(flavour: Flavour, field: str, why: str) -> NoReturn:
 
 
 def _is_default_attention(rope: Rope) -> bool:
-    """Whether YaRN's attention factor is the one that every engine computes when it is told none."""
+    """Whether YaRN's attention factor is the one that every engine computes by default."""
     default = 0.1 * math.log(max(rope.factor, 1.0)) + 1.0
     return rope.attention_factor is None or math.isclose(rope.attention_factor, default, rel_tol=1e-6)

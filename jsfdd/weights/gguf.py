@@ -51,7 +51,7 @@ def read_config(file: GGUFFile) -> DecoderConfig:
         raise ValueError(f"{file.path}: general.architecture is {family!r}; supported are {', '.join(_FAMILIES)}")
     if file.metadata.get(f"{family}.expert_count", 0):
         raise ValueError(f"{file.path}: {family}.expert_count is set: mixtures of experts are not supported")
-    # Computed by no field of DecoderConfig; ignoring one would change the model without a word.
+    # No field of DecoderConfig computes these; ignoring one would silently change the model.
     for key in ("attn_logit_softcapping", "final_logit_softcapping", "attention.scale", "rope.scale_linear"):
         if file.metadata.get(f"{family}.{key}"):
             raise ValueError(f"{file.path}: metadata key {family}.{key} is set: not supported")
@@ -87,7 +87,7 @@ def read_config(file: GGUFFile) -> DecoderConfig:
         sliding_layers=slides,
     )
     if gemma:
-        # The file does not say how queries are scaled: by the head dimension, but by D/N in the 62-layer model (27B).
+        # The file does not say how queries are scaled. It is by the head dimension, except for D/N in the 62-layer model (27B).
         scaled_by = width / heads if layers == 62 else head_dim
         common |= dict(
             sandwich_norms=True,
@@ -191,7 +191,7 @@ def _rope_divisors(file: GGUFFile, head_dim: int) -> tuple[float, ...]:
 
 
 def _value(file: GGUFFile, key: str, default: Any) -> Any:
-    """A positive number of this architecture's metadata; a list that repeats one number per layer is that number."""
+    """Read a positive number of this architecture's metadata; a list that repeats one number counts as that number."""
     full = f"{file.metadata['general.architecture']}.{key}"
     value = file.metadata.get(full, default)
     if isinstance(value, list) and len(set(value)) == 1:

@@ -118,7 +118,7 @@ def read_tensor(file: GGUFFile, name: str, rows: slice = slice(None)) -> np.ndar
       ValueError: its type is one that the gguf package cannot dequantise, or the file has shrunk since.
     """
     tensor = file.tensors[name]
-    if len(tensor.shape) == 1:  # its blocks need not end where the rows do
+    if len(tensor.shape) == 1:  # blocks need not end where rows end
         return _dequantized(file, name, tensor.offset, tensor.num_bytes)[rows]
     start, stop, _ = rows.indices(tensor.shape[0])
     row_bytes = tensor.num_bytes // tensor.shape[0]
@@ -181,7 +181,7 @@ class _Cursor:
             raise self.error(f"{what} at byte {self.position - length} is not UTF-8") from error
 
     def strings(self, count: int, what: str) -> list[str]:
-        """As `string` would read them one by one, but a vocabulary has a hundred thousand."""
+        """Read what `string` would read one by one, but faster: a vocabulary has a hundred thousand."""
         data, position, values = self.data, self.position, []
         try:
             for _ in range(count):
@@ -194,7 +194,7 @@ class _Cursor:
         except (struct.error, OverflowError, UnicodeDecodeError):
             pass
         self.position = position
-        # What could not be read is read again, for the error that says why.
+        # Read again what failed, for an error that says why.
         return values + [self.string(what) for _ in range(count - len(values))]
 
     def value(self, kind: int, what: str) -> Any:

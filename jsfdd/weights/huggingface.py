@@ -45,7 +45,7 @@ _NAMES = {
     "layers/mlp/up_proj/kernel": "model.layers.{}.mlp.up_proj.weight",
     "layers/mlp/down_proj/kernel": "model.layers.{}.mlp.down_proj.weight",
 }
-# Gemma-3 gives the name that everyone else uses for the norm before the MLP to the one after attention.
+# Gemma-3 calls the norm after attention what all others call the norm before the MLP.
 _GEMMA_NAMES = {
     "layers/post_attention_norm/scale": "model.layers.{}.post_attention_layernorm.weight",
     "layers/mlp_norm/scale": "model.layers.{}.pre_feedforward_layernorm.weight",
@@ -135,7 +135,7 @@ def read_params(directory: str | Path, config: DecoderConfig, dtype=np.float32, 
 
 
 def _decoder_sources(found: dict[str, Source], config: DecoderConfig, wrapped: bool) -> dict[str, Source]:
-    """`found` under the names of a plain text decoder, without what is known to be no parameter of it."""
+    """Rename `found` as in a plain text decoder, and leave out what is known not to be one of its parameters."""
     sources = {}
     for name, source in found.items():
         if _ROTARY_BUFFER.fullmatch(name):

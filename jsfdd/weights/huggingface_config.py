@@ -21,7 +21,7 @@ _MAX_LAYERS = 10_000  # a corrupt count must not become a list of a billion laye
 
 # Sizes for which transformers would take those of one early model of the family. Only Gemma's own files leave them out.
 _STATED = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings".split()
-# All that transformers is shown of a file, so that it checks no setting that has nothing to do with the decoder.
+# transformers sees only these fields of a file, so it checks no setting that does not concern the decoder.
 _SHOWN = [
     *_STATED,
     *"num_key_value_heads head_dim hidden_act hidden_activation rms_norm_eps tie_word_embeddings".split(),
@@ -145,7 +145,7 @@ def parse_decoder(path: Path, raw: dict[str, Any], prefix: str = "") -> DecoderC
 
 
 def _refuse_quantised(fields: _Fields) -> None:
-    """Of a configuration that may list every layer, its method alone is told."""
+    """Refuse a quantised model, by its method alone: the configuration may list every layer."""
     config = fields.raw.get("quantization_config")
     if config in (None, {}):
         return
@@ -197,7 +197,7 @@ def _completed(fields: _Fields) -> _Fields:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig  # a second of CPU time, which GGUF files do not need
 
-    # Null says nothing but of a window, where it says that there is none.
+    # Null says nothing, except about a window: there it means none.
     stated = [key for key in _SHOWN if fields.raw.get(key) is not None or (key == "sliding_window" and key in fields.raw)]
     shown = {key: _spelled_anew(fields.raw[key]) for key in stated}
     try:
@@ -275,7 +275,7 @@ def _sliding(fields: _Fields) -> tuple[int | None, tuple[bool, ...]]:
 
 
 def _rope(fields: _Fields, max_position: int) -> Rope:
-    """One rotation, of whose kind and settings `_refuse_rope` had nothing to say."""
+    """One rotation, whose kind and settings `_refuse_rope` accepted."""
     kind, theta = fields.raw["rope_type"], fields.number("rope_theta")
     if kind == "default":
         return Rope(theta)

@@ -37,7 +37,7 @@ class Source(NamedTuple):
     read: Callable[[Index], np.ndarray]
 
     def whole(self) -> np.ndarray:
-        """All of the tensor."""
+        """Read the whole tensor."""
         return self.read(tuple(slice(0, size) for size in self.shape))
 
 
@@ -158,7 +158,7 @@ def _pieces(stored: Index) -> list[slice]:
 
 
 def _aligned(shape: tuple[int, ...], dtype) -> np.ndarray:
-    """An empty array that begins at a multiple of 64 bytes: such a one a CPU device takes as it is, without a copy."""
+    """An empty array that begins at a multiple of 64 bytes: a CPU device takes it without a copy."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     memory = np.empty(size + 64, np.uint8)
     offset = -memory.ctypes.data % 64

@@ -102,7 +102,7 @@ def _without_params(name: str, model: Path | GGUFFile, chat_template: ChatTempla
     config = _format(model).read_config(model)
     tokenizer = _read_tokenizer(model, chat_template)
     # Added tokens may lie beyond the embedding (Gemma-3 1B's image token does); the vocabulary itself may not, and JAX
-    # would clamp such an id without a word.
+    # would silently clamp such an id.
     if tokenizer.vocab_size > config.vocab_size:
         path = model if isinstance(model, Path) else model.path
         raise ValueError(
@@ -193,7 +193,7 @@ def stop_tokens(model: Path | GGUFFile, tokenizer: PreTrainedTokenizerFast) -> t
 
 
 def _opened(path: Path) -> Path | GGUFFile:
-    """A directory as it is; of a GGUF file the header, which holds a vocabulary and is read once."""
+    """Return a directory as it is, and a GGUF file's header, which holds a vocabulary and is read once."""
     return path if path.is_dir() else read_header(path)
 
 

@@ -39,9 +39,16 @@ _TEKKEN_SPLIT = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# What writers call a split -> what it is called here.
+# A writer's name for a split -> the name used here.
 _PRE_NAMES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
-_NOT_LOADED = (AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError)  # transformers', of a damaged file
+_NOT_LOADED = (
+    AttributeError,
+    LookupError,
+    OSError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)  # what transformers raises for a damaged file
 _WHOLE_TOKENS = ("llama-bpe", "tekken")  # take a piece that is a token as it is, even where merges would not arrive there
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type; the others are unknown, unused and byte
 _SPACE = "▁"  # SentencePiece's mark
