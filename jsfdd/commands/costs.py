@@ -8,6 +8,7 @@ disk        the most that the stage writes.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -51,14 +52,19 @@ class Stage(NamedTuple):
 
 def param_bytes(config: DecoderConfig, itemsize: int, model_shards: int) -> int:
     """Bytes of a target's parameters on one device; norm scales are float32."""
-    total = 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.eval_shape(lambda: init_params(config, jax.random.key(0)))):
-        name = "/".join(key.key for key in path)
-        size = 4 if name.endswith("/scale") else itemsize
-        total += math.prod(shard_shape(name, leaf.shape, model_shards)) * size
-    return total
+    return sum(
+        math.prod(shard_shape(name, shape, model_shards)) * (4 if name.endswith("/scale") else itemsize)
+        for name, shape in _param_shapes(config)
+    )
 
 
+@functools.lru_cache(maxsize=8)  # a plan asks for every mesh, and tracing takes long
+def _param_shapes(config: DecoderConfig) -> list[tuple[str, tuple[int, ...]]]:
+    leaves = jax.tree_util.tree_leaves_with_path(jax.eval_shape(lambda: init_params(config, jax.random.key(0))))
+    return [("/".join(key.key for key in path), leaf.shape) for path, leaf in leaves]
+
+
+@functools.lru_cache(maxsize=8)
 def draft_params(draft: DraftConfig) -> int:
     """The number of parameters of a draft."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(jax.eval_shape(lambda: init_draft(draft, jax.random.key(0)))))

@@ -107,13 +107,13 @@ def find_answers(
     by_answer = defaultdict(list)
     for number, leaf in enumerate(leaves):
         by_answer[leaf.answer].append((leaf, spans[number]))
-    found, position = [], 0
+    answers, position = [], 0
     for number, message in enumerate(messages):
         if message["role"] == "assistant":
             answer = _answer(number, by_answer[number], marks, text, position)
             position = answer.end
-            found.append(answer)
-    return found
+            answers.append(answer)
+    return answers
 
 
 def _own_frame(
@@ -145,13 +145,13 @@ def find_marked_answers(marks: TemplateMarks, text: str) -> list[AnswerSpan]:
     header = re.sub(r"\s*<think(?:ing)?>\s*$", "", marks.prompt)
     opening = re.compile(f"{re.escape(marks.prompt)}|{re.escape(header)}")
     ends = any_of(marks.closers | marks.call_closers - marks.call_marks)
-    found, match = [], opening.search(text)
+    answers, match = [], opening.search(text)
     while match:
         end = ends.search(text, match.end())
         last = end.start() if end else len(text)
-        found.append(AnswerSpan(match.end(), last, match.end(), False))
+        answers.append(AnswerSpan(match.end(), last, match.end(), False))
         match = opening.search(text, last)
-    return found
+    return answers
 
 
 def _stand_ins(messages: Sequence[Message], base: str) -> tuple[list[Message], list[_Leaf]]:
@@ -259,9 +259,9 @@ def _answer(number: int, leaves: Sequence[tuple[_Leaf, list[Span]]], marks: Temp
 def _step_back(text: str, begin: int, before: str, opening: str | None) -> int:
     """Where the answer begins whose first leaf begins at `begin`: the marks before that are its own as well, if they are in the
     row's content, or if they are what the template writes before a thought."""
-    for own in (opening, before):
-        if own and text.startswith(own, begin - len(own)):
-            return begin - len(own)
+    for mark in (opening, before):
+        if mark and text.startswith(mark, begin - len(mark)):
+            return begin - len(mark)
     position, wanted = begin, before.split()
     for word in reversed(wanted):
         position = len(text[:position].rstrip())
@@ -273,9 +273,9 @@ def _step_back(text: str, begin: int, before: str, opening: str | None) -> int:
 
 def _step_on(text: str, end: int, rest: str, closing: str) -> int:
     """Where the answer ends whose last leaf ends at `end`."""
-    for own in (closing, rest):
-        if own and text.startswith(own, end):
-            return end + len(own)
+    for mark in (closing, rest):
+        if mark and text.startswith(mark, end):
+            return end + len(mark)
     position = end
     for word in rest.split():
         position += len(text) - position - len(text[position:].lstrip())

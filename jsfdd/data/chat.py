@@ -70,16 +70,16 @@ class ReadCounts:
 
     def notes(self) -> list[str]:
         """Sentences about what was not read as it stands."""
-        said = "rows have the id of another and are named after their file and place in it"
-        return [*filter(None, [self.unread_words()]), *([f"{self.renamed:,} {said}"] if self.renamed else [])]
+        sentence = "rows have the id of another and are named after their file and place in it"
+        return [*filter(None, [self.unread_words()]), *([f"{self.renamed:,} {sentence}"] if self.renamed else [])]
 
     def unread_words(self) -> str:
         """A sentence about what was not read; empty if everything was."""
         if not self.unread:
             return ""
-        shown = ", ".join(f"{count:,} rows have {key!r}" for key, count in self.unread.most_common(_SHOWN_KEYS))
+        keys = ", ".join(f"{count:,} rows have {key!r}" for key, count in self.unread.most_common(_SHOWN_KEYS))
         more = len(self.unread) - _SHOWN_KEYS
-        return f"not read: {shown}" + (f" and {more} other keys" if more > 0 else "")
+        return f"not read: {keys}" + (f" and {more} other keys" if more > 0 else "")
 
 
 @dataclasses.dataclass
@@ -101,9 +101,9 @@ def read_chats(names: str | Path | Sequence[str | Path]) -> list[Chat]:
 
 def read_chat_files(names: Sequence[str | Path], answered: bool = True, *, strict: bool = False) -> FoundChats:
     """Reads conversations, in the order of the files and of their rows. Arguments and errors as in `stream_chats`."""
-    found = FoundChats()
-    found.chats.extend(stream_chats(names, found, answered, strict=strict))
-    return found
+    result = FoundChats()
+    result.chats.extend(stream_chats(names, result, answered, strict=strict))
+    return result
 
 
 def stream_chats(
@@ -120,28 +120,28 @@ def stream_chats(
     Raises FileNotFoundError for a missing file, and ValueError "file:line: what; remedy" for a damaged file, a malformed
     line, and a file without rows; if `strict`, also for an id that two conversations have.
     """
-    seen: set[int] = set()
+    digests: set[int] = set()
     ids: set[int] = set()
     for row in read_rows(names, COLUMNS, counts.unread):
         counts.read[row.file] += 1
         try:
-            found = conversation_of(row.value, row.place, answered)
+            conversation = conversation_of(row.value, row.place, answered)
         except BadRow as error:
             if strict:
                 raise
             counts.skipped.add(row.file, error)
             continue
-        counts.unread.update(unread(row.value, found, answered))
-        digest = _short_digest(_conversation_bytes(found))
-        if digest in seen:
+        counts.unread.update(unread(row.value, conversation, answered))
+        digest = _short_digest(_conversation_bytes(conversation))
+        if digest in digests:
             counts.duplicates[row.file] += 1
             continue
-        seen.add(digest)
+        digests.add(digest)
         if not strict and _short_digest(row.id.encode()) in ids:
             counts.renamed += 1
             row = row._replace(id=row.name)
         _check_id(row, ids, names)
-        yield Chat(row.id, row.source, found.messages, row.place, row.file, *found[1:])
+        yield Chat(row.id, row.source, conversation.messages, row.place, row.file, *conversation[1:])
 
 
 def read_prompts(names: str | Path | Sequence[str | Path]) -> list[Prompt]:
@@ -160,13 +160,13 @@ def read_prompts(names: str | Path | Sequence[str | Path]) -> list[Prompt]:
 
 
 def _prompt(row: Row) -> Prompt:
-    found = conversation_of(row.value, row.place, answered=False)
-    if not found.messages:
+    conversation = conversation_of(row.value, row.place, answered=False)
+    if not conversation.messages:
         raise BadRow("no_form", row.place, "a text or tokens ask nothing; give 'turns' or messages")
-    system, turns = _system_and_turns(found.messages)
+    system, turns = _system_and_turns(conversation.messages)
     if not turns:
         raise BadRow("no_question", row.place, "no user's turn, so nothing to answer; add one or drop the row")
-    return Prompt(row.id, row.source, tuple(turns), system, found.tools)
+    return Prompt(row.id, row.source, tuple(turns), system, conversation.tools)
 
 
 def _system_and_turns(messages: Sequence[Message]) -> tuple[str, list[str]]:
@@ -181,7 +181,7 @@ def _system_and_turns(messages: Sequence[Message]) -> tuple[str, list[str]]:
             turns.append([])
         else:
             (system if message["role"] == "system" else turns[-1]).append(message["content"])
-    return "\n\n".join(system), ["\n\n".join(said) for said in turns if said]
+    return "\n\n".join(system), ["\n\n".join(parts) for parts in turns if parts]
 
 
 def content_digest(messages: Sequence[Message], tools: Sequence[dict] = ()) -> bytes:
@@ -193,7 +193,7 @@ def _check_id(row: Row, ids: set[int], names: Sequence[str | Path]) -> None:
     """Raise ValueError, naming both places, if another row has this id. `ids` holds digests: 70 MB for a million ids."""
     digest = _short_digest(row.id.encode())
     if digest in ids:
-        first = next((other.place for other in read_rows(names, COLUMNS) if other.id == row.id), row.place)
+        first = next((earlier.place for earlier in read_rows(names, COLUMNS) if earlier.id == row.id), row.place)
         raise ValueError(
             f"{row.place}: id {row.id!r} was already used at {first}; make ids unique, or leave 'id' out and "
             "name the files differently"
@@ -201,8 +201,9 @@ def _check_id(row: Row, ids: set[int], names: Sequence[str | Path]) -> None:
     ids.add(digest)
 
 
-def _conversation_bytes(found: Conversation) -> bytes:
-    return json.dumps(found.messages if found == (found.messages, (), "", (), ()) else found, sort_keys=True).encode()
+def _conversation_bytes(conversation: Conversation) -> bytes:
+    plain = conversation == (conversation.messages, (), "", (), ())
+    return json.dumps(conversation.messages if plain else conversation, sort_keys=True).encode()
 
 
 def _short_digest(data: bytes) -> int:

@@ -122,8 +122,8 @@ def _list_or_lines(path: Path, packing: str) -> Iterator[Entry]:
         elif first == "{":
             yield from _objects(window, path)
         else:
-            found = "an empty file" if not first else f"found {first!r}"
-            raise ValueError(f"{path}:{window.line}: a .json file holds one list [row, row, …] or objects; {found}")
+            start = "an empty file" if not first else f"found {first!r}"
+            raise ValueError(f"{path}:{window.line}: a .json file holds one list [row, row, …] or objects; {start}")
 
 
 def _list(window: _Window, path: Path) -> Iterator[Entry]:
@@ -283,19 +283,19 @@ def columns_beside(path: Path, columns: Collection[str]) -> Counter[str]:
     """
     ending = form_of(path).ending
     check_no_pointer(path)
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     if ending == "parquet":
         with _reading(path, "Parquet"), pa.parquet.ParquetFile(path) as file:
             for group in map(file.metadata.row_group, range(file.metadata.num_row_groups)):
                 for name in _names_beside(file.schema_arrow, columns):
-                    found[name] += group.num_rows - _nulls(group, name)
+                    counts[name] += group.num_rows - _nulls(group, name)
     elif ending == "arrow":
         with _reading(path, "Arrow"), _arrow_batches(path) as (schema, batches):
             names = _names_beside(schema, columns)
             for batch in batches if names else ():
                 for name in names:
-                    found[name] += batch.num_rows - batch.column(name).null_count
-    return +found
+                    counts[name] += batch.num_rows - batch.column(name).null_count
+    return +counts
 
 
 def _names_beside(schema: pa.Schema, columns: Collection[str]) -> list[str]:

@@ -131,11 +131,11 @@ def unread(row: dict, found: Conversation, answered: bool = True) -> set[str]:
 
 
 def _question_key(row: dict, place: str, answered: bool) -> str | None:
-    asked = [key for key in _QUESTIONS if row.get(key) is not None]
-    if len(asked) > 1:
-        raise BadRow("no_form", place, f"a chat row has exactly one question; found {' and '.join(map(repr, asked))}")
-    if asked:
-        return asked[0]
+    questions = [key for key in _QUESTIONS if row.get(key) is not None]
+    if len(questions) > 1:
+        raise BadRow("no_form", place, f"a chat row has exactly one question; found {' and '.join(map(repr, questions))}")
+    if questions:
+        return questions[0]
     if row.get("prompt") is not None:
         return "prompt"
     has_answer = any(row.get(key) is not None for key in _ANSWERS)
@@ -146,10 +146,10 @@ def _pair(row: dict, question: str, place: str) -> tuple[Message, ...]:
     answers = [key for key in _ANSWERS if key in row]
     if len(answers) > 1:
         raise BadRow("no_form", place, f"beside {question!r} a row has one answer; found {' and '.join(map(repr, answers))}")
-    more = [text_in(row, key, place) for key in _MORE if key in row and key != question]
+    extra = [text_in(row, key, place) for key in _MORE if key in row and key != question]
     asked = _side(row, question, "user", place)
-    if any(more):
-        asked[-1]["content"] = "\n\n".join(filter(None, [asked[-1]["content"], *more]))
+    if any(extra):
+        asked[-1]["content"] = "\n\n".join(filter(None, [asked[-1]["content"], *extra]))
     answer = _side(row, answers[0], "assistant", place) if answers else []
     return (*_history(row, place), *asked, *answer)
 
@@ -195,8 +195,8 @@ def _transposed(columns: dict, key: str, place: str) -> list[dict]:
     lengths = {len(values) if isinstance(values, list) else -1 for values in columns.values() if values is not None}
     if len(lengths) != 1 or -1 in lengths:
         raise BadRow("no_form", place, f"{key!r} is an object; expected a list, or an object of lists of one length")
-    given = {name: values for name, values in columns.items() if values is not None}
-    return [dict(zip(given, values)) for values in zip(*given.values())]
+    present = {name: values for name, values in columns.items() if values is not None}
+    return [dict(zip(present, values)) for values in zip(*present.values())]
 
 
 def _user_turns(turns: object, place: str) -> tuple[Message, ...]:

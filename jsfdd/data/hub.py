@@ -35,8 +35,8 @@ def dataset_rows(name: str, columns: Collection[str] | None, beside: Counter[str
     if columns is not None:
         wanted = [column for column in dataset.column_names if column in columns]
         if not wanted:
-            found, known = ", ".join(dataset.column_names), ", ".join(sorted(set(columns) - MEDIA))
-            raise ValueError(f"{name}: no column of {known}; it has {found}")
+            present, readable = ", ".join(dataset.column_names), ", ".join(sorted(set(columns) - MEDIA))
+            raise ValueError(f"{name}: no column of {readable}; it has {present}")
         if beside is not None:
             beside.update(dict.fromkeys((column for column in dataset.column_names if column not in columns), len(dataset)))
         dataset = dataset.select_columns(wanted)

@@ -108,10 +108,10 @@ def any_of(words: Iterable[str]) -> re.Pattern:
 def shared_beginning(a: str, b: str) -> int:
     """How many characters two texts have in common at their beginning, in whole words and marks."""
     length = 0
-    for mine, other in zip(_units(a), _units(b)):
-        if mine != other:
+    for a_unit, b_unit in zip(_units(a), _units(b)):
+        if a_unit != b_unit:
             break
-        length += len(mine)
+        length += len(a_unit)
     return length
 
 

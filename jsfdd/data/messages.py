@@ -46,8 +46,8 @@ _READ = {
 }
 # Keys of a row or a message that name images, films or sounds.
 MEDIA = {
-    f"{what}{plural}{form}"
-    for what in ("image", "img", "video", "audio")
+    f"{medium}{plural}{form}"
+    for medium in ("image", "img", "video", "audio")
     for plural in ("", "s")
     for form in ("", "_url", "_urls", "_path", "_paths", "_file", "_files", "_bytes", "_base64", "_data")
 } | {"pixel_values"}
@@ -89,12 +89,12 @@ def unread_keys(turns: Sequence[dict]) -> set[str]:
     """The keys of a list of turns that say something and are not read."""
     keys: set[str] = set()
     for turn in turns:
-        said = {key for key, value in turn.items() if value not in (None, "", [], {})}
-        keys |= said - _READ.get(_ROLES[_role_in(turn)], _OF_ALL)
+        filled = {key for key, value in turn.items() if value not in (None, "", [], {})}
+        keys |= filled - _READ.get(_ROLES[_role_in(turn)], _OF_ALL)
         keys |= {
             other
             for key, other in (("role", "from"), ("content", "value"))
-            if {key, other} <= said and turn[key] != turn[other]
+            if {key, other} <= filled and turn[key] != turn[other]
         }
     return keys
 
@@ -149,10 +149,10 @@ def object_or_text(text: str) -> Any:
 def _message(turn: object, where: str) -> Message:
     if not isinstance(turn, dict):
         raise BadRow("no_form", where, f"found {kind_of(turn)}; expected {{'role': …, 'content': …}}")
-    said = text_in(turn, "from" if turn.get("role") is None and "from" in turn else "role", where)
+    role_text = text_in(turn, "from" if turn.get("role") is None and "from" in turn else "role", where)
     role = _role_in(turn)
     if role not in _ROLES:
-        raise BadRow("unknown_role", where, f"unknown role {said[:_SHOWN]!r}; use one of {', '.join(_USUAL_ROLES)}")
+        raise BadRow("unknown_role", where, f"unknown role {role_text[:_SHOWN]!r}; use one of {', '.join(_USUAL_ROLES)}")
     key = "value" if turn.get("content") is None and "value" in turn else "content"
     check_no_media(turn, where)
     message = Message(role=_ROLES[role], content="")

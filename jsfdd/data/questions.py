@@ -102,17 +102,19 @@ def questions_of(
     skipped: dict[str, list[str]] = {name: [] for name in _REASONS}
     first: dict[str, str] = {}
     by_file: Counter[tuple[str, str]] = Counter()
-    asked, seen = QuestionTable(), set()
+    table, digests = QuestionTable(), set()
     for number, chat in enumerate(chats):
         turns = _turns(chat.messages)[: 1 if first_turn_only else None]
-        said = [message for turn in turns for message in turn]
-        digest = content_digest(said, chat.tools)
+        messages = [message for turn in turns for message in turn]
+        digest = content_digest(messages, chat.tools)
         reason = None
         if not turns:
             reason = "no_question"
-        elif digest in seen:
+        elif digest in digests:
             reason = "duplicates"
-        elif any(map(special_text.search, [json.dumps(chat.tools), *(text for message in said for text in _texts(message))])):
+        elif any(
+            map(special_text.search, [json.dumps(chat.tools), *(text for message in messages for text in _texts(message))])
+        ):
             reason = "special_text"
         elif (prompt := _first_prompt(turns, tokenizer, chat.tools)) is None:
             reason = "refused"
@@ -121,19 +123,19 @@ def questions_of(
         elif len(prompt) > longest_prompt:
             reason = "too_long"
         if reason is None:
-            asked.append(Questions(number, chat.id, chat.source, turns, chat.tools))
+            table.append(Questions(number, chat.id, chat.source, turns, chat.tools))
         else:
             skipped[reason].append(chat.id)
             by_file[chat.file, reason] += 1
             first.setdefault(reason, f"{chat.place}: the conversation {chat.id!r}")
-        seen.add(digest)
-    if not asked:
+        digests.add(digest)
+    if not table:
         counts = ", ".join(f"{len(ids)} {MEANINGS[name]}" for name, ids in skipped.items() if ids)
         raise ValueError(
             f"no conversation is left to answer ({counts}; prompts of up to {longest_prompt} tokens); give other chats, raise "
             "--max-length or lower --max-new-tokens"
         )
-    return asked, QuestionSummary({name: tuple(ids) for name, ids in skipped.items()}, first, by_file)
+    return table, QuestionSummary({name: tuple(ids) for name, ids in skipped.items()}, first, by_file)
 
 
 def prompt_of(

@@ -78,11 +78,11 @@ def expand_names(names: str | Path | Sequence[str | Path]) -> list[InputFile]:
         elif path.is_dir():
             inputs += _directory(path)
         elif glob.has_magic(name):
-            found = sorted(file for file in map(Path, glob.glob(name, recursive=True)) if file.is_file())
-            if not found:
+            files = sorted(file for file in map(Path, glob.glob(name, recursive=True)) if file.is_file())
+            if not files:
                 raise FileNotFoundError(f"{name}: the pattern matches no file; check the path")
             fixed = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
-            inputs += [_input_file(file, fixed) for file in found]
+            inputs += [_input_file(file, fixed) for file in files]
         else:
             raise FileNotFoundError(f"{name}: no such file; check the path")
     return inputs
@@ -113,8 +113,8 @@ def read_rows(names: Sequence[str | Path], columns: Collection[str], beside: Cou
     for file, stem in expand_names(names):
         place = None
         for value, place, number in _entries(file, columns, beside):
-            own, name = value if isinstance(value, dict) else {}, f"{stem}-{number}"
-            yield Row(value, label_of(own.get("id")) or name, name, label_of(own.get("source")) or stem, place, file)
+            row, name = value if isinstance(value, dict) else {}, f"{stem}-{number}"
+            yield Row(value, label_of(row.get("id")) or name, name, label_of(row.get("source")) or stem, place, file)
         if place is None:
             raise ValueError(f"{file}: the file holds no rows; remove it from the list or write it again")
 
@@ -140,10 +140,10 @@ def _directory(path: Path) -> list[InputFile]:
         path = path / "train"
     if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
         return [InputFile(str(file), file.stem) for file in _saved_files(path)]
-    found = sorted(file for file in path.rglob("*") if _belongs(file.relative_to(path)) and file.is_file())
-    if not found:
+    files = sorted(file for file in path.rglob("*") if _belongs(file.relative_to(path)) and file.is_file())
+    if not files:
         raise FileNotFoundError(f"{path}: no chat or prompt file in this directory; they end in {ENDINGS}")
-    return [_input_file(file, path) for file in found]
+    return [_input_file(file, path) for file in files]
 
 
 def _saved_files(path: Path) -> list[Path]:

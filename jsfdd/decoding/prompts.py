@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jsfdd.base.records import Prompt
@@ -72,5 +71,5 @@ def prompt_batch(
     tokens = pad_rows([np.asarray(ids, np.int32) for ids in prompts], (batch_size, width))
     lengths = np.array([*map(len, prompts), *[0] * filler], np.int32)
     base = jax.random.fold_in(jax.random.key(seed), turn)
-    keys = jax.vmap(lambda number: jax.random.fold_in(base, number))(jnp.array([*numbers, *[0] * filler]))
-    return PromptBatch(jnp.asarray(tokens), jnp.asarray(lengths), keys)
+    keys = jax.vmap(lambda number: jax.random.fold_in(base, number))(np.array([*numbers, *[0] * filler], np.int32))
+    return PromptBatch(tokens, lengths, keys)

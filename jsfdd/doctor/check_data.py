@@ -288,7 +288,7 @@ def check_tokenizer(location: Path, tokenizer, chats: Sequence[Chat]) -> Finding
 
     try:
         # The very class that the tokenizer files name, as servers load it.
-        other = AutoTokenizer.from_pretrained(location, local_files_only=True, trust_remote_code=False)
+        loaded = AutoTokenizer.from_pretrained(location, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, ImportError, KeyError, TypeError) as error:
         return Finding(
             "tokenizer-reload",
@@ -297,22 +297,22 @@ def check_tokenizer(location: Path, tokenizer, chats: Sequence[Chat]) -> Finding
             "make the directory load with AutoTokenizer.from_pretrained, as most servers load it",
         )
     texts = [_PROBE, *(m["content"] for chat in spread_over(chats, EXAMINED) for m in chat.messages)]
-    different = [text for text in texts if tokenizer.encode(text) != other.encode(text)]
-    kind = type(other).__name__
+    different = [text for text in texts if tokenizer.encode(text) != loaded.encode(text)]
+    kind = type(loaded).__name__
     figures = {"texts": len(texts), "different": len(different), "class": kind, "transformers": transformers.__version__}
     if not different:
         return Finding(
             "tokenizer-reload", "ok", f"AutoTokenizer ({kind}) reads the same tokens in {len(texts)} texts.", figures=figures
         )
     text = different[0]
-    ours, theirs = (t.convert_ids_to_tokens(t.encode(text)) for t in (tokenizer, other))
-    at = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
+    expected, loaded_tokens = (t.convert_ids_to_tokens(t.encode(text)) for t in (tokenizer, loaded))
+    at = next((i for i, (a, b) in enumerate(zip(expected, loaded_tokens)) if a != b), min(len(expected), len(loaded_tokens)))
     return Finding(
         "tokenizer-reload",
         "error",
         f"AutoTokenizer of transformers {transformers.__version__} loads this directory as {kind} and reads other tokens than "
-        f"its tokenizer.json says in {len(different)} of {len(texts)} texts: {theirs[at : at + 4]} instead of "
-        f"{ours[at : at + 4]}. A server that loads it so gives target and draft other text than was trained on.",
+        f"its tokenizer.json says in {len(different)} of {len(texts)} texts: {loaded_tokens[at : at + 4]} instead of "
+        f"{expected[at : at + 4]}. A server that loads it so gives target and draft other text than was trained on.",
         'set "tokenizer_class" to "PreTrainedTokenizerFast" in tokenizer_config.json of the directory that is served',
         figures,
     )
@@ -350,12 +350,12 @@ def _answers(tokenizer, conversation: Conversation) -> Iterator[Answer]:
         numbers = numbers[-1:]
     prompts = {i: _render(tokenizer, messages[:i], conversation.tools, prompt=True) for i in numbers[: _ANSWERS + 1]}
     for i, following in zip(numbers[:_ANSWERS], [*numbers[1:], len(messages)]):
-        said = [message["content"] for message in messages[i + 1 : following] if message["role"] != "assistant"]
+        contents = [message["content"] for message in messages[i + 1 : following] if message["role"] != "assistant"]
         tokens = conversation.sample.tokens
-        begin, after = (_begin(tokenizer, tokens, prompts.get(number)) for number in (i, following))
-        end = after if prompts.get(following) is not None else len(tokens)
+        begin, next_begin = (_begin(tokenizer, tokens, prompts.get(number)) for number in (i, following))
+        end = next_begin if prompts.get(following) is not None else len(tokens)
         preamble = _preamble(tokenizer, messages[:i], conversation, begin)
-        yield Answer(conversation, messages[i], i == numbers[0], prompts[i], begin, preamble, end, said)
+        yield Answer(conversation, messages[i], i == numbers[0], prompts[i], begin, preamble, end, contents)
 
 
 def _begin(tokenizer, tokens: np.ndarray, prompt: list[int] | None) -> int | None:
@@ -369,8 +369,8 @@ def _begin(tokenizer, tokens: np.ndarray, prompt: list[int] | None) -> int | Non
     return int(different[0]) if rest in ("", "<think>", "<thinking>") else None
 
 
-def _preamble(tokenizer, before: Sequence[Message], conversation: Conversation, begin: int | None) -> str:
-    ids = _render(tokenizer, [*before, Message(role="assistant", content=_WORD)], conversation.tools)
+def _preamble(tokenizer, earlier: Sequence[Message], conversation: Conversation, begin: int | None) -> str:
+    ids = _render(tokenizer, [*earlier, Message(role="assistant", content=_WORD)], conversation.tools)
     if ids is None or begin is None or ids[:begin] != conversation.sample.tokens[:begin].tolist():
         return ""
     return _squeezed(tokenizer.decode(ids[begin:])).partition(_WORD)[0]
@@ -419,12 +419,12 @@ def _check_share(samples: Sequence[Sample]) -> Finding:
     total = sum(len(sample.tokens) for sample in samples)
     counted = sum(int(sample.counted.sum()) for sample in samples)
     share = counted / total
-    few = share < _FEW_SUPERVISED
+    too_few = share < _FEW_SUPERVISED
     return Finding(
         "supervised-share",
-        "warning" if few else "ok",
+        "warning" if too_few else "ok",
         f"{counted:,} of {total:,} tokens ({percent(share)}) of {len(samples)} conversations count in the loss.",
-        "most of the computing is spent on prompts; check that the data holds whole answers" if few else "",
+        "most of the computing is spent on prompts; check that the data holds whole answers" if too_few else "",
         {"counted": counted, "tokens": total, "share": share},
     )
 

@@ -133,11 +133,13 @@ def _check_max_position(target: DecoderConfig, draft: DecoderConfig) -> Finding:
 
 
 def _check_same(name, severity, record, identity, key, same, different, remedy) -> Finding:
-    found, given = record.get(key), identity[key]
-    figures = {"trained": found, "given": given}
-    if found is None:
+    recorded, current = record.get(key), identity[key]
+    figures = {"trained": recorded, "given": current}
+    if recorded is None:
         return Finding(name, "note", f"The training run did not record its {key}, so it cannot be compared.", "", figures)
-    return Finding(name, "ok", same, "", figures) if found == given else Finding(name, severity, different, remedy, figures)
+    return (
+        Finding(name, "ok", same, "", figures) if recorded == current else Finding(name, severity, different, remedy, figures)
+    )
 
 
 def _check_tokens(record: dict, identity: dict, samples: Sequence[Sample]) -> Finding:

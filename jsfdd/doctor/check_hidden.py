@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import jax.numpy as jnp
 import numpy as np
 
 from jsfdd.base.numbers import percent
@@ -29,13 +28,13 @@ def check_data_choices(reader: Reader, samples: Sequence[Sample]) -> Finding:
         positions += len(counted)
     if not positions:
         return Finding("data-choices", "note", "The conversations that were read hold no supervised token in what was read.")
-    seen, expected = agree / positions, probability / positions
-    figures = {"agreement": seen, "expected": expected, "positions": positions}
+    rate, expected = agree / positions, probability / positions
+    figures = {"agreement": rate, "expected": expected, "positions": positions}
     says = (
-        f"The data's next token is the target's likeliest at {percent(seen)} of {positions} supervised positions; of text that "
+        f"The data's next token is the target's likeliest at {percent(rate)} of {positions} supervised positions; of text that "
         f"the target wrote itself {percent(expected)} is to be expected."
     )
-    if seen >= _FAR_FROM_EXPECTED * expected:
+    if rate >= _FAR_FROM_EXPECTED * expected:
         return Finding("data-choices", "ok", says, figures=figures)
     return Finding(
         "data-choices",
@@ -103,9 +102,7 @@ def check_stored(reader: Reader, samples: Sequence[Sample], store: Mapping[str, 
     stored = [np.asarray(store[sample.id][: reader.width, -width:], np.float32) for sample in common]
     fresh = [reader.read(tokens) for tokens in texts]
     distance = _distance(stored, [text.hidden for text in fresh])
-    agree = np.concatenate(
-        [_agreement(reader, jnp.asarray(a), text.hidden, tokens) for a, text, tokens in zip(stored, fresh, texts)]
-    )
+    agree = np.concatenate([_agreement(reader, a, text.hidden, tokens) for a, text, tokens in zip(stored, fresh, texts)])
     figures = {"conversations": len(common), "relative_distance": distance, "same_choice": float(agree.mean())}
     if distance <= _SAME:
         return Finding(
@@ -116,12 +113,12 @@ def check_stored(reader: Reader, samples: Sequence[Sample], store: Mapping[str, 
             "positions.",
             figures=figures,
         )
-    found = _explain(reader, texts, stored, fresh)
+    explanation = _explain(reader, texts, stored, fresh)
     return Finding(
         name,
         "error",
         f"The stored hidden states are not those that the target computes now (relative distance {distance:.2f}); the head "
-        f"makes the same choice from both at {percent(agree.mean())} of {len(agree)} positions. {found}",
+        f"makes the same choice from both at {percent(agree.mean())} of {len(agree)} positions. {explanation}",
         "store the hidden states again (delete the store), and train again",
         figures,
     )
@@ -131,8 +128,8 @@ def _explain(reader: Reader, texts, stored, fresh) -> str:
     """The known fault that makes the stored states, if there is one."""
     explanations = {
         "They were taken before the target's final norm.": [text.stream for text in fresh],
-        "They are one position late: row t holds the state of token t + 1.": [jnp.roll(t.hidden, -1, axis=0) for t in fresh],
-        "They are one position early: row t holds the state of token t − 1.": [jnp.roll(t.hidden, 1, axis=0) for t in fresh],
+        "They are one position late: row t holds the state of token t + 1.": [np.roll(t.hidden, -1, axis=0) for t in fresh],
+        "They are one position early: row t holds the state of token t − 1.": [np.roll(t.hidden, 1, axis=0) for t in fresh],
     }
     layers = reader.target.config.num_layers - 1
     if layers:
@@ -143,17 +140,18 @@ def _explain(reader: Reader, texts, stored, fresh) -> str:
         }
     for sentence, candidate in explanations.items():
         # The first and the last row of a shifted text have no counterpart.
-        if _distance([rows[1:-1] for rows in stored], [rows[1:] for rows in candidate]) <= _SAME:
+        if _distance([rows[1:-1] for rows in stored], [np.asarray(rows)[1:] for rows in candidate]) <= _SAME:
             return sentence
     return "They are of other weights, another tokenizer or another template."
 
 
 def _distance(stored: Sequence[np.ndarray], fresh: Sequence) -> float:
     """‖stored − fresh‖ / ‖fresh‖ over all rows that are stored."""
-    pairs = [(a, np.asarray(b[: len(a)], np.float32)) for a, b in zip(stored, fresh)]
+    pairs = [(a, np.asarray(b, np.float32)[: len(a)]) for a, b in zip(stored, fresh)]
     return float(np.sqrt(sum(np.sum((a - b) ** 2) for a, b in pairs) / sum(np.sum(b**2) for _, b in pairs)))
 
 
 def _agreement(reader: Reader, stored, hidden, tokens) -> np.ndarray:
-    padded = jnp.zeros_like(hidden).at[: len(stored)].set(stored.astype(hidden.dtype))
+    padded = np.zeros(hidden.shape, hidden.dtype)
+    padded[: len(stored)] = stored
     return reader.choices(padded, tokens).token == reader.choices(hidden, tokens).token

@@ -111,9 +111,9 @@ def spread_over(items: Sequence, count: int) -> list:
 def _marked(spans: Sequence[Span], coloured: bool) -> Text:
     text = Text()
     for span in spans:
-        shown = printable(span.text)
+        words = printable(span.text)
         if coloured:
-            text.append(shown, style=_SUPERVISED if span.supervised else "")
+            text.append(words, style=_SUPERVISED if span.supervised else "")
         else:
-            text.append(f"⟦{shown}⟧" if span.supervised else shown)
+            text.append(f"⟦{words}⟧" if span.supervised else words)
     return text

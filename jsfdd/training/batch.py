@@ -78,10 +78,10 @@ def device_batch(data: TrainingData, indices: Sequence[int], shape: Shape, mesh:
     samples = [data.samples[i] for i in indices]
 
     def build(start: int, stop: int) -> Rows:
-        here = samples[start:stop]
+        part = samples[start:stop]
         # A device without samples gets one that does not count.
-        rows = read_rows(data, here or samples[:1], Shape(stop - start, shape.length))
-        if here:
+        rows = read_rows(data, part or samples[:1], Shape(stop - start, shape.length))
+        if part:
             return rows
         batch = rows.batch._replace(counted=np.zeros_like(rows.batch.counted))
         return rows._replace(batch=batch, weight=np.zeros_like(rows.weight))

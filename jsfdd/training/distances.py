@@ -64,8 +64,8 @@ def first_k_loss(target: Logits, draft: Logits, k: int, axis: int = -1) -> PerTo
 
 def top_k_share(target: Logits, k: int, axis: int = -1) -> Logits:
     """p at the k likeliest tokens (and what ties with the last of them), 0 elsewhere; not normalised again."""
-    least = jnp.min(jax.lax.top_k(target, k, axis=axis)[0], axis, keepdims=True)
-    return jnp.where(target >= least, jax.nn.softmax(target, axis), 0.0)
+    smallest = jnp.min(jax.lax.top_k(target, k, axis=axis)[0], axis, keepdims=True)
+    return jnp.where(target >= smallest, jax.nn.softmax(target, axis), 0.0)
 
 
 def coarse(logits: Logits, tokens: Int[Array, "*tokens_and_k"], axis: int = -1) -> Logits:

@@ -42,15 +42,15 @@ def _as_asked(init: DraftConfig, recipe: Recipe) -> DraftConfig:
     """`init`, if the recipe asks for no other draft. What the recipe leaves open is the draft's own."""
     size = len(init.vocabulary)
     norms = tuple(name for name in EAGLE3_NORMS if getattr(init, name))
-    for option, asked, found in (
+    for option, wanted, actual in (
         ("--draft-kind", recipe.draft_kind, init.kind),
         ("--draft-vocab", recipe.draft_vocab or size, size),
         ("target_layers", recipe.target_layers or init.target_layers, init.target_layers),
         ("eagle3_norms", tuple(sorted(recipe.eagle3_norms)) or norms, norms),
         ("fc_bias", recipe.fc_bias or init.fc_bias, init.fc_bias),
     ):
-        if asked != found:
-            raise ValueError(f"{option}: {asked!r} is asked for, and the draft to start from (--init) has {found!r}")
+        if wanted != actual:
+            raise ValueError(f"{option}: {wanted!r} is asked for, and the draft to start from (--init) has {actual!r}")
     if init.vocabulary and recipe.stored_soft_targets(hidden_is_stored=True) is None:
         raise ValueError("the draft to start from (--init) has a vocabulary of its own, which is trained on --soft-targets")
     return init

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float
 
@@ -79,7 +80,7 @@ def restrict(borrowed: Borrowed, draft: DraftConfig) -> Borrowed:
     """The same with the head's rows of the draft's vocabulary alone; whole for a draft that has its own head."""
     if not draft.vocabulary or draft.kind == "eagle3":
         return borrowed
-    return Borrowed(borrowed.embedding, borrowed.output[jnp.asarray(draft.vocabulary)])
+    return Borrowed(borrowed.embedding, borrowed.output[np.array(draft.vocabulary)])
 
 
 def loss_sums(
@@ -110,7 +111,7 @@ def loss_sums(
             inputs = inputs + hidden_noise(noise_keys, batch.counted, inputs.shape[2], recipe.hidden_noise)
     compute = jnp.dtype(recipe.compute_dtype)
     params, embedding, inputs = jax.tree.map(lambda x: x.astype(compute), (params, embedding, inputs))
-    kind, known = _what_is_known(batch, borrowed, truth, draft, recipe)
+    kind, arrays = _what_is_known(batch, borrowed, truth, draft, recipe)
     restricted = draft.kind == "eagle" and batch.soft_targets is not None
     head = borrowed.output if restricted else draft_head(draft, params, borrowed.output)
 
@@ -122,7 +123,7 @@ def loss_sums(
         reached = batch.counted[:, 1:] & jnp.pad(reached[:, :-1], ((0, 0), (1, 0)))
     states, weights = jnp.stack(states), jnp.stack(weights)
     sums = visited_loss(
-        kind, block, head, _rows(states), known, weights.reshape(-1), recipe.trains_head, recipe.step_weights
+        kind, block, head, _rows(states), arrays, weights.reshape(-1), recipe.trains_head, recipe.step_weights
     )  # fmt: skip
     total = sums.pop("minimised")
     if draft.kind == "eagle":

@@ -31,7 +31,7 @@ class TemplateOptions(NamedTuple):
     date: str | None = None
 
 
-def settle_template(own: str | Mapping[str, str] | None, options: TemplateOptions, where: Path) -> str | None:
+def settle_template(templates: str | Mapping[str, str] | None, options: TemplateOptions, location: Path) -> str | None:
     """The template to render with.
 
     Args:
@@ -40,7 +40,7 @@ def settle_template(own: str | Mapping[str, str] | None, options: TemplateOption
 
     Returns None if there is none. Raises FileNotFoundError and ValueError, which name the file.
     """
-    template = _chosen(own, options.template, where)
+    template = _chosen(templates, options.template, location)
     if template is None:
         return None
     if options.date is not None and "strftime_now" in template:
@@ -83,20 +83,22 @@ def parse_date(text: str) -> datetime.date:
         raise ValueError(f"--date: got {text!r}, but it must be a day as YYYY-MM-DD ({error})") from error
 
 
-def _chosen(own: str | Mapping[str, str] | None, wanted: str | Path | None, where: Path) -> str | None:
-    named = own if isinstance(own, Mapping) else {}
+def _chosen(templates: str | Mapping[str, str] | None, wanted: str | Path | None, location: Path) -> str | None:
+    named = templates if isinstance(templates, Mapping) else {}
     if wanted is not None:
         if str(wanted) in named and not Path(wanted).is_file():
             return named[str(wanted)]
         if named and not Path(wanted).is_file():
             names = ", ".join(map(repr, named))
-            raise FileNotFoundError(f"{wanted}: no such file, and no chat template of {where}, which has {names}")
+            raise FileNotFoundError(f"{wanted}: no such file, and no chat template of {location}, which has {names}")
         return read_chat_template(Path(wanted))
     if not named:
-        return own if isinstance(own, str) else None
+        return templates if isinstance(templates, str) else None
     if "default" not in named:
         names = ", ".join(map(repr, named))
-        raise ValueError(f"{where}: several chat templates ({names}) and none named 'default'; name one with --chat-template")
+        raise ValueError(
+            f"{location}: several chat templates ({names}) and none named 'default'; name one with --chat-template"
+        )
     if "tool_use" not in named:
         return named["default"]
     # transformers chooses alike: tool_use renders conversations with definitions of tools, default all others.

@@ -22,8 +22,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 
 from jsfdd.base.checksums import array_checksums
@@ -121,9 +119,9 @@ class Checkpoints:
         with _open((self._run / BEST).absolute(), kept=1) as manager:
             self._save(manager, state, {})
 
-    def _save(self, manager: ocp.CheckpointManager, state: TrainState, more: dict) -> None:
+    def _save(self, manager: ocp.CheckpointManager, state: TrainState, extra: dict) -> None:
         items = {"params": state.params, "rest": state._replace(params=None)._asdict()}
-        info = plain(self._info | more | {"checksums": {name: array_checksums(tree) for name, tree in items.items()}})
+        info = plain(self._info | extra | {"checksums": {name: array_checksums(tree) for name, tree in items.items()}})
         saved = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         with _removed_if_the_disk_refuses(Path(manager.directory) / str(int(state.step)), size):
@@ -133,20 +131,20 @@ class Checkpoints:
 @contextmanager
 def _removed_if_the_disk_refuses(path: Path, size: int) -> Iterator[None]:
     """As `writing`; what was written of the checkpoint is removed, once the threads that write it have ended."""
-    before, say = threading.enumerate(), sys.unraisablehook
-    sys.unraisablehook = lambda what: None if _is_of_a_closed_loop(what.exc_value) else say(what)
+    threads_before, hook = threading.enumerate(), sys.unraisablehook
+    sys.unraisablehook = lambda event: None if _is_of_a_closed_loop(event.exc_value) else hook(event)
     try:
         with writing(path, size, also=_WRAPPED):
             yield
     except DiskError:  # the hook stays and keeps asyncio silent: writes that still run may fail, too
         logging.getLogger("asyncio").addFilter(lambda record: "never retrieved" not in record.getMessage())
         for thread in threading.enumerate():
-            if thread not in before:
+            if thread not in threads_before:
                 with contextlib.suppress(OSError, *_WRAPPED):  # Orbax's threads raise their errors here again
                     thread.join(_THREADS_END)
         _remove_unfinished(path.parent)
         raise
-    sys.unraisablehook = say
+    sys.unraisablehook = hook
 
 
 def _is_of_a_closed_loop(error: BaseException | None) -> bool:
@@ -180,8 +178,8 @@ def read_trained_draft(path: str | Path) -> Draft:
       ValueError: the checkpoint is damaged, or of a draft that this version does not know.
     """
     path = Path(path)
-    within = [path / name for name in (BEST, DIRECTORY) if any((path / name).glob("[0-9]*"))]
-    directory = within[0] if within else path / DIRECTORY if (path / DIRECTORY).is_dir() else path
+    places = [path / name for name in (BEST, DIRECTORY) if any((path / name).glob("[0-9]*"))]
+    directory = places[0] if places else path / DIRECTORY if (path / DIRECTORY).is_dir() else path
     if not directory.is_dir():
         raise FileNotFoundError(f"{path}: no such directory; give the --out of `jsfdd train` or the checkpoints/ in it")
     with ocp.CheckpointManager(directory.absolute(), options=ocp.CheckpointManagerOptions(create=False)) as checkpoints:
@@ -199,7 +197,7 @@ def read_trained_draft(path: str | Path) -> Draft:
         params = _read(checkpoints, step, params=ocp.args.StandardRestore(abstract))["params"]
         _check_arrays(checkpoints, step, info, "params", params)
         # Orbax binds arrays to the device that it restores them to; decoding may spread them over others.
-        params = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), params)
+        params = jax.device_put(jax.device_get(params))
     return Draft(config, params, info["identity"])
 
 
@@ -210,22 +208,22 @@ def draft_to_json(config: DraftConfig) -> dict:
 
 def _read_info(checkpoints: ocp.CheckpointManager, step: int) -> dict:
     """Read a step's info. ValueError: it is not as it was written."""
-    where = _where(checkpoints, step)
+    folder = _where(checkpoints, step)
     info = _read(checkpoints, step, info=ocp.args.JsonRestore())["info"]
     if not isinstance(info, dict) or not isinstance(info.get("identity"), dict) or "draft" not in info:
-        raise ValueError(f"{where}: damaged checkpoint: its info names no draft; {_REMEDY}")
-    return unsealed(info, f"{where}/info", _REMEDY)
+        raise ValueError(f"{folder}: damaged checkpoint: its info names no draft; {_REMEDY}")
+    return unsealed(info, f"{folder}/info", _REMEDY)
 
 
 def _check_arrays(checkpoints: ocp.CheckpointManager, step: int, info: dict, name: str, tree) -> None:
     """Raise ValueError unless an item's arrays are those that were saved. Earlier versions left no checksums."""
     if "checksums" not in info:
         return
-    expected, found = info["checksums"][name], array_checksums(tree)
-    changed = [leaf for leaf in found if found[leaf] != expected.get(leaf)]
+    expected, checksums = info["checksums"][name], array_checksums(tree)
+    changed = [leaf for leaf in checksums if checksums[leaf] != expected.get(leaf)]
     if changed:
-        where = _where(checkpoints, step)
-        raise ValueError(f"{where}: damaged checkpoint: {name}{changed[0]} is not what was saved; {_REMEDY}")
+        folder = _where(checkpoints, step)
+        raise ValueError(f"{folder}: damaged checkpoint: {name}{changed[0]} is not what was saved; {_REMEDY}")
 
 
 def _where(checkpoints: ocp.CheckpointManager, step: int) -> Path:

@@ -32,9 +32,9 @@ def check_draft(target: Target, draft: DraftConfig, name: str) -> None:
     """
     check_layers(draft.target_layers, target.config.num_layers)
     for field in ("vocab_size", "hidden_size", *(["rope"] if draft.kind == "eagle" else [])):
-        found, wanted = getattr(draft.decoder, field), getattr(target.config, field)
-        if found != wanted:
+        value, wanted = getattr(draft.decoder, field), getattr(target.config, field)
+        if value != wanted:
             raise ValueError(
-                f"draft {name}: {field} is {found}, but the target {target.name} has {wanted}; give the target that the draft "
+                f"draft {name}: {field} is {value}, but the target {target.name} has {wanted}; give the target that the draft "
                 "was trained for"
             )

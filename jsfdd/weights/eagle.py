@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from safetensors import safe_open
 
@@ -50,30 +50,31 @@ def read_draft(directory: str | Path, num_layers: int | None = None) -> Draft:
     kind, nested = draft_kind(raw), "speculators_model_type" in raw
     _refuse_pickled(directory, _NAMES[kind])
     decoder = _decoder(path, raw, kind)
-    found = weight_sources(directory)
+    sources = weight_sources(directory)
     for name in _BORROWED:
-        found.pop(name, None)
-    _check_kind(path, kind, found)
+        sources.pop(name, None)
+    _check_kind(path, kind, sources)
     if kind == "eagle":
         layout = NESTED if nested else FLAT
         fields, order = {}, None
     else:
-        layout = MIDLAYER if any(name.startswith("midlayer.") for name in found) else STACKED
+        layout = MIDLAYER if any(name.startswith("midlayer.") for name in sources) else STACKED
         settings = eagle3_settings(path, raw, num_layers)
-        vocabulary, order = _vocabulary(path, raw.get("draft_vocab_size"), decoder.vocab_size, found)
+        vocabulary, order = _vocabulary(path, raw.get("draft_vocab_size"), decoder.vocab_size, sources)
         fields = {"kind": kind, "vocabulary": vocabulary, **settings}
     try:
-        config = DraftConfig(decoder, fc_bias=_has_bias(path, raw, layout, found), **fields)
+        config = DraftConfig(decoder, fc_bias=_has_bias(path, raw, layout, sources), **fields)
     except ValueError as error:  # it checks what must hold between fields, but does not know the file
         raise ValueError(f"{path}: {error}") from error
     names = tensor_names(config, layout)
-    _check(directory, kind, names, tensor_shapes(config), found)
+    _check(directory, kind, names, tensor_shapes(config), sources)
     params: dict = {}
     for leaf, name in names.items():
-        value = found[name].whole()
+        value = sources[name].whole()
         if leaf == "head/rows" and order is not None:
             value = value[order]
-        insert_leaf(params, leaf, jnp.asarray(value.T if leaf.endswith("/kernel") else value))
+        # Not jnp.asarray, which compiles a program for every shape.
+        insert_leaf(params, leaf, jax.device_put(value.T if leaf.endswith("/kernel") else value))
     return Draft(config, params)
 
 
@@ -106,9 +107,9 @@ def _decoder(path: Path, raw: dict[str, Any], kind: DraftKind) -> DecoderConfig:
     return dataclasses.replace(decoder, qkv_bias=raw.get("qkv_bias") is True, tie_embeddings=False)
 
 
-def _check_kind(path: Path, kind: DraftKind, found: Mapping[str, Source]) -> None:
+def _check_kind(path: Path, kind: DraftKind, sources: Mapping[str, Source]) -> None:
     """An EAGLE-3 layer norms the hidden state; no part of an EAGLE-1/2 draft does."""
-    marks = sorted(name for name in found if name.endswith(".hidden_norm.weight"))
+    marks = sorted(name for name in sources if name.endswith(".hidden_norm.weight"))
     stored = "eagle3" if marks else "eagle"
     if stored != kind:
         mark = f"tensor {marks[0]}" if marks else "no tensor …hidden_norm.weight"
@@ -118,12 +119,12 @@ def _check_kind(path: Path, kind: DraftKind, found: Mapping[str, Source]) -> Non
         )
 
 
-def _has_bias(path: Path, raw: dict[str, Any], layout: Layout, found: dict[str, Source]) -> bool:
-    """Whether fc has a bias that matters. A bias that does not is dropped from `found`."""
+def _has_bias(path: Path, raw: dict[str, Any], layout: Layout, sources: dict[str, Source]) -> bool:
+    """Whether fc has a bias that matters. A bias that does not is dropped from `sources`."""
     name = layout.fc + ".bias"
-    if layout != NESTED and name in found and _is_padding(found[name], raw):
-        del found[name]
-    has_bias = name in found
+    if layout != NESTED and name in sources and _is_padding(sources[name], raw):
+        del sources[name]
+    has_bias = name in sources
     if layout == NESTED and has_bias != bool(raw.get("fusion_bias", False)):
         raise ValueError(f"{path}: fusion_bias is {raw.get('fusion_bias', False)}, but the weights say {has_bias}")
     return has_bias
@@ -137,15 +138,17 @@ def _is_padding(bias: Source, raw: dict[str, Any]) -> bool:
     return raw.get("bias") is not True and len(bias.shape) == 1 and not np.any(bias.whole())
 
 
-def _vocabulary(path: Path, draft_size: Any, size: int, found: dict[str, Source]) -> tuple[tuple[int, ...], np.ndarray | None]:
+def _vocabulary(
+    path: Path, draft_size: Any, size: int, sources: dict[str, Source]
+) -> tuple[tuple[int, ...], np.ndarray | None]:
     """(the tokens that a draft proposes, ascending and empty for all; the order that sorts its head's rows, None if sorted).
 
-    Takes d2t and t2d out of `found`.
+    Takes d2t and t2d out of `sources`.
     """
     draft_size = size if draft_size is None else draft_size
     if not isinstance(draft_size, int) or not 0 < draft_size <= size:
         raise ValueError(f"{path}: draft_vocab_size is {draft_size!r:.80}, not a number of the target's {size} tokens")
-    d2t, t2d = found.pop("d2t", None), found.pop("t2d", None)
+    d2t, t2d = sources.pop("d2t", None), sources.pop("t2d", None)
     if d2t is None:
         if draft_size < size:
             raise ValueError(
@@ -160,9 +163,9 @@ def _vocabulary(path: Path, draft_size: Any, size: int, found: dict[str, Source]
             "holds each token less the number of the row"
         )
     order = np.argsort(tokens, kind="stable")
-    twice = np.flatnonzero(np.diff(tokens[order]) == 0).tolist()
-    if twice:
-        rows = sorted(order[twice[0] : twice[0] + 2].tolist())
+    repeats = np.flatnonzero(np.diff(tokens[order]) == 0).tolist()
+    if repeats:
+        rows = sorted(order[repeats[0] : repeats[0] + 2].tolist())
         raise ValueError(f"{d2t.file}: tensor d2t: rows {rows[0]} and {rows[1]} are both of token {tokens[rows[0]]}")
     if t2d is not None and not np.array_equal(_whole(t2d, "t2d", size) != 0, np.isin(np.arange(size), tokens)):
         raise ValueError(f"{t2d.file}: tensor t2d marks other tokens than d2t gives rows to; one of them is damaged")
@@ -187,19 +190,20 @@ def _check(
     kind: DraftKind,
     names: Mapping[str, str],
     shapes: Mapping[str, tuple[int, ...]],
-    found: Mapping[str, Source],
+    sources: Mapping[str, Source],
 ) -> None:
-    for name in sorted(set(found) - set(names.values())):
+    for name in sorted(set(sources) - set(names.values())):
         raise ValueError(
-            f"{found[name].file}: unknown tensor {name}; an {_NAMES[kind]} draft of these settings has "
+            f"{sources[name].file}: unknown tensor {name}; an {_NAMES[kind]} draft of these settings has "
             f"{', '.join(names.values())}, and leaving one out would change the draft"
         )
     for leaf, name in names.items():
-        if name not in found:
+        if name not in sources:
             raise ValueError(f"{directory}: tensor {name} {list(shapes[leaf])} is missing; is this an {_NAMES[kind]} draft?")
-        if found[name].shape != shapes[leaf]:
+        if sources[name].shape != shapes[leaf]:
             raise ValueError(
-                f"{found[name].file}: tensor {name} has shape {list(found[name].shape)}, the config says {list(shapes[leaf])}"
+                f"{sources[name].file}: tensor {name} has shape {list(sources[name].shape)}, "
+                f"the config says {list(shapes[leaf])}"
             )
 
 

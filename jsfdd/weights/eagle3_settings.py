@@ -70,7 +70,7 @@ def _flag(path: Path, raw: dict[str, Any], flag: str) -> bool:
 
 def _target_layers(path: Path, raw: dict[str, Any], num_layers: int | None) -> tuple[int, ...]:
     """Ascending, as every engine collects the states, whatever their order in the file."""
-    counted, outputs = (_numbers(path, where, part.get(LAYERS)) for where, part in _places(path, raw))
+    counted, outputs = (_numbers(path, prefix, part.get(LAYERS)) for prefix, part in _places(path, raw))
     if counted and outputs and counted != (entered := tuple(number + 1 for number in outputs)):
         raise ValueError(
             f"{path}: {LAYERS} says that the draft reads what enters the target's layers {list(counted)}, and in eagle_config, "
@@ -98,12 +98,12 @@ def _nested(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
     return nested
 
 
-def _numbers(path: Path, where: str, value: Any) -> tuple[int, ...]:
+def _numbers(path: Path, prefix: str, value: Any) -> tuple[int, ...]:
     """Distinct numbers, ascending; () for none."""
     if value is None:
         return ()
     if not isinstance(value, list) or any(isinstance(n, bool) or not isinstance(n, int) for n in value):
-        raise ValueError(f"{path}: {where}{LAYERS} is {value!r:.80}, not a list of layer numbers")
+        raise ValueError(f"{path}: {prefix}{LAYERS} is {value!r:.80}, not a list of layer numbers")
     if len(set(value)) < len(value):
-        raise ValueError(f"{path}: {where}{LAYERS} {value} names a layer twice")
+        raise ValueError(f"{path}: {prefix}{LAYERS} {value} names a layer twice")
     return tuple(sorted(value))

@@ -119,7 +119,7 @@ def _eagle_settings(config: DraftConfig, flavour: Flavour, dtype: str, serving: 
 
 def _eagle3_settings(config: DraftConfig, flavour: Flavour, dtype: str, serving: Serving) -> dict:
     layer, layers = _layer_settings(config.decoder, flavour), list(config.target_layers)
-    own = {
+    own_settings = {
         "draft_vocab_size": len(config.vocabulary) or config.decoder.vocab_size,
         LAYERS: layers,
         **{flag: getattr(config, flag) for flag in NORM_FLAGS},
@@ -127,11 +127,11 @@ def _eagle3_settings(config: DraftConfig, flavour: Flavour, dtype: str, serving:
     architectures = {"architectures": [_EAGLE3_CLASSES.get(flavour, _EAGLE3_CLASS)]}
     if flavour == "speculators":
         speculators = _speculators_settings("eagle3", serving)
-        return {**architectures, **speculators, "transformer_layer_config": layer, **own, "torch_dtype": dtype}
+        return {**architectures, **speculators, "transformer_layer_config": layer, **own_settings, "torch_dtype": dtype}
     return {
         **architectures,
         **layer,
-        **own,
+        **own_settings,
         "eagle_config": {"use_aux_hidden_state": True, LAYERS: [number - 1 for number in layers]},
         "num_aux_hidden_states": len(layers),
         "bias": False,

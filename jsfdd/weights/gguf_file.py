@@ -92,8 +92,8 @@ def _joined(parts: list[GGUFFile]) -> GGUFFile:
     for number, part in enumerate(parts):
         if (part.metadata.get("split.no"), part.metadata.get("split.count")) != (number, len(parts)):
             raise ValueError(f"{part.path}: not part {number + 1} of {len(parts)}, as its name says; download the parts again")
-        if twice := tensors.keys() & part.tensors.keys():
-            raise ValueError(f"{part.path}: tensor {min(twice)} is in another part too; download the parts again")
+        if repeated := tensors.keys() & part.tensors.keys():
+            raise ValueError(f"{part.path}: tensor {min(repeated)} is in another part too; download the parts again")
         tensors |= part.tensors
     expected = parts[0].metadata.get("split.tensors.count", len(tensors))
     if len(tensors) != expected:

@@ -103,16 +103,16 @@ def weight_sources(directory: str | Path) -> dict[str, Source]:
         is not F32, F16 or BF16.
     """
     directory = Path(directory)
-    found: dict[str, Source] = {}
+    sources: dict[str, Source] = {}
     for file in weight_files(directory):
         with _open(file) as handle:
             for name in handle.keys():
-                if name in found:
-                    raise ValueError(f"{file}: tensor {name} is in {found[name].file} too; which one holds?")
+                if name in sources:
+                    raise ValueError(f"{file}: tensor {name} is in {sources[name].file} too; which one holds?")
                 shape = tuple(handle.get_slice(name).get_shape())
-                found[name] = Source(file, shape, functools.partial(_read, file, name))
-    _check_index(directory, found)
-    return found
+                sources[name] = Source(file, shape, functools.partial(_read, file, name))
+    _check_index(directory, sources)
+    return sources
 
 
 def read_params(directory: str | Path, config: DecoderConfig, dtype=np.float32, mesh: Mesh | None = None) -> dict:
@@ -167,10 +167,10 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _check_index(directory: Path, found: dict[str, Source]) -> None:
+def _check_index(directory: Path, sources: dict[str, Source]) -> None:
     index = directory / _INDEX
     for name, shard in _weight_map(index).items() if index.exists() else ():
-        if name not in found or found[name].file.name != shard:
+        if name not in sources or sources[name].file.name != shard:
             raise ValueError(f"{directory / shard}: tensor {name} is missing, though {_INDEX} says that it is there")
 
 

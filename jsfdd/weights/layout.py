@@ -134,8 +134,8 @@ def _block(leaf: str, sources: Sequence[Source], transform: Callable | None, dty
 
     def fill(job):
         row, source, rows = job
-        here = (rows, *stored[1:])
-        tensor = transform(source.whole())[here] if transform else source.read(here)
+        region = (rows, *stored[1:])
+        tensor = transform(source.whole())[region] if transform else source.read(region)
         place = slice(rows.start - stored[0].start, rows.stop - stored[0].start)
         if is_kernel:
             _store_transposed(row[:, place], tensor)

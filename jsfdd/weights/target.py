@@ -174,22 +174,22 @@ def stop_tokens(model: Path | GGUFFile, tokenizer: PreTrainedTokenizerFast) -> t
       model: a Hugging Face directory, or a GGUF file's header.
       tokenizer: the model's.
     """
-    found = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
+    ids = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
     path = model if isinstance(model, Path) else model.path
     if isinstance(model, Path):
         for file in ("config.json", "generation_config.json"):
             if (path / file).exists():
                 value = read_object(path / file).get("eos_token_id")
-                found.update(value if isinstance(value, list) else [] if value is None else [value])
+                ids.update(value if isinstance(value, list) else [] if value is None else [value])
     else:
         keys = ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
-        found.update(model.metadata[key] for key in keys if key in model.metadata)
+        ids.update(model.metadata[key] for key in keys if key in model.metadata)
     for token_id, token in tokenizer.added_tokens_decoder.items():
         if token.special and token.content in _END_OF_TURN:
-            found.add(token_id)
-    if not all(isinstance(token_id, int) for token_id in found):
-        raise ValueError(f"{path}: eos_token_id must be a token id or a list of them, not {sorted(map(repr, found))}")
-    return tuple(sorted(found))
+            ids.add(token_id)
+    if not all(isinstance(token_id, int) for token_id in ids):
+        raise ValueError(f"{path}: eos_token_id must be a token id or a list of them, not {sorted(map(repr, ids))}")
+    return tuple(sorted(ids))
 
 
 def _opened(path: Path) -> Path | GGUFFile:
@@ -205,9 +205,9 @@ def _read_tokenizer(model: Path | GGUFFile, chat_template: ChatTemplate) -> PreT
     tokenizer = tokenizer_from_directory(model) if isinstance(model, Path) else tokenizer_from_gguf(model)
     path = model / "tokenizer_config.json" if isinstance(model, Path) else model.path
     options = chat_template if isinstance(chat_template, TemplateOptions) else TemplateOptions(chat_template)
-    beside = path.with_name("chat_template.json")  # where models that also read images keep it
-    if isinstance(model, Path) and not tokenizer.chat_template and beside.is_file():
-        tokenizer.chat_template, path = read_object(beside).get("chat_template"), beside
+    template_file = path.with_name("chat_template.json")  # where models that also read images keep it
+    if isinstance(model, Path) and not tokenizer.chat_template and template_file.is_file():
+        tokenizer.chat_template, path = read_object(template_file).get("chat_template"), template_file
     tokenizer.chat_template = settle_template(tokenizer.chat_template, options, path)
     return tokenizer
 

@@ -100,15 +100,15 @@ def _check_ids(path: Path) -> None:
 
 
 def _not_loaded(directory: Path, error: Exception) -> str:
-    what = " ".join(str(error).split())[:_SHOWN] or type(error).__name__
+    reason = " ".join(str(error).split())[:_SHOWN] or type(error).__name__
     if (directory / "tokenizer.json").exists():
         version = importlib.metadata.version("tokenizers")
         return (
-            f"{directory / 'tokenizer.json'}: cannot be read by the installed tokenizers {version} ({what}); upgrade "
+            f"{directory / 'tokenizer.json'}: cannot be read by the installed tokenizers {version} ({reason}); upgrade "
             "tokenizers and transformers, or download the file again"
         )
     return (
-        f"{directory}: its tokenizer cannot be loaded ({what}); a tokenizer.json is needed, which "
+        f"{directory}: its tokenizer cannot be loaded ({reason}); a tokenizer.json is needed, which "
         "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) writes where sentencepiece is installed"
     )
 
@@ -147,11 +147,11 @@ def tokenizer_from_gguf(file: GGUFFile) -> PreTrainedTokenizerFast:
     adds_bos = metadata.get("tokenizer.ggml.add_bos_token", model == "llama" or pre in _WHOLE_TOKENS)
     adds_eos = metadata.get("tokenizer.ggml.add_eos_token", False)
     around = [named["bos_token"]] if adds_bos and named["bos_token"] else []
-    after = [named["eos_token"]] if adds_eos and named["eos_token"] else []
-    if around or after:
+    suffix = [named["eos_token"]] if adds_eos and named["eos_token"] else []
+    if around or suffix:
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=[*around, "$A", *after],
-            special_tokens=[(token, tokens.index(token)) for token in {*around, *after}],
+            single=[*around, "$A", *suffix],
+            special_tokens=[(token, tokens.index(token)) for token in {*around, *suffix}],
         )
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **named)
     wrapped.chat_template = _templates(metadata, path)
@@ -161,13 +161,13 @@ def tokenizer_from_gguf(file: GGUFFile) -> PreTrainedTokenizerFast:
 def _templates(metadata: dict[str, Any], path: Path) -> str | dict[str, str] | None:
     """The file's chat template, or several by name where it holds others beside."""
     usual = "tokenizer.chat_template"
-    found = {key: value for key, value in metadata.items() if key == usual or key.startswith(f"{usual}.")}
-    for key, value in found.items():
+    templates = {key: value for key, value in metadata.items() if key == usual or key.startswith(f"{usual}.")}
+    for key, value in templates.items():
         if not isinstance(value, str):
             raise ValueError(f"{path}: {key} is {value!r}, not a string")
-    if len(found) < 2:
-        return found.get(usual)
-    return {key.removeprefix(usual).removeprefix(".") or "default": value for key, value in found.items()}
+    if len(templates) < 2:
+        return templates.get(usual)
+    return {key.removeprefix(usual).removeprefix(".") or "default": value for key, value in templates.items()}
 
 
 _ROLES = {
