@@ -32,7 +32,9 @@ if "JAX_COMPILATION_CACHE_DIR" in os.environ:
 os.environ.update(SETTINGS)
 
 
-LARGE = 800e6  # bytes; two workers, what they start and the real model are to stay within 3 GB
+# Bytes at which a worker forgets its programs, some 20 MB each. Until then files share what they compile: with 800 MB the
+# larger ones compiled their own programs anew, test after test. Two workers and what they start are to stay within 3 GB.
+LARGE = 1150e6
 # Files that need more than others; at the front they are all the first worker's, so no two of them run at a time.
 FIRST = ("test_decoding_smollm2", "test_base_processes", "test_devices", "test_models_sharding", "test_golden")
 
@@ -55,10 +57,12 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item, nextitem):
-    """Let go of compiled programs after a file, and sooner when they have become large."""
+    """Let go of programs when they have become large, and after a file of the process that children are forked from."""
     result = yield
-    if nextitem is None or nextitem.path != item.path or resident_bytes() > LARGE:
+    if resident_bytes() > LARGE:
         free_memory()
+    if "children" in sys.modules and (nextitem is None or nextitem.path != item.path):
+        sys.modules["children"].stop_server()
     return result
 
 
@@ -69,12 +73,10 @@ def resident_bytes() -> int:
 
 
 def free_memory() -> None:
-    """Give back what JAX keeps of programs, and the process that children are forked from."""
+    """Give back what JAX keeps of programs."""
     import jax
 
     jax.clear_caches()
     gc.collect()
-    if "children" in sys.modules:
-        sys.modules["children"].stop_server()
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)

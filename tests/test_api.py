@@ -14,6 +14,7 @@ from toy import loaded_target, toy_chats, toy_target
 
 import jsfdd
 from jsfdd.base.mesh import make_mesh
+from jsfdd.data.batches import pad_rows
 from jsfdd.data.held_out import split_held_out
 from jsfdd.hidden.capture import make_recompute
 from jsfdd.models.draft import EagleLayer
@@ -45,21 +46,21 @@ def test_every_name_is_there():
 def test_draft_logits_stand_beside_the_targets_of_the_next_token():
     draft = jsfdd.init_draft(TARGET, jax.random.key(0))
     hidden = jsfdd.hidden_states(TARGET, TOKENS)
-    q = jsfdd.draft_logits(TARGET, draft, hidden, TOKENS)
+    q = np.asarray(jsfdd.draft_logits(TARGET, draft, hidden, TOKENS))
     embedding = embed_tokens(TARGET.config, TARGET.params, jnp.asarray(TOKENS[:, 1:]))
-    predicted = EagleLayer(draft.config).apply({"params": draft.params}, embedding, hidden[:, :-1])
+    predicted = jax.jit(EagleLayer(draft.config).apply)({"params": draft.params}, embedding, np.asarray(hidden)[:, :-1])
     np.testing.assert_allclose(q, head_logits(TARGET.config, TARGET.params, predicted), rtol=1e-4, atol=1e-5)
     # What is at t depends on the tokens up to t + 1 and on no later one.
     changed = TOKENS.copy()
     changed[:, 7:] = 5
-    again = jsfdd.draft_logits(TARGET, draft, jsfdd.hidden_states(TARGET, changed), changed)
+    again = np.asarray(jsfdd.draft_logits(TARGET, draft, jsfdd.hidden_states(TARGET, changed), changed))
     np.testing.assert_allclose(again[:, :6], q[:, :6], rtol=1e-4, atol=1e-5)
     assert np.abs(again[:, 6] - q[:, 6]).max() > 1e-3
 
 
 def test_a_draft_vocabulary_rules_tokens_out():
     draft = jsfdd.init_draft(TARGET, jax.random.key(0), vocabulary=(3, 5, 257))
-    q = jsfdd.draft_logits(TARGET, draft, jsfdd.hidden_states(TARGET, TOKENS), TOKENS)
+    q = np.asarray(jsfdd.draft_logits(TARGET, draft, jsfdd.hidden_states(TARGET, TOKENS), TOKENS))
     assert np.isfinite(q[..., [3, 5, 257]]).all() and np.isneginf(np.delete(q, [3, 5, 257], axis=-1)).all()
 
 
@@ -140,7 +141,9 @@ def test_a_foreign_target_trains_the_same_draft_from_a_function_or_from_arrays(s
     embedding, head = TARGET.params["embed"]["embedding"], TARGET.params["head"]["kernel"].T
     foreign = jsfdd.foreign_target(states, embedding, head, TARGET.config)
     assert_same_draft(jsfdd.train(foreign, samples, kept, RECIPE, seed=3, progress=False), trained)
-    arrays = {s.id: np.asarray(states(s.tokens[None])[0]).astype(ml_dtypes.bfloat16) for s in samples}
+    padded = pad_rows([s.tokens for s in samples], (len(samples), 64))
+    hidden = np.asarray(states(padded)).astype(ml_dtypes.bfloat16)
+    arrays = {s.id: rows[: len(s.tokens)] for s, rows in zip(samples, hidden)}
     only_a_head = jsfdd.foreign_target(None, embedding, head, TARGET.config)
     assert_same_draft(jsfdd.train(only_a_head, samples, kept, RECIPE, hidden=arrays, seed=3, progress=False), trained)
     hidden_of = make_recompute(foreign, make_mesh(), "bfloat16")
@@ -195,10 +198,12 @@ def test_an_eagle3_draft_from_first_to_last():
         jsfdd.init_draft(TARGET, jax.random.key(0), kind="eagle3")
     fresh = jsfdd.init_draft(target, jax.random.key(0), kind="eagle3")
     np.testing.assert_array_equal(fresh.params["head"]["rows"], params["head"]["kernel"].T)
-    hidden = jsfdd.hidden_states(target, TOKENS, fresh.config.target_layers)
-    q = jsfdd.draft_logits(target, fresh, hidden, TOKENS)
-    assert np.abs(jsfdd.draft_logits(target, fresh, hidden.at[..., :32].add(1.0), TOKENS) - q).max() > 1e-3
-    np.testing.assert_array_equal(jsfdd.draft_logits(target, fresh, hidden.at[..., -32:].add(1.0), TOKENS), q)
+    hidden = np.asarray(jsfdd.hidden_states(target, TOKENS, fresh.config.target_layers))
+    streams, final = np.zeros_like(hidden), np.zeros_like(hidden)
+    streams[..., :32], final[..., -32:] = 1, 1
+    q = np.asarray(jsfdd.draft_logits(target, fresh, hidden, TOKENS))
+    assert np.abs(jsfdd.draft_logits(target, fresh, hidden + streams, TOKENS) - q).max() > 1e-3
+    np.testing.assert_array_equal(jsfdd.draft_logits(target, fresh, hidden + final, TOKENS), q)
     samples, _ = jsfdd.tokenize_chats(toy_chats(), target.tokenizer, max_length=64)
     recipe = jsfdd.Recipe(draft_kind="eagle3", draft_steps=2, epochs=1, held_out_share=0.0, soft_top_k=8)
     trained = jsfdd.train(target, samples, recipe=recipe, init=fresh, progress=False)

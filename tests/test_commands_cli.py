@@ -8,17 +8,16 @@ import re
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
-from toy import toy_draft, write_target
+from toy import random_draft, toy_draft, write_target
 
 from jsfdd.base.files import read_json
 from jsfdd.commands import cli
 from jsfdd.commands.cli import COMMANDS, command, main
 from jsfdd.commands.options import OutputOptions, options_of
 from jsfdd.models.architecture import Rope
-from jsfdd.models.draft import draft_config, init_draft
+from jsfdd.models.draft import draft_config
 from jsfdd.scoring.metrics import column_names
 from jsfdd.scoring.table import ScoreTable, write_scores
 from jsfdd.training.recipe import PYTHON_ONLY
@@ -244,7 +243,7 @@ def test_an_eagle3_draft_of_a_deeper_target_is_refused(tmp_path, target, capsys,
     """Whether its files name the layers that it reads, or leave them to the engine."""
     config = dataclasses.replace(load_target(target).config, num_layers=9)
     draft = draft_config(config, kind="eagle3", target_layers=(0, 1, 4))
-    write_draft(tmp_path / "draft", draft, init_draft(draft, jax.random.key(0)), "vllm")
+    write_draft(tmp_path / "draft", draft, random_draft(draft), "vllm")
     path = tmp_path / "draft" / "config.json"
     settings = json.loads(path.read_text())
     unstated = ("eagle_aux_hidden_state_layer_ids", "eagle_config")

@@ -1,5 +1,7 @@
 """Merged trees: a literal one, a twin with dicts, losslessness, and what a merge that leaves twins in would break."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -182,12 +184,16 @@ def _emit_two(judge):
     return joint_of_trials(trial, 6)
 
 
+@functools.cache
+def _emitted_by_walking():
+    return _emit_two(_walked(MERGED))
+
+
 @pytest.mark.slow
 def test_merged_trees_are_lossless_walked_or_tried_in_turn():
     p = _target()
     expected = p[0, [1, 4, 0]].sum() + p[0, 1] * p[1, [2, 5]].sum()
-    for judge in (_walked(MERGED), _in_turn(MERGED)):
-        joint, accepted = _emit_two(judge)
+    for joint, accepted in (_emitted_by_walking(), _emit_two(_in_turn(MERGED))):
         assert abs(deviation(joint, p)) < 5
         assert np.mean(accepted) == pytest.approx(expected, abs=5 * 0.7 / np.sqrt(TRIALS))
 
@@ -199,7 +205,7 @@ def test_twins_cost_what_hangs_below_them():
     joint, accepted = _emit_two(_walked(twins))
     assert abs(deviation(joint, p)) < 5
     lost = float(p[0, 1] * p[1, 5])
-    right = _emit_two(_walked(MERGED))[1]
+    right = _emitted_by_walking()[1]
     assert np.mean(right) - np.mean(accepted) == pytest.approx(lost, abs=5 * np.sqrt(lost / TRIALS)) and lost > 0.05
     assert twins.tokens.shape[1] == MERGED.tokens.shape[1] + 1, "and one place more was verified"
 

@@ -41,8 +41,8 @@ def _linear_draft(target):
     for row, ids in enumerate(tokens):
         padded[row, : len(ids)] = ids
     config, params = target.config, target.params
-    hidden = jax.jit(hidden_states, static_argnums=0)(config, params, padded)
-    embedding = embed_tokens(config, params, padded)
+    hidden = np.asarray(jax.jit(hidden_states, static_argnums=0)(config, params, padded))
+    embedding = np.asarray(embed_tokens(config, params, padded))
     pairs = [
         (np.concatenate([embedding[row, 1 : len(ids)], hidden[row, : len(ids) - 1]], axis=1), hidden[row, 1 : len(ids)])
         for row, ids in enumerate(tokens)
@@ -51,7 +51,8 @@ def _linear_draft(target):
     ridge = 3e-3 * np.trace(x.T @ x) / x.shape[1]
     kernel = np.linalg.solve(x.T @ x + ridge * np.eye(x.shape[1]), x.T @ y)
     draft = draft_config(config)
-    draft_params = jax.tree.map(jnp.zeros_like, init_draft(draft, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: init_draft(draft, jax.random.key(0)))
+    draft_params = jax.tree.map(lambda x: jnp.zeros(x.shape), shapes)
     draft_params["fc"]["kernel"] = jnp.asarray(kernel, jnp.float32)
     draft_params["layer"]["mlp_norm"]["scale"] = jnp.ones(config.hidden_size)
     return draft, draft_params

@@ -29,13 +29,16 @@ def _grow_bigram(shape, draft, roots):
     shown = []
 
     def forward(cache, view, hidden, tokens):
-        jax.debug.callback(lambda *seen: shown.append([np.asarray(x) for x in seen]), cache.length, *view, hidden, tokens)
+        jax.debug.callback(
+            lambda *seen: shown.append([np.asarray(x) for x in seen]), cache.length, *view, hidden, tokens, ordered=True
+        )
         return jax.nn.one_hot(tokens, V), cache
 
     def log_probs(hidden):
         return jnp.log(jnp.einsum("bnv,vw->bnw", hidden, jnp.asarray(draft)))
 
-    proposals, after = grow(shape, jax.nn.one_hot(jnp.asarray(roots), V), cache, forward, log_probs)
+    grown = jax.jit(lambda hidden, cache: grow(shape, hidden, cache, forward, log_probs))
+    proposals, after = grown(np.eye(V, dtype=np.float32)[roots], cache)
     jax.effects_barrier()
     assert np.array_equal(after.length, cache.length)
     return proposals, shown
@@ -66,7 +69,7 @@ def _paths(tree, row=0):
 def test_the_best_paths_stay(shape):
     draft, roots = _bigram(), [0, 3, 5]
     proposals, _ = _grow_bigram(shape, draft, roots)
-    tree = rerank(shape, proposals, jnp.asarray(roots, jnp.int32))
+    tree = jax.device_get(jax.jit(rerank, static_argnums=0)(shape, proposals, np.array(roots, np.int32)))
     for row, root in enumerate(roots):
         slow = _slow_tree(shape, draft, root)
         paths = _paths(tree, row)
@@ -88,7 +91,7 @@ def test_a_literal_tree():
     assert proposals.tokens.tolist() == [[1, 2, 3, 4, 5, 3]]
     assert proposals.parents.tolist() == [[-1, -1, 0, 0, 1, 1]]
     assert np.exp(proposals.scores[0]) == pytest.approx([0.6, 0.4, 0.54, 0.06, 0.2004, 0.1996], rel=1e-5)
-    tree = rerank(shape, proposals, jnp.array([0], jnp.int32))
+    tree = jax.jit(rerank, static_argnums=0)(shape, proposals, np.zeros(1, np.int32))
     assert tree.tokens.tolist() == [[0, 1, 2, 3, 5]]
     assert tree.parents.tolist() == [[0, 0, 0, 1, 2]]
     assert tree.depths.tolist() == [[0, 1, 1, 2, 2]]
@@ -117,16 +120,16 @@ def test_what_the_draft_sees_while_it_grows():
 
 
 LITERAL = Tree(
-    tokens=jnp.array([[0, 1, 2, 3, 5]], jnp.int32),
-    parents=jnp.array([[0, 0, 0, 1, 2]], jnp.int32),
-    depths=jnp.array([[0, 1, 1, 2, 2]], jnp.int32),
-    ancestors=jnp.array([[[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 0, 1, 0, 0], [1, 1, 0, 1, 0], [1, 0, 1, 0, 1]]], bool),
+    tokens=np.array([[0, 1, 2, 3, 5]], np.int32),
+    parents=np.array([[0, 0, 0, 1, 2]], np.int32),
+    depths=np.array([[0, 1, 1, 2, 2]], np.int32),
+    ancestors=np.array([[[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 0, 1, 0, 0], [1, 1, 0, 1, 0], [1, 0, 1, 0, 1]]], bool),
 )
 
 
 def test_tree_view_literal():
     config, _ = toy_target(num_layers=1)
-    view = tree_view(empty_cache(config, 1, 9)._replace(length=jnp.array([2], jnp.int32)), LITERAL)
+    view = jax.jit(tree_view)(empty_cache(config, 1, 9)._replace(length=jnp.array([2], jnp.int32)), LITERAL)
     assert view.positions.tolist() == [[2, 3, 3, 4, 4]]
     assert view.key_positions.tolist() == [[0, 1, 2, 3, 3, 4, 4, 7, 8]]
     assert view.mask[0].astype(int).tolist() == [
@@ -147,20 +150,22 @@ def test_a_tree_in_one_pass_is_its_paths_one_by_one(family):
     cache = empty_cache(config, 2, 12)
     _, cache = _decode(config, params, prompts, cached_view(cache, 4), cache)
     cache = cache._replace(length=lengths)
-    tree = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), LITERAL)
-    hidden, after = _decode(config, params, tree.tokens, tree_view(cache, tree), cache)
+    tree = jax.tree.map(lambda x: np.repeat(x, 2, axis=0), LITERAL)
+    hidden, after = _decode(config, params, tree.tokens, jax.jit(tree_view)(cache, tree), cache)
+    hidden = np.asarray(hidden)
     for row in range(2):
         committed = prompts[row, : lengths[row]].tolist()
         for node, path in enumerate([(), *_paths(tree, row)]):
             text = [*committed, 0, *path]
             padded = np.zeros((1, 8), np.int32)  # one shape, one program; padding comes last and is never looked at
             padded[0, : len(text)] = text
-            alone = _hidden_states(config, params, padded)[0, len(text) - 1]
+            alone = np.asarray(_hidden_states(config, params, padded))[0, len(text) - 1]
             assert np.allclose(hidden[row, node], alone, atol=1e-5)
-    nodes = jnp.array([[0, 2, 4], [0, 1, 3]])
+    nodes = np.array([[0, 2, 4], [0, 1, 3]])
     kept = jax.jit(keep_path)(after, nodes)
-    block = jnp.take_along_axis(tree.tokens, nodes, axis=1)
+    block = np.take_along_axis(tree.tokens, nodes, axis=1)
     _, plain = _decode(config, params, block, cached_view(cache, 3), cache)
+    kept, plain = jax.device_get((kept, plain))
     for row in range(2):
         held = int(lengths[row]) + 3
         assert np.allclose(kept.k[:, row, :, :, :held], plain.k[:, row, :, :, :held], atol=1e-5)
@@ -169,14 +174,14 @@ def test_a_tree_in_one_pass_is_its_paths_one_by_one(family):
 
 def test_walk_literal():
     """The target chooses 2, then 5, then 4; or 1, then 0 (no child of it); or 3 at once (a child elsewhere only)."""
+    walked = jax.jit(lambda logits: walk(LITERAL, 2, logits, lambda level, z: jnp.argmax(z, -1).astype(jnp.int32)))
     cases = {
         (2, None, 5, None, 4): ([0, 2, 4], [2, 5, 4], 2, 2),
         (1, 0, None, None, None): ([0, 1], [1, 0], 1, 2),
         (3, None, None, None, None): ([0], [3], 0, 1),
     }
     for choices, (nodes, tokens, accepted, judged) in cases.items():
-        logits = jax.nn.one_hot(jnp.array([[-1 if c is None else c for c in choices]]), V)
-        path = walk(LITERAL, 2, logits, lambda level, z: jnp.argmax(z, -1).astype(jnp.int32))
+        path = jax.device_get(walked(jax.nn.one_hot(np.array([[-1 if c is None else c for c in choices]]), V)))
         assert (int(path.num_accepted[0]), int(path.num_judged[0])) == (accepted, judged)
         assert path.nodes[0, : accepted + 1].tolist() == nodes and path.tokens[0, : accepted + 1].tolist() == tokens
 

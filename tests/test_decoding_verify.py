@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from two_tokens import TRIALS, deviation, joint_of_trials
 
-from jsfdd.decoding import verify as verify_module
 from jsfdd.decoding.verify import (
     Cutoff,
     Verdict,
@@ -94,10 +93,10 @@ def test_equal_distributions_accept_everything():
 
 
 def test_disjoint_supports_reject_everything():
-    p = jnp.array([[0.5, 0.5, 0, 0]] * 3)
-    q = jnp.array([[0, 0, 0.5, 0.5]] * 2)
+    p = np.array([[0.5, 0.5, 0, 0]] * 3, np.float32)
+    q = np.array([[0, 0, 0.5, 0.5]] * 2, np.float32)
     keys = jax.random.split(jax.random.key(1), 500)
-    verdict = jax.vmap(verify_sampled, in_axes=(0, None, None, None))(keys, jnp.array([2, 3], jnp.int32), q, p)
+    verdict = jax.jit(jax.vmap(verify_sampled, in_axes=(0, None, None, None)))(keys, np.array([2, 3], np.int32), q, p)
     assert np.all(np.asarray(verdict.num_accepted) == 0)
     assert set(np.unique(verdict.next_token)) == {0, 1}
 
@@ -112,16 +111,16 @@ def test_greedy_literal():
 
 def test_verify_switches_on_temperature():
     """Temperature 0 is the greedy rule on every row; above 0 the rows are judged by their own keys."""
-    logits = jax.random.normal(jax.random.key(3), (2, G + 1, V))
-    best = jnp.argmax(logits, -1)[:, :G].astype(jnp.int32)
+    logits = np.asarray(jax.random.normal(jax.random.key(3), (2, G + 1, V)))
+    best = np.argmax(logits, -1)[:, :G].astype(np.int32)
     keys = jax.random.split(jax.random.key(4), 2)
-    verdict = verify(keys, best, logits[:, :G], logits, jnp.float32(0))
+    judge = jax.jit(verify)
+    verdict = judge(keys, best, logits[:, :G], logits, jnp.float32(0))
     assert np.all(np.asarray(verdict.num_accepted) == G)
     assert np.all(np.asarray(verdict.next_token) == np.argmax(logits[:, G], -1))
-    sampled = verify(keys, best, logits[:, :G], logits, jnp.float32(0.7))
-    alone = [
-        verify_sampled(keys[b], best[b], jax.nn.softmax(logits[b, :G] / 0.7), jax.nn.softmax(logits[b] / 0.7)) for b in range(2)
-    ]
+    sampled = judge(keys, best, logits[:, :G], logits, jnp.float32(0.7))
+    p = jax.jit(jax.nn.softmax)(logits / np.float32(0.7))
+    alone = [jax.jit(verify_sampled)(keys[b], best[b], np.asarray(p)[b, :G], np.asarray(p)[b]) for b in range(2)]
     assert np.array_equal(sampled.next_token, [int(v.next_token) for v in alone])
 
 
@@ -131,22 +130,26 @@ def test_a_temperature_below_zero_is_refused():
 
 
 def test_draw_follows_temperature():
-    logits = jnp.log(jnp.array([0.7, 0.2, 0.1]))
+    p = np.array([0.7, 0.2, 0.1])
     keys = jax.random.split(jax.random.key(0), 100_000)
-    batch = jnp.broadcast_to(logits, (100_000, 3))
-    assert np.all(np.asarray(draw(keys, batch, jnp.float32(0))) == 0)
+    batch = np.broadcast_to(np.log(p).astype(np.float32), (100_000, 3))
+    drawn = jax.jit(draw)
+    assert np.all(np.asarray(drawn(keys, batch, jnp.float32(0))) == 0)
     for temperature in (0.5, 1.0, 2.0):
-        exact = np.asarray(jax.nn.softmax(logits / temperature))
-        seen = np.bincount(draw(keys, batch, jnp.float32(temperature)), minlength=3) / 100_000
+        exact = p ** (1 / temperature) / np.sum(p ** (1 / temperature))
+        seen = np.bincount(drawn(keys, batch, jnp.float32(temperature)), minlength=3) / 100_000
         assert np.abs(seen - exact).max() < 5 * 0.5 / np.sqrt(100_000)
 
 
 def test_no_draft_tokens_is_a_plain_draw():
     p = jnp.array([[0.7, 0.2, 0.1]])
     keys = jax.random.split(jax.random.key(0), 50_000)
-    judge = jax.vmap(lambda key: verify_module.verify_sampled(key, jnp.zeros(0, jnp.int32), jnp.zeros((0, 3)), p))
+    judge = jax.jit(jax.vmap(lambda key: verify_sampled(key, jnp.zeros(0, jnp.int32), jnp.zeros((0, 3)), p)))
     seen = np.bincount(judge(keys).next_token, minlength=3) / 50_000
     assert np.abs(seen - np.asarray(p[0])).max() < 0.012
+
+
+_warp = jax.jit(warp, static_argnums=2)
 
 
 def _slow_warp(logits, temperature, top_k, top_p):
@@ -164,8 +167,9 @@ def _slow_warp(logits, temperature, top_k, top_p):
 @pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (3, 1.0), (0, 0.6), (0, 0.999), (7, 0.8), (1, 0.5), (0, 1e-6), (50, 0.9)])
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
 def test_warp_is_its_definition(top_k, top_p, temperature):
-    logits = 3 * jax.random.normal(jax.random.key(8), (20, 50))
-    ours = jax.nn.softmax(warp(logits, jnp.float32(temperature), Cutoff(top_k, top_p)), axis=-1)
+    logits = 3 * np.asarray(jax.random.normal(jax.random.key(8), (20, 50)))
+    warped = _warp(logits, jnp.float32(temperature), Cutoff(top_k, top_p))
+    ours = np.asarray(jax.nn.softmax(warped, axis=-1))
     for row in range(20):
         slow = _slow_warp(logits[row], temperature, top_k, top_p)
         assert np.array_equal(np.asarray(ours[row]) > 0, slow > 0)
@@ -183,7 +187,7 @@ def test_the_fast_edge_is_the_sorted_one(top_p):
 
 def test_tokens_that_tie_at_the_edge_stay_together():
     logits = jnp.log(jnp.array([[0.4, 0.2, 0.2, 0.1, 0.1]]))
-    kept = [np.flatnonzero(np.isfinite(warp(logits, jnp.float32(1), c)[0])).tolist() for c in (Cutoff(2), Cutoff(0, 0.5))]
+    kept = [np.flatnonzero(np.isfinite(_warp(logits, jnp.float32(1), c))).tolist() for c in (Cutoff(2), Cutoff(0, 0.5))]
     assert kept == [[0, 1, 2], [0, 1, 2]]
 
 
@@ -192,7 +196,7 @@ def test_top_p_holds_the_share_it_promises():
     logits = 4 * jax.random.normal(jax.random.key(9), (4, 49_152))
     p = np.asarray(jax.nn.softmax(logits, axis=-1), np.float64)
     for top_p in (0.1, 0.5, 0.9, 0.99):
-        kept = np.isfinite(np.asarray(warp(logits, jnp.float32(1), Cutoff(0, top_p))))
+        kept = np.isfinite(np.asarray(_warp(logits, jnp.float32(1), Cutoff(0, top_p))))
         for row in range(4):
             mass, least = p[row][kept[row]].sum(), p[row][kept[row]].min()
             assert mass >= top_p - 1e-5 and mass - least < top_p + 1e-5

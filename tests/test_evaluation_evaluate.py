@@ -21,7 +21,7 @@ from jsfdd.report.table import describe_difference
 pytestmark = pytest.mark.slow
 
 PROMPTS = [Prompt(f"p{i}", "even" if i % 2 == 0 else "odd", ("hi" * (i + 1),)) for i in range(5)]
-PROMPTS.append(Prompt("two", "odd", ("first turn", "second turn")))
+PROMPTS.append(Prompt("two", "odd", ("hi", "ho")))
 OPTIONS = dict(temperature=0.0, num_draft_tokens=2, max_new_tokens=12, batch_size=4, seed=0)
 
 
@@ -81,13 +81,15 @@ def test_sources_add_up_to_the_whole(reports):
 def test_a_tree_accepts_more_than_a_chain_and_writes_the_same(reports):
     target = loaded_target()
     draft, params = toy_draft(target.config)
-    wide = evaluate(target, {"a": Draft(draft, params)}, PROMPTS, make_mesh(data=2), tree=TreeShape(2, 20, 60), **OPTIONS)["a"]
-    assert wide["tau"] > reports["a"]["tau"] and wide["same_text_share"] == 1.0
-    sampled = evaluate(
-        target, {"a": Draft(draft, params)}, PROMPTS, make_mesh(data=2), tree=TreeShape(2, 20, 60), cutoff=Cutoff(top_p=0.9),
-        **(OPTIONS | {"temperature": 1.0}),
-    )["a"]  # fmt: skip
-    assert sampled["same_text_share"] == 1.0
+    options = OPTIONS | dict(tree=TreeShape(2, 20, 60), cutoff=Cutoff(top_p=0.9))
+    greedy, sampled = (
+        evaluate(target, {"a": Draft(draft, params)}, PROMPTS, make_mesh(data=2), **(options | {"temperature": temperature}))[
+            "a"
+        ]
+        for temperature in (0.0, 1.0)
+    )
+    assert greedy["tau"] > reports["a"]["tau"]
+    assert greedy["same_text_share"] == sampled["same_text_share"] == 1.0
 
 
 def test_without_drafts_the_baseline_is_reported():
@@ -108,8 +110,8 @@ def test_later_turns_go_on_from_the_baselines_answers():
     options = OPTIONS | {"temperature": 1.0}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate_module, "prompt_batch", batches)
-        evaluate(target, {"a": Draft(*toy_draft(target.config))}, [prompt], make_mesh(data=1), **options)
-    recorded = record(target, [prompt], make_mesh(data=1), temperature=1.0, max_new_tokens=12, ahead=0, batch_size=4, seed=0)
+        evaluate(target, {"a": Draft(*toy_draft(target.config))}, [prompt], make_mesh(data=2), **options)
+    recorded = record(target, [prompt], make_mesh(data=2), temperature=1.0, max_new_tokens=12, ahead=0, batch_size=4, seed=0)
     starts = [sample.tokens[: np.argmax(sample.assistant_mask)].tolist() for sample in recorded.samples]
     assert [ids for (ids,) in asked] == starts and len(starts) == 2
 

@@ -9,7 +9,7 @@ from jsfdd.base.mesh import make_mesh
 from jsfdd.base.records import Prompt, Sample
 from jsfdd.data.batches import pad_rows
 from jsfdd.decoding.generate import make_generate, prepare_params
-from jsfdd.decoding.prompts import first_prompts, prompt_batch
+from jsfdd.decoding.prompts import bucket_width, first_prompts, prompt_batch
 from jsfdd.decoding.settings import Combine, Team, TreeShape, decode_setup
 from jsfdd.evaluation.acceptance import acceptance_figures
 from jsfdd.evaluation.evaluate import evaluate
@@ -25,11 +25,14 @@ PROMPTS.append(Prompt("two", "odd", ("first turn", "second turn")))
 VOCABULARY = tuple(range(0, 258, 2))
 
 
+read = jax.jit(hidden_states, static_argnums=0)
+
+
 def _hidden(target, recorded):
     rows = [sample.tokens for sample in recorded.samples]
-    tokens = pad_rows(rows, (len(rows), max(map(len, rows))))
-    read = jax.jit(lambda tokens: hidden_states(target.config, target.params, tokens))(tokens)
-    return {sample.id: states[: len(sample.tokens)] for sample, states in zip(recorded.samples, np.asarray(read))}
+    tokens = pad_rows(rows, (len(rows), bucket_width(max(map(len, rows)))))  # few widths, few programs
+    states = np.asarray(read(target.config, target.params, tokens))
+    return {sample.id: row[: len(sample.tokens)] for sample, row in zip(recorded.samples, states)}
 
 
 def _replay(target, recorded, draft: DraftConfig, params, depth):

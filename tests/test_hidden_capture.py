@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from toy import as_target, toy_config
+from toy import as_target, random_params, toy_config
 
 from jsfdd.base.mesh import make_mesh, shard_rows
 from jsfdd.base.records import Sample
@@ -20,7 +21,7 @@ from jsfdd.hidden.capture import keep_hidden, make_recompute, store_hidden
 from jsfdd.hidden.rows import row_bytes
 from jsfdd.hidden.store import HiddenStore
 from jsfdd.models.foreign import foreign_target
-from jsfdd.models.target import hidden_states, init_params
+from jsfdd.models.target import hidden_states
 from jsfdd.scoring.metrics import column_names
 from jsfdd.scoring.passes import group_plans, spread_out
 from jsfdd.scoring.score import score_samples
@@ -28,7 +29,7 @@ from jsfdd.scoring.table import ScoreTable, join
 from jsfdd.selection.sfdd import select
 
 CONFIG = toy_config(vocab_size=97, hidden_size=16, num_layers=1)
-PARAMS = jax.jit(init_params, static_argnums=0)(CONFIG, jax.random.key(0))
+PARAMS = random_params(CONFIG)
 TARGET = as_target(CONFIG, PARAMS)
 IDENTITY = {"target": {"fingerprint": "aa"}, "lengths": (1, 2)}
 
@@ -48,7 +49,7 @@ def forward(tokens):
 
 
 def hidden_alone(tokens):
-    return forward(jnp.pad(tokens, (0, 128 - len(tokens)))[None, :])[0, : len(tokens)]
+    return np.asarray(forward(np.pad(tokens, (0, 128 - len(tokens)))[None, :]))[0, : len(tokens)]
 
 
 @pytest.mark.parametrize("devices", [1, 4])
@@ -230,13 +231,17 @@ def test_spread_out_mixes_all_lengths_and_keeps_the_longest_first(size):
 # --- Streams in front of the final state -----------------------------------------------------------------------------
 
 DEEP = toy_config(vocab_size=97, hidden_size=16, num_layers=4)
-DEEP_TARGET = as_target(DEEP, jax.jit(init_params, static_argnums=0)(DEEP, jax.random.key(0)))
+DEEP_TARGET = as_target(DEEP, random_params(DEEP))
 LAYERS = (0, 2, 3)
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def read_deep(tokens, layers):
+    return hidden_states(DEEP, DEEP_TARGET.params, tokens, layers)
+
+
 def deep_states(sample, layers=LAYERS):
-    read = jax.jit(lambda tokens: hidden_states(DEEP, DEEP_TARGET.params, tokens, layers))
-    return np.asarray(read(jnp.pad(sample.tokens, (0, 128 - len(sample.tokens)))[None])[0, : len(sample.tokens)])
+    return np.asarray(read_deep(np.pad(sample.tokens, (0, 128 - len(sample.tokens)))[None], layers))[0, : len(sample.tokens)]
 
 
 @pytest.mark.parametrize("foreign", [False, True])

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from toy import as_target, toy_config
+from toy import as_target, random_params, toy_config
 
 from jsfdd.base.mesh import make_mesh, replicate, shard_rows, to_host
 from jsfdd.base.records import Sample, TokenScores
@@ -18,7 +18,7 @@ from jsfdd.data.batches import Shape, pad_batch
 from jsfdd.hidden.best_k import StillPossible
 from jsfdd.hidden.capture import keep_hidden
 from jsfdd.hidden.store import HiddenStore
-from jsfdd.models.target import head_logits, hidden_states, init_params
+from jsfdd.models.target import head_logits, hidden_states
 from jsfdd.scoring import parts as parts_module
 from jsfdd.scoring import score as score_module
 from jsfdd.scoring.flatness import score_hidden, token_scores
@@ -29,7 +29,7 @@ from jsfdd.scoring.table import read_scores, read_token_scores, write_scores, wr
 from jsfdd.selection.sfdd import select
 
 CONFIG = toy_config(vocab_size=97)
-PARAMS = jax.jit(init_params, static_argnums=0)(CONFIG, jax.random.key(0))
+PARAMS = random_params(CONFIG)
 TARGET = as_target(CONFIG, PARAMS)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import scipy.special
 from eagle3_twin import slow_steps
-from toy import as_target, toy_config
+from toy import as_target, random_params, toy_config
 
 from jsfdd.base.mesh import make_mesh
 from jsfdd.base.records import DraftBatch, Sample
@@ -39,11 +39,11 @@ VOCABULARY = tuple(range(0, 37, 2))
 @functools.cache
 def toy(vocabulary):
     """(target params, draft config, draft params, batch): its head begins as the target's and has moved a little."""
-    params = jax.jit(init_params, static_argnums=0)(CONFIG, jax.random.key(0))
+    params = random_params(CONFIG)
     draft = draft_config(CONFIG, vocabulary=vocabulary, kind="eagle3", target_layers=LAYERS)
-    draft_params = init_draft(draft, jax.random.key(1), params["head"]["kernel"].T)
-    draft_params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), draft_params)
     random = np.random.default_rng(0)
+    draft_params = jax.jit(init_draft, static_argnums=0)(draft, jax.random.key(1), np.asarray(params["head"]["kernel"]).T)
+    draft_params = jax.tree.map(lambda x: x + 0.1 * random.standard_normal(x.shape, np.float32), jax.device_get(draft_params))
     tokens = random.integers(0, CONFIG.vocab_size, (2, 9)).astype(np.int32)
     counted = np.zeros((2, 9), bool)
     counted[0, 3:8] = True
@@ -58,11 +58,11 @@ def slow_loss(draft_params, vocabulary=(), steps=3, decay=0.7, beyond="weigh"):
     head = np.asarray(params["head"]["kernel"], np.float64)
     rows = np.asarray(draft_params["head"]["rows"], np.float64)
     tokens = np.array(vocabulary) if vocabulary else np.arange(CONFIG.vocab_size)
+    embedding, hidden = np.asarray(embed_tokens(CONFIG, params, batch.tokens)), np.asarray(batch.hidden)
     total = 0.0
     for b in range(2):
-        p = scipy.special.softmax(np.asarray(batch.hidden[b, :, -32:], np.float64) @ head, axis=1)
-        embedding = embed_tokens(CONFIG, params, batch.tokens[b, 1:])
-        for i, outputs in enumerate(slow_steps(draft, draft_params, embedding, batch.hidden[b, :-1], steps)):
+        p = scipy.special.softmax(hidden[b, :, -32:].astype(np.float64) @ head, axis=1)
+        for i, outputs in enumerate(slow_steps(draft, draft_params, embedding[b, 1:], hidden[b, :-1], steps)):
             for t, output in enumerate(outputs):
                 # Row t of step i reads x_{t+1+i} and proposes x_{t+2+i}, of which position t+1+i has the score.
                 if not all(batch.counted[b, t + 1 : t + 2 + i]):
@@ -99,9 +99,8 @@ def test_loss_and_gradient_are_the_twins(known):
     total, gradient = jax.jit(jax.value_and_grad(lambda p: fast_loss(p, batch, recipe, vocabulary).total))(draft_params)
     assert float(total) == pytest.approx(slow_loss(draft_params, vocabulary), rel=2e-3 if "top k" in known else 1e-5)
 
-    direction = jax.tree.map(
-        lambda x: np.asarray(jax.random.normal(jax.random.key(x.size + 1), x.shape), np.float64), draft_params
-    )
+    random = np.random.default_rng(1)
+    direction = jax.tree.map(lambda x: random.standard_normal(x.shape), draft_params)
     if known == "means":
         direction["head"]["rows"] = np.zeros_like(direction["head"]["rows"])
         assert not np.any(gradient["head"]["rows"])
@@ -197,9 +196,16 @@ SHORT = Recipe(
 )  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    """(result, directory) of a run with SHORT."""
+    directory = tmp_path_factory.mktemp("learned")
+    return run(directory, SHORT), directory
+
+
 @pytest.mark.slow
-def test_a_run_learns_and_its_head_begins_as_the_targets_rows(tmp_path):
-    result = run(tmp_path / "a", SHORT)
+def test_a_run_learns_and_its_head_begins_as_the_targets_rows(learned, tmp_path):
+    result, directory = learned
     vocabulary = np.array(result.draft.config.vocabulary)
     assert 8 <= len(vocabulary) < 37 and result.draft.config.target_layers == LAYERS
     rows = target().params["head"]["kernel"].T[vocabulary]
@@ -208,14 +214,14 @@ def test_a_run_learns_and_its_head_begins_as_the_targets_rows(tmp_path):
     assert result.held_out.keys() >= {"loss", "token_loss", "agreement", "coverage"} and "hidden_loss" not in result.held_out
     frozen = run(tmp_path / "b", dataclasses.replace(SHORT, draft_head="frozen", epochs=1))
     np.testing.assert_array_equal(frozen.draft.params["head"]["rows"], rows)
-    loaded = read_trained_draft(tmp_path / "a" / "run")
+    loaded = read_trained_draft(directory / "run")
     assert loaded.config == result.draft.config
     jax.tree.map(np.testing.assert_array_equal, loaded.params, result.draft.params)
 
 
 @pytest.mark.slow
-def test_a_run_starts_from_another_runs_draft(tmp_path):
-    first = run(tmp_path / "first", SHORT)
+def test_a_run_starts_from_another_runs_draft(learned, tmp_path):
+    first, _ = learned
     still = dataclasses.replace(SHORT, epochs=1, learning_rate=1e-9, draft_vocab=0)
     again = run(tmp_path / "again", still, init=first.draft)
     assert again.draft.config == first.draft.config

@@ -6,12 +6,12 @@ import functools
 import jax
 import numpy as np
 import pytest
-from toy import toy_config
+from toy import random_params, toy_config
 
 from jsfdd.base.mesh import make_mesh, replicate, shard_rows
 from jsfdd.base.records import DraftBatch
 from jsfdd.models.draft import draft_config
-from jsfdd.models.target import hidden_states, init_params
+from jsfdd.models.target import hidden_states
 from jsfdd.training.loss import borrow
 from jsfdd.training.recipe import Recipe
 from jsfdd.training.step import init_state, learning_rate_schedule, make_accumulating_step, make_optimizer, make_train_step
@@ -24,7 +24,7 @@ OPTIMIZER = make_optimizer(RECIPE, num_steps=20)
 
 @functools.cache
 def target():
-    return jax.jit(init_params, static_argnums=0)(CONFIG, jax.random.key(0))
+    return random_params(CONFIG)
 
 
 def frozen_on(mesh):

@@ -1,6 +1,8 @@
 """The token losses against their definitions in float64, and their gradients against finite differences; the losses that
 training runs against the plain equations."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,7 +50,7 @@ def test_value_is_the_definition_and_gradient_its_slope(name, top_k_weight):
             return np.sum(WEIGHT * exact(name, predicted, 3, top_k_weight))
 
         assert float(loss(PREDICTED)) == pytest.approx(weighted(PREDICTED), rel=1e-5)
-        gradient = np.asarray(jax.grad(loss)(jnp.asarray(PREDICTED)))
+        gradient = np.asarray(jax.jit(jax.grad(loss))(jnp.asarray(PREDICTED)))
         step = 1e-6
         for index in np.ndindex(*PREDICTED.shape):
             moved = np.zeros(PREDICTED.shape)
@@ -77,8 +79,8 @@ def test_top_k_share_keeps_ties():
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 0.02)])
 def test_mean_loss_is_token_loss_without_the_target(distance, dtype, tolerance):
     head, truth, predicted, weight = (jnp.asarray(x, jnp.float32) for x in (HEAD, TRUTH, PREDICTED, WEIGHT))
-    means = head_means(distance, 2, head, truth, weight, dtype)
-    assert means.shape == (5, 7) and means.dtype == dtype and not np.any(means[1])
+    means = jax.jit(lambda: head_means(distance, 2, head, truth, weight, dtype))()
+    assert means.shape == (5, 7) and means.dtype == dtype and not np.any(np.asarray(means, np.float32)[1])
 
     def by_means(predicted):
         known = means[:, :-1], means[:, -1].astype(jnp.float32)
@@ -87,17 +89,17 @@ def test_mean_loss_is_token_loss_without_the_target(distance, dtype, tolerance):
     def by_target(predicted):
         return visited_loss(Exact(distance), 2, head, predicted, (head, truth), weight)["minimised"]
 
-    (found, slope), (expected, expected_slope) = (jax.value_and_grad(f)(predicted) for f in (by_means, by_target))
+    (found, slope), (expected, expected_slope) = (jax.jit(jax.value_and_grad(f))(predicted) for f in (by_means, by_target))
     assert float(found) == pytest.approx(float(expected), rel=tolerance)
-    np.testing.assert_allclose(slope, expected_slope, atol=tolerance * float(jnp.abs(expected_slope).max()))
+    np.testing.assert_allclose(slope, expected_slope, atol=tolerance * float(np.abs(expected_slope).max()))
 
 
 def test_rounding_of_means_leaves_no_bias_of_the_mass():
     """bfloat16 rounds a mass of 1.3 by 0.2%: were e not scaled by as much, q = p would not be a minimum."""
     distance = Distance("cross_entropy", 2, 0.3)
     head, truth = jnp.asarray(HEAD, jnp.float32), jnp.asarray(TRUTH, jnp.float32)
-    rounded = head_means(distance, 8, head, truth, jnp.ones(5), "bfloat16").astype(jnp.float32)
-    whole = head_means(distance, 8, head, truth, jnp.ones(5), "float32")
+    means_in = jax.jit(lambda dtype: head_means(distance, 8, head, truth, jnp.ones(5), dtype), static_argnums=0)
+    rounded, whole = (np.asarray(means_in(dtype), np.float32) for dtype in ("bfloat16", "float32"))
     assert np.all(rounded[:, -1] != whole[:, -1])
     np.testing.assert_allclose(rounded[:, :-1], whole[:, :-1] * (rounded[:, -1] / whole[:, -1])[:, None], rtol=2**-8)
 
@@ -110,7 +112,8 @@ def test_a_draft_vocabulary_limits_q_and_what_p_asks_for():
     log_q = scipy.special.log_softmax(PREDICTED @ HEAD[tokens].T, axis=1)
     expected = -np.sum(p[:, tokens] * log_q, axis=1)
 
-    sums = visited_loss(Exact(CROSS_ENTROPY, vocabulary), 2, head[tokens], predicted, (head, truth), weight)
+    own = jax.device_put(np.asarray(head)[tokens])
+    sums = jax.jit(lambda: visited_loss(Exact(CROSS_ENTROPY, vocabulary), 2, own, predicted, (head, truth), weight))()
     assert sums["distance"].item() == pytest.approx(np.sum(WEIGHT * expected), rel=1e-5)
     acceptance, coverage = np.minimum(p[:, tokens], np.exp(log_q)).sum(axis=1), p[:, tokens].sum(axis=1)
     assert sums["acceptance"].item() == pytest.approx(np.sum(WEIGHT * acceptance), rel=1e-5)
@@ -118,16 +121,17 @@ def test_a_draft_vocabulary_limits_q_and_what_p_asks_for():
     agreement = np.argmax(p, axis=1) == tokens[np.argmax(log_q, axis=1)]
     assert sums["agreement"].item() == pytest.approx(np.sum(WEIGHT * agreement)) and "cross_entropy" not in sums
 
-    means = head_means(CROSS_ENTROPY, 2, head, truth, weight, "float32", vocabulary)
+    means = np.asarray(jax.jit(lambda: head_means(CROSS_ENTROPY, 2, head, truth, weight, "float32", vocabulary))())
     np.testing.assert_allclose(means[:, -1], np.where(WEIGHT > 0, coverage, 0), rtol=1e-5)
 
     def by_means(predicted):
-        return visited_loss(Means(), 2, head[tokens], predicted, (means[:, :-1], means[:, -1]), weight)["minimised"]
+        known = jax.device_put((means[:, :-1], means[:, -1]))
+        return visited_loss(Means(), 2, own, predicted, known, weight)["minimised"]
 
     def by_target(predicted):
-        return visited_loss(Exact(CROSS_ENTROPY, vocabulary), 2, head[tokens], predicted, (head, truth), weight)["minimised"]
+        return visited_loss(Exact(CROSS_ENTROPY, vocabulary), 2, own, predicted, (head, truth), weight)["minimised"]
 
-    (found, slope), (whole, whole_slope) = (jax.value_and_grad(f)(predicted) for f in (by_means, by_target))
+    (found, slope), (whole, whole_slope) = (jax.jit(jax.value_and_grad(f))(predicted) for f in (by_means, by_target))
     assert float(found) == pytest.approx(float(whole), rel=1e-5)
     np.testing.assert_allclose(slope, whole_slope, atol=1e-5)
 
@@ -136,8 +140,8 @@ def test_a_draft_vocabulary_limits_q_and_what_p_asks_for():
 def test_distances_stay_finite_where_the_draft_cannot_go(name):
     z = jnp.asarray(TRUTH @ HEAD.T, jnp.float32).T
     limited = z.at[3:9].set(-jnp.inf)
-    value, slope = jax.value_and_grad(lambda draft: DISTANCES[name](z, draft, axis=0).sum())(limited)
-    assert np.isfinite(value) and np.all(np.isfinite(slope)) and np.all(slope[3:9] == 0)
+    value, slope = jax.jit(jax.value_and_grad(lambda draft: DISTANCES[name](z, draft, axis=0).sum()))(limited)
+    assert np.isfinite(value) and np.all(np.isfinite(slope)) and np.all(np.asarray(slope)[3:9] == 0)
 
 
 def test_extreme_logits_stay_finite_and_exact():
@@ -156,9 +160,10 @@ def test_extreme_logits_stay_finite_and_exact():
     assert sums["acceptance"] == pytest.approx(1.0, rel=1e-6)  # 0 at the first token, 1 at the second
     assert sums["agreement"] == 1.0
     np.testing.assert_allclose(gradient, [[-2.0], [0.0]], atol=1e-6)  # (q − p) @ matrix
-    means = head_means(CROSS_ENTROPY, 2, matrix, truth, weight, "float32")
-    by_means, slope = jax.value_and_grad(
-        lambda predicted: visited_loss(Means(), 2, matrix, predicted, (means[:, :-1], means[:, -1]), weight)["minimised"]
+    means = np.asarray(jax.jit(lambda: head_means(CROSS_ENTROPY, 2, matrix, truth, weight, "float32"))())
+    known = jax.device_put((means[:, :-1], means[:, -1]))
+    by_means, slope = jax.jit(
+        jax.value_and_grad(lambda predicted: visited_loss(Means(), 2, matrix, predicted, known, weight)["minimised"])
     )(predicted)
     assert by_means == pytest.approx(6e4 + np.log(3))
     np.testing.assert_allclose(slope, [[-2.0], [0.0]], atol=1e-6)
@@ -207,20 +212,26 @@ def kinds():
     yield "means", Means(), HEAD, (mean, mass), lambda g: mean_loss(HEAD, g, mean, mass)
 
 
+def of_all_kinds(loss, *arguments, skip=()):
+    """Value and slopes of `loss(kind, head, known, plain, *arguments)` for every kind, from one program."""
+    numbers = range(len(arguments)) if len(arguments) > 1 else 0
+    losses = [functools.partial(loss, *case) for name, *case in kinds() if name not in skip]
+    return jax.jit(lambda *values: [jax.value_and_grad(one, numbers)(*values) for one in losses])(*arguments)
+
+
 def test_the_losses_of_training_are_the_plain_equations():
     """Value and gradient, of every kind and distance; the plain side is differentiated by JAX."""
+
+    def visited(kind, head, known, _, g):
+        return visited_loss(kind, 2, *jax.tree.map(jnp.asarray, (head, g, known, WEIGHT)))["minimised"]
+
+    def weighted(kind, head, known, plain, g):
+        return jnp.sum(WEIGHT * plain(g))
+
     with jax.enable_x64(True):
-        for name, kind, head, known, plain in kinds():
-
-            def visited(g, kind=kind, head=head, known=known):
-                return visited_loss(kind, 2, *jax.tree.map(jnp.asarray, (head, g, known, WEIGHT)))["minimised"]
-
-            def weighted(g, plain=plain):
-                return jnp.sum(WEIGHT * plain(g))
-
-            (found, slope), (expected, expected_slope) = (
-                jax.jit(jax.value_and_grad(loss))(jnp.asarray(PREDICTED)) for loss in (visited, weighted)
-            )
+        cases = [(name, kind) for name, kind, *_ in kinds()]
+        sides = (of_all_kinds(loss, jnp.asarray(PREDICTED)) for loss in (visited, weighted))
+        for (name, kind), (found, slope), (expected, expected_slope) in zip(cases, *sides, strict=True):
             assert float(found) == pytest.approx(float(expected), rel=1e-6), (name, kind)
             # Training's logits and its way back through the head are float32.
             np.testing.assert_allclose(slope, expected_slope, rtol=1e-5, atol=1e-5, err_msg=f"{name} {kind}")
@@ -228,28 +239,32 @@ def test_the_losses_of_training_are_the_plain_equations():
 
 def test_a_head_that_learns_has_the_slope_of_the_plain_equations():
     """An EAGLE-3 draft's own head, which is not the target's; means cannot know it."""
+
+    def own_head(head):
+        return head + 0.3 * np.random.default_rng(1).normal(size=HEAD.shape)[: len(head)]
+
+    def visited(kind, head, known, _, moved, g):
+        own = own_head(head) + moved[: len(head)]
+        return visited_loss(kind, 2, own, g, jax.tree.map(jnp.asarray, known), jnp.asarray(WEIGHT), True)["minimised"]
+
+    def plain(kind, head, known, _, moved, g):
+        own = own_head(head) + moved[: len(head)]
+        if isinstance(kind, TopK):
+            return jnp.sum(WEIGHT * coarse_loss(kind.distance, own, g, *known))
+        z_q = g @ own.T
+        if kind.vocabulary:
+            z_q = jnp.full((5, 23), -jnp.inf).at[:, np.array(kind.vocabulary)].set(z_q)
+        return jnp.sum(WEIGHT * kind.distance.between(TRUTH @ HEAD.T, z_q))
+
     with jax.enable_x64(True):
-        for name, kind, head, known, _ in kinds():
-            own = head + 0.3 * np.random.default_rng(1).normal(size=head.shape)
-
-            def visited(own, g, kind=kind, known=known):
-                return visited_loss(kind, 2, own, g, jax.tree.map(jnp.asarray, known), jnp.asarray(WEIGHT), True)["minimised"]
-
-            def plain(own, g, kind=kind, known=known):
-                z_q = g @ own.T
-                if isinstance(kind, TopK):
-                    return jnp.sum(WEIGHT * coarse_loss(kind.distance, own, g, *known))
-                if kind.vocabulary:
-                    z_q = jnp.full((5, 23), -jnp.inf).at[:, np.array(kind.vocabulary)].set(z_q)
-                return jnp.sum(WEIGHT * kind.distance.between(TRUTH @ HEAD.T, z_q))
-
-            if isinstance(kind, Means):
-                with pytest.raises(ValueError, match="store the top k"):
-                    visited(jnp.asarray(own), jnp.asarray(PREDICTED))
-                continue
-            found, expected = (
-                jax.jit(jax.value_and_grad(loss, (0, 1)))(jnp.asarray(own), jnp.asarray(PREDICTED)) for loss in (visited, plain)
-            )
-            assert float(found[0]) == pytest.approx(float(expected[0]), rel=1e-6), (name, kind)
-            for slope, expected_slope in zip(found[1], expected[1], strict=True):
+        cases = [case for case in kinds() if case[0] != "means"]
+        arguments = jnp.zeros(HEAD.shape), jnp.asarray(PREDICTED)
+        sides = (of_all_kinds(loss, *arguments, skip=("means",)) for loss in (visited, plain))
+        for (name, kind, *_), (found, slopes), (expected, expected_slopes) in zip(cases, *sides, strict=True):
+            assert float(found) == pytest.approx(float(expected), rel=1e-6), (name, kind)
+            for slope, expected_slope in zip(slopes, expected_slopes, strict=True):
                 np.testing.assert_allclose(slope, expected_slope, rtol=1e-5, atol=1e-5, err_msg=f"{name} {kind}")
+                assert np.any(slope)
+        (means,) = (case for case in kinds() if case[0] == "means")
+        with pytest.raises(ValueError, match="store the top k"):
+            visited(*means[1:], *arguments)

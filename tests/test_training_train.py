@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from children import Child
-from toy import as_target, toy_config
+from toy import as_target, random_params, toy_config
 
 from jsfdd.base import interrupts
 from jsfdd.base.mesh import make_mesh, replicate, shard_rows
@@ -22,7 +22,7 @@ from jsfdd.data.held_out import split_held_out
 from jsfdd.hidden.capture import make_recompute
 from jsfdd.models.draft import draft_config
 from jsfdd.models.foreign import foreign_target
-from jsfdd.models.target import hidden_states, init_params
+from jsfdd.models.target import hidden_states
 from jsfdd.training.batch import TrainingData, device_batch
 from jsfdd.training.draft_shape import draft_of
 from jsfdd.training.journal import METRICS, TIMINGS, read_lines
@@ -41,7 +41,7 @@ pytestmark = pytest.mark.slow
 def toy_data():
     """(target config, target params, samples, hidden states in bfloat16) of 120 two-turn chats of 20 to 40 tokens."""
     config = toy_config()
-    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
+    params = random_params(config)
     params["norm"]["scale"] *= 3.0  # spreads the logits
     random = np.random.default_rng(0)
     samples, tokens = [], random.integers(0, 8, (120, 40)).astype(np.int32)
@@ -74,9 +74,19 @@ def finished(tmp_path_factory):
     return run(directory), directory
 
 
-def test_loss_falls_and_held_out_agreement_rises(tmp_path):
-    result = run(tmp_path, epochs=6, learning_rate=1e-2, batch_tokens=512)
-    lines = read_lines(tmp_path / METRICS)
+LONGER = dict(learning_rate=1e-2, epochs=6, batch_tokens=512)
+
+
+@pytest.fixture(scope="module")
+def longer(tmp_path_factory):
+    """(result, directory) of a run that learns more."""
+    directory = tmp_path_factory.mktemp("longer")
+    return run(directory, **LONGER), directory
+
+
+def test_loss_falls_and_held_out_agreement_rises(longer):
+    result, directory = longer
+    lines = read_lines(directory / METRICS)
     steps = [line for line in lines if "loss" in line]
     held_out = [line["held_out"] for line in lines if "held_out" in line]
     assert steps[-1]["loss"] < 0.6 * steps[0]["loss"]
@@ -300,11 +310,9 @@ def test_means_of_other_tokens_or_another_loss_are_refused(tmp_path):
         store_of_means(tmp_path / "means", weights=none)
 
 
-def test_hass_lifts_the_deeper_steps(tmp_path):
+def test_hass_lifts_the_deeper_steps(longer, tmp_path):
     """Trained on its own states, the draft's third step is nearer to the target than without."""
-    values = dict(learning_rate=1e-2, epochs=6, batch_tokens=512, hidden_noise=0.0)
-    plain = run(tmp_path / "plain", **values)
-    hass = run(tmp_path / "hass", draft_steps=3, **values)
+    plain, hass = longer[0], run(tmp_path, draft_steps=3, **LONGER)
     assert len(hass.held_out["acceptance_by_step"]) == 3
     assert hass.held_out["acceptance_by_step"][0] == hass.held_out["acceptance"]
     config, params, samples, hidden = toy_data()
@@ -370,7 +378,7 @@ def test_timings_are_in_parts_and_rates(finished):
 
 
 def test_tensorboard_has_the_lines_numbers(tmp_path, monkeypatch):
-    result = run(tmp_path, tensorboard=True, epochs=1)
+    result = run(tmp_path, tensorboard=True)
     (events,) = (tmp_path / "tensorboard").glob("events*")
     assert events.stat().st_size > 1000 and b"held_out/acceptance" in events.read_bytes()
     line = {"step": 3, "loss": 1.5, "held_out": {"kl": 2.0, "alpha": [0.5, None]}}

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from toy import toy_config
+from toy import random_draft, toy_config
 
-from jsfdd.models.draft import draft_config, init_draft
+from jsfdd.models.draft import draft_config
 from jsfdd.weights.card import Serving
 from jsfdd.weights.eagle import is_exported, read_draft
 from jsfdd.weights.export import write_draft
@@ -17,7 +17,7 @@ from jsfdd.weights.export import write_draft
 
 def _written(tmp_path, flavour="eagle"):
     config = draft_config(toy_config())
-    write_draft(tmp_path / "draft", config, init_draft(config, jax.random.key(0)), flavour, serving=Serving("org/target"))
+    write_draft(tmp_path / "draft", config, random_draft(config), flavour, serving=Serving("org/target"))
     return tmp_path / "draft", load_file(tmp_path / "draft" / "model.safetensors")
 
 

@@ -3,15 +3,14 @@
 import json
 import shutil
 
-import jax
 import numpy as np
 import pytest
 from eagle3_drafts import WORDS, N, a_draft, same_params, written
 from safetensors.numpy import save_file
-from toy import toy_config
+from toy import random_draft, toy_config
 
 from jsfdd.commands.cli import main
-from jsfdd.models.draft import draft_config, init_draft
+from jsfdd.models.draft import draft_config
 from jsfdd.weights.eagle import read_draft
 from jsfdd.weights.eagle3_settings import NORM_FLAGS
 
@@ -177,7 +176,7 @@ def test_a_damaged_map_ends_a_command_with_2(tmp_path, capsys):
 def test_a_config_and_weights_of_two_kinds_are_named(tmp_path):
     for name, draft in (("one", (draft_config(toy_config()), None)), ("three", a_draft())):
         config, params = draft
-        written(tmp_path / name, "eagle", (config, params or init_draft(config, jax.random.key(0))))
+        written(tmp_path / name, "eagle", (config, params or random_draft(config)))
     shutil.copytree(tmp_path / "one", tmp_path / "mixed")
     shutil.copy(tmp_path / "three" / "model.safetensors", tmp_path / "mixed")
     with pytest.raises(

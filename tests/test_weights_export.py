@@ -13,10 +13,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from toy import LAYER_SETTINGS, toy_config
+from toy import LAYER_SETTINGS, random_draft, toy_config
 
 from jsfdd.models.architecture import Rope
-from jsfdd.models.draft import draft_config, init_draft
+from jsfdd.models.draft import draft_config
 from jsfdd.weights.card import Provenance, Serving
 from jsfdd.weights.eagle import read_draft
 from jsfdd.weights.export import write_draft
@@ -35,7 +35,7 @@ ROPES = {
 def a_draft(fc_bias=False, **changes):
     """(config, params) with no value zero, so that nothing is equal by chance."""
     config = draft_config(toy_config(**changes), fc_bias)
-    params = init_draft(config, jax.random.key(0))
+    params = random_draft(config)
     keys = jax.random.split(jax.random.key(1), 64)
     leaves, tree = jax.tree.flatten(params)
     return config, jax.tree.unflatten(tree, [0.1 + jax.random.uniform(k, x.shape) for k, x in zip(keys, leaves)])
@@ -254,7 +254,7 @@ def test_every_tensor_lands_and_every_parameter_is_filled(tmp_path, flavour, rop
 def test_biases_of_a_qwen2_draft_land_too(tmp_path, flavour):
     config, params = a_draft()
     config = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, qkv_bias=True))
-    params = jax.tree.map(lambda x: x + 0.5, init_draft(config, jax.random.key(0)))
+    params = jax.tree.map(lambda x: x + 0.5, random_draft(config))
     settings, tensors = written(tmp_path / "draft", flavour, (config, params))
     assert {_destination(flavour, name): value.shape for name, value in tensors.items()} == _slots(flavour, settings)
     config_again, params_again, _ = read_draft(tmp_path / "draft")
@@ -307,7 +307,7 @@ def _with_decoder(**changes):
     ],
 )
 def test_what_a_flavour_cannot_say_is_refused_and_leaves_nothing(tmp_path, flavour, config, words):
-    params = init_draft(config, jax.random.key(0))
+    params = random_draft(config)
     with pytest.raises(ValueError, match=f"--flavour {flavour} cannot represent this draft") as error:
         write_draft(tmp_path / "draft", config, params, flavour, serving=SERVING)
     assert all(word in str(error.value) for word in words)

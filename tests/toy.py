@@ -20,9 +20,22 @@ from jsfdd.models.draft import draft_config, init_draft
 from jsfdd.models.target import init_params
 from jsfdd.weights.target import Target
 
-# One program each, where each of the functions by itself is some forty.
-_init_params = jax.jit(init_params, static_argnums=0)
-_init_draft = jax.jit(init_draft, static_argnums=0)
+
+@functools.cache
+def _drawn(init, config, seed):
+    # One program, where the function by itself is some forty.
+    return jax.jit(init, static_argnums=0)(config, jax.random.key(seed))
+
+
+def random_params(config, seed=0) -> dict:
+    """What `init_params` gives, drawn once a process. The dictionaries are the caller's to change; arrays are shared."""
+    return jax.tree.map(lambda leaf: leaf, _drawn(init_params, config, seed))
+
+
+def random_draft(config, seed=0) -> dict:
+    """What `init_draft` gives, in the same way."""
+    return jax.tree.map(lambda leaf: leaf, _drawn(init_draft, config, seed))
+
 
 # What an exported toy draft says of its layer, in every engine's words.
 LAYER_SETTINGS = {
@@ -66,7 +79,7 @@ def toy_config(vocab_size=64, **changes) -> DecoderConfig:
 def toy_target(seed=0, sharpness=3.0, **changes):
     """(config, params) whose logits are spread out by `sharpness`, so that argmaxes are clear and p is not uniform."""
     config = toy_config(**changes)
-    params = _init_params(config, jax.random.key(seed))
+    params = random_params(config, seed)
     params["norm"]["scale"] = params["norm"]["scale"] * sharpness
     return config, params
 
@@ -78,7 +91,7 @@ def as_target(config, params) -> Target:
 
 def toy_draft(config, seed=1):
     draft = draft_config(config)
-    return draft, _init_draft(draft, jax.random.key(seed))
+    return draft, random_draft(draft, seed)
 
 
 def good_draft(config, params):
@@ -88,7 +101,7 @@ def good_draft(config, params):
     draft_params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), draft_params)
     draft_params["fc"]["kernel"][width:] = np.eye(width)
     draft_params["layer"]["mlp_norm"]["scale"][:] = 1
-    return jax.tree.map(jnp.asarray, draft_params)
+    return jax.device_put(draft_params)
 
 
 # For tests that read programs: emitted as users' are, which conftest.py's flags leave out to compile fast.
@@ -110,7 +123,7 @@ def toy_prompts(lengths=TOY_LENGTHS, width=12, vocab=64, seed=5):
     for row, length in enumerate(lengths):
         tokens[row, :length] = rng.integers(0, vocab, length)
     keys = jax.random.split(jax.random.key(seed), len(lengths))
-    return PromptBatch(jnp.asarray(tokens), jnp.asarray(lengths, jnp.int32), keys)
+    return PromptBatch(*jax.device_put((tokens, np.array(lengths, np.int32))), keys)
 
 
 CHATML = (
