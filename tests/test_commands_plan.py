@@ -16,6 +16,7 @@ from jsfdd.commands.costs import (
     Lengths,
     evaluate_stage,
     forward_flops,
+    layer_temporaries,
     param_bytes,
     score_stage,
     soft_targets_stage,
@@ -24,7 +25,9 @@ from jsfdd.commands.costs import (
 from jsfdd.commands.options import from_options
 from jsfdd.commands.plan import GB, Devices, PlanConfig, prepare, print_plan, suggest_model_shards
 from jsfdd.data.batches import Shape
+from jsfdd.models.blocked_attention import BLOCK
 from jsfdd.models.draft import draft_config
+from jsfdd.models.flops import layer_matrices
 from jsfdd.models.target import hidden_states, init_params
 from jsfdd.scoring.score import make_score_step
 from jsfdd.training.loss import borrow
@@ -160,3 +163,18 @@ def test_forward_flops_are_those_of_the_matrices():
     lowered = jax.jit(lambda p, t: hidden_states(config, p, t)).lower(params, jax.ShapeDtypeStruct(SHAPE, np.int32))
     counted = lowered.compile().cost_analysis()["flops"]
     assert forward_flops(config, [SHAPE]) == pytest.approx(counted, rel=0.1)
+
+
+def test_attention_over_many_blocks_computes_the_pairs_that_it_visits():
+    wide = dataclasses.replace(CHECKED, num_layers=1)
+    sliding = dataclasses.replace(wide, family="mistral", sliding_window=BLOCK, sliding_layers=(True,))
+
+    def pairs(config, length):
+        return (forward_flops(config, [(1, length)]) / 2 - layer_matrices(config) * length) / (2 * 8 * 32)
+
+    assert pairs(wide, BLOCK) == BLOCK**2
+    assert pairs(wide, 3 * BLOCK) == 6 * BLOCK**2  # of nine pairs of blocks those on and below the diagonal
+    assert pairs(sliding, 4 * BLOCK) == 7 * BLOCK**2  # a window reaches into the block before
+    assert layer_temporaries(wide, Shape(1, 64 * BLOCK), 2, 1) == pytest.approx(
+        4 * layer_temporaries(wide, Shape(1, 16 * BLOCK), 2, 1), rel=0.1
+    )

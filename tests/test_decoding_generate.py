@@ -303,6 +303,24 @@ def test_the_compiled_loop_never_copies_a_cache(models, drafts, tree, combine):
     assert not copies
 
 
+@pytest.mark.parametrize("kind", ["plain", "chain", "tree"])
+def test_a_bfloat16_target_is_decoded_in_bfloat16(kind):
+    """As accelerators read it, layers as a scan and float32 norm scales: caches and every product are bfloat16."""
+    config, target = toy_target()
+    draft, draft_params = toy_draft(config)
+    drafts, tree = {"plain": ((), None), "chain": ((draft,), None), "tree": ((draft,), TREE)}[kind]
+    target = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf if path[-1].key == "scale" else leaf.astype(jnp.bfloat16), target
+    )
+    params = prepare_params(target, [draft_params] * len(drafts))._replace(stepping=target)
+    setup = _setup(config, *drafts, tree=tree)
+    state = jax.eval_shape(functools.partial(generate_module.prefill, setup), params, toy_prompts(), GREEDY)
+    assert {cache.k.dtype for cache in (state.target_cache, *state.draft_caches)} == {jnp.dtype("bfloat16")}
+    text = jax.jit(functools.partial(generate_module.generate, setup)).lower(params, toy_prompts(), GREEDY).as_text()
+    products = re.findall(r"stablehlo\.dot_general .* : \((tensor<[^>]*>), (tensor<[^>]*>)\)", text)
+    assert products and not [pair for pair in products if all(operand.endswith("xf32>") for operand in pair)]
+
+
 def test_setup_refuses_draft_tokens_without_a_draft(models):
     config, draft, _ = models
     with pytest.raises(ValueError, match="num_draft_tokens=3 with 0 drafts"):

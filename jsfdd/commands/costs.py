@@ -2,7 +2,7 @@
 
 memory      bytes on one device: parameters, batch, the arrays that a step keeps, and its largest temporaries. The
             compiler fuses some of these and pads others; tests compare the sum with its allocation.
-arithmetic  two FLOPs per multiply-add of the matrix products, including padding and masked attention, which are computed.
+arithmetic  two FLOPs per multiply-add of the matrix products, including padding and those masked keys that are computed.
 disk        the most that the stage writes.
 """
 
@@ -20,6 +20,7 @@ from jsfdd.commands.score import hidden_bytes
 from jsfdd.commands.stores import soft_target_bytes
 from jsfdd.data.batches import Shape, choose_shapes, make_batches
 from jsfdd.models.architecture import DecoderConfig
+from jsfdd.models.blocked_attention import BLOCK
 from jsfdd.models.draft import DraftConfig, init_draft
 from jsfdd.models.flops import forward_flops, step_flops
 from jsfdd.models.sharding import shard_shape
@@ -72,11 +73,13 @@ def draft_params(draft: DraftConfig) -> int:
 
 def layer_temporaries(config: DecoderConfig, shape: Shape, itemsize: int, model_shards: int) -> float:
     """Bytes of one layer's temporaries for one batch on one device: attention's or the MLP's, whichever is larger."""
-    tokens = shape.rows * shape.length
+    tokens, block = shape.rows * shape.length, min(shape.length, BLOCK)
     heads = config.num_heads / model_shards
     projections = tokens * (config.num_heads + 2 * config.num_kv_heads) * config.head_dim / model_shards * itemsize
-    scores = shape.rows * heads * shape.length**2
-    attention = 2 * projections + scores * (2 * 4 + itemsize)  # logits and weights in float32, weights again in dtype
+    logits = shape.rows * heads * block**2
+    attention = 2 * projections + logits * (2 * 4 + itemsize)  # logits and weights in float32, weights again in dtype
+    if shape.length > BLOCK:
+        attention += tokens * heads * config.head_dim * 4  # what queries have read so far, in float32
     mlp = 3 * tokens * config.intermediate_size / model_shards * itemsize
     return max(attention, mlp)
 

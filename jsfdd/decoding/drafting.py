@@ -22,7 +22,7 @@ from jsfdd.decoding.settings import DecodeSetup
 from jsfdd.decoding.state import DecodeParams, DecodeState
 from jsfdd.decoding.tree import Proposals, Tree, grow, path_probs, propose_nothing, rerank, root_only
 from jsfdd.decoding.verify import draw, fold_in_rows
-from jsfdd.models.attention import View, cached_view
+from jsfdd.models.attention import View, cached_view, causal_view
 from jsfdd.models.draft import draft_head_logits, layer_of
 from jsfdd.models.target import embed_tokens
 
@@ -109,15 +109,17 @@ def observe(
     hidden: Float[Array, "B T S"],
     next_tokens: Int[Array, "B T"],
     count: Int[Array, " B"],
+    whole: bool = False,
 ) -> DecodeState:
     """Feed every draft the true pairs (hidden[:, i], next_tokens[:, i]), i < count, and keep its output at the last one.
 
-    `hidden` is the target's, with the streams that enter `setup.layers` in front.
+    `hidden` is the target's, with the streams that enter `setup.layers` in front. `whole`: these are the first pairs, and the
+    caches are empty.
     """
     rows, last = jnp.arange(count.shape[0]), jnp.maximum(count - 1, 0)
 
     def read(number, cache, kept):
-        view = cached_view(cache, next_tokens.shape[1])
+        view = causal_view(*next_tokens.shape) if whole else cached_view(cache, next_tokens.shape[1])
         states = read_states(setup, params, number, hidden)
         outputs, cache = read_pairs(setup, params, number, cache, view, states, next_tokens)
         kept = jnp.where((count > 0)[:, None], outputs[rows, last], kept)

@@ -32,7 +32,7 @@ from jsfdd.decoding.settings import DecodeSetup
 from jsfdd.decoding.state import DecodeParams, DecodeState, Emitted, PromptBatch
 from jsfdd.decoding.tree import Path, keep_path, one_branch, tree_view, walk
 from jsfdd.decoding.verify import draw, fold_in_rows, verify
-from jsfdd.models.attention import cached_view, empty_cache
+from jsfdd.models.attention import causal_view, empty_cache
 from jsfdd.models.sharding import place_params
 from jsfdd.models.target import decode, final_state, head_logits, unstack_layers
 
@@ -124,8 +124,8 @@ def commit(
 def prefill(setup: DecodeSetup, params: DecodeParams, batch: PromptBatch, temperature: Float[Array, ""]) -> DecodeState:
     """Read the prompts, draw each row's first token from the target, and let the drafts read the prompts' pairs."""
     rows, width = batch.tokens.shape
-    cache = empty_cache(setup.target, rows, setup.cache_slots(width), _dtype(params))
-    hidden, cache = decode(setup.target, params.target, batch.tokens, cached_view(cache, width), cache, setup.layers)
+    cache = empty_cache(setup.target, rows, setup.cache_slots(width), _weights_dtype(params.target))
+    hidden, cache = decode(setup.target, params.target, batch.tokens, causal_view(rows, width), cache, setup.layers)
     row, last = jnp.arange(rows), jnp.maximum(batch.lengths - 1, 0)
     logits = head_logits(setup.target, params.target, final_state(setup.target, hidden[row, last]))
     first = draw(fold_in_rows(batch.keys, batch.lengths), logits, temperature, setup.cutoff)
@@ -162,10 +162,10 @@ def show_prompt(
         return state
     rows = state.done.shape[0]
     state = state._replace(
-        draft_caches=tuple(empty_cache(draft.decoder, rows, slots, _dtype(params)) for draft in setup.drafts),
+        draft_caches=tuple(empty_cache(draft.decoder, rows, slots, _weights_dtype(params.target)) for draft in setup.drafts),
         draft_hidden=(jnp.zeros_like(final_state(setup.target, hidden[:, 0])),) * len(setup.drafts),
     )
-    state = observe(setup, params, state, hidden, next_tokens, state.target_cache.length)
+    state = observe(setup, params, state, hidden, next_tokens, state.target_cache.length, whole=True)
     return state._replace(routing=no_routing(setup.combine, rows, len(setup.drafts)))
 
 
@@ -214,9 +214,25 @@ def count_shares(shares: DraftShares, emitted: Emitted) -> DraftShares:
 def prepare_params(target_params: dict, draft_params: Sequence[dict] = (), mesh: Mesh | None = None) -> DecodeParams:
     """Arrange the weights of a target and its drafts for the loop, and place them on the mesh if one is given."""
     if mesh is not None:
-        target_params, draft_params = place_params(target_params, mesh), replicate(tuple(draft_params), mesh)
-    stepping = unstack_layers(target_params) if jax.default_backend() == "cpu" else target_params
-    return DecodeParams(target_params, stepping, tuple(draft_params))
+        target_params = place_params(target_params, mesh)
+    platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
+    stepping = unstack_layers(target_params) if platform == "cpu" else target_params
+    return DecodeParams(target_params, stepping, prepare_drafts(draft_params, target_params, mesh))
+
+
+def prepare_drafts(draft_params: Sequence[dict], target_params: dict, mesh: Mesh | None = None) -> tuple[dict, ...]:
+    """The drafts' weights as the loop reads them: in the target's dtype but for norm scales, and on the mesh if one is given.
+
+    A draft is trained in float32. Beside a bfloat16 target it would turn all that it reads into float32, and take twice the
+    bytes in every step.
+    """
+    dtype = _weights_dtype(target_params)
+
+    def stored(path, leaf):
+        return leaf if path[-1].key == "scale" else leaf.astype(dtype)
+
+    drafts = tuple(jax.tree_util.tree_map_with_path(stored, params) for params in draft_params)
+    return drafts if mesh is None else replicate(drafts, mesh)
 
 
 @functools.lru_cache(maxsize=8)
@@ -265,8 +281,8 @@ def _chain_path(draft_tokens: Int[Array, "B G"], num_accepted: Int[Array, " B"],
     return Path(nodes, tokens, num_accepted, num_judged=jnp.minimum(num_accepted + 1, depth))
 
 
-def _dtype(params: DecodeParams):
-    return params.target["norm"]["scale"].dtype
+def _weights_dtype(target_params: dict):
+    return target_params["embed"]["embedding"].dtype  # norm scales are float32 in every target
 
 
 def _is_stop(setup: DecodeSetup, tokens: Int[Array, "*shape"]) -> Bool[Array, "*shape"]:

@@ -27,11 +27,11 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from jsfdd.base.hardware import describe_hardware
-from jsfdd.base.mesh import replicate, round_up_to_shards, shard_rows, to_host
+from jsfdd.base.mesh import round_up_to_shards, shard_rows, to_host
 from jsfdd.base.records import DraftShares, Generation, Prompt
 from jsfdd.decoding.conversation_log import Answer
 from jsfdd.decoding.conversations import Batches, PromptGroup, hold, read_answer
-from jsfdd.decoding.generate import make_generate, prepare_params
+from jsfdd.decoding.generate import make_generate, prepare_drafts, prepare_params
 from jsfdd.decoding.prompts import prompt_batch, questions_in
 from jsfdd.decoding.settings import EVERY_TOKEN, Cutoff, DecodeSetup, Team, TreeShape, check_temperature, decode_setup
 from jsfdd.decoding.state import DecodeParams, PromptBatch
@@ -184,7 +184,8 @@ def _systems(target: Target, teams: Mapping[str, Team], mesh: Mesh, **options) -
         setup = decode_setup(target, team.configs, combine=team.combine, **options)
         if setup not in programs:
             programs[setup] = make_generate(setup, mesh)
-        systems[name] = _System(setup, params._replace(drafts=replicate(team.params, mesh)), programs[setup])
+        drafts = prepare_drafts(team.params, params.target, mesh)
+        systems[name] = _System(setup, params._replace(drafts=drafts), programs[setup])
     return systems
 
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jax.sharding import Mesh
 
-from jsfdd.base.mesh import replicate, round_up_to_shards, shard_rows, to_host
+from jsfdd.base.mesh import round_up_to_shards, shard_rows, to_host
 from jsfdd.base.records import Prompt
-from jsfdd.decoding.generate import make_generate, prepare_params
+from jsfdd.decoding.generate import make_generate, prepare_drafts, prepare_params
 from jsfdd.decoding.prompts import first_prompts, prompt_batch
 from jsfdd.decoding.settings import decode_setup
 from jsfdd.models.draft import DraftConfig
@@ -35,7 +35,7 @@ def make_probe(
     params = prepare_params(target.params, mesh=mesh)
 
     def probe(draft_params: dict) -> dict:
-        out = to_host(decode(params._replace(drafts=(replicate(draft_params, mesh),)), batch, 0.0))
+        out = to_host(decode(params._replace(drafts=prepare_drafts([draft_params], params.target, mesh)), batch, 0.0))
         counts = out.stats.accept_counts.sum(axis=0, dtype=np.int64)
         steps = int(counts.sum())
         if not steps:

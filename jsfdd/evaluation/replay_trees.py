@@ -21,7 +21,7 @@ from jsfdd.base.mesh import map_over_devices, replicate, round_up_to_shards, sha
 from jsfdd.base.records import DraftShares, Generation
 from jsfdd.data.batches import pad_rows
 from jsfdd.decoding.drafting import draft_tree
-from jsfdd.decoding.generate import commit, show_prompt, start, until_done
+from jsfdd.decoding.generate import commit, prepare_drafts, show_prompt, start, until_done
 from jsfdd.decoding.prompts import bucket_width
 from jsfdd.decoding.settings import DecodeSetup
 from jsfdd.decoding.state import DecodeParams, DecodeState, Emitted
@@ -72,7 +72,7 @@ def make_tree_replay(
     def replay(draft_params: Sequence[dict]) -> tuple[AcceptanceCounts, DraftShares]:
         size = int(recorded.prompts.max()) + 1
         counts, shares = no_counts(size, setup.num_draft_tokens), no_shares(size, len(setup.drafts))
-        params = DecodeParams(frozen, stepping={}, drafts=replicate(tuple(draft_params), mesh))
+        params = DecodeParams(frozen, stepping={}, drafts=prepare_drafts(draft_params, frozen, mesh))
         for texts, batch in batches:
             out = to_host(run(params, batch))
             for total, rows in zip((*counts, *shares), (*out.stats, *out.shares)):

@@ -1,9 +1,13 @@
 """Attention: views (which tokens see which), the cache of keys and values, and the equations.
 
-    view   = causal_view(B, T)                    # whole sequences
-    view   = cached_view(cache, T)                # T more tokens behind those in a cache
-    cache  = write_cache(cache, layer, k, v)
-    y      = attention(q, k, v, mask, scale)
+Whole sequences, as scoring, training and prompts read them, and tokens that continue a cache, as decoding reads them:
+
+    view  = causal_view(B, T)                                view  = cached_view(cache, T)
+    cache = begin_cache(cache, layer, k, v)                  cache = write_cache(cache, layer, k, v)
+    y, _  = causal_attention(q, k, v, scale, reach)          y     = attention(q, k, v, mask, scale)
+
+`quadratic_attention` is the equation of the left column, with all logits at once: eight kilobytes a token for each token of an
+8B target. `causal_attention` computes the same a block at a time (`blocked_attention.py`).
 
 Letters: B rows, T queries, S keys, K key/value heads, G queries that share one of them, H head dim, L layers.
 """
@@ -19,24 +23,24 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jsfdd.base.records import KVCache
 from jsfdd.models.architecture import DecoderConfig
+from jsfdd.models.blocked_attention import BLOCK, Reach, blocked_attention, sees
 
 
 class View(NamedTuple):
     """The positions of queries and keys, and which key each query may attend to.
 
-    Without a cache the keys are the T new tokens themselves; with one they are its S slots, new tokens written in.
+    Tokens that continue a cache attend to its S slots, the new tokens written in. Whole sequences attend to themselves: their
+    keys are the T tokens, each of which sees those up to its own, and a mask of [T, T] is never made.
     """
 
     positions: Int[Array, "B T"]
-    key_positions: Int[Array, "B S"]
-    mask: Bool[Array, "B T S"]
+    key_positions: Int[Array, "B S"] | None = None
+    mask: Bool[Array, "B T S"] | None = None
 
 
 def causal_view(batch: int, length: int) -> View:
-    """The view of `length` tokens from position 0 without a cache. Right padding needs no mask of its own: it comes last."""
-    positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
-    mask = jnp.broadcast_to(jnp.tri(length, dtype=bool), (batch, length, length))
-    return View(positions, positions, mask)
+    """The view of whole sequences of `length` tokens. Right padding needs no mask of its own: it comes last."""
+    return View(jnp.broadcast_to(jnp.arange(length), (batch, length)))
 
 
 def cached_view(cache: KVCache, num_new: int) -> View:
@@ -52,6 +56,18 @@ def empty_cache(config: DecoderConfig, batch: int, slots: int, dtype=jnp.float32
     heads = (config.num_layers, batch, config.num_kv_heads)
     keys, values = jnp.zeros((*heads, config.head_dim, slots), dtype), jnp.zeros((*heads, slots, config.head_dim), dtype)
     return KVCache(keys, values, jnp.zeros(batch, jnp.int32))
+
+
+def begin_cache(cache: KVCache, layer, k: Float[Array, "B K H T"], v: Float[Array, "B K T H"]) -> KVCache:
+    """`k` and `v` of whole sequences written into `layer` from slot 0 on, as the cache has them; its length stays as it was.
+
+    One block in each array: where rows begin at their own slots, as in `write_cache`, XLA's TPU compiler wants the whole
+    cache in another layout, and copies it there and back in every layer.
+    """
+    return cache._replace(
+        k=jax.lax.dynamic_update_slice(cache.k, k[None].astype(cache.k.dtype), (layer, 0, 0, 0, 0)),
+        v=jax.lax.dynamic_update_slice(cache.v, v[None].astype(cache.v.dtype), (layer, 0, 0, 0, 0)),
+    )
 
 
 def write_cache(cache: KVCache, layer, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]) -> KVCache:
@@ -89,39 +105,62 @@ def attention(
     return jnp.einsum("bktgs,bksh->bktgh", weights, v).swapaxes(1, 2)
 
 
+def quadratic_attention(
+    q: Float[Array, "B T K G H"], k: Float[Array, "B K H T"], v: Float[Array, "B K T H"], scale: float, reach: Reach
+) -> tuple[Float[Array, "B T K G H"], Float[Array, "B T K G"]]:
+    """`attention` of whole sequences over the keys in `reach`, and the float32 log-sum-exp of each query's logits.
+
+    A query that sees no key reads 0, and its sum's logarithm is −inf.
+    """
+    positions = jnp.arange(q.shape[1])
+    seen = sees(reach, positions, positions)[None, None, :, None]
+    logits = jnp.einsum("btkgh,bkhs->bktgs", q, k, preferred_element_type=jnp.float32) * scale
+    logits = jnp.where(seen, logits, jnp.finfo(jnp.float32).min)
+    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    weights = jnp.where(seen, jnp.exp(logits - top), 0.0)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    some = jnp.where(total > 0, total, 1.0)
+    y = jnp.einsum("bktgs,bksh->bktgh", (weights / some).astype(v.dtype), v)
+    lse = jnp.where(total > 0, top + jnp.log(some), -jnp.inf)[..., 0]
+    return y.swapaxes(1, 2), lse.swapaxes(1, 2)
+
+
+def causal_attention(
+    q: Float[Array, "B T K G H"], k: Float[Array, "B K H T"], v: Float[Array, "B K T H"], scale: float, reach: Reach
+) -> tuple[Float[Array, "B T K G H"], Float[Array, "B T K G"]]:
+    """`quadratic_attention`, in memory that grows linearly beyond one block of positions."""
+    form = quadratic_attention if q.shape[1] <= BLOCK else blocked_attention
+    return form(q, k, v, scale, reach)
+
+
 def harmonised_attention(
-    q: Float[Array, "B T K G H"],
-    steps: Sequence[tuple[Float[Array, "B K H T"], Float[Array, "B K T H"]]],
-    mask: Bool[Array, "B T T"],
-    scale: float,
+    q: Float[Array, "B T K G H"], steps: Sequence[tuple[Float[Array, "B K H T"], Float[Array, "B K T H"]]], scale: float
 ) -> Float[Array, "B T K G H"]:
     """Attention of a draft's step n in training, as it will be in decoding (HASS, arXiv 2408.15766 §3.2).
 
     A draft that is n tokens ahead at position t has read the target's own hidden states up to position t − n + 1, and
-    its own steps 2 … n − 1 at the positions in between. So it sees all keys of step 1 up to there (`mask`), and of step
-    m > 1 the single key at t − (n − m): a diagonal. All of them share one softmax, so what is not seen weighs nothing.
+    its own steps 2 … n − 1 at the positions in between. So it sees all keys of step 1 up to there, and of step m > 1 the
+    single key at t − (n − m): a diagonal. All of them share one softmax, in which the keys of step 1 are one column: their
+    log-sum-exp is its logit, what they give together its value.
 
     Args:
       q: queries of step n.
       steps: keys and values of steps 1 … n.
-      mask: which keys of step 1 each query sees.
       scale: as in `attention`.
     """
     (first_k, first_v), *later = steps
-    length = q.shape[1]
-    logits = jnp.einsum("btkgh,bkhs->bktgs", q, first_k, preferred_element_type=jnp.float32) * scale
-    logits = [jnp.where(mask[:, None, :, None], logits, -jnp.inf)]
-    diagonals = []
+    y, lse = causal_attention(q, first_k, first_v, scale, Reach(behind=len(later)))
+    if not later:
+        return y
+    length, logits, values = q.shape[1], [lse], [y.astype(jnp.float32)]
     for distance, (k, v) in zip(reversed(range(len(later))), later):
-        # The key and the value at t − distance, moved to the query at t, which alone sees them.
-        k = jnp.pad(k, ((0, 0), (0, 0), (0, 0), (distance, 0)))[..., :length]
-        v = jnp.pad(v, ((0, 0), (0, 0), (distance, 0), (0, 0)))[:, :, :length]
-        seen = jnp.einsum("btkgh,bkht->bktg", q, k, preferred_element_type=jnp.float32) * scale
-        exists = (jnp.arange(length) >= distance)[None, None, :, None]
-        logits.append(jnp.where(exists, seen, -jnp.inf)[..., None])
-        diagonals.append(v)
-    weights = jax.nn.softmax(jnp.concatenate(logits, axis=-1), axis=-1).astype(first_v.dtype)
-    y = jnp.einsum("bktgs,bksh->bktgh", weights[..., :length], first_v)
-    for number, v in enumerate(diagonals):
-        y = y + jnp.einsum("bktg,bkth->bktgh", weights[..., length + number], v)
-    return y.swapaxes(1, 2)
+        # The key and the value at t − distance, moved to the query at t, which alone sees them: [B, T, K, H].
+        k, v = (
+            jnp.pad(x, ((0, 0), (distance, 0), (0, 0), (0, 0)))[:, :length] for x in (k.transpose(0, 3, 1, 2), v.swapaxes(1, 2))
+        )
+        seen = jnp.einsum("btkgh,btkh->btkg", q, k, preferred_element_type=jnp.float32) * scale
+        exists = (jnp.arange(length) >= distance)[None, :, None, None]
+        logits.append(jnp.where(exists, seen, -jnp.inf))
+        values.append(v[:, :, :, None].astype(jnp.float32))
+    weights = jax.nn.softmax(jnp.stack(logits), axis=0)
+    return sum(weight[..., None] * value for weight, value in zip(weights, values)).astype(first_v.dtype)

@@ -216,7 +216,7 @@ class EagleLayer(nn.Module):
 
     def harmonised(self, embedding, hidden, earlier: tuple):
         """(predicted hidden states [B,T,D], its keys and values) of the draft step after `earlier`; see `draft_steps`."""
-        return self.layer.harmonised(*self._fused(embedding, hidden, harmonised_view(hidden, earlier)), earlier)
+        return self.layer.harmonised(*self._fused(embedding, hidden, causal_view(*hidden.shape[:2])), earlier)
 
     def _fused(self, embedding, hidden, view: View) -> tuple[Array, Context]:
         """What the layer reads: the pairs fused to width D, and their places."""
@@ -265,7 +265,7 @@ class Eagle3Layer(nn.Module):
 
     def harmonised(self, embedding, hidden, earlier: tuple):
         """(states [B,T,D] that the next step reads, keys and values) of the draft step after `earlier`."""
-        x, pair = self.layer.harmonised(embedding, hidden, _places(self.config, harmonised_view(hidden, earlier)), earlier)
+        x, pair = self.layer.harmonised(embedding, hidden, _places(self.config, causal_view(*hidden.shape[:2])), earlier)
         return self._next_state(x), pair
 
     def outputs(self, state: Float[Array, "*shape D"]) -> Float[Array, "*shape D"]:
@@ -290,12 +290,6 @@ def check_states(config: DraftConfig, hidden: Float[Array, "*shape S"]) -> Float
             f"{list(layers)}, and the final state behind them: {len(layers) + 1} · {width}; have the target give them"
         )
     return hidden
-
-
-def harmonised_view(hidden: Float[Array, "B T D"], earlier: tuple) -> View:
-    """The view of the draft step after `earlier`: of the first step's keys it sees those that many places before it."""
-    view = causal_view(*hidden.shape[:2])
-    return view._replace(mask=view.mask & jnp.tri(hidden.shape[1], k=-len(earlier), dtype=bool)[None])
 
 
 def _places(config: DraftConfig, view: View) -> Context:

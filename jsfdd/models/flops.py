@@ -1,10 +1,12 @@
-"""FLOPs of the models from shapes alone: multiply-adds of matrix products times two, padding and masked attention included."""
+"""FLOPs of the models from shapes alone: multiply-adds of matrix products times two, with padding and what is computed for
+masked keys: all of them in one block of positions, half and a little more in many."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from jsfdd.models.architecture import DecoderConfig
+from jsfdd.models.blocked_attention import num_pairs
 from jsfdd.models.draft import DraftConfig
 
 Shapes = Sequence[tuple[int, int]]  # rows and length of each batch
@@ -17,9 +19,10 @@ def layer_matrices(config: DecoderConfig) -> int:
 
 
 def forward_flops(config: DecoderConfig, shapes: Shapes) -> float:
-    """FLOPs of the layers for batches of these shapes. Attention counts all pairs of a row, masked or not."""
+    """FLOPs of the layers for batches of these shapes."""
     tokens = sum(rows * length for rows, length in shapes)
-    pairs = sum(rows * length**2 for rows, length in shapes)
+    window = config.sliding_window if config.sliding_layers and all(config.sliding_layers) else None
+    pairs = sum(rows * num_pairs(length, window) for rows, length in shapes)
     return 2 * config.num_layers * (layer_matrices(config) * tokens + 2 * config.num_heads * config.head_dim * pairs)
 
 

@@ -17,14 +17,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jsfdd.base.records import KVCache
 from jsfdd.models.architecture import DecoderConfig, Rope
-from jsfdd.models.attention import attention, harmonised_attention, write_cache
+from jsfdd.models.attention import Reach, attention, begin_cache, causal_attention, harmonised_attention, write_cache
 
 
 class Context(NamedTuple):
-    """The positions and masks of a layer's tokens."""
+    """The rotation of a layer's tokens, from `rope_table`, and what they see: by a mask, or without one, of whole sequences,
+    those up to their own within a window."""
 
-    rotation: tuple[Float[Array, "B T 1 h"], Float[Array, "B T 1 h"]]  # from `rope_table`
-    mask: Bool[Array, "B T S"]
+    rotation: tuple[Float[Array, "B T 1 h"], Float[Array, "B T 1 h"]]
+    mask: Bool[Array, "B T S"] | None = None
+    window: int | Int[Array, ""] | None = None
 
 
 def rope_frequencies(rope: Rope, head_dim: int) -> tuple[np.ndarray, float]:
@@ -106,21 +108,25 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = RMSNorm(cfg.rms_norm_eps), RMSNorm(cfg.rms_norm_eps)
 
     def __call__(self, x: Float[Array, "B T D"], context: Context, cache: KVCache | None, layer):
-        """(y [B,T,D], cache): over the new tokens alone, or over `cache` with their keys and values written into `layer`."""
+        """(y [B,T,D], cache): of whole sequences, written into `layer` of `cache` if there is one; or of tokens that continue
+        `cache`, over it with their keys and values written in."""
         q, k, v = self._project(x, context)
-        if cache is None:
+        if context.mask is None:
             k, v = _as_cached(k, v)
+            cache = cache if cache is None else begin_cache(cache, layer, k, v)
+            y, _ = causal_attention(q, k, v, self._scale, Reach(context.window))
         else:
             cache = write_cache(cache, layer, k, v)
             k = jax.lax.dynamic_index_in_dim(cache.k, layer, keepdims=False)
             v = jax.lax.dynamic_index_in_dim(cache.v, layer, keepdims=False)
-        return self._output(attention(q, k, v, context.mask, self._scale)), cache
+            y = attention(q, k, v, context.mask, self._scale)
+        return self._output(y), cache
 
     def harmonised(self, x: Float[Array, "B T D"], context: Context, earlier: tuple):
         """(y [B,T,D], (keys, values)) of the draft step after `earlier`, the keys and values of the steps before it."""
         q, k, v = self._project(x, context)
         pair = _as_cached(k, v)
-        return self._output(harmonised_attention(q, [*earlier, pair], context.mask, self._scale)), pair
+        return self._output(harmonised_attention(q, [*earlier, pair], self._scale)), pair
 
     @property
     def _scale(self) -> float:

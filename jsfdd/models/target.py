@@ -70,22 +70,28 @@ def residual_stream(
     """The last layer's output *before* the final norm, which no head and no draft reads; the streams that enter `layers`; and
     the cache, as in `decode`."""
     full, local = _contexts(config, view)
+    slides = config.sliding_layers or (False,) * config.num_layers
 
     def layer(carry, layer_params, number, slides):
         x, entered, cache = carry
         entered = tuple(jnp.where(number == wanted, x, kept) for wanted, kept in zip(layers, entered))
-        # A scan has one body for all layers, so layers that differ in window or rotation choose by a flag.
-        context = full if local is None else jax.tree.map(lambda a, b: jnp.where(slides, b, a), full, local)
+        if isinstance(slides, bool):
+            context = local if slides else full
+        else:
+            context = jax.tree.map(lambda a, b: jnp.where(slides, b, a), full, local)
         x, cache = DecoderLayer(config).apply({"params": layer_params}, x, context, cache, number)
         return x, entered, cache
 
     x = embed_tokens(config, params, tokens)
     carry = x, (x,) * len(layers), cache
-    slides = config.sliding_layers or (False,) * config.num_layers
     if isinstance(params["layers"], tuple):
         for number, layer_params in enumerate(params["layers"]):
             carry = layer(carry, layer_params, number, slides[number])
+    elif len(set(slides)) == 1:
+        per_layer = (params["layers"], jnp.arange(config.num_layers))
+        carry, _ = jax.lax.scan(lambda carry, xs: (layer(carry, *xs, slides[0]), None), carry, per_layer)
     else:
+        # A scan has one body for all layers, so layers that differ in window or rotation choose by a flag.
         per_layer = (params["layers"], jnp.arange(config.num_layers), jnp.array(slides))
         carry, _ = jax.lax.scan(lambda carry, xs: (layer(carry, *xs), None), carry, per_layer)
     return carry
@@ -155,9 +161,12 @@ def init_params(config: DecoderConfig, key: Array) -> dict:
 
 def _contexts(config: DecoderConfig, view: View) -> tuple[Context, Context | None]:
     """The context of full layers and, where some layers slide, of sliding ones."""
+    length = view.positions.shape[1]
     full = Context(rope_table(view.positions, config.rope, config.head_dim), view.mask)
     if not any(config.sliding_layers):
         return full, None
-    distance = view.positions[:, :, None] - view.key_positions[:, None, :]
     rotation = rope_table(view.positions, config.local_rope or config.rope, config.head_dim)
+    if view.mask is None:
+        return full._replace(window=length), Context(rotation, window=config.sliding_window)
+    distance = view.positions[:, :, None] - view.key_positions[:, None, :]
     return full, Context(rotation, view.mask & (distance < config.sliding_window))

@@ -1,0 +1,165 @@
+"""Causal attention of whole sequences in memory that grows with their length, not with its square.
+
+    y, lse = blocked_attention(q, k, v, scale, Reach())       # models/attention.py has the equation
+
+Queries and keys are cut into blocks. A loop visits the pairs of blocks in which a query sees a key, half of all pairs or fewer,
+and keeps for every query the largest logit so far, the sum of the exponentials below it and the values' sum: the softmax of
+all keys without all logits at once (arXiv 1805.02867; with values, arXiv 2205.14135). The backward pass works the weights out
+again from the logarithm of that sum, `lse`, visiting the same pairs, so that it needs no more than the forward one.
+
+Everything is plain JAX, for any device. How many rounds the loop has is known when it is compiled, so no device waits for the
+host to decide on the next.
+
+Letters: as in `models/attention.py`; n blocks of C positions, in which R = C · G queries share a key/value head.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+BLOCK = 256  # positions
+
+
+class Reach(NamedTuple):
+    """Which keys of its own sequence a query sees: those at positions p with t − window < p ≤ t − behind.
+
+    Attributes:
+      window: None for no limit. A number cuts the pairs that are visited; an array, as of a scan over layers of which some
+        slide, does not.
+      behind: how many of the nearest keys it does not see.
+    """
+
+    window: int | Int[Array, ""] | None = None
+    behind: int = 0
+
+
+def sees(reach: Reach, queries: Int[Array, " T"], keys: Int[Array, " S"]) -> Bool[Array, "T S"]:
+    """Whether the query at a position sees the key at another."""
+    distance = queries[:, None] - keys[None, :]
+    seen = distance >= reach.behind
+    return seen if reach.window is None else seen & (distance < reach.window)
+
+
+def blocked_attention(
+    q: Float[Array, "B T K G H"],
+    k: Float[Array, "B K H T"],
+    v: Float[Array, "B K T H"],
+    scale: float,
+    reach: Reach,
+    block: int = BLOCK,
+) -> tuple[Float[Array, "B T K G H"], Float[Array, "B T K G"]]:
+    """`attention.quadratic_attention`: what queries read, in v's dtype, and the float32 log-sum-exp of their logits.
+
+    A query that sees no key reads 0, and its sum's logarithm is −inf.
+    """
+    rows, length, heads, group, size = q.shape
+    window = reach.window if isinstance(reach.window, int) else None
+    pairs = _pairs(-(-length // block), block, window, reach.behind)
+    # No key is as far as this; it only has the shape of a limit.
+    limit = jnp.asarray(2 * length + block if reach.window is None else reach.window, jnp.int32)
+    at_end = -length % block
+    q = jnp.pad(q, ((0, 0), (0, at_end), (0, 0), (0, 0), (0, 0))).reshape(rows, -1, block, heads, group, size)
+    k = jnp.pad(k, ((0, 0), (0, 0), (0, 0), (0, at_end))).reshape(rows, heads, size, -1, block)
+    v = jnp.pad(v, ((0, 0), (0, 0), (0, at_end), (0, 0))).reshape(rows, heads, -1, block, size)
+    q = q.transpose(1, 0, 3, 2, 4, 5).reshape(-1, rows, heads, block * group, size)
+    y, lse = _over_pairs(scale, pairs, reach.behind, q, k.transpose(3, 0, 1, 2, 4), v.transpose(2, 0, 1, 3, 4), limit)
+    y = y.reshape(-1, rows, heads, block, group, size).transpose(1, 0, 3, 2, 4, 5)
+    lse = lse.reshape(-1, rows, heads, block, group).transpose(1, 0, 3, 2, 4)
+    return y.reshape(rows, -1, heads, group, size)[:, :length], lse.reshape(rows, -1, heads, group)[:, :length]
+
+
+def num_pairs(length: int, window: int | None = None) -> int:
+    """How many logits `attention.causal_attention` computes for a head of a row: for all pairs of positions in the blocks that
+    it visits."""
+    if length <= BLOCK:
+        return length**2
+    return len(_pairs(-(-length // BLOCK), BLOCK, window, 0)) * BLOCK**2
+
+
+def _pairs(num_blocks: int, block: int, window: int | None, behind: int) -> tuple[tuple[int, int], ...]:
+    """The pairs (block of queries, block of keys) in which some query sees some key."""
+    return tuple(
+        (i, j)
+        for i in range(num_blocks)
+        for j in range(i + 1)
+        if (i - j + 1) * block > behind and (window is None or (i - j - 1) * block + 1 < window)
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _over_pairs(scale, pairs, behind, q, k, v, limit):
+    """(y [n,B,K,R,H], lse [n,B,K,R]) of q [n,B,K,R,H], k [n,B,K,H,C] and v [n,B,K,C,H]."""
+
+    def visit(carry, pair):
+        top, total, read = carry
+        i, j = pair
+        logits, seen = _logits(scale, behind, q[i], k[j], limit, pair)
+        logits = jnp.where(seen, logits, -jnp.inf)
+        higher = jnp.maximum(top[i], jnp.max(logits, axis=-1))
+        finite = jnp.where(jnp.isneginf(higher), 0.0, higher)
+        weights, before = jnp.exp(logits - finite[..., None]), jnp.exp(top[i] - finite)
+        new = jnp.einsum("bkrc,bkch->bkrh", weights.astype(v.dtype), v[j], preferred_element_type=jnp.float32)
+        return (
+            top.at[i].set(higher),
+            total.at[i].set(before * total[i] + jnp.sum(weights, axis=-1)),
+            read.at[i].set(before[..., None] * read[i] + new),
+        ), None
+
+    shape = q.shape[:-1]
+    carry = jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros(q.shape, jnp.float32)
+    (top, total, read), _ = jax.lax.scan(visit, carry, _columns(pairs))
+    y = read / jnp.where(total > 0, total, 1.0)[..., None]
+    return y.astype(v.dtype), top + jnp.log(total)
+
+
+def _forward(scale, pairs, behind, q, k, v, limit):
+    y, lse = _over_pairs(scale, pairs, behind, q, k, v, limit)
+    return (y, lse), (q, k, v, limit, y, lse)
+
+
+def _backward(scale, pairs, behind, kept, slopes):
+    q, k, v, limit, y, lse = kept
+    by_y, by_lse = slopes
+    # d weight = weight · (by_y · v − by_y · y + by_lse): what the softmax takes off, a number a query.
+    off = jnp.sum(by_y.astype(jnp.float32) * y.astype(jnp.float32), axis=-1) - by_lse
+    finite = jnp.where(jnp.isneginf(lse), 0.0, lse)
+
+    def visit(carry, pair):
+        by_q, by_k, by_v = carry
+        i, j = pair
+        logits, seen = _logits(scale, behind, q[i], k[j], limit, pair)
+        weights = jnp.where(seen, jnp.exp(logits - finite[i][..., None]), 0.0)
+        by_weights = jnp.einsum("bkrh,bkch->bkrc", by_y[i], v[j], preferred_element_type=jnp.float32)
+        by_logits = (weights * (by_weights - off[i][..., None]) * scale).astype(q.dtype)
+        weights = weights.astype(v.dtype)
+        return (
+            by_q.at[i].add(jnp.einsum("bkrc,bkhc->bkrh", by_logits, k[j], preferred_element_type=jnp.float32)),
+            by_k.at[j].add(jnp.einsum("bkrh,bkrc->bkhc", q[i], by_logits, preferred_element_type=jnp.float32)),
+            by_v.at[j].add(jnp.einsum("bkrc,bkrh->bkch", weights, by_y[i], preferred_element_type=jnp.float32)),
+        ), None
+
+    carry = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
+    (by_q, by_k, by_v), _ = jax.lax.scan(visit, carry, _columns(pairs))
+    return by_q.astype(q.dtype), by_k.astype(k.dtype), by_v.astype(v.dtype), None
+
+
+_over_pairs.defvjp(_forward, _backward)
+
+
+def _logits(scale, behind, q, k, limit, pair):
+    """A pair's logits [B,K,R,C], and which of them count."""
+    size, queries = k.shape[-1], q.shape[-2]
+    positions = jnp.arange(queries) // (queries // size) + pair[0] * size
+    seen = sees(Reach(limit, behind), positions, jnp.arange(size) + pair[1] * size)
+    return jnp.einsum("bkrh,bkhc->bkrc", q, k, preferred_element_type=jnp.float32) * scale, seen[None, None]
+
+
+def _columns(pairs) -> Int[np.ndarray, "2 pairs"]:
+    i, j = np.array(pairs, np.int32).T
+    return i, j

@@ -1,0 +1,117 @@
+"""Attention of whole sequences: blocks against the equation, harmonised columns against their definition, memory by length."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toy import toy_config
+
+from jsfdd.models.attention import attention, causal_attention, harmonised_attention, quadratic_attention
+from jsfdd.models.blocked_attention import BLOCK, Reach, blocked_attention
+from jsfdd.models.target import hidden_states, init_params
+
+REACHES = {
+    "causal": Reach(),
+    "window": Reach(5),
+    "window of one block": Reach(4),
+    "window as an array": Reach(jnp.int32(5)),
+    "window longer than the sequence": Reach(99),
+    "behind": Reach(behind=2),
+    "behind by a block": Reach(behind=4),
+    "window and behind": Reach(7, 2),
+    "nothing is seen": Reach(2, 2),
+}
+
+
+def inputs(length=18, dtype=jnp.float32):
+    """q, k, v of 2 rows, 2 key/value heads and 3 queries that share one."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = (2, length, 2, 3, 8), (2, 2, 8, length), (2, 2, length, 8)
+    return [jax.random.normal(key, shape).astype(dtype) for key, shape in zip(keys, shapes)]
+
+
+def both(form, reach, **changes):
+    """What queries read, the log-sum-exps, and the gradients of a sum that both enter."""
+
+    def mixed(q, k, v):
+        y, lse = form(q, k, v, 0.3, reach, **changes)
+        finite = jnp.where(jnp.isneginf(lse), 0.0, lse)
+        return jnp.sum(jnp.sin(3 * y)) + jnp.sum(jnp.cos(finite)), (y, lse)
+
+    return jax.jit(jax.grad(mixed, argnums=(0, 1, 2), has_aux=True))
+
+
+@pytest.mark.parametrize("reach", REACHES.values(), ids=REACHES.keys())
+def test_blocks_compute_the_equation_and_its_gradient(reach):
+    """18 positions in blocks of 4: the last block is half full."""
+    gradients, (y, lse) = both(blocked_attention, reach, block=4)(*inputs())
+    expected_gradients, (expected, expected_lse) = both(quadratic_attention, reach)(*inputs())
+    np.testing.assert_allclose(y, expected, atol=1e-6)
+    np.testing.assert_allclose(lse, expected_lse, atol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), gradients, expected_gradients)
+    assert reach == Reach(2, 2) or np.abs(expected_gradients[1]).max() > 0.1
+
+
+def test_the_equation_is_attention_under_a_mask():
+    q, k, v = inputs()
+    y, lse = quadratic_attention(q, k, v, 0.3, Reach(6))
+    mask = np.tri(18, dtype=bool) & ~np.tri(18, k=-6, dtype=bool)
+    np.testing.assert_allclose(y, attention(q, k, v, jnp.broadcast_to(mask, (2, 18, 18)), 0.3), atol=1e-6)
+    logits = np.where(mask, 0.3 * np.einsum("btkgh,bkhs->bkgts", q, k), -np.inf)
+    np.testing.assert_allclose(lse, np.log(np.exp(logits).sum(-1)).transpose(0, 3, 1, 2), atol=1e-5)
+
+
+def test_blocks_in_bfloat16_are_as_near_to_float32_as_the_equation():
+    exact, _ = quadratic_attention(*inputs(), 0.3, Reach())
+    q, k, v = inputs(dtype=jnp.bfloat16)
+    y, lse = blocked_attention(q, k, v, 0.3, Reach(), 4)
+    rounded, _ = quadratic_attention(q, k, v, 0.3, Reach())
+    assert (y.dtype, lse.dtype) == (jnp.bfloat16, jnp.float32)
+    assert np.abs(y - exact).max() < 1.5 * np.abs(rounded - exact).max() < 0.05
+
+
+@pytest.mark.parametrize("form", [quadratic_attention, lambda *x: blocked_attention(*x, block=4)], ids=["equation", "blocks"])
+def test_harmonised_columns_share_one_softmax(monkeypatch, form):
+    """Written out: step n sees step 1's keys up to t − n + 1, and of step m > 1 the key at t − (n − m)."""
+    monkeypatch.setattr("jsfdd.models.attention.causal_attention", form)
+    q = inputs()[0]
+    steps = [(k + n, v - n) for n, (_, k, v) in enumerate([inputs()] * 3)]
+
+    def slow(q, steps):
+        masks = [np.tri(18, k=-2, dtype=bool), np.eye(18, k=-1, dtype=bool), np.eye(18, dtype=bool)]
+        mask = jnp.broadcast_to(np.concatenate(masks, axis=1), (2, 18, 54))
+        k, v = (jnp.concatenate(x, axis=axis) for x, axis in zip(zip(*steps), (3, 2)))
+        return attention(q, k, v, mask, 0.3)
+
+    def fast(q, steps):
+        return harmonised_attention(q, steps, 0.3)
+
+    np.testing.assert_allclose(jax.jit(fast)(q, steps), slow(q, steps), atol=1e-6)
+    got, expected = (jax.jit(jax.grad(lambda *x: jnp.sum(jnp.sin(3 * f(*x))), (0, 1)))(q, steps) for f in (fast, slow))  # noqa: B023
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, expected)
+
+
+def test_one_block_of_positions_is_the_equation_itself():
+    for length, same in ((BLOCK, True), (BLOCK + 1, False)):
+        q, k, v = jax.eval_shape(lambda: inputs(length))  # noqa: B023
+        text = str(jax.make_jaxpr(lambda *x: causal_attention(*x, 0.3, Reach()))(q, k, v))
+        assert ("custom_vjp" not in text) == same
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["read", "trained"])
+def test_memory_grows_linearly_with_length(trained):
+    """Four times the tokens, four times the temporaries: [T, T] logits would be sixteen."""
+    config = toy_config(num_heads=8)
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+
+    def total(params, tokens):
+        return jnp.sum(hidden_states(config, params, tokens))
+
+    def temporaries(length):
+        f = jax.jit(jax.grad(total) if trained else total)
+        compiled = f.lower(params, jax.ShapeDtypeStruct((1, length), jnp.int32)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    short, long = temporaries(8 * BLOCK), temporaries(32 * BLOCK)
+    assert long < 4.2 * short
+    assert long < 32 * BLOCK * config.num_heads * 8 * BLOCK  # a tenth of all logits and less
