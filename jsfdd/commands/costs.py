@@ -89,10 +89,15 @@ def head_temporaries(config: DecoderConfig, block: int, model_shards: int, array
     return arrays * 4 * block * config.vocab_size / model_shards
 
 
+def largest_shape(config: DecoderConfig, lengths: Lengths, batch_tokens: int) -> Shape:
+    """The batch of which one layer's temporaries are the largest."""
+    return max(_batch_shapes(lengths.tokens, batch_tokens), key=lambda shape: layer_temporaries(config, shape, 2, 1))
+
+
 def score_stage(config: DecoderConfig, lengths: Lengths, batch_tokens: int, itemsize: int, model_shards: int) -> Stage:
     """Scoring: the target reads all conversations, one batch per device, and its head the counted tokens."""
     shapes = _batch_shapes(lengths.tokens, batch_tokens)
-    largest = max(shapes, key=lambda shape: layer_temporaries(config, shape, itemsize, model_shards))
+    largest = largest_shape(config, lengths, batch_tokens)
     stream = 3 * largest.rows * largest.length * config.hidden_size * itemsize  # a layer's input, output and residual branch
     temporaries = max(
         layer_temporaries(config, largest, itemsize, model_shards),

@@ -1,7 +1,8 @@
 """`jsfdd plan`: estimate whether a run fits on the devices, and its shortest time. `costs.py` computes each stage's cost.
 
 No weights are read and nothing is allocated, so a 70B model's config.json is enough. The time is the FLOPs divided by the
-devices' peak or measured rate of matrix products, which is a lower bound.
+devices' peak or measured rate of matrix products, which is a lower bound. With --compile, a TPU's compiler says beside the
+estimates what its programs take (`plan_compiled.py`).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from jsfdd.models.architecture import DraftKind
 from jsfdd.training.recipe import SoftTargets
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
     from rich.console import Console
 
     from jsfdd.commands.costs import Lengths, Stage
@@ -46,6 +48,7 @@ _USABLE = 0.9  # share of a device's memory; the runtime and fragmentation take 
 EXAMPLES = """
 jsfdd plan --target smollm2 --data chats.jsonl
 jsfdd plan --target DIR --data chats.jsonl --devices 16 --device-kind "TPU v5"
+jsfdd plan --target DIR --data chats.jsonl --compile v5p:2x2x2
 """
 
 
@@ -71,11 +74,18 @@ class PlanConfig:
     """Number of devices. Default: those of this machine."""
     device_kind: OptionalText = None
     """Kind of the devices, as JAX names it: "TPU v5 lite", "NVIDIA H200", … Default: that of this machine."""
+    compile: OptionalText = None
+    """Also compile every stage for this slice of TPUs, as v5e:2x4, v5p:2x2x2 or v6e:4x4, and say what its compiler says. Needs
+    libtpu, no TPU, and minutes."""
 
     def __post_init__(self):
         check_share("--retain-ratio", self.retain_ratio)
         check_at_least(1, epochs=self.epochs, devices=self.devices)
         check_at_least(1, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size)
+        if self.compile and (self.devices or self.device_kind):
+            raise ValueError("--compile: names the devices itself; leave --devices and --device-kind out")
+        if self.compile and self.model.model_shards > 1:
+            raise ValueError("--compile: compiles targets that fit a device whole; leave --model-shards out")
 
 
 class Devices(NamedTuple):
@@ -96,28 +106,38 @@ class Devices(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The estimates; `suggested` is the smallest number of model shards that fits, None if none does."""
+    """The estimates; `suggested` is the smallest number of model shards that fits, None if none does. With --compile, `mesh` is
+    the slice and `target` what is compiled for it."""
 
     stages: list[Stage]
     devices: Devices
     model_shards: int
     suggested: int | None
     lengths: Lengths
+    target: DecoderConfig
+    mesh: Mesh | None = None
 
 
 def prepare(config: PlanConfig) -> Plan:
     """Compute the whole plan.
 
     Raises:
-      ValueError: --model-shards does not divide the devices or a parameter, a device kind is unknown, or the target's config
-        or the chats are wrong.
+      ValueError: --model-shards does not divide the devices or a parameter, a device kind or slice is unknown, libtpu is
+        wanted and not installed, or the target's config or the chats are wrong.
     """
-    devices, model_shards = find_devices(config.devices, config.device_kind), config.model.model_shards
+    mesh = None
+    if config.compile:
+        from jsfdd.commands.ahead import topology_mesh
+
+        mesh = topology_mesh(config.compile)
+    devices = find_devices(config.devices, config.device_kind, mesh)
+    model_shards = config.model.model_shards
     if devices.count % model_shards:
         raise ValueError(f"--model-shards: {model_shards} does not divide the {devices.count} devices")
     target, lengths = _read(config)
     stages = plan_stages(config, target, lengths, devices, model_shards)
-    return Plan(stages, devices, model_shards, suggest_model_shards(config, target, lengths, devices), lengths)
+    suggested = suggest_model_shards(config, target, lengths, devices)
+    return Plan(stages, devices, model_shards, suggested, lengths, target, mesh)
 
 
 def _read(config: PlanConfig) -> tuple[DecoderConfig, Lengths]:
@@ -179,12 +199,19 @@ def run(config: PlanConfig, plan: Plan) -> Outcome:
     stages = [{name: _nan_to_none(value) for name, value in stage._asdict().items()} for stage in plan.stages]
     values = {"command": "plan", "stages": stages, "devices": plan.devices._asdict()}
     values |= {"model_shards": plan.model_shards, "suggested_model_shards": plan.suggested}
-    return Outcome(values, rendered(lambda out: print_plan(plan, out)).rstrip("\n"))
+    text = rendered(lambda out: print_plan(plan, out)).rstrip("\n")
+    if plan.mesh is not None:
+        from jsfdd.commands.plan_compiled import compile_stages, print_compiled
+
+        compiled = compile_stages(config, plan)
+        values["compiled"] = [stage._asdict() | {"program": stage.program and stage.program._asdict()} for stage in compiled]
+        text += "\n" + rendered(lambda out: print_compiled(config.compile, compiled, plan, out)).rstrip("\n")
+    return Outcome(values, text)
 
 
 def describe(config: PlanConfig, plan: Plan) -> Outcome:
-    """A plan runs no model and writes nothing, so its dry run is the plan."""
-    return run(config, plan)
+    """A plan runs no model and writes nothing, so its dry run is the plan, but for what is compiled."""
+    return run(config, plan._replace(mesh=None))
 
 
 def _nan_to_none(value):
@@ -236,8 +263,8 @@ def print_plan(plan: Plan, out: Console) -> None:
         )
 
 
-def find_devices(count: int | None, kind: str | None) -> Devices:
-    """Describe `count` devices of a kind; None stands for the number or kind of this machine's devices.
+def find_devices(count: int | None, kind: str | None, mesh: Mesh | None = None) -> Devices:
+    """Describe `count` devices of a kind; None stands for the number or kind of the mesh's devices, or this machine's.
 
     Raises:
       ValueError: a kind that is unknown and not this machine's.
@@ -247,6 +274,8 @@ def find_devices(count: int | None, kind: str | None) -> Devices:
     from jsfdd.base.hardware import KNOWN_DEVICES
 
     local_kind = jax.devices()[0].device_kind
+    if mesh is not None:
+        kind, count = mesh.devices.flat[0].device_kind, mesh.size
     kind, count = kind or local_kind, count or jax.device_count()
     if kind in KNOWN_DEVICES:
         gigabytes, teraflops = KNOWN_DEVICES[kind]

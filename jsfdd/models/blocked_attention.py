@@ -97,19 +97,16 @@ def _over_pairs(scale, pairs, behind, q, k, v, limit):
     """(y [n,B,K,R,H], lse [n,B,K,R]) of q [n,B,K,R,H], k [n,B,K,H,C] and v [n,B,K,C,H]."""
 
     def visit(carry, pair):
-        top, total, read = carry
         i, j = pair
-        logits, seen = _logits(scale, behind, q[i], k[j], limit, pair)
+        top, total, read = (_get(x, i) for x in carry)
+        logits, seen = _logits(scale, behind, _get(q, i), _get(k, j), limit, pair)
         logits = jnp.where(seen, logits, -jnp.inf)
-        higher = jnp.maximum(top[i], jnp.max(logits, axis=-1))
+        higher = jnp.maximum(top, jnp.max(logits, axis=-1))
         finite = jnp.where(jnp.isneginf(higher), 0.0, higher)
-        weights, before = jnp.exp(logits - finite[..., None]), jnp.exp(top[i] - finite)
-        new = jnp.einsum("bkrc,bkch->bkrh", weights.astype(v.dtype), v[j], preferred_element_type=jnp.float32)
-        return (
-            top.at[i].set(higher),
-            total.at[i].set(before * total[i] + jnp.sum(weights, axis=-1)),
-            read.at[i].set(before[..., None] * read[i] + new),
-        ), None
+        weights, before = jnp.exp(logits - finite[..., None]), jnp.exp(top - finite)
+        new = jnp.einsum("bkrc,bkch->bkrh", weights.astype(v.dtype), _get(v, j), preferred_element_type=jnp.float32)
+        new = higher, before * total + jnp.sum(weights, axis=-1), before[..., None] * read + new
+        return tuple(_set(x, part, i) for x, part in zip(carry, new)), None
 
     shape = q.shape[:-1]
     carry = jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros(q.shape, jnp.float32)
@@ -131,18 +128,18 @@ def _backward(scale, pairs, behind, kept, slopes):
     finite = jnp.where(jnp.isneginf(lse), 0.0, lse)
 
     def visit(carry, pair):
-        by_q, by_k, by_v = carry
         i, j = pair
-        logits, seen = _logits(scale, behind, q[i], k[j], limit, pair)
-        weights = jnp.where(seen, jnp.exp(logits - finite[i][..., None]), 0.0)
-        by_weights = jnp.einsum("bkrh,bkch->bkrc", by_y[i], v[j], preferred_element_type=jnp.float32)
-        by_logits = (weights * (by_weights - off[i][..., None]) * scale).astype(q.dtype)
-        weights = weights.astype(v.dtype)
-        return (
-            by_q.at[i].add(jnp.einsum("bkrc,bkhc->bkrh", by_logits, k[j], preferred_element_type=jnp.float32)),
-            by_k.at[j].add(jnp.einsum("bkrh,bkrc->bkhc", q[i], by_logits, preferred_element_type=jnp.float32)),
-            by_v.at[j].add(jnp.einsum("bkrc,bkrh->bkch", weights, by_y[i], preferred_element_type=jnp.float32)),
-        ), None
+        (q_i, by_y_i, finite_i, off_i), (k_j, v_j) = (_get(x, i) for x in (q, by_y, finite, off)), (_get(x, j) for x in (k, v))
+        logits, seen = _logits(scale, behind, q_i, k_j, limit, pair)
+        weights = jnp.where(seen, jnp.exp(logits - finite_i[..., None]), 0.0)
+        by_weights = jnp.einsum("bkrh,bkch->bkrc", by_y_i, v_j, preferred_element_type=jnp.float32)
+        by_logits = (weights * (by_weights - off_i[..., None]) * scale).astype(q.dtype)
+        new = (
+            jnp.einsum("bkrc,bkhc->bkrh", by_logits, k_j, preferred_element_type=jnp.float32),
+            jnp.einsum("bkrh,bkrc->bkhc", q_i, by_logits, preferred_element_type=jnp.float32),
+            jnp.einsum("bkrc,bkrh->bkch", weights.astype(v.dtype), by_y_i, preferred_element_type=jnp.float32),
+        )
+        return tuple(_set(x, _get(x, at) + part, at) for x, part, at in zip(carry, new, (i, j, j))), None
 
     carry = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
     (by_q, by_k, by_v), _ = jax.lax.scan(visit, carry, _columns(pairs))
@@ -150,6 +147,14 @@ def _backward(scale, pairs, behind, kept, slopes):
 
 
 _over_pairs.defvjp(_forward, _backward)
+
+
+def _get(blocks, number):
+    return jax.lax.dynamic_index_in_dim(blocks, number, keepdims=False)
+
+
+def _set(blocks, block, number):
+    return jax.lax.dynamic_update_index_in_dim(blocks, block, number, 0)
 
 
 def _logits(scale, behind, q, k, limit, pair):

@@ -1,0 +1,234 @@
+"""The programs of every stage, compiled for TPUs that need not be there: libtpu's compiler runs on a CPU.
+
+    mesh = topology_mesh("v5p:2x2x2")
+    read_program(lower_score(config, mesh, Shape(4, 2048)))      # bytes, collectives, seconds of compiling
+
+Arguments are shapes with a place on the mesh, so nothing is allocated. They are those of real runs on accelerators: norm scales
+and what trains are float32, all else is bfloat16. Rows are those of one device; every device has as many.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jsfdd.base.mesh import map_over_devices
+from jsfdd.base.records import Batch, DraftBatch
+from jsfdd.data.batches import Shape
+from jsfdd.decoding.generate import generate, prepare_drafts
+from jsfdd.decoding.settings import DecodeSetup
+from jsfdd.decoding.state import DecodeParams, PromptBatch
+from jsfdd.hidden.capture import make_hidden_step
+from jsfdd.models.architecture import DecoderConfig
+from jsfdd.models.draft import draft_config, init_draft
+from jsfdd.models.target import init_params
+from jsfdd.scoring.score import make_score_step
+from jsfdd.training.loss import borrow
+from jsfdd.training.recipe import Recipe
+from jsfdd.training.soft_rows import row_words
+from jsfdd.training.step import init_state, make_optimizer, make_train_step
+
+if TYPE_CHECKING:
+    from jax.stages import Lowered
+
+# There is no TPU to ask about: libtpu is told what it would see, and that other processes may load it too.
+_LIBTPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
+}
+_COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all)(?:-start)?\(")
+_ARRAY = re.compile(r"\b([a-z]+\d+)\[([\d,]*)\]")
+
+
+class Program(NamedTuple):
+    """What the compiler says of a program; bytes are of one device.
+
+    Attributes:
+      arguments, temporaries: bytes that it is given, and that it takes beside them and its results.
+      results: bytes of its results, without those that take over an argument's.
+      collectives: bytes of the results of each kind of exchange between devices, and how many there are.
+      seconds: CPU seconds of compiling.
+    """
+
+    arguments: int
+    temporaries: int
+    results: int
+    collectives: Mapping[str, tuple[int, int]]
+    seconds: float
+
+    @property
+    def peak(self) -> int:
+        """Bytes of one device."""
+        return self.arguments + self.temporaries + self.results
+
+
+class Compiled(NamedTuple):
+    """A stage compiled for a batch of `shape`, and what it takes; where it does not fit, None and what takes most."""
+
+    name: str
+    shape: Shape
+    program: Program | None
+    refused: str | None = None
+
+
+def topology_mesh(name: str) -> Mesh:
+    """A mesh over "data" of the devices of a TPU slice, such as v5e:2x4, v5p:2x2x2 or v6e:4x4.
+
+    Raises:
+      ValueError: libtpu is not installed, or knows no such slice.
+    """
+    from jax.experimental import topologies
+
+    for variable, value in _LIBTPU.items():
+        os.environ.setdefault(variable, value)
+    try:
+        import libtpu  # noqa: F401
+    except ModuleNotFoundError:
+        raise ValueError(f"{name}: compiling for TPUs needs libtpu: pip install 'jsfdd[tpu]'") from None
+    try:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{name}: no slice that libtpu knows ({reason}); write it as v5e:2x4, v5p:2x2x2 or v6e:4x4") from None
+    return Mesh(np.array(devices).reshape(-1, 1), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+
+def lower_score(config: DecoderConfig, mesh: Mesh, shape: Shape, keep_hidden: bool = False) -> Lowered:
+    """Scoring a batch, and keeping its hidden states."""
+    step = make_score_step(config, mesh, hidden_dtype="bfloat16" if keep_hidden else None)
+    return step.lower(_whole(_target(config), mesh), _split(_batch(mesh, shape), mesh))
+
+
+def lower_hidden(config: DecoderConfig, mesh: Mesh, shape: Shape, layers: tuple[int, ...] = ()) -> Lowered:
+    """Computing hidden states alone."""
+    step = make_hidden_step(config, mesh, "bfloat16", layers)
+    return step.lower(_whole(_target(config), mesh), _split(_batch(mesh, shape), mesh))
+
+
+def lower_train(config: DecoderConfig, mesh: Mesh, shape: Shape, recipe: Recipe) -> Lowered:
+    """A training step, with the soft targets that the recipe stores."""
+    draft = draft_config(config, kind=recipe.draft_kind, target_layers=recipe.target_layers)
+    optimizer = make_optimizer(recipe, 100)
+    state = jax.eval_shape(lambda: init_state(draft, optimizer, 0))
+    frozen = jax.eval_shape(lambda target: borrow(config, target), _target(config))
+    rows, length = shape.rows * mesh.shape["data"], shape.length
+    stored = recipe.stored_soft_targets(hidden_is_stored=True)
+    soft_targets = {
+        None: None,
+        "means": _array((rows, length, config.hidden_size + 1), jnp.bfloat16),
+        "top_k": _array((rows, length, row_words(recipe.likeliest(config.vocab_size), config.vocab_size, 0)), jnp.uint16),
+    }[stored]
+    batch = DraftBatch(
+        tokens=_array((rows, length), jnp.int32),
+        counted=_array((rows, length), jnp.bool_),
+        weight=_array((rows, length), jnp.float32),
+        hidden=_array((rows, length, (len(draft.target_layers) + 1) * config.hidden_size), jnp.bfloat16),
+        soft_targets=soft_targets,
+    )
+    step = make_train_step(draft, optimizer, mesh, recipe)
+    return step.lower(_whole(frozen, mesh), _whole(state, mesh), _split(batch, mesh))
+
+
+def lower_decode(setup: DecodeSetup, mesh: Mesh, shape: Shape) -> Lowered:
+    """Reading prompts of this shape and decoding their answers."""
+    target = _target(setup.target)
+    trained = [jax.eval_shape(lambda draft=draft: init_draft(draft, jax.random.key(0))) for draft in setup.drafts]
+    params = DecodeParams(target, target, jax.eval_shape(prepare_drafts, trained, target))
+
+    def run(arguments, batch):
+        params, temperature = arguments
+        return generate(setup, params, batch, temperature)
+
+    rows = shape.rows * mesh.shape["data"]
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
+    batch = PromptBatch(_array((rows, shape.length), jnp.int32), _array((rows,), jnp.int32), keys)
+    arguments = _whole((params, _array((), jnp.float32)), mesh)
+    return map_over_devices(run, mesh).lower(arguments, _split(batch, mesh))
+
+
+def read_program(lowered: Lowered) -> Program:
+    """Compile a program, and what the compiler says of it.
+
+    Raises:
+      jax.errors.JaxRuntimeError: it does not fit (RESOURCE_EXHAUSTED).
+    """
+    begun = time.process_time()
+    compiled = lowered.compile()
+    seconds = time.process_time() - begun
+    memory = compiled.memory_analysis()
+    return Program(
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        results=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        collectives=collectives(compiled.as_text()),
+        seconds=seconds,
+    )
+
+
+def compile_stage(name: str, shape: Shape, lower: Callable[[], Lowered]) -> Compiled:
+    """`read_program` of a stage, and if it does not fit, the largest array and the remedy."""
+    try:
+        return Compiled(name, shape, read_program(lower()))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        used = re.search(r"Used (\S+) of (\S+) hbm", str(error))
+        largest = re.search(r"Size: (\S+)[\s\S]*?Shape: (\S+?)\{", str(error))
+        takes = f"{used[1]} of {used[2]}" if used else "more than a device has"
+        array = f", the largest array {largest[2]} of {largest[1]}" if largest else ""
+        return Compiled(name, shape, None, f"takes {takes}{array}; use --model-shards, or less --batch-tokens")
+
+
+def collectives(text: str) -> dict[str, tuple[int, int]]:
+    """The exchanges between devices in a compiled program: kind -> (bytes of their results, how many)."""
+    found: dict[str, tuple[int, int]] = {}
+    for arrays, kind in _COLLECTIVE.findall(text):
+        size, count = found.get(kind, (0, 0))
+        found[kind] = size + sum(_bytes(*array) for array in _ARRAY.findall(arrays)), count + 1
+    return found
+
+
+def _bytes(dtype: str, shape: str) -> int:
+    bits = int(re.search(r"\d+", dtype)[0])
+    return math.prod(int(n) for n in shape.split(",") if n) * bits // 8
+
+
+def _target(config: DecoderConfig):
+    """A target's parameters as `load_target` reads them for an accelerator."""
+
+    def stored(path, leaf):
+        return _array(leaf.shape, jnp.float32 if path[-1].key == "scale" else jnp.bfloat16)
+
+    return jax.tree_util.tree_map_with_path(stored, jax.eval_shape(lambda: init_params(config, jax.random.key(0))))
+
+
+def _batch(mesh: Mesh, shape: Shape) -> Batch:
+    rows = shape.rows * mesh.shape["data"]
+    return Batch(_array((rows, shape.length), jnp.int32), _array((rows, shape.length), jnp.bool_), _array((rows,), jnp.int32))
+
+
+_array = jax.ShapeDtypeStruct
+
+
+def _whole(tree, mesh: Mesh):
+    return _placed(tree, NamedSharding(mesh, P()))
+
+
+def _split(tree, mesh: Mesh):
+    return _placed(tree, NamedSharding(mesh, P("data")))
+
+
+def _placed(tree, sharding: NamedSharding):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)

@@ -1,0 +1,67 @@
+"""What `jsfdd plan --compile` adds to the estimates: what the compiler of a slice of TPUs says of every stage."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.table import Table
+
+from jsfdd.commands import ahead, costs
+from jsfdd.commands.ahead import Compiled
+from jsfdd.commands.options import DecodingOptions
+from jsfdd.data.batches import Shape
+from jsfdd.decoding.settings import DecodeSetup
+from jsfdd.models.draft import draft_config
+from jsfdd.training.recipe import Recipe
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from jsfdd.commands.plan import Plan, PlanConfig
+
+GB = 1e9
+
+
+def compile_stages(config: PlanConfig, plan: Plan) -> list[Compiled]:
+    """Compile the largest batch of each stage for `plan.mesh`."""
+    target, mesh = plan.target, plan.mesh
+    read = costs.largest_shape(target, plan.lengths, config.chats.batch_tokens)
+    trained = Shape(-(-read.rows // mesh.size), read.length)
+    recipe = Recipe(draft_kind=config.draft_kind, soft_targets=config.soft_targets)
+    setup = DecodeSetup(
+        target=target,
+        drafts=(draft_config(target, kind=config.draft_kind),),
+        num_draft_tokens=DecodingOptions.num_draft_tokens,
+        max_new_tokens=config.max_new_tokens,
+    )
+    asked = Shape(-(-config.batch_size // mesh.size), config.chats.max_length)
+    return [
+        ahead.compile_stage("score", read, lambda: ahead.lower_score(target, mesh, read)),
+        ahead.compile_stage("hidden states", read, lambda: ahead.lower_hidden(target, mesh, read, setup.layers)),
+        ahead.compile_stage("train", trained, lambda: ahead.lower_train(target, mesh, trained, recipe)),
+        ahead.compile_stage("evaluate", asked, lambda: ahead.lower_decode(setup, mesh, asked)),
+    ]
+
+
+def print_compiled(topology: str, compiled: list[Compiled], plan: Plan, out: Console) -> None:
+    """Print what the compiler said as a table, its bytes beside the estimates."""
+    out.print(f"compiled for {topology}, {plan.mesh.size} devices; bytes are of one device:")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in ("stage", "rows × tokens", "GB", "estimated", "of which", "exchanges", "CPU s"):
+        table.add_column(name, justify="left" if name in ("stage", "of which", "exchanges") else "right")
+    estimates = {stage.name: stage.peak for stage in plan.stages}
+    for stage in compiled:
+        first = (stage.name, f"{stage.shape.rows} × {stage.shape.length}")
+        estimate = f"{estimates[stage.name] / GB:.3g}"
+        if stage.program is None:
+            table.add_row(*first, "too much", estimate, stage.refused, "", "")
+            continue
+        program = stage.program
+        parts = {"arguments": program.arguments, "temporaries": program.temporaries, "results": program.results}
+        exchanges = [f"{count} {kind} {size / GB:.3g} GB" for kind, (size, count) in program.collectives.items()]
+        table.add_row(
+            *first, f"{program.peak / GB:.3g}", estimate, ", ".join(f"{name} {size / GB:.3g}" for name, size in parts.items()),
+            ", ".join(exchanges) or "none", f"{program.seconds:.0f}",
+        )  # fmt: skip
+    out.print(table)
