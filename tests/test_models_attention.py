@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from toy import toy_config
 
-from jsfdd.models.attention import attention, causal_attention, harmonised_attention, quadratic_attention
-from jsfdd.models.blocked_attention import BLOCK, Reach, blocked_attention
+from jsfdd.models.attention import attention, harmonised_attention, quadratic_attention
+from jsfdd.models.blocked_attention import BLOCK, Reach, blocked_attention, num_pairs
 from jsfdd.models.target import hidden_states, init_params
 
 REACHES = {
@@ -20,6 +20,7 @@ REACHES = {
     "behind by a block": Reach(behind=4),
     "window and behind": Reach(7, 2),
     "nothing is seen": Reach(2, 2),
+    "behind by more than there are": Reach(behind=20),
 }
 
 
@@ -42,14 +43,15 @@ def both(form, reach, **changes):
 
 
 @pytest.mark.parametrize("reach", REACHES.values(), ids=REACHES.keys())
-def test_blocks_compute_the_equation_and_its_gradient(reach):
-    """18 positions in blocks of 4: the last block is half full."""
-    gradients, (y, lse) = both(blocked_attention, reach, block=4)(*inputs())
+@pytest.mark.parametrize("block", [4, None], ids=["blocks", "one block"])
+def test_blocks_compute_the_equation_and_its_gradient(reach, block):
+    """18 positions in blocks of 4, of which the last is half full; and in one of 18."""
+    gradients, (y, lse) = both(blocked_attention, reach, block=block)(*inputs())
     expected_gradients, (expected, expected_lse) = both(quadratic_attention, reach)(*inputs())
     np.testing.assert_allclose(y, expected, atol=1e-6)
     np.testing.assert_allclose(lse, expected_lse, atol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), gradients, expected_gradients)
-    assert reach == Reach(2, 2) or np.abs(expected_gradients[1]).max() > 0.1
+    assert reach in (Reach(2, 2), Reach(behind=20)) or np.abs(expected_gradients[1]).max() > 0.1
 
 
 def test_the_equation_is_attention_under_a_mask():
@@ -70,10 +72,10 @@ def test_blocks_in_bfloat16_are_as_near_to_float32_as_the_equation():
     assert np.abs(y - exact).max() < 1.5 * np.abs(rounded - exact).max() < 0.05
 
 
-@pytest.mark.parametrize("form", [quadratic_attention, lambda *x: blocked_attention(*x, block=4)], ids=["equation", "blocks"])
-def test_harmonised_columns_share_one_softmax(monkeypatch, form):
+@pytest.mark.parametrize("block", [18, 4, 1])
+def test_harmonised_columns_share_one_softmax(monkeypatch, block):
     """Written out: step n sees step 1's keys up to t − n + 1, and of step m > 1 the key at t − (n − m)."""
-    monkeypatch.setattr("jsfdd.models.attention.causal_attention", form)
+    monkeypatch.setattr("jsfdd.models.blocked_attention.BLOCK", block)
     q = inputs()[0]
     steps = [(k + n, v - n) for n, (_, k, v) in enumerate([inputs()] * 3)]
 
@@ -89,13 +91,6 @@ def test_harmonised_columns_share_one_softmax(monkeypatch, form):
     np.testing.assert_allclose(jax.jit(fast)(q, steps), slow(q, steps), atol=1e-6)
     got, expected = (jax.jit(jax.grad(lambda *x: jnp.sum(jnp.sin(3 * f(*x))), (0, 1)))(q, steps) for f in (fast, slow))  # noqa: B023
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, expected)
-
-
-def test_one_block_of_positions_is_the_equation_itself():
-    for length, same in ((BLOCK, True), (BLOCK + 1, False)):
-        q, k, v = jax.eval_shape(lambda: inputs(length))  # noqa: B023
-        text = str(jax.make_jaxpr(lambda *x: causal_attention(*x, 0.3, Reach()))(q, k, v))
-        assert ("custom_vjp" not in text) == same
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["read", "trained"])
@@ -115,3 +110,8 @@ def test_memory_grows_linearly_with_length(trained):
     short, long = temporaries(8 * BLOCK), temporaries(32 * BLOCK)
     assert long < 4.2 * short
     assert long < 32 * BLOCK * config.num_heads * 8 * BLOCK  # a tenth of all logits and less
+
+
+def test_blocks_are_of_one_size():
+    assert [num_pairs(length) for length in (BLOCK // 2, BLOCK, 2 * BLOCK)] == [BLOCK**2 // 4, BLOCK**2, 3 * BLOCK**2]
+    assert num_pairs(BLOCK + 2) == 3 * (BLOCK // 2 + 1) ** 2  # two blocks of half the size, not two whole ones

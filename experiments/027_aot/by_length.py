@@ -10,9 +10,8 @@ from experiments.results import read_results, write_results
 from jsfdd.commands.ahead import lower_decode, lower_score, lower_train, read_program, topology_mesh
 from jsfdd.data.batches import Shape
 from jsfdd.decoding.settings import DecodeSetup
-from jsfdd.models import attention
+from jsfdd.models import blocked_attention
 from jsfdd.models.architecture import DecoderConfig, Rope
-from jsfdd.models.blocked_attention import BLOCK
 from jsfdd.models.draft import draft_config
 from jsfdd.scoring.score import make_score_step
 from jsfdd.training.recipe import Recipe
@@ -26,7 +25,7 @@ TOY = dataclasses.replace(
     LLAMA_8B, vocab_size=2048, hidden_size=512, intermediate_size=1024, num_layers=2, num_heads=4, num_kv_heads=2
 )
 RECIPE = Recipe(compute_dtype="bfloat16")
-FORMS = {"blocks": BLOCK, "all logits": 1 << 40}
+FORMS = {"blocks": blocked_attention.BLOCK, "all logits": 1 << 40}
 # (stage, slice, rows and tokens of a device, form). Where all logits do not fit, the compiler refuses and says what they take.
 CASES = [
     ("score", "v6e:2x4", Shape(4, 2048), "blocks"),
@@ -61,7 +60,7 @@ def compiled(stage, config, topology, shape, form):
     for make in (make_score_step, make_train_step):
         make.cache_clear()
     jax.clear_caches()
-    attention.BLOCK = FORMS[form]
+    blocked_attention.BLOCK = FORMS[form]
     try:
         program = read_program(lowered(stage, config, topology_mesh(topology), shape))
     except jax.errors.JaxRuntimeError as error:

@@ -4,10 +4,10 @@ Whole sequences, as scoring, training and prompts read them, and tokens that con
 
     view  = causal_view(B, T)                                view  = cached_view(cache, T)
     cache = begin_cache(cache, layer, k, v)                  cache = write_cache(cache, layer, k, v)
-    y, _  = causal_attention(q, k, v, scale, reach)          y     = attention(q, k, v, mask, scale)
+    y, _  = blocked_attention(q, k, v, scale, reach)         y     = attention(q, k, v, mask, scale)
 
-`quadratic_attention` is the equation of the left column, with all logits at once: eight kilobytes a token for each token of an
-8B target. `causal_attention` computes the same a block at a time (`blocked_attention.py`).
+`quadratic_attention` is the equation of the left column. It makes all logits at once, for every head a number for each pair of
+tokens; so `blocked_attention.py` computes it a block at a time, and tests hold the two equal.
 
 Letters: B rows, T queries, S keys, K key/value heads, G queries that share one of them, H head dim, L layers.
 """
@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jsfdd.base.records import KVCache
 from jsfdd.models.architecture import DecoderConfig
-from jsfdd.models.blocked_attention import BLOCK, Reach, blocked_attention, sees
+from jsfdd.models.blocked_attention import Reach, blocked_attention, sees
 
 
 class View(NamedTuple):
@@ -125,14 +125,6 @@ def quadratic_attention(
     return y.swapaxes(1, 2), lse.swapaxes(1, 2)
 
 
-def causal_attention(
-    q: Float[Array, "B T K G H"], k: Float[Array, "B K H T"], v: Float[Array, "B K T H"], scale: float, reach: Reach
-) -> tuple[Float[Array, "B T K G H"], Float[Array, "B T K G"]]:
-    """`quadratic_attention`, in memory that grows linearly beyond one block of positions."""
-    form = quadratic_attention if q.shape[1] <= BLOCK else blocked_attention
-    return form(q, k, v, scale, reach)
-
-
 def harmonised_attention(
     q: Float[Array, "B T K G H"], steps: Sequence[tuple[Float[Array, "B K H T"], Float[Array, "B K T H"]]], scale: float
 ) -> Float[Array, "B T K G H"]:
@@ -149,7 +141,7 @@ def harmonised_attention(
       scale: as in `attention`.
     """
     (first_k, first_v), *later = steps
-    y, lse = causal_attention(q, first_k, first_v, scale, Reach(behind=len(later)))
+    y, lse = blocked_attention(q, first_k, first_v, scale, Reach(behind=len(later)))
     if not later:
         return y
     length, logits, values = q.shape[1], [lse], [y.astype(jnp.float32)]

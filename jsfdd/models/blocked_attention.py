@@ -1,6 +1,6 @@
 """Causal attention of whole sequences in memory that grows with their length, not with its square.
 
-    y, lse = blocked_attention(q, k, v, scale, Reach())       # models/attention.py has the equation
+    y, lse = blocked_attention(q, k, v, scale, Reach())       # the equation is attention.quadratic_attention
 
 Queries and keys are cut into blocks. A loop visits the pairs of blocks in which a query sees a key, half of all pairs or fewer,
 and keeps for every query the largest logit so far, the sum of the exponentials below it and the values' sum: the softmax of
@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-BLOCK = 256  # positions
+BLOCK = 256  # the most positions of a block
 
 
 class Reach(NamedTuple):
@@ -52,13 +52,14 @@ def blocked_attention(
     v: Float[Array, "B K T H"],
     scale: float,
     reach: Reach,
-    block: int = BLOCK,
+    block: int | None = None,
 ) -> tuple[Float[Array, "B T K G H"], Float[Array, "B T K G"]]:
     """`attention.quadratic_attention`: what queries read, in v's dtype, and the float32 log-sum-exp of their logits.
 
-    A query that sees no key reads 0, and its sum's logarithm is −inf.
+    A query that sees no key reads 0, and its sum's logarithm is −inf. A sequence of at most `BLOCK` positions is one block.
     """
     rows, length, heads, group, size = q.shape
+    block = block or _block(length)
     window = reach.window if isinstance(reach.window, int) else None
     pairs = _pairs(-(-length // block), block, window, reach.behind)
     # No key is as far as this; it only has the shape of a limit.
@@ -75,11 +76,14 @@ def blocked_attention(
 
 
 def num_pairs(length: int, window: int | None = None) -> int:
-    """How many logits `attention.causal_attention` computes for a head of a row: for all pairs of positions in the blocks that
-    it visits."""
-    if length <= BLOCK:
-        return length**2
-    return len(_pairs(-(-length // BLOCK), BLOCK, window, 0)) * BLOCK**2
+    """How many logits of a head and row `blocked_attention` computes: of all pairs of positions in blocks that it visits."""
+    block = _block(length)
+    return len(_pairs(-(-length // block), block, window, 0)) * block**2
+
+
+def _block(length: int) -> int:
+    """The positions of a block: as few blocks as can be, all of one size, so that little is added to the last."""
+    return -(-length // -(-length // BLOCK))
 
 
 def _pairs(num_blocks: int, block: int, window: int | None, behind: int) -> tuple[tuple[int, int], ...]:
@@ -166,5 +170,5 @@ def _logits(scale, behind, q, k, limit, pair):
 
 
 def _columns(pairs) -> Int[np.ndarray, "2 pairs"]:
-    i, j = np.array(pairs, np.int32).T
+    i, j = np.array(pairs, np.int32).reshape(-1, 2).T
     return i, j
