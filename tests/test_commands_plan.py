@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import jax
 import numpy as np
@@ -11,9 +12,11 @@ from toy import toy_config, write_chats, write_target
 
 from jsfdd.base.mesh import make_mesh
 from jsfdd.base.records import Batch, DraftBatch
+from jsfdd.commands.ahead import Compiled, Program, collectives
 from jsfdd.commands.cli import main
 from jsfdd.commands.costs import (
     Lengths,
+    Stage,
     evaluate_stage,
     forward_flops,
     layer_temporaries,
@@ -23,7 +26,9 @@ from jsfdd.commands.costs import (
     train_stage,
 )
 from jsfdd.commands.options import from_options
-from jsfdd.commands.plan import GB, Devices, PlanConfig, prepare, print_plan, suggest_model_shards
+from jsfdd.commands.outcome import rendered
+from jsfdd.commands.plan import GB, Devices, Plan, PlanConfig, prepare, print_plan, suggest_model_shards
+from jsfdd.commands.plan_compiled import print_compiled
 from jsfdd.data.batches import Shape
 from jsfdd.models.blocked_attention import BLOCK
 from jsfdd.models.draft import draft_config
@@ -178,3 +183,27 @@ def test_attention_over_many_blocks_computes_the_pairs_that_it_visits():
     assert layer_temporaries(wide, Shape(1, 64 * BLOCK), 2, 1) == pytest.approx(
         4 * layer_temporaries(wide, Shape(1, 16 * BLOCK), 2, 1), rel=0.1
     )
+
+
+def test_compiling_needs_libtpu_and_names_its_devices_itself(tmp_path, monkeypatch):
+    write_chats(tmp_path / "chats.jsonl")
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    with pytest.raises(ValueError, match=r"v5p:2x2x2: compiling for TPUs needs libtpu: pip install 'jsfdd\[tpu\]'"):
+        prepare(options(tmp_path, compile="v5p:2x2x2"))
+    with pytest.raises(ValueError, match="--compile: names the devices itself; leave --devices"):
+        options(tmp_path, compile="v5p:2x2x2", devices=4)
+
+
+def test_what_a_compiler_said_stands_beside_the_estimates():
+    mesh, shape = make_mesh(1), Shape(4, 2048)
+    exchanges = collectives(
+        "%a = f32[4,2]{1,0} all-reduce(%b)\n%c = (bf16[4]{0}, f32[]) all-reduce-start(%d)\n%e = f32[] add(%f)"
+    )
+    assert exchanges == {"all-reduce": (32 + 12, 2)}
+    program = Program(16 * 10**9, 10**9, 10**8, exchanges, 7.0)
+    compiled = [Compiled("score", shape, program), Compiled("train", shape, None, "Ran out; use --model-shards")]
+    stages = [Stage(name, {"all": 2e9}, 0.0, 0.0) for name in ("score", "train")]
+    plan = Plan(stages, Devices(1, "x", 1, 1, "x"), 1, 1, Lengths(np.ones(1), np.ones(1), ""), CHECKED, mesh)
+    words = rendered(lambda out: print_compiled("v5e:2x4", compiled, plan, out))
+    assert "4 × 2048     17.1         2          1      7  2 all-reduce" in words
+    assert "train does not fit: Ran out; use --model-shards" in words

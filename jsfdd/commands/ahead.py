@@ -75,7 +75,7 @@ class Program(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """A stage compiled for a batch of `shape`, and what it takes; where it does not fit, None and what takes most."""
+    """A stage compiled for a batch of `shape`, and what it takes; where it does not fit, None and why."""
 
     name: str
     shape: Shape
@@ -178,17 +178,16 @@ def read_program(lowered: Lowered) -> Program:
 
 
 def compile_stage(name: str, shape: Shape, lower: Callable[[], Lowered]) -> Compiled:
-    """`read_program` of a stage, and if it does not fit, the largest array and the remedy."""
+    """`read_program` of a stage; if it does not fit, what the compiler says of that, and the remedy."""
     try:
         return Compiled(name, shape, read_program(lower()))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        used = re.search(r"Used (\S+) of (\S+) hbm", str(error))
-        largest = re.search(r"Size: (\S+)[\s\S]*?Shape: (\S+?)\{", str(error))
-        takes = f"{used[1]} of {used[2]}" if used else "more than a device has"
-        array = f", the largest array {largest[2]} of {largest[1]}" if largest else ""
-        return Compiled(name, shape, None, f"takes {takes}{array}; use --model-shards, or less --batch-tokens")
+        reason = str(error).removeprefix("RESOURCE_EXHAUSTED: ").splitlines()[0].rstrip(".")
+        largest = re.search(r"Size: (\S+)[\s\S]*?Shape: ([^{\s]+)", str(error))
+        array = f"; the largest array is {largest[2]}, {largest[1]}" if largest else ""
+        return Compiled(name, shape, None, f"{reason}{array}; use --model-shards, or less --batch-tokens")
 
 
 def collectives(text: str) -> dict[str, tuple[int, int]]:

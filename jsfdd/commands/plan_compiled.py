@@ -46,22 +46,23 @@ def compile_stages(config: PlanConfig, plan: Plan) -> list[Compiled]:
 
 def print_compiled(topology: str, compiled: list[Compiled], plan: Plan, out: Console) -> None:
     """Print what the compiler said as a table, its bytes beside the estimates."""
-    out.print(f"compiled for {topology}, {plan.mesh.size} devices; bytes are of one device:")
+    out.print(f"compiled for {topology}, {plan.mesh.size} devices (GB of one, seconds of compiling):")
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for name in ("stage", "rows × tokens", "GB", "estimated", "of which", "exchanges", "CPU s"):
-        table.add_column(name, justify="left" if name in ("stage", "of which", "exchanges") else "right")
+    for name in ("stage", "batch", "GB", "estimate", "temporary", "CPU s", "exchanges"):
+        table.add_column(name, justify="left" if name in ("stage", "exchanges") else "right", no_wrap=True)
     estimates = {stage.name: stage.peak for stage in plan.stages}
     for stage in compiled:
-        first = (stage.name, f"{stage.shape.rows} × {stage.shape.length}")
-        estimate = f"{estimates[stage.name] / GB:.3g}"
+        batch, estimate = f"{stage.shape.rows} × {stage.shape.length}", f"{estimates[stage.name] / GB:.3g}"
         if stage.program is None:
-            table.add_row(*first, "too much", estimate, stage.refused, "", "")
+            table.add_row(stage.name, batch, "too much", estimate)
             continue
         program = stage.program
-        parts = {"arguments": program.arguments, "temporaries": program.temporaries, "results": program.results}
-        exchanges = [f"{count} {kind} {size / GB:.3g} GB" for kind, (size, count) in program.collectives.items()]
+        exchanges = ", ".join(f"{count} {kind}" for kind, (_, count) in program.collectives.items())
         table.add_row(
-            *first, f"{program.peak / GB:.3g}", estimate, ", ".join(f"{name} {size / GB:.3g}" for name, size in parts.items()),
-            ", ".join(exchanges) or "none", f"{program.seconds:.0f}",
+            stage.name, batch, f"{program.peak / GB:.3g}", estimate, f"{program.temporaries / GB:.3g}",
+            f"{program.seconds:.0f}", exchanges or "none",
         )  # fmt: skip
     out.print(table)
+    for stage in compiled:
+        if stage.refused:
+            out.print(f"{stage.name} does not fit: {stage.refused}", soft_wrap=True)

@@ -5,7 +5,7 @@ import dataclasses
 from programs import TOY
 from toy import write_chats, write_target
 
-from jsfdd.commands.ahead import compile_stage, lower_score, topology_mesh
+from jsfdd.commands.ahead import compile_stage, lower_hidden, topology_mesh
 from jsfdd.commands.options import from_options
 from jsfdd.commands.plan import PlanConfig, prepare, run
 from jsfdd.data.batches import Shape
@@ -30,6 +30,6 @@ def test_what_does_not_fit_names_the_array_and_the_remedy():
     """An embedding of 17 GB, on devices of 16."""
     config = dataclasses.replace(TOY, vocab_size=1 << 25, num_layers=1, tie_embeddings=True)
     mesh, shape = topology_mesh("v5e:2x4"), Shape(1, 256)
-    found = compile_stage("score", shape, lambda: lower_score(config, mesh, shape))
+    found = compile_stage("hidden states", shape, lambda: lower_hidden(config, mesh, shape))
     assert found.program is None
-    assert "of 15.75G" in found.refused and "--model-shards" in found.refused
+    assert "15.75G" in found.refused and "--model-shards" in found.refused
