@@ -205,5 +205,5 @@ def test_what_a_compiler_said_stands_beside_the_estimates():
     stages = [Stage(name, {"all": 2e9}, 0.0, 0.0) for name in ("score", "train")]
     plan = Plan(stages, Devices(1, "x", 1, 1, "x"), 1, 1, Lengths(np.ones(1), np.ones(1), ""), CHECKED, mesh)
     words = rendered(lambda out: print_compiled("v5e:2x4", compiled, plan, out))
-    assert "4 × 2048     17.1         2          1      7  2 all-reduce" in words
+    assert "score 4 × 2048 17.1 2 1 7 2 all-reduce" in " ".join(words.split())
     assert "train does not fit: Ran out; use --model-shards" in words
