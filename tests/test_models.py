@@ -10,7 +10,7 @@ import pytest
 from toy import toy_config, toy_draft, toy_target
 
 from jsfdd.models.architecture import Rope
-from jsfdd.models.attention import attention, cached_view, empty_cache
+from jsfdd.models.attention import attention, cached_view, causal_view, empty_cache
 from jsfdd.models.counted import fold_counted
 from jsfdd.models.draft import EagleLayer, draft_config
 from jsfdd.models.layers import rope_frequencies, rope_table, rotate
@@ -55,6 +55,21 @@ def test_one_by_one_equals_whole(name):
         pieces.append(hidden)
     assert np.allclose(np.concatenate(pieces, axis=1), whole, atol=2e-5)
     assert np.abs(whole).max() > 0.1
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_prompt_read_whole_fills_the_cache_that_goes_on(name):
+    config, params = toy_target(**VARIANTS[name])
+    tokens, length = _tokens(), jnp.full(2, 8)
+
+    @jax.jit
+    def in_two_parts(tokens):
+        prompt, cache = decode(config, params, tokens[:, :8], causal_view(2, 8), empty_cache(config, 2, 16))
+        cache = cache._replace(length=length)
+        rest, _ = decode(config, params, tokens[:, 8:], cached_view(cache, 4), cache)
+        return jnp.concatenate([prompt, rest], axis=1)
+
+    assert np.allclose(in_two_parts(tokens), _hidden_states(config, params, tokens), atol=2e-5)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
