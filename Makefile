@@ -2,7 +2,7 @@
 #   make demo    the whole loop on a real 135M-parameter model, on CPU, in minutes
 #   make check   lint and the fast tests, in a minute: what to run while working
 #   make test    lint and all tests
-#   make aot     compile every stage for TPUs and read the programs; libtpu's wheel is 137 MB, and no TPU is needed
+#   make aot     compile every stage for TPUs and read the programs; takes libtpu's wheel (137 MB), and no TPU
 #   make fuzz    an hour of hostile files; FUZZ_SECONDS changes how long
 #   make mutants plant known faults and see that the tests find each
 #   make docs    the pages under docs/ and the reference from the docstrings, as a site in build/docs; broken links are errors
@@ -53,7 +53,7 @@ $(AOT)/.ready: $(READY)
 	$(PYTHON) -m venv $(AOT)
 	$(VENV)/bin/python -c 'import sysconfig; print("import site; site.addsitedir(\"" + sysconfig.get_path("purelib") + "\")")' \
 		> $$($(AOT)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/others.pth
-	$(AOT)/bin/python -m pip install --quiet --editable '.[tpu]'
+	$(AOT)/bin/python -m pip install --quiet "jax[tpu]==$$($(VENV)/bin/python -c 'import jax; print(jax.__version__)')"
 	touch $@
 
 clean:
