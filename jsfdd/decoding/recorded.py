@@ -26,7 +26,7 @@ from jsfdd.decoding.settings import DecodeSetup
 from jsfdd.decoding.state import DecodeParams, DecodeState, PromptBatch
 from jsfdd.decoding.tree import Path
 from jsfdd.decoding.verify import draw, fold_in_rows
-from jsfdd.models.attention import cached_view, empty_cache
+from jsfdd.models.attention import cached_view, causal_view, empty_cache
 from jsfdd.models.target import decode, final_state, head_logits
 from jsfdd.scoring.fast_scores import fast_token_scores
 from jsfdd.scoring.prompt_state import prompt_states
@@ -90,7 +90,7 @@ def record(
     (rows, width), longest = batch.tokens.shape, setup.max_new_tokens
     slots = setup.cache_slots(width) + len(tail)
     cache = empty_cache(setup.target, rows, slots, params.target["embed"]["embedding"].dtype)
-    prompt_hidden, cache = decode(setup.target, params.target, batch.tokens, cached_view(cache, width), cache, layers)
+    prompt_hidden, cache = decode(setup.target, params.target, batch.tokens, causal_view(rows, width), cache, layers)
     row, last = jnp.arange(rows), jnp.maximum(batch.lengths - 1, 0)
     final = final_state(setup.target, prompt_hidden)
     logits = head_logits(setup.target, params.target, final[row, last])
