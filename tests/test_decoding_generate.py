@@ -316,7 +316,7 @@ def test_a_bfloat16_target_is_decoded_in_bfloat16(kind):
     setup = _setup(config, *drafts, tree=tree)
     state = jax.eval_shape(functools.partial(generate_module.prefill, setup), params, toy_prompts(), GREEDY)
     assert {cache.k.dtype for cache in (state.target_cache, *state.draft_caches)} == {jnp.dtype("bfloat16")}
-    text = jax.jit(functools.partial(generate_module.generate, setup)).lower(params, toy_prompts(), GREEDY).as_text()
+    text = jax.jit(functools.partial(generate_module.decode_prompts, setup)).lower(params, toy_prompts(), GREEDY).as_text()
     products = re.findall(r"stablehlo\.dot_general .* : \((tensor<[^>]*>), (tensor<[^>]*>)\)", text)
     assert products and not [pair for pair in products if all(operand.endswith("xf32>") for operand in pair)]
 

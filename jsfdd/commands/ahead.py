@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 from jsfdd.base.mesh import map_over_devices
 from jsfdd.base.records import Batch, DraftBatch
 from jsfdd.data.batches import Shape
-from jsfdd.decoding.generate import generate, prepare_drafts
+from jsfdd.decoding.generate import decode_prompts, prepare_drafts
 from jsfdd.decoding.settings import DecodeSetup
 from jsfdd.decoding.state import DecodeParams, PromptBatch
 from jsfdd.hidden.capture import make_hidden_step
@@ -149,7 +149,7 @@ def lower_decode(setup: DecodeSetup, mesh: Mesh, shape: Shape) -> Lowered:
 
     def run(arguments, batch):
         params, temperature = arguments
-        return generate(setup, params, batch, temperature)
+        return decode_prompts(setup, params, batch, temperature)
 
     rows = shape.rows * mesh.shape["data"]
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
