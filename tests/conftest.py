@@ -34,7 +34,7 @@ os.environ.update(SETTINGS)
 
 # Bytes at which a worker forgets its programs, some 20 MB each. Until then files share what they compile: with 800 MB the
 # larger ones compiled their own programs anew, test after test. Two workers and what they start are to stay within 3 GB.
-LARGE = 1150e6
+LARGE = 1000e6
 # Files that need more than others; at the front they are all the first worker's, so no two of them run at a time.
 FIRST = ("test_decoding_smollm2", "test_base_processes", "test_devices", "test_models_sharding", "test_golden")
 
