@@ -108,11 +108,8 @@ def distance(case: Case, temperature: float) -> None:
         means.append(abs(mine.mean() / other.mean() - 1))
     states, scores = np.concatenate(states), np.concatenate(scores)
     dtype = case.target.params["embed"]["embedding"].dtype
-    print(
-        f"{dtype}, T = {temperature:g}: states {states.mean():.1e} on average, at most {states.max():.1e}; a token's flatness {scores.mean():.1e}, "
-        f"at most {scores.max():.1e}; a sample's {max(means):.1e}",
-        flush=True,
-    )
+    print(f"{dtype}, T = {temperature:g}: states {states.mean():.1e} on average, at most {states.max():.1e};", end=" ")
+    print(f"a token's flatness {scores.mean():.1e}, at most {scores.max():.1e}; a sample's {max(means):.1e}", flush=True)
 
 
 def main() -> None:
