@@ -66,7 +66,7 @@ if TYPE_CHECKING:
 EXAMPLES = """
 jsfdd respond --target smollm2 --data chats.jsonl --max-new-tokens 512 --out answers.jsonl
 jsfdd respond --target DIR --data chats/ --temperature 0.7 --out answers.jsonl --dry-run
-jsfdd respond --target DIR --data chats/ --turns first --keep-hidden flatness --within cluster --out own/answers.jsonl
+jsfdd respond --target DIR --data chats/ --turns first --keep-hidden flatness --out own/a.jsonl
 """
 
 
