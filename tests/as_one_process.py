@@ -1,8 +1,12 @@
 """Every stage in turn, alone or as one of the processes of a run; started by test_base_processes.py."""
 
+import errno
+import time
 from pathlib import Path
 
 from jsfdd.base.processes import start
+
+LATE = 1.0  # seconds
 
 
 def every_stage(folder: Path, out: Path, *place) -> None:
@@ -45,3 +49,22 @@ def every_stage(folder: Path, out: Path, *place) -> None:
             batch_size=4,
         )  # fmt: skip
     )
+
+
+def every_stage_late(folder: Path, out: Path, coordinator: str, count: int, number: int) -> None:
+    """The same on a file system that shows a process the others' parts, shards and manifests late."""
+    names = {f"{name}-{other:05d}{end}" for other in range(count) for name, end in (("part", ".parquet"), ("shard", ".bin"))}
+    names |= {f"manifest-{other}.json" for other in range(1, count)}
+    own = {f"part-{number:05d}.parquet", f"shard-{number:05d}.bin", f"manifest-{number}.json"}
+    others = names - own if number == 0 else names - own | {"manifest.json"}
+    stat, glob = Path.stat, Path.glob
+
+    def late_stat(path, **options):
+        found = stat(path, **options)
+        if path.name in others and time.time() - found.st_ctime < LATE:
+            raise FileNotFoundError(errno.ENOENT, "not shown yet", str(path))
+        return found
+
+    Path.stat = late_stat
+    Path.glob = lambda path, pattern: (found for found in glob(path, pattern) if found.exists())
+    every_stage(folder, out, coordinator, count, number)

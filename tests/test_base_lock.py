@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -50,6 +51,17 @@ def test_a_second_process_is_refused_by_name_until_the_first_is_dead(tmp_path, h
     with sole_writer(tmp_path):  # at once: the system took the lock back, and the dead one was of this host
         assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
     assert not list(tmp_path.iterdir())
+
+
+def test_the_lock_of_what_is_moved_into_place_has_one_name_before_and_after(tmp_path):
+    out = tmp_path / "draft"
+    with sole_writer(out, moved=True):
+        assert (tmp_path / ".draft.lock").exists()
+        out.mkdir()
+    _pretend(tmp_path / ".draft.lock", host=socket.gethostname(), pid=1)  # of a process that was killed just then
+    with sole_writer(out, moved=True):
+        pass
+    assert list(tmp_path.iterdir()) == [out] and not list(out.iterdir())
 
 
 def test_a_stage_of_a_run_may_lock_what_the_run_has_locked(tmp_path):

@@ -1,15 +1,17 @@
 """Two real processes on this machine as one run: the same results as one, clear ends, and a restart that completes."""
 
 import json
+import threading
 import time
 
 import jax
 import numpy as np
 import pytest
-from as_one_process import every_stage
+from as_one_process import every_stage, every_stage_late
 from children import LIMIT, Child, begin_command, command, finish, free_port
 from toy import write_chats, write_prompts, write_target
 
+from jsfdd.base import processes
 from jsfdd.base.processes import start
 from jsfdd.scoring.table import read_scores
 from jsfdd.weights.draft import load_draft
@@ -38,9 +40,10 @@ def assert_same_draft(found, expected):
 
 
 def test_every_stage_in_two_processes(inputs, alone, tmp_path):
-    """Scores to the bit, the same selection, the same draft but for rounding, the same answers."""
+    """Scores to the bit, the same selection, the same draft but for rounding, the same answers; and that though the file
+    system shows the one what the other wrote a second late."""
     coordinator = f"127.0.0.1:{free_port()}"
-    ends = finish([Child(every_stage, inputs, tmp_path, coordinator, 2, i, devices=2) for i in range(2)])
+    ends = finish([Child(every_stage_late, inputs, tmp_path, coordinator, 2, i, devices=2) for i in range(2)])
     assert [code for code, _, _ in ends] == [0, 0], ends[0][2][-2000:] + ends[1][2][-2000:]
 
     found, expected = read_scores(tmp_path / "scores.parquet"), read_scores(alone / "scores.parquet")
@@ -75,20 +78,70 @@ def train_arguments(inputs, alone, out):
 @pytest.mark.parametrize("killed", [0, 1])
 def test_when_one_is_killed_the_other_says_so_and_a_restart_completes(inputs, alone, tmp_path, killed):
     """Killed once hidden states are being stored or steps taken; the restart is one process, and ends the same."""
-    processes = begin_command(*train_arguments(inputs, alone, tmp_path / "draft"))
+    both = begin_command(*train_arguments(inputs, alone, tmp_path / "draft"))
     until = time.monotonic() + LIMIT
     while not (tmp_path / "draft" / "hidden" / "manifest.json").exists():
-        assert processes[killed].running and time.monotonic() < until, processes[killed].finish()[2][-2000:]
+        assert both[killed].running and time.monotonic() < until, both[killed].finish()[2][-2000:]
         time.sleep(0.01)
-    processes[killed].kill()
-    code, _, errors = finish(processes)[1 - killed]
-    assert code != 0
+    both[killed].kill()
+    start = time.monotonic()
+    code, _, errors = finish(both)[1 - killed]
+    assert code != 0 and time.monotonic() - start < 2 * processes._HEARTBEAT
     # Of the second process the first's end is told by JAX itself, which then ends it.
     words = ("all of them again with the same command", "JAX distributed service detected fatal errors")
     assert any(text in errors for text in words), errors[-2000:]
     code, _, errors = command(*train_arguments(inputs, alone, tmp_path / "draft")).finish()
     assert code == 0, errors[-2000:]
     assert_same_draft(tmp_path / "draft", alone / "draft")
+
+
+def test_when_one_finds_the_disk_full_both_end_and_a_restart_completes(inputs, alone, tmp_path):
+    parts = tmp_path / "scores.parts"
+    parts.mkdir()
+    (parts / "part-00001.parquet.tmp").symlink_to("/dev/full")
+    arguments = [
+        "score",
+        "--target",
+        inputs / "target",
+        "--data",
+        inputs / "chats.jsonl",
+        "--max-length",
+        128,
+        "--batch-tokens",
+        256,
+    ]
+    ends = finish(begin_command(*arguments, "--out", tmp_path))
+    assert ends[1][0] == 2 and "part-00001.parquet: no space left on device" in ends[1][2], ends[1][2][-2000:]
+    assert ends[0][0] == 3 and "all of them again with the same command" in ends[0][2], ends[0][2][-2000:]
+    code, _, errors = command(*arguments, "--out", tmp_path).finish()
+    assert code == 0, errors[-2000:]
+    found, expected = read_scores(tmp_path / "scores.parquet"), read_scores(alone / "scores.parquet")
+    assert found.ids == expected.ids
+    np.testing.assert_array_equal(found["flatness"], expected["flatness"])
+
+
+def test_a_file_of_another_process_is_waited_for_until_it_is_whole_and_named_if_it_does_not_come(tmp_path, monkeypatch):
+    path = tmp_path / "part-00001.parquet"
+    path.write_bytes(b"whole")
+    written = {str(path): processes._mark(path)}
+
+    def wait():
+        gathered = iter([lambda own: [own, written], lambda missing: [missing, None]])
+        monkeypatch.setattr(processes, "_gather_json", lambda value: next(gathered)(value))
+        processes.wait_until_seen([])
+
+    monkeypatch.setattr(processes, "several", lambda: True)
+    monkeypatch.setattr(processes, "_UNSEEN", 0.2)
+    wait()
+    for part in (b"who", b"older"):
+        path.write_bytes(part)
+        with pytest.raises(ValueError, match="part-00001.parquet: process 0 does not see this file.*the same command"):
+            wait()
+    path.unlink()
+    monkeypatch.setattr(processes, "_UNSEEN", 60.0)
+    threading.Timer(0.3, path.write_bytes, [b"whole"]).start()
+    wait()
+    assert path.read_bytes() == b"whole"
 
 
 def test_processes_with_other_data_or_options_all_end_with_the_reason(inputs, tmp_path):

@@ -4,6 +4,7 @@ import dataclasses
 import fcntl
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import jax
 import numpy as np
@@ -27,6 +28,7 @@ from jsfdd.hidden import capture
 from jsfdd.scoring.table import read_scores
 from jsfdd.selection.sfdd import read_selection, write_selection
 from jsfdd.training.journal import METRICS, read_lines
+from jsfdd.weights import huggingface
 from jsfdd.weights.draft import load_draft
 
 pytestmark = pytest.mark.slow
@@ -255,6 +257,34 @@ def test_changed_options_or_inputs_are_refused_by_name(inputs, finished):
         file.write("\n")
     with pytest.raises(ValueError, match="chats.jsonl: found"):
         run.run_stages(config)
+
+
+def test_other_options_are_refused_before_the_weights_are_read(inputs, tmp_path, monkeypatch):
+    """By dry runs too, which otherwise would say that the real one continues."""
+    monkeypatch.setattr(huggingface, "read_params", read := Mock(wraps=huggingface.read_params))
+    shared = dict(target=inputs[0], max_length=128)
+    score_config = from_options(ScoreConfig, **shared, data=(inputs[1],), batch_tokens=512, out=tmp_path / "scored")
+    score.score(score_config)
+    train_config = from_options(TrainConfig, **shared, data=(inputs[1],), epochs=1, batch_tokens=512, out=tmp_path / "draft")
+    _train(train_config)
+    evaluation = dict(prompts=(inputs[2],), draft=(tmp_path / "draft",), max_new_tokens=4, num_draft_tokens=2)
+    evaluate_config = from_options(EvaluateConfig, target=inputs[0], **evaluation, out=tmp_path / "draft")
+    evaluate.evaluate(evaluate_config)
+    read.reset_mock()
+    for command, config, changed, message in (
+        (score, score_config, dict(batch_tokens=256), "scores of another run .batch_tokens: found 512, expected 256"),
+        (score, score_config, dict(per_token=True), "scores of another run .per_token"),
+        (train, train_config, dict(epochs=2), "other inputs or options .options.epochs: found 1, expected 2"),
+        (train, train_config, dict(hidden_dtype="float32"), "other inputs or options .hidden_dtype"),
+        (evaluate, evaluate_config, dict(max_new_tokens=5), r"report.json: a report of other options .max_new_tokens: found 4"),
+    ):
+        assert "continue in" in _described(command, config).words or command is evaluate
+        with pytest.raises(ValueError, match=f"{message}.*choose another --out"):
+            command.prepare(_replaced(config, **changed))
+    for out, held in ((tmp_path / "draft", "checkpoints"), (tmp_path / "scored", "scores.parts")):
+        with pytest.raises(ValueError, match=f"holds the {held} of another command"):
+            run.prepare(_run_config(inputs, out))
+    read.assert_not_called()
 
 
 def test_a_new_file_in_a_directory_of_data_is_noticed(inputs, tmp_path):

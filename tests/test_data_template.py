@@ -3,6 +3,8 @@
 The chat templates below behave like the published ones of their families in what they trim, fold, add and drop.
 """
 
+import resource
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -266,6 +268,58 @@ def test_an_error_of_a_template_is_a_refusal(template):
     tokenizer.chat_template = template
     with pytest.raises(render_module.RefusedByTemplate):
         render_module.render(tokenizer, [{"role": "user", "content": "Q"}])
+
+
+_LOOP = "{{% set n = namespace(x={start}) %}}{{% for i in range(99) %}}{{% set n.x = {step} %}}{{% endfor %}}{{{{ n.x }}}}"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% set x = 'a' * 10**9 %}",  # Jinja computes constants while it compiles
+        "{{ messages[0].content * 10**9 }}",
+        _LOOP.format(start="'ab'", step="n.x + n.x"),
+        _LOOP.format(start="'ab'", step="n.x ~ n.x ~ n.x"),
+        _LOOP.format(start="'ab'", step="n.x | replace('a', n.x)"),
+        _LOOP.format(start="[1]", step="n.x + n.x"),
+        _LOOP.format(start="[1]", step="[n.x, n.x]"),  # small, until it is written out
+        "{{ range(99999) | join('a' * 9999) }}",
+        "{{ '%999999999d' | format(1) }}",
+        "{{ '{:>999999999}'.format(1) }}",
+        "{{ 'a' | center(10**9) }}",
+        "{{ 'a'.ljust(10**9) }}",
+        "{{ '\t'.expandtabs(10**9) }}",
+        "{{ [1, [2]] | tojson(indent=10**9) }}",
+        "{{ (['a'] | batch(10**9, 'a') | list)[0] | length }}",
+        "{% set x = 'a' * 10**6 %}{% for i in range(99999) %}{{ x }}{% endfor %}",
+        "{% set x = 'a' * 10**6 %}{% set y %}{% for i in range(99999) %}{{ x }}{% endfor %}{% endset %}{{ y | length }}",
+    ],
+)
+def test_a_template_that_takes_much_memory_ends_the_command(monkeypatch, template):
+    monkeypatch.setattr(render_module, "_MEMORY", 1 << 24)
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    tokenizer = byte_level(QWEN3)
+    tokenizer.name_or_path, tokenizer.chat_template = "org/target", template
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(render_module.BoundlessTemplate, match="org/target: its chat template takes more than .* memory"):
+        tokenize_chats([chat(["hi", "hello"])], tokenizer, 99)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 100 << 10
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ 9 ** (9 ** 9) }}",  # one step of C code
+    ],
+)
+def test_a_template_that_takes_long_ends_the_command(monkeypatch, template):
+    monkeypatch.setattr(render_module, "_SECONDS", 0.2)
+    tokenizer = byte_level(QWEN3)
+    tokenizer.chat_template = template
+    with pytest.raises(render_module.BoundlessTemplate, match="the target's tokenizer: its chat template takes more than 0 s"):
+        tokenize_chats([chat(["hi", "hello"])], tokenizer, 99)
 
 
 def test_an_error_of_ours_is_none(monkeypatch):

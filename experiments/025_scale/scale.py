@@ -1,4 +1,4 @@
-"""What grows with the number of rows: scores on disk, selection, the best k so far, a store from which samples are dropped.
+"""What grows with the number of rows: reading chats, scores on disk, selection, the best k so far, a store that samples leave.
 
 Each measurement is a process of its own, so its memory is its own: seconds, and the resident bytes it adds at its peak.
 """
@@ -6,6 +6,7 @@ Each measurement is a process of its own, so its memory is its own: seconds, and
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import resource
 import tempfile
@@ -15,16 +16,26 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.results import write_results
+from experiments.results import read_results, write_results
 from jsfdd.base.records import Sample
+from jsfdd.data.tokenized import read_samples, usable_processes
 from jsfdd.hidden.best_k import BestK
 from jsfdd.hidden.writer import HiddenWriter, moderate_shard_bytes
 from jsfdd.scoring.metrics import column_names
 from jsfdd.scoring.table import ScoreTable, read_scores, write_scores
 from jsfdd.selection.mixture import mixture
 from jsfdd.selection.sfdd import read_selection, select, write_selection
+from jsfdd.weights.target import describe_target
 
-LARGEST = {"drop": 10**6, "mixture": 10**6, "best k": 10**6, "select in 10 sources": 10**7, "select in as many sources": 10**6}
+LARGEST = {
+    "read and tokenize": 10**6,
+    "drop": 10**6,
+    "mixture": 10**6,
+    "best k": 10**6,
+    "select in 10 sources": 10**7,
+    "select in as many sources": 10**6,
+}
+WORDS = ("water", "the", "river", "a", "runs", "under", "bridge", "seven", "and", "slowly", "light", "of", "evening", "stone")
 
 
 def table_of(rows: int, sources: int = 10) -> ScoreTable:
@@ -36,6 +47,24 @@ def table_of(rows: int, sources: int = 10) -> ScoreTable:
         metrics={name: rng.random(rows) for name in column_names()},
         identity={},
     )
+
+
+def prepare_chats(rows: int, folder: Path) -> None:
+    """Chats of a question and an answer of 10 to 89 words."""
+    rng = np.random.default_rng(0)
+    with (folder / "chats.jsonl").open("w") as file:
+        for i, length in enumerate(rng.integers(10, 90, rows).tolist()):
+            text = " ".join(WORDS[word] for word in rng.integers(0, len(WORDS), length))
+            messages = [{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": f"{text}."}]
+            file.write(json.dumps({"messages": messages}) + "\n")
+
+
+def read_and_tokenize(_: int, folder: Path) -> dict:
+    """What `jsfdd score` does first, with SmolLM2's tokenizer, on all cores."""
+    tokenizer = describe_target("smollm2").tokenizer
+    chats = read_samples([folder / "chats.jsonl"], tokenizer, 2048, processes=usable_processes())
+    helpers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024
+    return {"tokens": int(chats.samples.lengths.sum()), "megabytes_of_the_largest_helper": helpers}
 
 
 def select_command(rows: int, folder: Path) -> None:
@@ -78,6 +107,7 @@ def mix(rows: int, _: Path) -> None:
 
 
 MEASURED: dict[str, tuple[Callable | None, Callable]] = {
+    "read and tokenize": (prepare_chats, read_and_tokenize),
     "write scores": (None, prepare_scores),
     "select": (prepare_scores, select_command),
     "select in 10 sources": (prepare_scores, lambda rows, folder: select_from(folder, "source")),
@@ -98,9 +128,9 @@ def _prepare(name: str, rows: int, folder: Path) -> None:
 
 def _measure(name: str, rows: int, folder: Path, answer) -> None:
     memory_before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-    MEASURED[name][1](rows, folder)
+    more = MEASURED[name][1](rows, folder) or {}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    answer.send({"seconds": round(time.perf_counter() - start, 3), "megabytes": round((peak - memory_before) / 1024)})
+    answer.send({"seconds": round(time.perf_counter() - start, 3), "megabytes": round((peak - memory_before) / 1024)} | more)
 
 
 def measure(name: str, rows: int) -> dict:
@@ -122,10 +152,11 @@ def measure(name: str, rows: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", nargs="+", type=int, required=True)
+    parser.add_argument("--only", nargs="+", choices=MEASURED, default=list(MEASURED))
     parser.add_argument("--results", type=Path)
     options = parser.parse_args()
-    results: dict = {}
-    for name in MEASURED:
+    results: dict = read_results(options.results).get("scale", {}) if options.results else {}
+    for name in options.only:
         for rows in options.rows:
             if rows <= LARGEST.get(name, rows):
                 results.setdefault(name, {})[str(rows)] = measure(name, rows)

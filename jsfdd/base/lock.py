@@ -3,9 +3,10 @@
     with sole_writer(out):
         …                       # meanwhile a second process gets a ValueError that names host and process
 
-The lock is `flock` on OUT/.lock if OUT is a directory, or on .NAME.lock beside a file. The lock file names the holder, and is
-deleted at the end. Some file systems do not share locks between hosts, or have none. So the holder also touches the file every
-few seconds, and a process on another host watches for that before it takes over.
+The lock is `flock` on OUT/.lock if OUT is a directory, or on .NAME.lock beside a file, or beside a directory that is moved into
+place. The lock file names the holder, and is deleted at the end. Some file systems do not share locks between hosts, or have
+none. So the holder also touches the file every few seconds, and a process on another host watches for that before it takes
+over.
 """
 
 from __future__ import annotations
@@ -31,15 +32,20 @@ _held: set[Path] = set()  # locks of this process: a run locks its directory, an
 
 
 @contextmanager
-def sole_writer(out: Path) -> Iterator[None]:
+def sole_writer(out: Path, *, moved: bool = False) -> Iterator[None]:
     """Hold the lock on `out`, a directory or a file to be written, whose directory must exist.
 
     Several processes of one run call this together, and process 0 holds the lock for all of them.
 
+    Args:
+      out: what is written.
+      moved: whether `out` is a directory that appears whole, at the end. Its lock then stays beside it: were it to depend on
+        whether `out` is there, the lock file of a killed process would never be found again.
+
     Raises:
       ValueError: another process holds it; names its host and number.
     """
-    path = (out / ".lock" if out.is_dir() else out.with_name(f".{out.name}.lock")).absolute()
+    path = (out / ".lock" if out.is_dir() and not moved else out.with_name(f".{out.name}.lock")).absolute()
     if path in _held:
         yield
         return

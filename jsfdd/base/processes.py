@@ -8,6 +8,7 @@ mounted bucket, one machine).
     agree({"options": …, "data": …})                                       # ValueError on all if one differs
     if is_primary(): …write…
     wait_for_all("scores merged")
+    wait_until_seen([path])                                                # the same, and every process sees the file
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -26,6 +29,8 @@ AUTO = "auto"
 _HEARTBEAT = 60  # seconds of silence after which a process counts as dead and the others end
 _SHUTDOWN = 60  # seconds to wait for the others at a normal end
 _START = 300  # seconds to wait for the others at the start
+_UNSEEN = 60.0  # seconds after which a file that another process wrote counts as lost; NFS shows some that late
+_WHOLE = 1 << 20  # bytes of a file up to which its contents are compared, not its size alone
 
 
 def start(coordinator: str | None, num_processes: int | None = None, process_id: int | None = None) -> None:
@@ -116,17 +121,68 @@ def agree_on_directory(directory: Path) -> None:
     name = directory / f".seen-by-all-{bytes(np.asarray(token, np.uint8)).hex()}"
     if is_primary():
         name.touch()
-    wait_for_all("directory made")
-    os.listdir(directory)  # makes NFS refresh its cache
-    seen = _gather(np.array([name.exists()]))[:, 0]
+    blind = _who_lacks({name: _mark(name)} if is_primary() else {})
     if is_primary():
         name.unlink()
-    if not seen.all():
-        blind = np.flatnonzero(~seen).tolist()
+    if blind:
         raise ValueError(
             f"{directory}: process {', '.join(map(str, blind))} does not see what process 0 writes there; give an --out "
             "on a file system that all of them share"
         )
+
+
+def wait_until_seen(written: Iterable[Path]) -> None:
+    """Wait for all processes, and until each of them sees what any of them has written.
+
+    A shared file system may show a new file late, or an old one in its place.
+
+    Args:
+      written: the files that this process has written and that nobody changes meanwhile.
+
+    Raises:
+      ValueError: in every process, if one does not see a file within a minute; names the file.
+    """
+    if not several():
+        return
+    marks = {path: _mark(path) for path in written}
+    blind = _who_lacks(marks)
+    for process, path in blind.items():
+        raise ValueError(
+            f"{path}: process {process} does not see this file, which another process has written, after {_UNSEEN:.0f} s; give "
+            "an --out on a file system that all of them share, and start all of them again with the same command"
+        )
+
+
+def _who_lacks(marks: dict[Path, str]) -> dict[int, str]:
+    """The processes that do not see the files of all processes in time, and a file that each lacks."""
+    missing: dict[str, str] = {}
+    for known in _gather_json({str(path): mark for path, mark in marks.items()}):
+        missing |= known
+    until = time.monotonic() + _UNSEEN
+    while missing := {path: mark for path, mark in missing.items() if _mark(Path(path)) != mark}:
+        if time.monotonic() > until:
+            break
+        time.sleep(0.05)
+    return {process: path for process, path in enumerate(_gather_json(min(missing, default=None))) if path is not None}
+
+
+def _mark(path: Path) -> str:
+    """What tells a whole file from none, a part of it or an older one; empty if there is none."""
+    try:
+        os.listdir(path.parent)  # makes NFS refresh its cache
+        size = path.stat().st_size
+        return f"{size} {hashlib.sha256(path.read_bytes()).hexdigest() if size <= _WHOLE else ''}"
+    except FileNotFoundError:
+        return ""
+
+
+def _gather_json(value) -> list:
+    """A JSON-ready value from every process."""
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = _gather(np.array([len(data)]))[:, 0]
+    padded = np.zeros(sizes.max(), np.uint8)
+    padded[: len(data)] = data
+    return [json.loads(row[:size].tobytes()) for row, size in zip(_gather(padded), sizes)]
 
 
 def _gather(value: np.ndarray) -> np.ndarray:

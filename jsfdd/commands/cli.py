@@ -13,6 +13,7 @@ import errno
 import importlib
 import inspect
 import os
+import re
 import signal
 import sys
 import textwrap
@@ -38,6 +39,7 @@ _REMEDIES = {
     errno.EEXIST: "it is a file where a directory is to be; choose another --out",
     errno.ENOTDIR: "it is a file where a directory is to be; choose another --out",
 }
+_STATUS = re.compile(r"(ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION|INTERNAL|UNAVAILABLE|UNKNOWN): ")  # of JAX
 _BROKEN_PIPE = 141  # 128 + SIGPIPE, as shells report it
 
 # `jsfdd X` is commands/x.py with XConfig, EXAMPLES, prepare, run and describe.
@@ -109,20 +111,18 @@ def _answer(arguments: Sequence[str] | None) -> int:
                 return 0
             case [name, *rest]:
                 return _run(name, parse(name, command(name), rest))
-    except _INPUT_ERRORS as error:
-        if os.environ.get("JSFDD_TRACEBACK"):
+    except (*_INPUT_ERRORS, RuntimeError) as error:
+        if _is_distributed(error):
+            print(
+                f"jsfdd: error: a step that needs all processes failed ({str(error).splitlines()[0]}). If another process has "
+                "ended, its message says why. Start all of them again with the same command, which continues",
+                file=sys.stderr,
+            )
+            return _leave(3)
+        if isinstance(error, RuntimeError) or os.environ.get("JSFDD_TRACEBACK"):
             raise
         print(f"jsfdd: error: {_words(error)}", file=sys.stderr)
         return _leave(2)
-    except RuntimeError as error:
-        if not _is_distributed(error):
-            raise
-        print(
-            f"jsfdd: error: a step that needs all processes failed ({str(error).splitlines()[0]}). If another process has "
-            "ended, its message says why. Start all of them again with the same command, which continues",
-            file=sys.stderr,
-        )
-        return _leave(3)
     except KeyboardInterrupt as error:
         ended = error if isinstance(error, interrupts.Interrupted) else interrupts.Interrupted(signal.SIGINT)
         print(f"jsfdd: {ended.words}", file=sys.stderr)
@@ -154,11 +154,12 @@ def _words(error: BaseException) -> str:
     return shortened(printable(text))
 
 
-def _is_distributed(error: RuntimeError) -> bool:
-    """Whether JAX raised the error in a run of several processes."""
-    import jax
-
-    return isinstance(error, jax.errors.JaxRuntimeError) and jax.distributed.is_initialized()
+def _is_distributed(error: Exception) -> bool:
+    """Whether JAX raised the error in a run of several processes. Where an array is read, JAX raises it as a ValueError."""
+    jax = sys.modules.get("jax")
+    if jax is None or not jax.distributed.is_initialized():
+        return False
+    return isinstance(error, jax.errors.JaxRuntimeError) or bool(_STATUS.match(str(error)))
 
 
 def _leave(code: int) -> int:

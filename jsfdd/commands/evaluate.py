@@ -79,6 +79,8 @@ def prepare(config: EvaluateConfig) -> Prepared:
     prompts = read_prompts(config.prompts)
     target = describe_target(config.model)
     teams = measured_teams(config.drafts, target.config.num_layers)
+    for name in teams:
+        _check_no_other_report(config, config.out / name if len(teams) > 1 else config.out)
     for team in teams.values():
         for name, draft in team.drafts.items():
             check_draft(target, draft.config, name)
@@ -156,6 +158,18 @@ def _evaluate(config: EvaluateConfig, prepared: Prepared) -> dict[str, dict]:
             write_json(config.out / "differences.json", compare(reports, config.seed))
     wait_for_all("reports written")
     return reports
+
+
+def _check_no_other_report(config: EvaluateConfig, out: Path) -> None:
+    """Raise ValueError if there is a report of other options, which this one would replace."""
+    from jsfdd.base.files import differences, plain, read_json
+
+    path = out / "report.json"
+    if not path.exists():
+        return
+    saved, present = ({**values, "out": None} for values in (read_json(path, dict).get("config", {}), plain(to_json(config))))
+    if changed := differences(saved, present):
+        raise ValueError(f"{path}: a report of other options ({changed}); choose another --out, or delete it")
 
 
 def measured_teams(options: DraftOptions, num_layers: int) -> dict[str, Team]:

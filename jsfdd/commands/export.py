@@ -86,7 +86,7 @@ def export(config: ExportConfig, prepared: Prepared | None = None) -> None:
     draft, serving, provenance = prepared or prepare(config)
     flavour, dtype = config.export.flavour, config.export.export_dtype
     config.out.parent.mkdir(parents=True, exist_ok=True)
-    with sole_writer(config.out):
+    with sole_writer(config.out, moved=True):
         write_draft(config.out, draft.config, draft.params, flavour, dtype=dtype, serving=serving, provenance=provenance)
 
 

@@ -96,19 +96,28 @@ def longest_sample(target: Target, max_length: int) -> int:
 def load(config, inputs: Inputs | None = None, target: Target | None = None) -> Loaded:
     """Load the target's weights, and read the inputs that `config.model` and `config.chats` name, unless they are given."""
     from jsfdd.base.processes import agree
-    from jsfdd.base.records import samples_digest, tokens_digest
+    from jsfdd.base.records import samples_digest
 
     inputs = inputs or read_inputs(config.model, config.chats)
     target = target or load_weights(config.model, inputs.mesh)
-    length = longest_sample(target, config.chats.max_length)
-    identity = identity_of(target, config.chats.data, length, target_dtype(config.model))
+    identity = {"target": target.fingerprint} | known_identity(config, inputs)
+    agree({"the options": to_json(config), "the tokenized chats": samples_digest(inputs.samples), **identity})
+    return Loaded(*inputs._replace(target=target), identity)
+
+
+def known_identity(config, inputs: Inputs) -> dict:
+    """`Loaded.identity` without the target's weights, which need not be loaded for it."""
+    from jsfdd.base.records import tokens_digest
+
+    length = longest_sample(inputs.target, config.chats.max_length)
+    identity = identity_of(inputs.target, config.chats.data, length, target_dtype(config.model))
+    del identity["target"]
     # Results depend on the tokens, not on the template's text: different templates may write the same tokens.
     del identity["template"]
     identity["tokens"] = tokens_digest(inputs.samples)
-    if "strftime_now" in target.tokenizer.chat_template:
+    if "strftime_now" in inputs.target.tokenizer.chat_template:
         identity["date"] = config.model.date
-    agree({"the options": to_json(config), "the tokenized chats": samples_digest(inputs.samples), **identity})
-    return Loaded(*inputs._replace(target=target), identity)
+    return identity
 
 
 def load_weights(model: ModelOptions, mesh: Mesh | None = None) -> Target:

@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from jsfdd.base.records import Prompt, Sample
     from jsfdd.selection.sfdd import Selection
 
+_OF_STAGES = ("checkpoints", "metrics.jsonl", "report.json", "scores.parts", "scores.parquet", "selection.json")
+
 EXAMPLES = """
 jsfdd run --target smollm2 --data chats.jsonl --prompts prompts.jsonl --out run --dry-run
 jsfdd run --target smollm2 --data chats.jsonl --prompts prompts.jsonl --arms full --out run
@@ -325,6 +327,8 @@ def check_claim(config: RunConfig) -> dict:
     path = config.out / "run.json"
     if path.exists() and (changed := differences(read_json(path), claim)):
         raise ValueError(f"{config.out} holds another run ({changed}); choose another --out")
+    if not path.exists() and (found := [name for name in _OF_STAGES if (config.out / name).exists()]):
+        raise ValueError(f"{config.out} holds the {found[0]} of another command, and no run; choose another --out")
     return claim
 
 

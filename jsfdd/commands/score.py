@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from jsfdd.commands.inputs import Inputs, Loaded, load, read_inputs
+from jsfdd.commands.inputs import Inputs, Loaded, known_identity, load, read_inputs
 from jsfdd.commands.options import (
     ChatOptions,
     Flag,
@@ -88,10 +88,15 @@ class ScoreConfig:
 
 
 def prepare(config: ScoreConfig) -> Inputs:
+    from jsfdd.scoring.parts import check_parts
+
     if not config.keep_hidden:
         check_only_with_keep_hidden(config, ("retain_ratio", "within", "held_out_share", "hidden_dtype", "draft_kind"))
     inputs = read_inputs(config.model, config.chats)
     layers_kept(config, inputs.target.config)
+    if (parts := config.out / "scores.parts").exists():
+        options = {"batch_tokens": config.chats.batch_tokens, "per_token": config.per_token}
+        check_parts(parts, known_identity(config, inputs) | options)
     return inputs
 
 

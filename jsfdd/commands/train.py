@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import tyro
 
-from jsfdd.commands.inputs import Inputs, Loaded, identity_of, load, longest_sample, read_inputs, target_dtype, template_digest
+from jsfdd.commands.inputs import Inputs, Loaded, known_identity, load, read_inputs, target_dtype, template_digest
 from jsfdd.commands.options import (
     ChatOptions,
     Flag,
@@ -121,10 +121,10 @@ class Prepared(NamedTuple):
 
 
 def prepare(config: TrainConfig) -> Prepared:
-    from jsfdd.base.records import tokens_digest
     from jsfdd.data.chat import read_prompts
     from jsfdd.selection.sfdd import check_inputs, read_selection
     from jsfdd.training.draft_shape import draft_of
+    from jsfdd.weights.checkpoint import check_run
     from jsfdd.weights.draft import check_draft, load_draft
 
     if config.probe_prompts:
@@ -134,15 +134,15 @@ def prepare(config: TrainConfig) -> Prepared:
     kept, held_out = training_sides(inputs.samples, selection, config.recipe, config.mixture, config.seed)
     if config.token_scores is not None:
         _token_weights(config, kept)  # fails if the scores are missing or of other samples
-    if selection is not None:  # the weights are compared when they are there
-        length = longest_sample(inputs.target, config.chats.max_length)
-        present = identity_of(inputs.target, config.chats.data, length, target_dtype(config.model))
-        del present["target"]
-        check_inputs(selection, present | {"tokens": tokens_digest(inputs.samples)}, config.selection)
+    # The weights are compared when they are there.
+    if selection is not None:
+        check_inputs(selection, known_identity(config, inputs), config.selection)
     init = None
     if config.init is not None:
         init = load_draft(config.init, inputs.target.config.num_layers)
         check_draft(inputs.target, init.config, str(config.init))
+    if (config.out / "checkpoints").exists():
+        check_run(config.out, _known_run(config, inputs, kept, held_out, init))
     # Fails if the draft cannot be of this target, or not from --init.
     draft = draft_of(inputs.target.config, config.recipe, kept, init and init.config)
     if config.hidden_from is not None:
@@ -241,10 +241,7 @@ def _train(
         seed=config.seed,
         draft=draft,
         init=init,
-        identity=loaded.identity
-        | {"hidden_dtype": config.hidden.hidden_dtype, "template": template_digest(loaded.target)}
-        | _mixture_identity(config, kept)
-        | _probe_identity(config),
+        identity=loaded.identity | _more_identity(config, loaded.target, kept),
         shapes=loaded.shapes,
         probe=_make_probe(config, loaded, draft) if config.probe_prompts else None,
         probe_every=config.recipe.save_every,
@@ -312,6 +309,31 @@ def _make_probe(config: TrainConfig, loaded: Loaded, draft: DraftConfig) -> Prob
     return make_probe(
         loaded.target, draft, prompts, loaded.mesh, num_draft_tokens=_PROBE_DEPTH, max_new_tokens=_PROBE_NEW_TOKENS
     )
+
+
+def _known_run(
+    config: TrainConfig, inputs: Inputs, kept: Sequence[Sample], held_out: Sequence[Sample], init: Draft | None
+) -> dict:
+    """The part of the run's identity that is known before the weights are read; None for what this run has not."""
+    from jsfdd.base.records import samples_digest
+    from jsfdd.models.draft import params_digest
+
+    return known_identity(config, inputs) | {
+        "options": dataclasses.asdict(_recipe(config)) | {"seed": config.seed},
+        "samples": samples_digest(kept),
+        "held_out": samples_digest(held_out),
+        "init": init and params_digest(init.params),
+        "patience": config.patience,
+        "mix": None,
+        "probe": None,
+        **_more_identity(config, inputs.target, kept),
+    }
+
+
+def _more_identity(config: TrainConfig, target: Target, kept: Sequence[Sample]) -> dict:
+    """What a run depends on, besides what every stage does and what `training.train` sees."""
+    own = {"hidden_dtype": config.hidden.hidden_dtype, "template": template_digest(target)}
+    return own | _mixture_identity(config, kept) | _probe_identity(config)
 
 
 def _mixture_identity(config: TrainConfig, kept: Sequence[Sample]) -> dict:

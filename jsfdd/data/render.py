@@ -1,34 +1,55 @@
 """Render a conversation with a tokenizer's chat template.
 
-Templates come with checkpoints, so they are foreign programs. They run in transformers' sandbox, with a time limit, and any
-error in one counts as a refusal of the conversation.
+Templates come with checkpoints, so they are foreign programs. They run in transformers' sandbox, with limits of time and of
+memory. An error in one counts as a refusal of the conversation. One that exceeds a limit ends the command: it would do so
+again at the next conversation.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import signal
-import threading
 from collections.abc import Iterator, Sequence
 
 import jinja2
 import jinja2.ext
 
+from jsfdd.base.limits import limited
 from jsfdd.data.messages import Message
 
 _SECONDS = 10.0  # a real conversation renders in milliseconds
+_MEMORY = 1 << 30
 _LONGEST = 64 << 20  # characters
 # What a template can raise: its own errors, and those of the expressions that its author wrote. Others are faults of ours.
 TEMPLATE_ERRORS = (
-    jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TimeoutError, TypeError,
-    ValueError,
+    jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError,
 )  # fmt: skip
 _SHOWN = 160  # characters of a template's complaint, which may quote a message
 
 
 class RefusedByTemplate(ValueError):
     """The chat template refuses the conversation, usually because of the order of its roles."""
+
+
+class BoundlessTemplate(ValueError):
+    """The chat template takes more time or memory than any real one."""
+
+
+@contextlib.contextmanager
+def within_limits(name: str) -> Iterator[None]:
+    """Limits around whatever compiles or runs a chat template; `name` of its file or checkpoint.
+
+    Raises BoundlessTemplate, in the main thread (`base.limits`).
+    """
+    try:
+        with limited(_SECONDS, _MEMORY):
+            yield
+    except (TimeoutError, MemoryError) as error:
+        what = f"{_SECONDS:.0f} s" if isinstance(error, TimeoutError) else f"{_MEMORY >> 30} GB of memory"
+        raise BoundlessTemplate(
+            f"{name}: its chat template takes more than {what} for one conversation, as no sound one does; give another "
+            "with --chat-template FILE"
+        ) from None
 
 
 def check_tokenizer(tokenizer) -> None:
@@ -55,10 +76,10 @@ def render(tokenizer, messages: Sequence[Message], tools: Sequence[dict] = (), *
 
     Arguments of calls are objects; a template that joins them to text as they are gets them as JSON text.
 
-    Raises RefusedByTemplate for whatever the template raises, or where it takes too long.
+    Raises RefusedByTemplate for whatever the template raises, and BoundlessTemplate where it takes too much time or memory.
     """
     try:
-        with _limited(_SECONDS):
+        with within_limits(tokenizer.name_or_path or "the target's tokenizer"):
             try:
                 text = _apply(tokenizer, messages, tools, prompt)
             except TypeError:
@@ -66,6 +87,8 @@ def render(tokenizer, messages: Sequence[Message], tools: Sequence[dict] = (), *
                 if as_text == list(messages):
                     raise
                 text = _apply(tokenizer, as_text, tools, prompt)
+    except BoundlessTemplate:
+        raise
     except TEMPLATE_ERRORS as error:
         raise RefusedByTemplate(_short(error)) from error
     if len(text) > _LONGEST:
@@ -115,26 +138,6 @@ class _GenerationTag(jinja2.ext.Extension):
     def parse(self, parser):
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-@contextlib.contextmanager
-def _limited(seconds: float) -> Iterator[None]:
-    """TimeoutError in the block after so many seconds. Only a main thread can be interrupted so, and only one whose alarm
-    nobody else has set; elsewhere there is no limit."""
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGALRM) is not signal.SIG_DFL:
-        yield
-        return
-
-    def stop(*_):
-        raise TimeoutError(f"it takes longer than {seconds:.0f} s")
-
-    signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
 
 def _short(error: BaseException) -> str:

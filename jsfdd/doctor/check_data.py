@@ -19,7 +19,7 @@ from jsfdd.base.numbers import percent
 from jsfdd.base.records import Sample
 from jsfdd.data.chat import Chat
 from jsfdd.data.messages import Message, text_of_calls
-from jsfdd.data.render import TEMPLATE_ERRORS, with_text_arguments
+from jsfdd.data.render import TEMPLATE_ERRORS, BoundlessTemplate, with_text_arguments, within_limits
 from jsfdd.data.skipped import MEANINGS
 from jsfdd.data.template import TokenizeSummary
 from jsfdd.doctor.findings import Finding, spread_over
@@ -383,9 +383,12 @@ def _render(tokenizer, messages: Sequence[Message], tools: list[dict] | None, pr
     """
     for spelled in (list(messages), [with_text_arguments(message) for message in messages]):
         try:
-            return tokenizer.apply_chat_template(spelled, tools=tools, add_generation_prompt=prompt, return_dict=False)
+            with within_limits(tokenizer.name_or_path or "the target's tokenizer"):
+                return tokenizer.apply_chat_template(spelled, tools=tools, add_generation_prompt=prompt, return_dict=False)
         except TypeError:
             continue
+        except BoundlessTemplate:
+            raise
         except TEMPLATE_ERRORS:
             return None
     return None

@@ -25,7 +25,7 @@ from jaxtyping import Float
 
 from jsfdd.base.disk import writing
 from jsfdd.base.files import plain
-from jsfdd.base.processes import agree, is_primary, several, wait_for_all
+from jsfdd.base.processes import agree, is_primary, several, wait_until_seen
 from jsfdd.base.records import Sample
 from jsfdd.data.batches import choose_shapes, make_batches, pad_batch
 from jsfdd.hidden.rows import RowDtype, encode
@@ -110,7 +110,7 @@ class HiddenWriter:
             self._head["layers"] = list(layers)
         if is_primary():
             self._take_over()
-        wait_for_all("the store is ready")
+        wait_until_seen(self._written_as_one())
         merged = read_manifest(self._directory / MANIFEST)
         stored = {name for shard in merged["shards"] for name, _ in shard["samples"] if name is not None}
         agree({"the hidden states that an earlier call left": sorted(stored)})
@@ -181,10 +181,10 @@ class HiddenWriter:
         """Everything added, by any process, is then in the store. Waits for all processes."""
         self.save()
         if several():
-            wait_for_all("hidden states stored")
+            wait_until_seen(self._directory / name for name in (self._own_manifest, *(shard.file for shard in self._closed)))
             if is_primary():
                 self._take_over()
-            wait_for_all("hidden states put together")
+            wait_until_seen(self._written_as_one())
 
     def __enter__(self) -> HiddenWriter:
         return self
@@ -198,6 +198,13 @@ class HiddenWriter:
                 with contextlib.suppress(OSError):  # closing writes what is left, which fails again
                     self._stream.close()
                 self._aside.unlink(missing_ok=True)
+
+    def _written_as_one(self) -> list[Path]:
+        return [self._directory / MANIFEST] if is_primary() else []
+
+    @property
+    def _own_manifest(self) -> str:
+        return MANIFEST if is_primary() else f"manifest-{jax.process_index()}.json"
 
     @property
     def _aside(self) -> Path:
@@ -263,8 +270,7 @@ class HiddenWriter:
 
     def _write_own_manifest(self) -> None:
         shards = [{"file": shard.file, "sha256": shard.sha256, "samples": shard.samples} for shard in self._closed]
-        name = MANIFEST if is_primary() else f"manifest-{jax.process_index()}.json"
-        write_manifest(self._directory / name, {**self._head, "shards": shards})
+        write_manifest(self._directory / self._own_manifest, {**self._head, "shards": shards})
         self._unsaved = False
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import jax
 
-from jsfdd.base.files import differences
-from jsfdd.base.processes import agree, several, wait_for_all
+from jsfdd.base.files import differences, plain
+from jsfdd.base.processes import agree, several, wait_until_seen
 from jsfdd.base.records import Sample
 from jsfdd.scoring.table import ScoreTable, join, read_scores, write_part
 
@@ -70,7 +70,7 @@ class Parts:
         """The scores of all samples, in this order, once every batch was added. Several processes wait for the last of them."""
         self.save()
         if several():
-            wait_for_all("all batches scored")
+            wait_until_seen(_path(self._directory, number) for number in self._written)
             self._written = _read(self._directory, self._identity)
         return join([*self.tables, *self._fresh], ids)
 
@@ -82,8 +82,12 @@ class Parts:
         number = max(self._written, default=-1) + 1
         number += (jax.process_index() - number) % jax.process_count()
         self._written[number] = join(self._fresh, [name for table in self._fresh for name in table.ids])
-        write_part(self._directory / f"part-{number:05d}.parquet", self._written[number])
+        write_part(_path(self._directory, number), self._written[number])
         self._fresh, self._last_write = [], time.monotonic()
+
+
+def _path(directory: Path, number: int) -> Path:
+    return directory / f"part-{number:05d}.parquet"
 
 
 def _read(directory: Path, identity: dict) -> dict[int, ScoreTable]:
@@ -100,7 +104,25 @@ def _read_one(path: Path, identity: dict) -> ScoreTable | None:
     if not path.exists():
         return None
     part = read_scores(path, prompt_states=True)
-    different = differences(part.identity, identity)
-    if different:
-        raise ValueError(f"{path}: scores of another run ({different}); delete {path.parent} or choose another --out")
+    _check_same(path, part.identity, identity)
     return part
+
+
+def check_parts(directory: Path, known: dict) -> None:
+    """Check, before the weights are loaded, that a directory holds no parts of other inputs or options.
+
+    Args:
+      directory: of the parts; need not exist.
+      known: the part of their identity that is known by now, JSON-ready.
+
+    Raises:
+      ValueError: it does; names what changed.
+    """
+    for path in sorted(directory.glob("*.parquet"))[:1]:  # all parts are of one run
+        saved = read_scores(path).identity
+        _check_same(path, {name: saved.get(name) for name in known}, plain(known))
+
+
+def _check_same(path: Path, saved: dict, present: dict) -> None:
+    if changed := differences(saved, present):
+        raise ValueError(f"{path}: scores of another run ({changed}); delete {path.parent} or choose another --out")

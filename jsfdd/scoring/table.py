@@ -20,6 +20,7 @@ import pyarrow.parquet
 from jaxtyping import Bool, Float, Int
 
 from jsfdd.base.files import written_whole
+from jsfdd.base.records import has_repeats
 from jsfdd.scoring.metrics import column_names
 
 _TOKEN_COLUMNS = ("counted", "flatness", "entropy")
@@ -121,25 +122,23 @@ def read_scores(path: Path, *, prompt_states: bool = False) -> ScoreTable:
     """
     path = Path(path)
     table = _read(path, ("id", "source", "num_tokens", *column_names()))
-    ids = tuple(table["id"].to_pylist())
-    if len(set(ids)) != len(ids):
-        raise ValueError(f"{path}: an id occurs more than once; {_REMEDY}")
+    identity = json.loads(table.schema.metadata[_IDENTITY])
+    tokens = _token_rows(table, _IN_PART) if _IN_PART + _TOKEN_COLUMNS[0] in table.column_names else None
+    columns = dict(zip(table.column_names, table.columns))
+    del table  # a column goes as soon as it is copied: the two together would be gigabytes for ten million rows
 
     def numbers(name: str, dtype: type) -> np.ndarray:
-        values = table[name].to_numpy()
+        values = columns.pop(name).to_numpy()
         if values.dtype != dtype:
             raise ValueError(f"{path}: column {name} is {values.dtype}, not {np.dtype(dtype)}; {_REMEDY}")
         return values
 
-    return ScoreTable(
-        ids=ids,
-        sources=_shared_strings(table["source"]),
-        num_tokens=numbers("num_tokens", np.int32),
-        metrics={name: numbers(name, np.float64) for name in column_names()},
-        identity=json.loads(table.schema.metadata[_IDENTITY]),
-        tokens=_token_rows(table, _IN_PART) if _IN_PART + _TOKEN_COLUMNS[0] in table.column_names else None,
-        prompt_states=_read_prompts(path, len(ids)) if prompt_states else None,
-    )
+    num_tokens, metrics = numbers("num_tokens", np.int32), {name: numbers(name, np.float64) for name in column_names()}
+    ids = tuple(value for chunk in columns.pop("id").chunks for value in chunk.to_pylist())
+    if has_repeats(ids):
+        raise ValueError(f"{path}: an id occurs more than once; {_REMEDY}")
+    states = _read_prompts(path, len(ids)) if prompt_states else None
+    return ScoreTable(ids, _shared_strings(columns.pop("source")), num_tokens, metrics, identity, tokens, states)
 
 
 def read_token_scores(path: Path) -> dict[str, TokenRow]:
@@ -259,9 +258,15 @@ def _parts(column: pyarrow.ChunkedArray) -> Iterator[np.ndarray]:
         yield np.array(column.type.list_size)
         chunks = [chunk.flatten() for chunk in chunks]
     elif pyarrow.types.is_string(column.type):
-        texts = [chunk.cast(pyarrow.large_string()) for chunk in chunks if len(chunk)]
-        ends = [np.frombuffer(text.buffers()[1], np.int64)[text.offset :][: len(text) + 1] for text in texts]
-        yield from (np.diff(end) for end in ends)
-        yield from (np.frombuffer(text.buffers()[2], np.uint8)[end[0] : end[-1]] for text, end in zip(texts, ends) if end[-1])
+        yield from (np.diff(_ends(chunk)[1]) for chunk in chunks if len(chunk))
+        for text, ends in (_ends(chunk) for chunk in chunks if len(chunk)):
+            if ends[-1]:
+                yield np.frombuffer(text.buffers()[2], np.uint8)[ends[0] : ends[-1]]
         return
     yield from (np.ascontiguousarray(chunk.to_numpy(zero_copy_only=False)) for chunk in chunks)
+
+
+def _ends(chunk: pyarrow.Array) -> tuple[pyarrow.Array, np.ndarray]:
+    """A chunk of strings with offsets of 64 bits, and those."""
+    text = chunk.cast(pyarrow.large_string())
+    return text, np.frombuffer(text.buffers()[1], np.int64)[text.offset :][: len(text) + 1]

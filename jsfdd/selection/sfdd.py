@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jsfdd.base.files import decode, differences, read_json, sha256, write_json
+from jsfdd.base.records import has_repeats
 from jsfdd.scoring.metrics import METRICS, MetricName
 from jsfdd.selection.clusters import cluster_prompts
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:  # the command line imports this module, and must start fast
 Within = Literal["all", "source", "cluster"]
 
 _REMEDY = "select again with `jsfdd select`"
+_ROWS = 100_000  # at a time, where ids become one text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Selection:
         _check_options(self.metric, self.retain_ratio, self.within)
         if not self.ids:
             raise ValueError("no id is kept")
-        if len({*self.ids, *self.dropped}) < len(self.ids) + len(self.dropped):
+        if has_repeats(self.ids + self.dropped):
             raise ValueError("an id occurs twice")
 
 
@@ -99,7 +101,6 @@ def select(
     ranked = np.flatnonzero(table.num_tokens > 0)
     if not len(ranked):
         raise ValueError("no sample has a token that counts: every answer is empty or one token long; check the data")
-    ranked = _by_id(table, ranked)
     strata = _strata(table, ranked, within, seed)
     sizes = {name: len(rows) for name, rows in strata.items()}
     quotas, kept, thresholds = shares(retain_ratio, sizes), [], {}
@@ -108,10 +109,9 @@ def select(
         if np.isnan(scores).any():
             broken = [table.ids[row] for row in rows[np.isnan(scores)]]
             raise ValueError(f"the {metric} of these samples is not a number: {_few(broken)}; score again")
-        # The rows are sorted by id, and a stable sort keeps that order among equal scores.
-        order = np.argsort(_ascending(metric, scores), kind="stable")[: quotas[name]]
-        kept.append(rows[order])
-        thresholds[name] = float(scores[order[-1]])
+        chosen, last = _first(table, rows, _ascending(metric, scores), quotas[name])
+        kept.append(rows[chosen])
+        thresholds[name] = float(scores[last])
     kept = np.sort(np.concatenate(kept))
     return Selection(
         ids=tuple(table.ids[i] for i in kept),
@@ -264,6 +264,7 @@ def _strata(table: ScoreTable, ranked: np.ndarray, within: Within, seed: int) ->
                 "within cluster: these scores have no prompts' states, from before they were kept; delete scores.parquet and "
                 "scores.parts and run the same `jsfdd score` again"
             )
+        ranked = _by_id(table, ranked)  # so that the clusters do not depend on the order of the data
         of_row = cluster_prompts(table.prompt_states[ranked], seed)
         numbers = {f"cluster {number}": number for number in range(max(of_row) + 1)}
     else:
@@ -282,9 +283,21 @@ def _by_id(table: ScoreTable, rows: np.ndarray) -> np.ndarray:
     return rows[pyarrow.compute.sort_indices(ids).to_numpy()]
 
 
+def _first(table: ScoreTable, rows: np.ndarray, keys: np.ndarray, count: int) -> tuple[np.ndarray, int]:
+    """Positions in `rows` of the `count` smallest keys, in no order but for the last one, which comes second as well.
+
+    Among equal keys smaller ids come first. Only the rows at the cut need their ids compared: to sort ten million strings takes
+    gigabytes.
+    """
+    cut = np.partition(keys, count - 1)[count - 1]
+    below, at_cut = np.flatnonzero(keys < cut), np.flatnonzero(keys == cut)
+    at_cut = sorted(at_cut.tolist(), key=lambda i: table.ids[rows[i]])[: count - len(below)]
+    return np.concatenate([below, at_cut]).astype(np.int64), at_cut[-1]
+
+
 def _scores(table: ScoreTable, metric: str, rows: np.ndarray, seed: int) -> Float[np.ndarray, " rows"]:
     if metric == "random":
-        return np.array([random_score(seed, table.ids[row]) for row in rows])
+        return np.fromiter((random_score(seed, table.ids[row]) for row in rows), np.float64, len(rows))
     return table[metric][rows]
 
 
@@ -295,7 +308,9 @@ def _ascending(metric: str, scores):
 
 def _digest(table: ScoreTable) -> str:
     """SHA-256 of the ids, counts and scores."""
-    sha = hashlib.sha256("\0".join(table.ids).encode())
+    sha = hashlib.sha256()
+    for begin in range(0, len(table.ids), _ROWS):  # all ids as one text would be hundreds of megabytes
+        sha.update(("\0" * (begin > 0) + "\0".join(table.ids[begin : begin + _ROWS])).encode())
     for values in (table.num_tokens, *table.metrics.values()):
         sha.update(np.ascontiguousarray(values).tobytes())
     return sha.hexdigest()

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from jsfdd.data.render import within_limits
+
 _GIVEN = ("messages", "tools", "documents", "add_generation_prompt")  # set by whoever renders, so the user may not set them
 _WORDS = ("none", "true", "false", "not", "and", "or", "in", "is", "if", "else", "for")  # Jinja's own words
 _CODES = "aAbBcdDeFGhHIjmMnprRStTuUVwWxXyYzZ"  # strftime's codes
@@ -69,7 +71,8 @@ def read_chat_template(path: Path) -> str:
     if not text.strip():
         raise ValueError(f"{path}: empty; --chat-template takes a Jinja template")
     try:
-        render_jinja_template([], chat_template=text)  # compiles the template without rendering it
+        with within_limits(str(path)):
+            render_jinja_template([], chat_template=text)  # compiles the template without rendering it
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"{path}:{error.lineno}: not a Jinja template: {error.message}") from error
     return text

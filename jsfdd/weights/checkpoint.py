@@ -85,12 +85,7 @@ class Checkpoints:
         step = self.latest_step
         if step is not None:
             info = _read_info(self._manager, step)
-            saved = info["identity"]
-            if changed := differences(saved, plain(self._info["identity"])):
-                raise ValueError(
-                    f"{self._run}: holds a run that was trained on other inputs or options ({changed}); continue it with the "
-                    "same ones, or choose another --out"
-                )
+            _check_same(self._run, info["identity"], plain(self._info["identity"]))
             fresh = self._restore(step, fresh, info)
             self.unreported = info.get("unreported", [])
         for directory in (self._run / BEST).glob("*"):
@@ -164,6 +159,34 @@ def _open(directory: Path, kept: int) -> ocp.CheckpointManager:
     wait_for_all("unfinished checkpoints removed")
     options = ocp.CheckpointManagerOptions(max_to_keep=kept, create=True, enable_async_checkpointing=False)
     return ocp.CheckpointManager(directory, options=options)
+
+
+def check_run(run: Path, known: dict) -> None:
+    """Check, before the weights are loaded, that a run's directory holds no run of other inputs or options.
+
+    Args:
+      run: the directory; need not exist.
+      known: the part of the identity that is known by now, JSON-ready.
+
+    Raises:
+      ValueError: it holds another run; names what changed.
+    """
+    directory = run / DIRECTORY
+    if not any(directory.glob("[0-9]*")):
+        return
+    with ocp.CheckpointManager(directory.absolute(), options=ocp.CheckpointManagerOptions(create=False)) as checkpoints:
+        step = checkpoints.latest_step()
+        if step is not None:
+            saved = _read_info(checkpoints, step)["identity"]
+            _check_same(run, {name: saved.get(name) for name in known}, plain(known))
+
+
+def _check_same(run: Path, saved: dict, present: dict) -> None:
+    if changed := differences(saved, present):
+        raise ValueError(
+            f"{run}: holds a run that was trained on other inputs or options ({changed}); continue it with the same ones, or "
+            "choose another --out"
+        )
 
 
 def read_trained_draft(path: str | Path) -> Draft:
