@@ -301,7 +301,7 @@ def test_a_template_that_takes_much_memory_ends_the_command(monkeypatch, templat
     tokenizer = byte_level(QWEN3)
     tokenizer.name_or_path, tokenizer.chat_template = "org/target", template
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(render_module.BoundlessTemplate, match="org/target: its chat template takes more than .* memory"):
+    with pytest.raises(render_module.BoundlessTemplate, match="org/target: its chat template takes more than (0 GB|10 s)"):
         tokenize_chats([chat(["hi", "hello"])], tokenizer, 99)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 100 << 10
     assert resource.getrlimit(resource.RLIMIT_DATA) == before

@@ -223,9 +223,12 @@ def _read_prompts(path: Path, rows: int) -> Float[np.ndarray, "N P"] | None:
 
 
 def _whole(path: Path, chosen: Callable[[list[str]], list[str]]) -> pyarrow.Table:
+    size = path.stat().st_size
+    # Nothing in the footer has more parts or letters than the file has bytes: a damaged length asks for gigabytes.
+    limits = {"thrift_container_size_limit": size, "thrift_string_size_limit": size}
     try:
-        names = chosen(pyarrow.parquet.read_schema(path).names)  # may be no UTF-8
-        return pyarrow.parquet.read_table(path, columns=names, page_checksum_verification=True)
+        with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True, **limits) as file:
+            return file.read(columns=chosen(file.schema_arrow.names))  # names may be no UTF-8
     except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:  # a damaged size asks for terabytes
         raise ValueError(f"{path}: not a whole Parquet file ({error}); {_REMEDY}") from None
 
