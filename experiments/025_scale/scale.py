@@ -63,8 +63,7 @@ def read_and_tokenize(_: int, folder: Path) -> dict:
     """What `jsfdd score` does first, with SmolLM2's tokenizer, on all cores."""
     tokenizer = describe_target("smollm2").tokenizer
     chats = read_samples([folder / "chats.jsonl"], tokenizer, 2048, processes=usable_processes())
-    helpers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024
-    return {"tokens": int(chats.samples.lengths.sum()), "megabytes_of_the_largest_helper": helpers}
+    return {"tokens": int(chats.samples.lengths.sum())}
 
 
 def select_command(rows: int, folder: Path) -> None:
