@@ -73,15 +73,20 @@ def draft_params(draft: DraftConfig) -> int:
 
 def layer_temporaries(config: DecoderConfig, shape: Shape, itemsize: int, model_shards: int) -> float:
     """Bytes of one layer's temporaries for one batch on one device: attention's or the MLP's, whichever is larger."""
-    tokens, block = shape.rows * shape.length, min(shape.length, BLOCK)
+    tokens = shape.rows * shape.length
     heads = config.num_heads / model_shards
     projections = tokens * (config.num_heads + 2 * config.num_kv_heads) * config.head_dim / model_shards * itemsize
-    logits = shape.rows * heads * block**2
-    attention = 2 * projections + logits * (2 * 4 + itemsize)  # logits and weights in float32, weights again in dtype
+    attention = 2 * projections + block_temporaries(config, shape, itemsize, model_shards)
     if shape.length > BLOCK:
         attention += tokens * heads * config.head_dim * 4  # what queries have read so far, in float32
     mlp = 3 * tokens * config.intermediate_size / model_shards * itemsize
     return max(attention, mlp)
+
+
+def block_temporaries(config: DecoderConfig, shape: Shape, itemsize: int, model_shards: int) -> float:
+    """Bytes of what attention makes of one pair of blocks: logits and weights in float32, weights again in the dtype."""
+    block = min(shape.length, BLOCK)
+    return shape.rows * config.num_heads / model_shards * block**2 * (2 * 4 + itemsize)
 
 
 def head_temporaries(config: DecoderConfig, block: int, model_shards: int, arrays: int) -> float:
@@ -181,10 +186,9 @@ def train_stage(
     tokens, width = largest.rows * largest.length, config.hidden_size
     head = 0 if config.tie_embeddings else config.vocab_size * width * itemsize / model_shards
     size = draft_params(draft) * 4
-    # The arrays that the forward pass keeps for the backward pass; doubled below, for their gradients.
-    kept = tokens * 4 * (2 * width + 6 * width + 4 * config.intermediate_size)
-    kept += layer_temporaries(draft.decoder, largest, 4, 1)
-    kept *= recipe.unrolled
+    # The arrays that the forward pass keeps for the backward pass; doubled below, for their gradients. Logits are made anew.
+    projections = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    kept = recipe.unrolled * tokens * 4 * (2 * width + 6 * width + 4 * config.intermediate_size + 2 * projections)
     parts = len(draft.target_layers) + 1
     counted = float(lengths.counted.sum())
     products = recipe.head_products + (recipe.stored_soft_targets(hidden_is_stored=True) is None)
@@ -196,7 +200,7 @@ def train_stage(
             "head": head,
             "draft, moments, gradient": 4 * size,
             "batch": (3 + parts) * tokens * width * 4,
-            "activations": 2 * kept,
+            "activations": 2 * kept + block_temporaries(draft.decoder, largest, 4, 1),
             "temporaries": head_temporaries(config, vocabulary_block(jax.default_backend()), model_shards, 2),
         },
         recipe.epochs * retain_ratio * flops,
