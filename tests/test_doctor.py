@@ -517,8 +517,8 @@ def test_the_decoders_verdicts_are_those_of_reading_whole(healthy, monkeypatch):
     prompts = [(text.id, text.tokens[: text.prompt_length].tolist()) for text in texts]
     observe = generate.observe
 
-    def observe_other_tokens(setup, params, state, hidden, following, count):
-        return observe(setup, params, state, hidden, jnp.roll(following, 1, axis=1), count)
+    def observe_other_tokens(setup, params, state, hidden, following, count, **whole):
+        return observe(setup, params, state, hidden, jnp.roll(following, 1, axis=1), count, **whole)
 
     # A stream is compiled once for a setup, so each of these has to be made anew.
     generate.make_stream.cache_clear()

@@ -112,8 +112,9 @@ def _over_pairs(scale, pairs, behind, q, k, v, limit):
         new = higher, before * total + jnp.sum(weights, axis=-1), before[..., None] * read + new
         return tuple(_set(x, part, i) for x, part in zip(carry, new)), None
 
-    shape = q.shape[:-1]
-    carry = jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros(q.shape, jnp.float32)
+    # Like q and not of its shape alone: on a mesh with explicit axes a carry must be split as what is written into it.
+    nothing = jnp.zeros_like(q, jnp.float32)
+    carry = nothing[..., 0] - jnp.inf, nothing[..., 0], nothing
     (top, total, read), _ = jax.lax.scan(visit, carry, _columns(pairs))
     y = read / jnp.where(total > 0, total, 1.0)[..., None]
     return y.astype(v.dtype), top + jnp.log(total)
@@ -145,7 +146,7 @@ def _backward(scale, pairs, behind, kept, slopes):
         )
         return tuple(_set(x, _get(x, at) + part, at) for x, part, at in zip(carry, new, (i, j, j))), None
 
-    carry = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
+    carry = tuple(jnp.zeros_like(x, jnp.float32) for x in (q, k, v))
     (by_q, by_k, by_v), _ = jax.lax.scan(visit, carry, _columns(pairs))
     return by_q.astype(q.dtype), by_k.astype(k.dtype), by_v.astype(v.dtype), None
 

@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from jsfdd.data.render import within_limits
-
 _GIVEN = ("messages", "tools", "documents", "add_generation_prompt")  # set by whoever renders, so the user may not set them
 _WORDS = ("none", "true", "false", "not", "and", "or", "in", "is", "if", "else", "for")  # Jinja's own words
 _CODES = "aAbBcdDeFGhHIjmMnprRStTuUVwWxXyYzZ"  # strftime's codes
@@ -61,6 +59,8 @@ def read_chat_template(path: Path) -> str:
     """
     import jinja2
     from transformers.utils.chat_template_utils import render_jinja_template
+
+    from jsfdd.data.render import within_limits  # a start without a template of its own needs no room of data
 
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; check --chat-template")
