@@ -30,6 +30,11 @@ def whole(x: float) -> str:
     return f"{x:,.0f}"
 
 
+def gigabytes(size: float) -> str:
+    """Bytes in GB, three significant digits."""
+    return f"{size / 1e9:.3g}" if size >= 1e6 or not size else "<0.001"
+
+
 def percent(x: float | None) -> str:
     """A share in [0, 1] as 12%; below 10% with one decimal unless it is 0 (3.4%, 5%)."""
     if x is None or math.isnan(x):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from jsfdd.base.disk import free_bytes
+from jsfdd.base.numbers import gigabytes
 from jsfdd.commands.inputs import describe_target, read_chats_for
 from jsfdd.commands.options import (
     ChatOptions,
@@ -219,10 +220,6 @@ def _nan_to_none(value):
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _gigabytes(size: float) -> str:
-    return f"{size / GB:.3g}" if size >= 1e6 or not size else "<0.001"
-
-
 def print_plan(plan: Plan, out: Console) -> None:
     """Print the plan as a table."""
     from rich import box
@@ -241,12 +238,12 @@ def print_plan(plan: Plan, out: Console) -> None:
     for name in ("stage", "GB a device", "of which", "PFLOP", "at least", "disk GB"):
         table.add_column(name, justify="left" if name in ("stage", "of which") else "right")
     for stage in plan.stages:
-        parts = ", ".join(f"{name} {_gigabytes(size)}" for name, size in stage.memory.items())
+        parts = ", ".join(f"{name} {gigabytes(size)}" for name, size in stage.memory.items())
         seconds = stage.flops / (devices.count * devices.rate)
         known = not math.isnan(stage.flops)
         table.add_row(
-            stage.name, _gigabytes(stage.peak), parts, f"{stage.flops / 1e15:.3g}" if known else "",
-            f"{seconds:,.0f} s" if known else "", _gigabytes(stage.disk),
+            stage.name, gigabytes(stage.peak), parts, f"{stage.flops / 1e15:.3g}" if known else "",
+            f"{seconds:,.0f} s" if known else "", gigabytes(stage.disk),
         )  # fmt: skip
     out.print(table)
     wanted, free = sum(stage.disk for stage in plan.stages), free_bytes(".")
@@ -278,8 +275,8 @@ def find_devices(count: int | None, kind: str | None, mesh: Mesh | None = None) 
         kind, count = mesh.devices.flat[0].device_kind, mesh.size
     kind, count = kind or local_kind, count or jax.device_count()
     if kind in KNOWN_DEVICES:
-        gigabytes, teraflops = KNOWN_DEVICES[kind]
-        return Devices(count, kind, gigabytes * GB, teraflops * 1e12, "peak, bfloat16")
+        memory, teraflops = KNOWN_DEVICES[kind]
+        return Devices(count, kind, memory * GB, teraflops * 1e12, "peak, bfloat16")
     if kind != local_kind:
         raise ValueError(f"--device-kind: {kind!r} is unknown; choose from {', '.join(KNOWN_DEVICES)}")
     return Devices(count, kind, _local_memory(), _matmul_rate(), "measured here")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rich import box
 from rich.table import Table
 
+from jsfdd.base.numbers import gigabytes
 from jsfdd.commands import ahead, costs
 from jsfdd.commands.ahead import Compiled
 from jsfdd.commands.options import DecodingOptions
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from jsfdd.commands.plan import Plan, PlanConfig
-
-GB = 1e9
 
 
 def compile_stages(config: PlanConfig, plan: Plan) -> list[Compiled]:
@@ -52,14 +51,14 @@ def print_compiled(topology: str, compiled: list[Compiled], plan: Plan, out: Con
         table.add_column(name, justify="left" if name in ("stage", "exchanges") else "right", no_wrap=True)
     estimates = {stage.name: stage.peak for stage in plan.stages}
     for stage in compiled:
-        batch, estimate = f"{stage.shape.rows} × {stage.shape.length}", f"{estimates[stage.name] / GB:.3g}"
+        batch, estimate = f"{stage.shape.rows} × {stage.shape.length}", gigabytes(estimates[stage.name])
         if stage.program is None:
             table.add_row(stage.name, batch, "too much", estimate)
             continue
         program = stage.program
         exchanges = ", ".join(f"{count} {kind}" for kind, (_, count) in program.collectives.items())
         table.add_row(
-            stage.name, batch, f"{program.peak / GB:.3g}", estimate, f"{program.temporaries / GB:.3g}",
+            stage.name, batch, gigabytes(program.peak), estimate, gigabytes(program.temporaries),
             f"{program.seconds:.0f}", exchanges or "none",
         )  # fmt: skip
     out.print(table)

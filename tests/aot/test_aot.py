@@ -6,7 +6,9 @@ Not part of `make test`: `make aot` installs libtpu and runs this.
 import math
 import re
 
+import jax
 import pytest
+from jax.experimental import topologies
 from programs import NARROW, PROMPTS, RECIPES, lowered, setup
 
 from jsfdd.commands.ahead import collectives, topology_mesh
@@ -41,9 +43,19 @@ def test_training(name):
     assert float32_products(program.as_text()) == []
 
 
-def test_a_slice_that_is_none():
-    with pytest.raises(ValueError, match="v9z:2x4: no slice that libtpu knows"):
-        topology_mesh("v9z:2x4")
+@pytest.mark.parametrize("name", ["v9z:2x4", "v5p", "v5p:3x3x3", "h100:8"])
+def test_a_slice_that_is_none(name):
+    with pytest.raises(ValueError, match=f"{name}: no slice that libtpu knows"):
+        topology_mesh(name)
+
+
+def test_a_fault_of_the_compiler_itself_is_no_wrong_name(monkeypatch):
+    def broken(**_):
+        raise jax.errors.JaxRuntimeError("ABORTED: in use by another process")
+
+    monkeypatch.setattr(topologies, "get_topology_desc", broken)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="ABORTED"):
+        topology_mesh(SLICE)
 
 
 def float32_products(stablehlo):
