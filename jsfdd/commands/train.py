@@ -332,8 +332,8 @@ def _known_run(
 
 def _more_identity(config: TrainConfig, target: Target, kept: Sequence[Sample]) -> dict:
     """What a run depends on, besides what every stage does and what `training.train` sees."""
-    own = {"hidden_dtype": config.hidden.hidden_dtype, "template": template_digest(target)}
-    return own | _mixture_identity(config, kept) | _probe_identity(config)
+    shared = {"hidden_dtype": config.hidden.hidden_dtype, "template": template_digest(target)}
+    return shared | _mixture_identity(config, kept) | _probe_identity(config)
 
 
 def _mixture_identity(config: TrainConfig, kept: Sequence[Sample]) -> dict:
