@@ -78,6 +78,10 @@ def _with_settings(path: Path, architecture: str, config: DecoderConfig) -> GGUF
     writer.add_rope_freq_base(config.rope.theta)
     if config.sliding_window:
         writer.add_sliding_window(config.sliding_window)
+    if config.experts:
+        writer.add_expert_count(config.experts.count)
+        writer.add_expert_used_count(config.experts.chosen)
+        writer.add_expert_feed_forward_length(config.experts.intermediate_size)
     return writer
 
 
@@ -87,12 +91,23 @@ def _tensors(architecture: str, directory: Path, config: DecoderConfig):
     for file in sorted(directory.glob("*.safetensors")):
         tensors |= load_file(file)
     names = get_tensor_name_map(_ARCHITECTURES[architecture], config.num_layers)
-    for name, tensor in tensors.items():
+    for name, tensor in _with_stacked_experts(tensors, config).items():
         if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
             tensor = interleave(tensor, config.num_heads if "q_proj" in name else config.num_kv_heads)
         if architecture == "gemma3" and "norm" in name:
             tensor = tensor + np.float32(1)
         yield names.get_name(name, try_suffixes=(".weight", ".bias")), tensor
+
+
+def _with_stacked_experts(tensors, config: DecoderConfig):
+    """X.experts.E.Y of all experts as one tensor X.experts.Y."""
+    stacked = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+    for name in tensors.keys() - stacked.keys():
+        before, after = name.split(".experts.")
+        part = after.partition(".")[2]
+        experts = range(config.experts.count)
+        stacked[f"{before}.experts.{part}"] = np.stack([tensors[f"{before}.experts.{e}.{part}"] for e in experts])
+    return stacked
 
 
 def write_vocabulary(path: Path, tokens, kinds, edit) -> Path:

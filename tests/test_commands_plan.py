@@ -67,6 +67,22 @@ def test_a_70b_config_without_weights_or_tokenizer(tmp_path, capsys):
     assert prepare(options(tmp_path, **shared, device_kind="TPU v5 lite")).suggested is None
 
 
+def test_a_mixture_of_experts_is_counted_whole_and_by_what_a_token_meets(tmp_path):
+    """The sizes of Qwen3-30B-A3B, of which its makers count 30.5 and 3.3 billion parameters."""
+    sizes = dict(
+        model_type="qwen3_moe", vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=48,
+        num_attention_heads=32, num_key_value_heads=4, head_dim=128, max_position_embeddings=40960, rms_norm_eps=1e-6,
+        rope_theta=1e6, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768, norm_topk_prob=True,
+    )  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    write_chats(tmp_path / "chats.jsonl")
+    plan = prepare(options(tmp_path, target=str(tmp_path), dtype="bfloat16", devices=8, device_kind="TPU v5"))
+    assert plan.parameters == (pytest.approx(30.5e9, rel=2e-3), pytest.approx(3.3e9, rel=2e-2))
+    assert plan.stages[0].memory["target"] == pytest.approx(2 * 30.5e9, rel=2e-3)
+    assert 2 * 2.7e9 < plan.stages[0].flops / plan.lengths.tokens.sum() < 3 * 3.3e9
+    assert "30.5 billion parameters, of which a token meets 3.3" in rendered(lambda out: print_plan(plan, out))
+
+
 def test_unknown_devices_are_refused_and_those_here_are_measured(tmp_path, capsys):
     write_target(tmp_path / "target")
     write_chats(tmp_path / "chats.jsonl")

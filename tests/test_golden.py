@@ -20,7 +20,7 @@ from jsfdd.weights import target as load
 
 GOLDEN = Path(__file__).parent / "golden"
 TOLERANCE = 2e-5
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma3")
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma3", "qwen3_moe", "mixtral")
 
 
 def relative_error(got, expected) -> float:
@@ -64,14 +64,18 @@ def test_bfloat16_is_close(family):
         ("gemma3", dict(rope=dict(factor=1.0))),
         ("gemma3", dict(local_rope=None)),
         ("gemma3", dict(activation="silu")),
+        ("qwen3_moe", dict(experts=dict(normalised=True))),
+        ("qwen3_moe", dict(experts=dict(chosen=2))),
+        ("mixtral", dict(experts=dict(normalised=False))),
     ],
 )
 def test_the_fixtures_notice(family, change):
     """A wrong setting moves the logits far beyond the tolerance, so the test above means something."""
     config = huggingface.read_config(GOLDEN / family)
     params = huggingface.read_params(GOLDEN / family, config)
-    if isinstance(change.get("rope"), dict):
-        change = {"rope": dataclasses.replace(config.rope, **change["rope"])}
+    for part in ("rope", "experts"):
+        if isinstance(change.get(part), dict):
+            change = {part: dataclasses.replace(getattr(config, part), **change[part])}
     expected = np.load(GOLDEN / family / "expected.npz")
     _, logits = run(dataclasses.replace(config, **change), params, expected["tokens"])
     assert relative_error(logits, expected["logits"]) > 50 * TOLERANCE

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from toy import toy_config, toy_draft, toy_target
 
-from jsfdd.models.architecture import Rope
+from jsfdd.models.architecture import Experts, Rope
 from jsfdd.models.attention import attention, cached_view, causal_view, empty_cache
 from jsfdd.models.counted import fold_counted
 from jsfdd.models.draft import EagleLayer, draft_config
@@ -35,6 +35,7 @@ VARIANTS = {
         sliding_layers=(True, False),
         local_rope=Rope(100.0),
     ),
+    "qwen3_moe": dict(family="qwen3", qk_norm=True, experts=Experts(count=5, chosen=2, intermediate_size=24, normalised=True)),
 }
 
 

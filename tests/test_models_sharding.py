@@ -22,7 +22,7 @@ from jsfdd.weights.layout import stored_shapes
 GOLDEN = Path(__file__).parent / "golden"
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3", "qwen3_moe"])
 def test_shares_are_what_the_whole_is_cut_into(family):
     """Read in shares, the arrays are the whole ones' to the bit, and every matrix is really split."""
     config = huggingface.read_config(GOLDEN / family)
@@ -34,7 +34,7 @@ def test_shares_are_what_the_whole_is_cut_into(family):
     def check(path, share, expected):
         np.testing.assert_array_equal(share, expected, err_msg=str(path))
         split = share.sharding.shard_shape(share.shape) != share.shape
-        assert split == (path[-1].key in ("kernel", "embedding", "bias")), path
+        assert split == (path[-1].key in ("kernel", "embedding", "bias") and path[-2].key != "router"), path
 
     jax.tree_util.tree_map_with_path(check, shares, whole)
     jax.tree.map(np.testing.assert_array_equal, place_params(whole, mesh), whole)
@@ -51,11 +51,11 @@ def test_shares_of_a_gguf_file(tmp_path):
 
 
 def test_every_parameter_of_every_family_has_a_rule():
-    for family in ("llama", "qwen2", "qwen3", "gemma3", "mistral"):
+    for family in ("llama", "qwen2", "qwen3", "gemma3", "mistral", "qwen3_moe"):
         for name, shape in stored_shapes(huggingface.read_config(GOLDEN / family)).items():
-            shard_shape(name, (8, *shape), 1)
-    with pytest.raises(ValueError, match=r"layers/mlp/router/kernel \[2, 4, 8\]: no rule"):
-        shard_shape("layers/mlp/router/kernel", (2, 4, 8), 1)
+            shard_shape(name, (8, 8, *shape), 1)
+    with pytest.raises(ValueError, match=r"layers/mlp/shared/kernel \[2, 4, 8\]: no rule"):
+        shard_shape("layers/mlp/shared/kernel", (2, 4, 8), 1)
 
 
 def test_a_split_that_does_not_divide_is_named():

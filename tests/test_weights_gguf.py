@@ -29,7 +29,10 @@ def write(tmp_path, architecture, family=None, **options):
 
 @pytest.mark.parametrize(
     "architecture, family",
-    [("llama", "llama"), ("llama", "mistral"), ("qwen2", "qwen2"), ("qwen3", "qwen3"), ("gemma3", "gemma3")],
+    [
+        *[("llama", "llama"), ("llama", "mistral"), ("qwen2", "qwen2"), ("qwen3", "qwen3"), ("gemma3", "gemma3")],
+        *[("qwen3moe", "qwen3_moe"), ("llama", "mixtral")],
+    ],
 )
 def test_same_params_as_the_directory(tmp_path, architecture, family):
     path, directory, config = write(tmp_path, architecture, family)
@@ -37,12 +40,25 @@ def test_same_params_as_the_directory(tmp_path, architecture, family):
     assert stored.tie_embeddings == config.tie_embeddings
     # A GGUF file holds neither Gemma's query scale nor its local rope; `test_gemma_windows_and_scales` looks at those.
     not_stored = {"family", "rope", "rms_norm_eps", "query_scale", "local_rope", "sliding_layers"}
-    for key, value in dataclasses.asdict(config).items():
-        assert key in not_stored or getattr(stored, key) == value, key
+    if config.experts:  # nor whether their weights are normalised: llama.cpp does so
+        config = dataclasses.replace(config, experts=dataclasses.replace(config.experts, normalised=True))
+    for field in dataclasses.fields(config):
+        assert field.name in not_stored or getattr(stored, field.name) == getattr(config, field.name), field.name
     got, expected = gguf.read_params(read_header(path), stored), huggingface.read_params(directory, config)
     assert jax.tree.structure(got) == jax.tree.structure(expected)
     for (where, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(expected), strict=True):
         assert np.array_equal(a, b), where
+
+
+def test_experts_that_are_quantised_or_missing(tmp_path):
+    name = "blk.1.ffn_gate_exps.weight"
+    path, _, config = write(tmp_path, "qwen3moe", "qwen3_moe", kinds={name: GGMLQuantizationType.Q8_0})
+    file = read_header(path)
+    got = gguf.read_params(file, gguf.read_config(file))["layers"]["mlp"]["gate_experts"]["kernel"][1]
+    np.testing.assert_array_equal(got, read_tensor(file, name).swapaxes(1, 2))
+    one_fewer = file.tensors[name]._replace(shape=(5, 20, 32))
+    with pytest.raises(ValueError, match=r"tensor blk.1.ffn_gate_exps.weight\[5\] \[20, 32\] is missing"):
+        gguf.read_params(file._replace(tensors=file.tensors | {name: one_fewer}), config)
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1"])
@@ -149,7 +165,10 @@ def test_gemma_windows_and_scales(tmp_path):
 @pytest.mark.parametrize(
     "edit, message",
     [
-        (lambda w: w.add_uint32("llama.expert_count", 8), "llama.expert_count"),
+        (lambda w: w.add_expert_count(8), "llama.expert_used_count is missing"),
+        (lambda w: (w.add_expert_count(2), w.add_expert_used_count(3)), "num_experts_per_tok=3 is more than num_experts=2"),
+        (lambda w: (w.add_expert_count(2), w.add_expert_shared_count(1)), "expert_shared_count is 1: not supported"),
+        (lambda w: (w.add_expert_count(2), w.add_expert_weights_norm(False)), "expert_weights_norm is False: not supported"),
         (lambda w: w.add_string("llama.rope.scaling.type", "longrope"), "longrope.*supported are none, linear, yarn"),
         (lambda w: w.add_uint32("llama.rope.dimension_count", 4), "rope.dimension_count"),
         (lambda w: w.add_uint16("split.count", 3), "one of 3 parts.*-00001-of-00003.gguf.*llama-gguf-split --merge"),
@@ -166,7 +185,7 @@ def test_unsupported(tmp_path, edit, message):
 
 def test_unknown_architecture(tmp_path):
     path = gguf_files.finish(GGUFWriter(tmp_path / "a.gguf", "mamba"), lambda w: None)
-    with pytest.raises(ValueError, match="'mamba'; supported are llama, qwen2, qwen3, gemma3"):
+    with pytest.raises(ValueError, match="'mamba'; supported are llama, qwen2, qwen3, qwen3moe, gemma3"):
         gguf.read_config(read_header(path))
 
 

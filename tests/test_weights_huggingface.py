@@ -151,7 +151,17 @@ def test_sliding_windows(copy, family, changes, window, slides):
 @pytest.mark.parametrize(
     "family, changes, message",
     [
-        ("llama", dict(model_type="mamba"), "'mamba'; supported are llama, qwen2, qwen3, mistral, gemma3_text, gemma3"),
+        (
+            "llama",
+            dict(model_type="mamba"),
+            "'mamba'; supported are llama, qwen2, qwen3, mistral, gemma3_text, qwen3_moe, mixtral",
+        ),
+        ("llama", dict(model_type="qwen2_moe"), "'qwen2_moe'; supported are"),  # experts that all tokens read
+        ("qwen3_moe", dict(num_experts_per_tok=7), "num_experts_per_tok=7 is more than num_experts=6"),
+        ("qwen3_moe", dict(num_experts_per_tok=None), "num_experts_per_tok is missing"),
+        ("qwen3_moe", dict(mlp_only_layers=[0]), r"mlp_only_layers is \[0\], which jsfdd does not compute"),
+        ("qwen3_moe", dict(decoder_sparse_step=2), "decoder_sparse_step is 2, which jsfdd does not compute"),
+        ("mixtral", dict(num_local_experts=-4), "num_local_experts is -4"),
         ("llama", dict(hidden_act="relu"), "hidden_act is 'relu'; supported are silu"),
         ("llama", dict(quantization_config={"quant_method": "gptq"}), "quantization_config"),
         ("llama", dict(attention_bias=True), "attention_bias is True"),
@@ -305,6 +315,46 @@ def test_gemma_inside_an_image_model(copy, prefix, head):
     assert_same(read(directory), expected)
 
 
+@pytest.mark.parametrize("prefix", ["model.", "model.language_model."])
+@pytest.mark.parametrize("family, kind, nested", [("qwen2", "qwen2_5_vl", False), ("qwen3", "qwen3_vl", True)])
+def test_qwen_inside_an_image_model(copy, family, kind, nested, prefix):
+    """Settings inside or, as in older files, outside; ropes of three coordinates, which of text are one."""
+    directory = copy(family, rope_parameters=None, rope_theta=5e5)
+    expected, params = huggingface.read_config(directory), read(directory)
+    shards = list(directory.glob("*.safetensors"))
+    tensors = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
+    for file in (*shards, directory / "model.safetensors.index.json"):
+        file.unlink(missing_ok=True)
+    renamed = {name.replace("model.", prefix, 1): tensor for name, tensor in tensors.items()}
+    save_file(renamed | {"visual.merger.ln_q.weight": np.ones(3, np.float32)}, directory / "model.safetensors")
+    text = json.loads((directory / "config.json").read_text()) | {"model_type": f"{kind}_text"}
+    text |= dict(rope_scaling=dict(type="mrope", mrope_section=[2, 3, 3]))
+    outside = dict(vision_config={}, tie_word_embeddings=text["tie_word_embeddings"])
+    outside |= dict(text_config=text) if nested else text
+    (directory / "config.json").write_text(json.dumps(outside | dict(model_type=kind)))
+    assert huggingface.read_config(directory) == expected
+    assert_same(read(directory), params)
+
+
+def test_image_models_with_another_decoder(copy):
+    directory = copy("llama", model_type="mistral3", text_config={"model_type": "qwen3_next"})
+    with pytest.raises(ValueError, match="text_config.model_type is 'qwen3_next'; supported are llama"):
+        huggingface.read_config(directory)
+    with pytest.raises(ValueError, match="model_type is 'qwen3_vl_moe'; supported are"):
+        huggingface.read_config(copy("llama", model_type="qwen3_vl_moe", text_config={}))
+
+
+def test_missing_and_unknown_experts(copy):
+    directory = copy("qwen3_moe")
+    edit_tensors(directory, lambda t: t.pop("model.layers.1.mlp.experts.4.up_proj.weight"))
+    with pytest.raises(ValueError, match=r"tensor model.layers.1.mlp.experts.4.up_proj.weight \[20, 32\] is missing"):
+        read(directory)
+    directory, shared = copy("mixtral"), "model.layers.0.block_sparse_moe.shared_expert.w1.weight"
+    edit_tensors(directory, lambda t: t.update({shared: np.ones((48, 32), np.float32)}))
+    with pytest.raises(ValueError, match=f"unknown tensor {shared}"):
+        read(directory)
+
+
 def test_one_file_equals_shards(copy):
     directory = copy("qwen3")
     expected = read(directory)
@@ -377,14 +427,15 @@ def test_what_is_no_model_is_said_in_a_line(copy):
     layers = [f"model.layers.{i}.mlp.gate" for i in range(90)]
     for quantised, words in (
         (
-            {"quant_method": "compressed-tensors", "format": "float-quantized", "ignore": layers},
-            r"compressed-tensors \(float-q",
+            {"quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": layers},
+            r"compressed-tensors \(pack-quantized\).*; give the original model",
         ),
-        ({"quant_method": "gptq", "bits": 4}, r"gptq \(4 bits\)"),
-        ({"load_in_4bit": True}, "an unnamed method"),
+        ({"quant_method": "gptq", "bits": 4}, r"gptq \(4 bits\).*its FP8 version"),
+        ({"quant_method": "awq", "bits": 4}, r"awq \(4 bits\).*its FP8 version"),
+        ({"load_in_4bit": True}, "an unnamed method.*; give the original model"),
     ):
         (directory / "config.json").write_text(json.dumps(json.loads(config) | {"quantization_config": quantised}))
-        with pytest.raises(ValueError, match=words + ".*; give the original model") as error:
+        with pytest.raises(ValueError, match=words) as error:
             huggingface.read_config(directory)
         assert len(str(error.value)) < 400 and "layers" not in str(error.value)
     (directory / "config.json").write_text(json.dumps(json.loads(config) | {"quantization_config": {}}))

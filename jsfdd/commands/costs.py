@@ -22,7 +22,7 @@ from jsfdd.data.batches import Shape, choose_shapes, make_batches
 from jsfdd.models.architecture import DecoderConfig
 from jsfdd.models.blocked_attention import BLOCK
 from jsfdd.models.draft import DraftConfig, init_draft
-from jsfdd.models.flops import forward_flops, step_flops
+from jsfdd.models.flops import forward_flops, idle_entries, step_flops
 from jsfdd.models.sharding import shard_shape
 from jsfdd.models.target import init_params
 from jsfdd.training.draft_shape import draft_of
@@ -49,6 +49,12 @@ class Stage(NamedTuple):
     def peak(self) -> float:
         """Bytes of one device."""
         return sum(self.memory.values())
+
+
+def num_params(config: DecoderConfig) -> tuple[int, int]:
+    """The number of a target's parameters, and of those that a token meets: not all, of a mixture of experts."""
+    total = sum(math.prod(shape) for _, shape in _param_shapes(config))
+    return total, total - idle_entries(config)
 
 
 def param_bytes(config: DecoderConfig, itemsize: int, model_shards: int) -> int:
@@ -79,8 +85,11 @@ def layer_temporaries(config: DecoderConfig, shape: Shape, itemsize: int, model_
     attention = 2 * projections + block_temporaries(config, shape, itemsize, model_shards)
     if shape.length > BLOCK:
         attention += tokens * heads * config.head_dim * 4  # what queries have read so far, in float32
-    mlp = 3 * tokens * config.intermediate_size / model_shards * itemsize
-    return max(attention, mlp)
+    if (experts := config.experts) is None:
+        return max(attention, 3 * tokens * config.intermediate_size / model_shards * itemsize)
+    # Every token as often as experts read it: sorted, twice as wide as an expert, its sum, and again in its own order.
+    routed = tokens * experts.chosen * (3 * config.hidden_size + 2 * experts.intermediate_size / model_shards) * itemsize
+    return max(attention, routed)
 
 
 def block_temporaries(config: DecoderConfig, shape: Shape, itemsize: int, model_shards: int) -> float:

@@ -118,6 +118,13 @@ class Plan(NamedTuple):
     target: DecoderConfig
     mesh: Mesh | None = None
 
+    @property
+    def parameters(self) -> tuple[int, int]:
+        """The number of the target's parameters, and of those that a token meets."""
+        from jsfdd.commands.costs import num_params
+
+        return num_params(self.target)
+
 
 def prepare(config: PlanConfig) -> Plan:
     """Compute the whole plan.
@@ -200,6 +207,7 @@ def run(config: PlanConfig, plan: Plan) -> Outcome:
     stages = [{name: _nan_to_none(value) for name, value in stage._asdict().items()} for stage in plan.stages]
     values = {"command": "plan", "stages": stages, "devices": plan.devices._asdict()}
     values |= {"model_shards": plan.model_shards, "suggested_model_shards": plan.suggested}
+    values |= dict(zip(("parameters", "active_parameters"), plan.parameters, strict=True))
     text = rendered(lambda out: print_plan(plan, out)).rstrip("\n")
     if plan.mesh is not None:
         from jsfdd.commands.plan_compiled import compile_stages, print_compiled
@@ -230,6 +238,9 @@ def print_plan(plan: Plan, out: Console) -> None:
         f"{devices.count} × {devices.kind}, {devices.memory / GB:.0f} GB and {devices.rate / 1e12:.3g} TFLOP/s each "
         f"({devices.source}), as {devices.count // plan.model_shards} × {plan.model_shards} (data × model)"
     )
+    total, active = plan.parameters
+    met = f", of which a token meets {active / 1e9:,.3g}" if active < total else ""
+    out.print(f"{total / 1e9:,.3g} billion parameters{met}")
     out.print(
         f"{len(lengths.tokens)} conversations, {lengths.tokens.sum():,} tokens, {lengths.counted.sum():,} counted "
         f"({lengths.source})"
@@ -297,10 +308,8 @@ def estimate_lengths(chats: Iterable[Chat], max_length: int) -> Lengths:
 
 
 def _divides(config: DecoderConfig, shards: int) -> bool:
-    return not any(
-        size % shards
-        for size in (config.vocab_size, config.intermediate_size, config.num_heads, config.num_kv_heads * config.head_dim)
-    )
+    ffn = config.experts.intermediate_size if config.experts else config.intermediate_size
+    return not any(size % shards for size in (config.vocab_size, ffn, config.num_heads, config.num_kv_heads * config.head_dim))
 
 
 def _local_memory() -> float:

@@ -1,6 +1,7 @@
 """The architecture of a decoder: sizes and switches, for every family that jsfdd reads.
 
-One frozen dataclass covers Llama, Qwen2, Qwen3, Mistral and Gemma-3 targets and, with one layer, the EAGLE draft.
+One frozen dataclass covers Llama, Qwen2, Qwen3, Mistral and Gemma-3 targets, the mixtures of experts Qwen3-MoE and Mixtral,
+and, with one layer, the EAGLE draft.
 `weights/huggingface.py` and `weights/gguf.py` fill it from files; `models/layers.py` is the only code that computes with it.
 """
 
@@ -33,6 +34,20 @@ class Rope:
 
 
 @dataclasses.dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in every layer: of `count` feed-forward blocks `chosen` read a token."""
+
+    count: int  # E
+    chosen: int  # k
+    intermediate_size: int  # of one expert
+    normalised: bool  # the weights of those chosen are divided by their sum
+
+    def __post_init__(self):
+        if self.chosen > self.count:
+            raise ValueError(f"num_experts_per_tok={self.chosen} is more than num_experts={self.count}")
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """Shape and switches of one decoder-only transformer.
 
@@ -60,6 +75,7 @@ class DecoderConfig:
     sliding_window: int | None = None  # keys further back than this are masked in sliding layers
     sliding_layers: tuple[bool, ...] = ()  # [L] which layers slide; empty means none
     local_rope: Rope | None = None  # Gemma-3: sliding layers rotate with this one instead
+    experts: Experts | None = None  # Qwen3-MoE, Mixtral: in the place of the MLP
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:

@@ -132,7 +132,7 @@ def draft_config(
     """The shape of a draft for `target`: one full-attention Llama-style layer of the target's own widths, heads and rotation.
 
     Served drafts are Llama layers whatever the target's family, so the family's extras (q/k norms, biases, sandwich
-    norms, windows) are left out; what must agree with the target (widths, vocabulary, rotation, eps) is copied.
+    norms, windows, experts) are left out; what must agree with the target (widths, vocabulary, rotation, eps) is copied.
 
     Args:
       target_layers: of an EAGLE-3 draft; `default_layers` unless given.
@@ -155,6 +155,7 @@ def draft_config(
         sliding_window=None,
         sliding_layers=(),
         local_rope=None,
+        experts=None,
     )
     return DraftConfig(decoder, fc_bias, vocabulary, kind, target_layers)
 

@@ -13,9 +13,18 @@ Shapes = Sequence[tuple[int, int]]  # rows and length of each batch
 
 
 def layer_matrices(config: DecoderConfig) -> int:
-    """The number of entries in one layer's matrices: the multiply-adds of one token."""
-    width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    return config.hidden_size * (width + config.num_heads * config.head_dim + 3 * config.intermediate_size)
+    """The number of entries in those of one layer's matrices that read a token: the token's multiply-adds."""
+    experts, attention = config.experts, 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
+    if experts is None:
+        return config.hidden_size * (attention + 3 * config.intermediate_size)
+    return config.hidden_size * (attention + experts.count + 3 * experts.chosen * experts.intermediate_size)
+
+
+def idle_entries(config: DecoderConfig) -> int:
+    """The number of entries in all layers' matrices that a token does not meet: those of the experts that are not chosen."""
+    if (experts := config.experts) is None:
+        return 0
+    return 3 * config.num_layers * (experts.count - experts.chosen) * config.hidden_size * experts.intermediate_size
 
 
 def forward_flops(config: DecoderConfig, shapes: Shapes) -> float:

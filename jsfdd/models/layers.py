@@ -19,6 +19,7 @@ from jsfdd.base.records import KVCache
 from jsfdd.models.architecture import DecoderConfig, Rope
 from jsfdd.models.attention import attention, begin_cache, harmonised_attention, write_cache
 from jsfdd.models.blocked_attention import Reach, blocked_attention
+from jsfdd.models.experts import ExpertsMLP
 
 
 class Context(NamedTuple):
@@ -179,7 +180,8 @@ class DecoderLayer(nn.Module):
         cfg = self.config
         if self.has_input_norm:
             self.input_norm = RMSNorm(cfg.rms_norm_eps)
-        self.attention, self.mlp_norm, self.mlp = Attention(cfg), RMSNorm(cfg.rms_norm_eps), MLP(cfg)
+        self.attention, self.mlp_norm = Attention(cfg), RMSNorm(cfg.rms_norm_eps)
+        self.mlp = MLP(cfg) if cfg.experts is None else ExpertsMLP(cfg)
         if cfg.sandwich_norms:
             self.post_attention_norm, self.post_mlp_norm = RMSNorm(cfg.rms_norm_eps), RMSNorm(cfg.rms_norm_eps)
 

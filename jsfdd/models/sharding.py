@@ -34,6 +34,11 @@ _SPLIT_AXIS = {
     "layers/mlp/gate_proj/kernel": 2,
     "layers/mlp/up_proj/kernel": 2,
     "layers/mlp/down_proj/kernel": 1,
+    # Every expert is cut as the MLP is: of experts cut by their number, a TPU's compiler gathers the weights.
+    "layers/mlp/router/kernel": None,
+    "layers/mlp/gate_experts/kernel": 3,
+    "layers/mlp/up_experts/kernel": 3,
+    "layers/mlp/down_experts/kernel": 2,
 }
 
 

@@ -1,21 +1,26 @@
-"""Read a GGUF file into `DecoderConfig` and the params tree: architectures llama (and Mistral), qwen2, qwen3 and gemma3."""
+"""Read a GGUF file into `DecoderConfig` and the params tree: architectures llama (also of Mistral and Mixtral), qwen2, qwen3,
+qwen3moe and gemma3."""
 
 from __future__ import annotations
 
 import functools
 import math
+import re
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
-from jsfdd.models.architecture import DecoderConfig, Rope
+from jsfdd.models.architecture import DecoderConfig, Experts, Rope
 from jsfdd.weights.gguf_file import GGUFFile, read_tensor
 from jsfdd.weights.layout import Index, Source, fill_params
 
-_FAMILIES = ("llama", "qwen2", "qwen3", "gemma3")
+_FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3moe": "qwen3", "gemma3": "gemma3"}
 _MAX_LAYERS = 10_000  # a corrupt count must not become a list of a billion layers
+_MAX_EXPERTS = 10_000
 _ROPE_DIVISORS = "rope_freqs.weight"
+_STACKED = re.compile(r"blk\.\d+\.ffn_(gate|up|down)_exps\.weight")
+_SOFTMAX = 1  # of the functions that weigh experts
 
 _NAMES = {
     "embed/embedding": "token_embd.weight",
@@ -37,6 +42,10 @@ _NAMES = {
     "layers/mlp/gate_proj/kernel": "blk.{}.ffn_gate.weight",
     "layers/mlp/up_proj/kernel": "blk.{}.ffn_up.weight",
     "layers/mlp/down_proj/kernel": "blk.{}.ffn_down.weight",
+    "layers/mlp/router/kernel": "blk.{}.ffn_gate_inp.weight",
+    "layers/mlp/gate_experts/kernel": "blk.{}.ffn_gate_exps.weight[{}]",  # see `_sources`
+    "layers/mlp/up_experts/kernel": "blk.{}.ffn_up_exps.weight[{}]",
+    "layers/mlp/down_experts/kernel": "blk.{}.ffn_down_exps.weight[{}]",
 }
 
 
@@ -46,15 +55,14 @@ def read_config(file: GGUFFile) -> DecoderConfig:
     Raises:
       ValueError: an architecture or setting that is not supported.
     """
-    family = file.metadata.get("general.architecture")
-    if family not in _FAMILIES:
-        raise ValueError(f"{file.path}: general.architecture is {family!r}; supported are {', '.join(_FAMILIES)}")
-    if file.metadata.get(f"{family}.expert_count", 0):
-        raise ValueError(f"{file.path}: {family}.expert_count is set: mixtures of experts are not supported")
+    architecture = file.metadata.get("general.architecture")
+    if not isinstance(architecture, str) or architecture not in _FAMILIES:
+        raise ValueError(f"{file.path}: general.architecture is {architecture!r}; supported are {', '.join(_FAMILIES)}")
+    family = _FAMILIES[architecture]
     # No field of DecoderConfig computes these; ignoring one would silently change the model.
     for key in ("attn_logit_softcapping", "final_logit_softcapping", "attention.scale", "rope.scale_linear"):
-        if file.metadata.get(f"{family}.{key}"):
-            raise ValueError(f"{file.path}: metadata key {family}.{key} is set: not supported")
+        if file.metadata.get(f"{architecture}.{key}"):
+            raise ValueError(f"{file.path}: metadata key {architecture}.{key} is set: not supported")
     if "token_embd.weight" not in file.tensors:
         raise ValueError(f"{file.path}: tensor token_embd.weight is missing")
     layers = _integer(file, "block_count", limit=_MAX_LAYERS)
@@ -63,7 +71,7 @@ def read_config(file: GGUFFile) -> DecoderConfig:
     head_dim = _integer(file, "attention.key_length", width // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         if _integer(file, key, head_dim) != head_dim:
-            raise ValueError(f"{file.path}: {family}.{key} differs from the head dimension {head_dim}: not supported")
+            raise ValueError(f"{file.path}: {architecture}.{key} differs from the head dimension {head_dim}: not supported")
     if head_dim % 2:
         raise ValueError(f"{file.path}: head dimension {head_dim} is odd; rotary positions need an even one")
     gemma = family == "gemma3"
@@ -97,10 +105,10 @@ def read_config(file: GGUFFile) -> DecoderConfig:
             local_rope=Rope(_number(file, "rope.freq_base_swa", 10_000.0)),
         )
     try:
-        return DecoderConfig(**common)
+        return DecoderConfig(**common, experts=_experts(file))
     except ValueError as error:
         # DecoderConfig checks what must hold between fields, but does not know the file.
-        raise ValueError(f"{file.path}: {error}") from error
+        raise error if str(file.path) in str(error) else ValueError(f"{file.path}: {error}") from error
 
 
 def read_params(file: GGUFFile, config: DecoderConfig, dtype=np.float32, mesh: Mesh | None = None) -> dict:
@@ -111,11 +119,6 @@ def read_params(file: GGUFFile, config: DecoderConfig, dtype=np.float32, mesh: M
     Raises:
       ValueError: a tensor is missing, unknown, misshapen or of a type that cannot be dequantised.
     """
-    sources = {
-        name: Source(tensor.path, tensor.shape, functools.partial(_read, file, name))
-        for name, tensor in file.tensors.items()
-        if name != _ROPE_DIVISORS  # part of the config
-    }
     transforms = {}
     if file.metadata["general.architecture"] == "llama":
         # llama.cpp rotates neighbouring pairs in this architecture, so its files hold q's and k's rows interleaved.
@@ -123,7 +126,22 @@ def read_params(file: GGUFFile, config: DecoderConfig, dtype=np.float32, mesh: M
             "layers/attention/q_proj/kernel": functools.partial(_deinterleave, heads=config.num_heads),
             "layers/attention/k_proj/kernel": functools.partial(_deinterleave, heads=config.num_kv_heads),
         }
-    return fill_params(config, _NAMES, sources, dtype, file.path, transforms, mesh)
+    return fill_params(config, _NAMES, _sources(file), dtype, file.path, transforms, mesh)
+
+
+def _sources(file: GGUFFile) -> dict[str, Source]:
+    """A source for every tensor that is a parameter; of experts, which are stacked in one tensor [E, out, in], one for each."""
+    sources = {}
+    for name, tensor in file.tensors.items():
+        if _STACKED.fullmatch(name) and len(tensor.shape) == 3:
+            count, out, width = tensor.shape
+            rows = file._replace(tensors={name: tensor._replace(shape=(count * out, width))})
+            for expert in range(min(count, _MAX_EXPERTS)):
+                read = functools.partial(_read_expert, rows, name, expert * out)
+                sources[f"{name}[{expert}]"] = Source(tensor.path, (out, width), read)
+        elif name != _ROPE_DIVISORS:  # part of the config
+            sources[name] = Source(tensor.path, tensor.shape, functools.partial(_read, file, name))
+    return sources
 
 
 def _read(file: GGUFFile, name: str, index: Index) -> np.ndarray:
@@ -131,10 +149,38 @@ def _read(file: GGUFFile, name: str, index: Index) -> np.ndarray:
     return read_tensor(file, name, rows)[(slice(None), *rest)]
 
 
+def _read_expert(file: GGUFFile, name: str, first: int, index: Index) -> np.ndarray:
+    rows, columns = index
+    return _read(file, name, (slice(first + rows.start, first + rows.stop), columns))
+
+
 def _deinterleave(weight: np.ndarray, heads: int) -> np.ndarray:
     """[N·H, D] with each head's rows as pairs (0, H/2), (1, H/2 + 1), … back in order 0 … H−1."""
     rows, width = weight.shape
     return weight.reshape(heads, rows // heads // 2, 2, width).swapaxes(1, 2).reshape(rows, width)
+
+
+def _experts(file: GGUFFile) -> Experts | None:
+    """The mixture of experts, if there is one. In both architectures that have them the weights of those chosen sum to 1.
+
+    Raises:
+      ValueError: experts that all tokens read, or weights that are no softmax or scaled.
+    """
+    architecture = file.metadata["general.architecture"]
+    if architecture != "qwen3moe" and not file.metadata.get(f"{architecture}.expert_count"):
+        return None
+    computed = {"expert_shared_count": (0,), "expert_weights_scale": (0, 1), "expert_gating_func": (0, _SOFTMAX)}
+    computed |= {"expert_group_count": (0, 1), "expert_weights_norm": (True,)}
+    for key, values in computed.items():
+        value = file.metadata.get(f"{architecture}.{key}", values[0])
+        if value not in values:
+            raise ValueError(f"{file.path}: metadata key {architecture}.{key} is {value!r}: not supported")
+    return Experts(
+        count=_integer(file, "expert_count", limit=_MAX_EXPERTS),
+        chosen=_integer(file, "expert_used_count"),
+        intermediate_size=_integer(file, "expert_feed_forward_length", _integer(file, "feed_forward_length")),
+        normalised=True,
+    )
 
 
 def _sliding(file: GGUFFile, layers: int) -> tuple[int | None, tuple[bool, ...]]:

@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 
 from jsfdd.base.files import check_no_pointer
 from jsfdd.models.architecture import DecoderConfig
-from jsfdd.weights.huggingface_config import is_wrapped, read_config, read_object, refuse_adapter
+from jsfdd.weights import fp8
+from jsfdd.weights.huggingface_config import is_wrapped, quantised_block, read_config, read_object, refuse_adapter
 from jsfdd.weights.layout import Index, Source, fill_params
 
 __all__ = ["read_config", "read_params"]
@@ -45,6 +46,18 @@ _NAMES = {
     "layers/mlp/up_proj/kernel": "model.layers.{}.mlp.up_proj.weight",
     "layers/mlp/down_proj/kernel": "model.layers.{}.mlp.down_proj.weight",
 }
+_QWEN_EXPERTS = {
+    "layers/mlp/router/kernel": "model.layers.{}.mlp.gate.weight",
+    "layers/mlp/gate_experts/kernel": "model.layers.{}.mlp.experts.{}.gate_proj.weight",
+    "layers/mlp/up_experts/kernel": "model.layers.{}.mlp.experts.{}.up_proj.weight",
+    "layers/mlp/down_experts/kernel": "model.layers.{}.mlp.experts.{}.down_proj.weight",
+}
+_MIXTRAL_EXPERTS = {
+    "layers/mlp/router/kernel": "model.layers.{}.block_sparse_moe.gate.weight",
+    "layers/mlp/gate_experts/kernel": "model.layers.{}.block_sparse_moe.experts.{}.w1.weight",
+    "layers/mlp/up_experts/kernel": "model.layers.{}.block_sparse_moe.experts.{}.w3.weight",
+    "layers/mlp/down_experts/kernel": "model.layers.{}.block_sparse_moe.experts.{}.w2.weight",
+}
 # Gemma-3 calls the norm after attention what all others call the norm before the MLP.
 _GEMMA_NAMES = {
     "layers/post_attention_norm/scale": "model.layers.{}.post_attention_layernorm.weight",
@@ -54,8 +67,8 @@ _GEMMA_NAMES = {
 
 # Buffers, not parameters: old checkpoints store the rotary frequencies that the config already fixes.
 _ROTARY_BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
-# What a Gemma-3 image model has beside its text decoder, and the two spellings of that decoder's prefix.
-_VISION = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
+# What an image model has beside its text decoder, and the two spellings of that decoder's prefix.
+_VISION = re.compile(r"(model\.)?(vision_tower|multi_modal_projector|visual)\.")
 _WRAPPED_PREFIX = re.compile(r"(language_model\.model\.|model\.language_model\.)")
 _WRAPPED_HEAD = "language_model.lm_head.weight"
 
@@ -100,7 +113,7 @@ def weight_sources(directory: str | Path) -> dict[str, Source]:
     Raises:
       FileNotFoundError: no weights, or a shard is missing.
       ValueError: a file is truncated or corrupt, a tensor is there twice or not where the index says; on reading one, it
-        is not F32, F16 or BF16.
+        is not F32, F16 or BF16, or F8_E4M3, which only `fp8.dequantised` reads.
     """
     directory = Path(directory)
     sources: dict[str, Source] = {}
@@ -109,8 +122,9 @@ def weight_sources(directory: str | Path) -> dict[str, Source]:
             for name in handle.keys():
                 if name in sources:
                     raise ValueError(f"{file}: tensor {name} is in {sources[name].file} too; which one holds?")
-                shape = tuple(handle.get_slice(name).get_shape())
-                sources[name] = Source(file, shape, functools.partial(_read, file, name))
+                header = handle.get_slice(name)
+                read = functools.partial(_read, file, name)
+                sources[name] = Source(file, tuple(header.get_shape()), read, header.get_dtype())
     _check_index(directory, sources)
     return sources
 
@@ -122,15 +136,17 @@ def read_params(directory: str | Path, config: DecoderConfig, dtype=np.float32, 
 
     Raises:
       FileNotFoundError: no weights, or a shard is missing.
-      ValueError: a file is truncated or corrupt; a tensor is missing, unknown, misshapen or not F32, F16 or BF16.
+      ValueError: a file is truncated or corrupt; a tensor is missing, unknown, misshapen or not F32, F16, BF16 or, with its
+        scales, F8_E4M3.
     """
     directory = Path(directory)
-    names, transforms = _NAMES, {}
+    names, transforms = _NAMES | (_MIXTRAL_EXPERTS if config.family == "mistral" else _QWEN_EXPERTS), {}
     if config.family == "gemma3":
-        names = _NAMES | _GEMMA_NAMES
+        names = names | _GEMMA_NAMES
         # Gemma's norms compute x · (1 + w); here scales multiply as they are.
         transforms = {leaf: _one_plus for leaf in names if leaf.endswith("/scale")}
-    sources = _decoder_sources(weight_sources(directory), config, is_wrapped(directory))
+    found = fp8.dequantised(weight_sources(directory), quantised_block(directory))
+    sources = _decoder_sources(found, config, is_wrapped(directory))
     return fill_params(config, names, sources, dtype, directory, transforms, mesh)
 
 

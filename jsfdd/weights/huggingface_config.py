@@ -12,21 +12,37 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jsfdd.base.files import check_no_pointer, read_json
-from jsfdd.models.architecture import DecoderConfig, Rope
+from jsfdd.models.architecture import DecoderConfig, Experts, Rope
+from jsfdd.weights import fp8
 
-_FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "mistral": "mistral", "gemma3_text": "gemma3"}
-_WRAPPER = "gemma3"  # Gemma-3 with an image tower; its text_config is a gemma3_text
+_FAMILIES = {
+    **{"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "mistral": "mistral", "gemma3_text": "gemma3"},
+    **{"qwen3_moe": "qwen3", "mixtral": "mistral"},
+    **{"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"},
+}
+# Models of images and text, and the type of the text_config that is their decoder. Older files have its fields outside.
+_WRAPPERS = {
+    **{"gemma3": "gemma3_text", "mistral3": "mistral"},
+    **{kind: f"{kind}_text" for kind in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")},
+}
+_OF_IMAGES = ("mrope_section", "mrope_interleaved")  # which part of a rotation follows which coordinate: of text all are one
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _MAX_LAYERS = 10_000  # a corrupt count must not become a list of a billion layers
+_MAX_EXPERTS = 10_000
 
 # Sizes for which transformers would take those of one early model of the family. Only Gemma's own files leave them out.
 _STATED = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings".split()
+_STATED_OF_EXPERTS = {
+    "qwen3_moe": ("num_experts_per_tok", "moe_intermediate_size"),
+    "mixtral": ("num_local_experts", "num_experts_per_tok"),
+}
 # transformers sees only these fields of a file, so it checks no setting that does not concern the decoder.
 _SHOWN = [
     *_STATED,
     *"num_key_value_heads head_dim hidden_act hidden_activation rms_norm_eps tie_word_embeddings".split(),
     *"query_pre_attn_scalar rope_theta rope_local_base_freq rope_scaling rope_parameters layer_types".split(),
     *"sliding_window use_sliding_window max_window_layers sliding_window_pattern _sliding_window_pattern".split(),
+    *"num_experts num_local_experts num_experts_per_tok moe_intermediate_size norm_topk_prob".split(),
 ]
 _ROPE_KEYS = {
     "default": set(),
@@ -100,8 +116,15 @@ def refuse_adapter(directory: Path) -> None:
 
 
 def is_wrapped(directory: str | Path) -> bool:
-    """Whether the decoder lies inside an image-and-text model (Gemma-3), its tensors under a prefix."""
-    return read_object(Path(directory) / "config.json").get("model_type") == _WRAPPER
+    """Whether the decoder lies inside a model of images and text, its tensors under a prefix."""
+    return read_object(Path(directory) / "config.json").get("model_type") in _WRAPPERS
+
+
+def quantised_block(directory: str | Path) -> tuple[int, int] | None:
+    """The block of FP8 weights that shares a scale, as `fp8.block_of` has it; None of weights that are not quantised."""
+    raw = read_object(Path(directory) / "config.json")
+    inner = raw.get("text_config") or {}
+    return fp8.block_of(raw.get("quantization_config") or inner.get("quantization_config") or {})
 
 
 def read_config(directory: str | Path) -> DecoderConfig:
@@ -114,11 +137,14 @@ def read_config(directory: str | Path) -> DecoderConfig:
     path = Path(directory) / "config.json"
     fields = _Fields(path, read_object(path))
     _refuse_quantised(fields)
-    if fields.raw.get("model_type") == _WRAPPER:
-        text = fields.child("text_config")
+    if wrapped := _WRAPPERS.get(str(fields.raw.get("model_type"))):
         # The head belongs to the wrapper, and so does the switch that ties it.
         outer = {key: fields.raw[key] for key in ("tie_word_embeddings",) if key in fields.raw}
-        fields = text._replace(raw={"model_type": "gemma3_text", **text.raw, **outer})
+        if "text_config" in fields.raw or wrapped in ("gemma3_text", "mistral"):
+            fields = fields.child("text_config")
+            fields = fields._replace(raw={"model_type": wrapped, **fields.raw, **outer})
+        else:
+            fields = fields._replace(raw=fields.raw | {"model_type": wrapped})
     return parse_decoder(*fields)
 
 
@@ -131,10 +157,12 @@ def parse_decoder(path: Path, raw: dict[str, Any], prefix: str = "") -> DecoderC
     fields = _Fields(path, raw, prefix)
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in _FAMILIES:
-        supported = ", ".join([*_FAMILIES, _WRAPPER])
+        supported = ", ".join([*_FAMILIES, *_WRAPPERS])
         raise fields.error("model_type", f"is {model_type!r:.80}; supported are {supported}")
+    if model_type.endswith("_vl_text"):
+        fields = _of_text_alone(fields)
     _refuse_what_is_not_computed(fields)
-    for key in _STATED:
+    for key in (*_STATED, *_STATED_OF_EXPERTS.get(model_type, ())):
         if model_type != "gemma3_text" or key in raw:
             fields.integer(key, limit=_MAX_LAYERS if key == "num_hidden_layers" else 2**31 - 1)
     try:
@@ -144,27 +172,29 @@ def parse_decoder(path: Path, raw: dict[str, Any], prefix: str = "") -> DecoderC
         raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from error
 
 
+def _of_text_alone(fields: _Fields) -> _Fields:
+    """`fields` without what their ropes say of images: the three coordinates of a text's token are one, its position."""
+    raw = dict(fields.raw)
+    for key in ("rope_scaling", "rope_parameters"):
+        if isinstance(rope := raw.get(key), dict):
+            rope = {name: value for name, value in rope.items() if name not in _OF_IMAGES}
+            raw[key] = {name: "default" if value == "mrope" else value for name, value in rope.items()}
+    return fields._replace(raw=raw)
+
+
 def _refuse_quantised(fields: _Fields) -> None:
-    """Refuse a quantised model, by its method alone: the configuration may list every layer."""
+    """Refuse a quantised model that `fp8` does not read, by its method alone: the configuration may list every layer."""
     config = fields.raw.get("quantization_config")
     if config in (None, {}):
         return
-    config = config if isinstance(config, dict) else {}
-    method = config.get("quant_method") or "an unnamed method"
-    details = [str(config[key]) for key in ("format", "bnb_4bit_quant_type") if isinstance(config.get(key), str)]
-    details += [f"{config['bits']} bits"] if isinstance(config.get("bits"), int) else []
-    kind = f"{method} ({', '.join(details)})" if details else method
-    raise fields.error(
-        "quantization_config",
-        f"says that the weights are quantised with {kind:.80}, which jsfdd does not read; give the original model, or write a "
-        "dequantised one (AutoModelForCausalLM.from_pretrained(DIR).dequantize().save_pretrained(NEW_DIR))",
-    )
+    if problem := fp8.refusal(config if isinstance(config, dict) else {}):
+        raise fields.error("quantization_config", problem)
 
 
 def _refuse_what_is_not_computed(fields: _Fields) -> None:
     model_type = fields.raw["model_type"]
     _refuse_quantised(fields)
-    if model_type in ("llama", "qwen3", "gemma3_text"):
+    if model_type in ("llama", "qwen3", "qwen3_moe", "qwen3_vl_text", "gemma3_text"):
         # It would also go on o_proj. Qwen2's biases (q, k and v only) belong to its type and have no switch.
         fields.refuse("attention_bias")
     if model_type == "llama":
@@ -172,6 +202,9 @@ def _refuse_what_is_not_computed(fields: _Fields) -> None:
     if model_type == "gemma3_text":
         for key in ("final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention"):
             fields.refuse(key)
+    if model_type == "qwen3_moe":  # which layers are mixtures: here all are
+        fields.refuse("mlp_only_layers", harmless=(None, []))
+        fields.refuse("decoder_sparse_step", harmless=(None, 1))
     fields.refuse("partial_rotary_factor", harmless=(None, 1, 1.0))
     for key in ("rope_scaling", "rope_parameters"):
         if fields.raw.get(key):
@@ -217,7 +250,7 @@ def _spelled_anew(value: Any) -> Any:
 
 def _decoder(fields: _Fields) -> DecoderConfig:
     model_type = fields.raw["model_type"]
-    gemma = model_type == "gemma3_text"
+    family, gemma = _FAMILIES[model_type], model_type == "gemma3_text"
     width, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     head_dim = fields.integer("head_dim", width // heads)
     if head_dim % 2:
@@ -225,7 +258,7 @@ def _decoder(fields: _Fields) -> DecoderConfig:
     window, slides = _sliding(fields)
     ropes = fields.child("rope_parameters")
     common = dict(
-        family=_FAMILIES[model_type],
+        family=family,
         vocab_size=fields.integer("vocab_size"),
         hidden_size=width,
         intermediate_size=fields.integer("intermediate_size"),
@@ -236,12 +269,13 @@ def _decoder(fields: _Fields) -> DecoderConfig:
         max_position=fields.integer("max_position_embeddings"),
         rms_norm_eps=fields.number("rms_norm_eps"),
         rope=_rope(ropes.child("full_attention") if gemma else ropes, fields.integer("max_position_embeddings")),
-        tie_embeddings=fields.raw["tie_word_embeddings"],
-        qkv_bias=model_type == "qwen2",
-        qk_norm=model_type in ("qwen3", "gemma3_text"),
+        tie_embeddings=fields.raw.get("tie_word_embeddings", False),
+        qkv_bias=family == "qwen2",
+        qk_norm=family in ("qwen3", "gemma3"),
         activation=_activation(fields, "hidden_activation" if gemma else "hidden_act"),
         sliding_window=window,
         sliding_layers=slides,
+        experts=_experts(fields),
     )
     if gemma:
         common |= dict(
@@ -251,6 +285,20 @@ def _decoder(fields: _Fields) -> DecoderConfig:
             local_rope=_rope(ropes.child("sliding_attention"), fields.integer("max_position_embeddings")),
         )
     return DecoderConfig(**common)
+
+
+def _experts(fields: _Fields) -> Experts | None:
+    """The mixture of experts, if the type has one. Mixtral's are as wide as its config's MLP, and their weights sum to 1."""
+    model_type = fields.raw["model_type"]
+    if model_type not in ("qwen3_moe", "mixtral"):
+        return None
+    mixtral = model_type == "mixtral"
+    return Experts(
+        count=fields.integer("num_local_experts", limit=_MAX_EXPERTS),
+        chosen=fields.integer("num_experts_per_tok"),
+        intermediate_size=fields.integer("intermediate_size" if mixtral else "moe_intermediate_size"),
+        normalised=mixtral or fields.raw["norm_topk_prob"],
+    )
 
 
 def _activation(fields: _Fields, key: str) -> str:
@@ -263,10 +311,11 @@ def _activation(fields: _Fields, key: str) -> str:
 def _sliding(fields: _Fields) -> tuple[int | None, tuple[bool, ...]]:
     """The window and which layers slide, (None, ()) where none does."""
     model_type, layers = fields.raw["model_type"], fields.integer("num_hidden_layers")
-    # transformers' Llama has no window, whatever its config.json says; its Mistral slides in every layer.
-    if model_type == "llama" or fields.raw["sliding_window"] is None:
+    # transformers' Llama has no window, whatever its config.json says; its Mistral and its mixtures slide in every layer.
+    if model_type == "llama" or fields.raw.get("sliding_window") is None:
         return None, ()
-    types = ["sliding_attention"] * layers if model_type == "mistral" else fields.raw["layer_types"]
+    everywhere = model_type in ("mistral", "mixtral", "qwen3_moe")
+    types = ["sliding_attention"] * layers if everywhere else fields.raw["layer_types"]
     unknown = sorted(set(types) - {"sliding_attention", "full_attention"})
     if unknown:
         raise fields.error("layer_types", f"has {unknown[0]!r}; supported are sliding_attention and full_attention")

@@ -30,11 +30,15 @@ Index = tuple[slice, ...]
 
 
 class Source(NamedTuple):
-    """A tensor in a weight file: its shape is known from the header, its data, or a block of it, is read on demand."""
+    """A tensor in a weight file: its shape and kind are known from the header, its data, or a block of it, is read on demand.
+
+    `kind` is the name that safetensors files give its dtype.
+    """
 
     file: Path
     shape: tuple[int, ...]
     read: Callable[[Index], np.ndarray]
+    kind: str = ""
 
     def whole(self) -> np.ndarray:
         """Read the whole tensor."""
@@ -44,9 +48,9 @@ class Source(NamedTuple):
 def stored_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Every leaf of the params tree, as "layers/mlp/up_proj/kernel", with its shape in files (matrices are [out, in]).
 
-    A leaf under "layers/" stands for one tensor per layer. The head is a leaf only where it is not the embedding.
+    A leaf stands for as many tensors as `_stacking` says. The head is a leaf only where it is not the embedding.
     """
-    width, ffn = config.hidden_size, config.intermediate_size
+    width = config.hidden_size
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     shapes: dict[str, tuple[int, ...]] = {
         "embed/embedding": (config.vocab_size, width),
@@ -57,10 +61,13 @@ def stored_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
         "layers/attention/k_proj/kernel": (keys, width),
         "layers/attention/v_proj/kernel": (keys, width),
         "layers/attention/o_proj/kernel": (width, queries),
-        "layers/mlp/gate_proj/kernel": (ffn, width),
-        "layers/mlp/up_proj/kernel": (ffn, width),
-        "layers/mlp/down_proj/kernel": (width, ffn),
     }
+    parts, ffn = ("proj", config.intermediate_size) if config.experts is None else ("experts", config.experts.intermediate_size)
+    for name in ("gate", "up"):
+        shapes[f"layers/mlp/{name}_{parts}/kernel"] = (ffn, width)
+    shapes[f"layers/mlp/down_{parts}/kernel"] = (width, ffn)
+    if config.experts:
+        shapes["layers/mlp/router/kernel"] = (config.experts.count, width)
     if config.qkv_bias:
         shapes["layers/attention/q_proj/bias"] = (queries,)
         shapes["layers/attention/k_proj/bias"] = (keys,)
@@ -85,7 +92,7 @@ def fill_params(
     transforms: Mapping[str, Callable[[np.ndarray], np.ndarray]] | None = None,
     mesh: Mesh | None = None,
 ) -> dict:
-    """The params tree of `config` (layout: `models/target.py`), its layers stacked on a leading axis L.
+    """The params tree of `config` (layout: `models/target.py`), layers stacked on a leading axis L, experts on a second.
 
     Each device of `mesh` is given its share (`models/sharding.py`), and of the files only that share is read. Host
     memory peaks at what its devices keep there (on a CPU: all of it) plus one device's share of one leaf and a few
@@ -94,7 +101,7 @@ def fill_params(
     float32, and Gemma's 1 + w would lose bits in bfloat16.
 
     Args:
-      names: leaf (see `stored_shapes`) -> tensor name, with "{}" for the layer number.
+      names: leaf (see `stored_shapes`) -> tensor name, with "{}" for the layer's number, and a second for the expert's.
       sources: tensor name -> source, for every tensor found that is not known to be ignorable.
       dtype: of all leaves but norm scales.
       where: the file or directory, for messages.
@@ -106,30 +113,41 @@ def fill_params(
     """
     mesh = mesh or make_mesh(data=1)
     shapes = stored_shapes(config)
-    tensors = {leaf: _tensor_names(leaf, names[leaf], config.num_layers) for leaf in shapes}
+    stacking = {leaf: _stacking(leaf, config) for leaf in shapes}
+    tensors = {leaf: [names[leaf].format(*place) for place in np.ndindex(*stacking[leaf])] for leaf in shapes}
     _check(shapes, tensors, sources, where)
-    kept = {leaf: _kept_shape(leaf, shape, config.num_layers) for leaf, shape in shapes.items()}
+    kept = {leaf: (*stacking[leaf], *_kept_shape(leaf, shape)) for leaf, shape in shapes.items()}
     shardings = {leaf: param_sharding(leaf, kept[leaf], mesh) for leaf in shapes}  # before any memory is taken
     params: dict = {}
     for leaf in sorted(shapes, key=lambda leaf: -math.prod(kept[leaf])):
         transform = (transforms or {}).get(leaf)
         kind = np.float32 if leaf.endswith("/scale") else dtype
-        build = functools.partial(_block, leaf, [sources[name] for name in tensors[leaf]], transform, kind)
+        found = [sources[name] for name in tensors[leaf]]
+        build = functools.partial(_block, leaf, found, stacking[leaf], transform, kind)
         insert_leaf(params, leaf, place(kept[leaf], shardings[leaf], build))
     return params
 
 
-def _kept_shape(leaf: str, stored: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
-    """A leaf's shape in the params tree: kernels are [in, out], layers stacked."""
-    shape = stored[::-1] if leaf.endswith("/kernel") else stored
-    return (num_layers, *shape) if leaf.startswith("layers/") else shape
+def _stacking(leaf: str, config: DecoderConfig) -> tuple[int, ...]:
+    """The axes along which a leaf stacks tensors: layers and experts, layers, or none."""
+    if not leaf.startswith("layers/"):
+        return ()
+    return (config.num_layers, config.experts.count) if leaf.endswith("_experts/kernel") else (config.num_layers,)
 
 
-def _block(leaf: str, sources: Sequence[Source], transform: Callable | None, dtype, index: Index) -> np.ndarray:
+def _kept_shape(leaf: str, stored: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape in which a leaf keeps one tensor: kernels are [in, out]."""
+    return stored[::-1] if leaf.endswith("/kernel") else stored
+
+
+def _block(
+    leaf: str, sources: Sequence[Source], stacking: tuple[int, ...], transform: Callable | None, dtype, index: Index
+) -> np.ndarray:
     """The part of a leaf at `index`, its layers among it; read, converted and stored in pieces by several threads."""
-    is_kernel, stacked = leaf.endswith("/kernel"), leaf.startswith("layers/")
-    layers, part = (sources[index[0]], index[1:]) if stacked else (sources, index)
-    filled = _aligned((len(layers), *(s.stop - s.start for s in part)), dtype)
+    is_kernel, part = leaf.endswith("/kernel"), index[len(stacking) :]
+    chosen = np.ravel(np.arange(len(sources)).reshape(stacking)[index[: len(stacking)]])
+    filled = _aligned(tuple(s.stop - s.start for s in index), dtype)
+    rows_of = filled.reshape(len(chosen), *filled.shape[len(stacking) :])
     stored = part[::-1] if is_kernel else part
 
     def fill(job):
@@ -143,11 +161,11 @@ def _block(leaf: str, sources: Sequence[Source], transform: Callable | None, dty
             row[place] = tensor
 
     pieces = [stored[0]] if transform else _pieces(stored)
-    jobs = [(row, source, rows) for row, source in zip(filled, layers, strict=True) for rows in pieces]
+    jobs = [(row, sources[number], rows) for row, number in zip(rows_of, chosen, strict=True) for rows in pieces]
     with ThreadPoolExecutor(_THREADS) as pool:
         for _ in pool.map(fill, jobs):  # the first error is raised here
             pass
-    return filled if stacked else filled[0]
+    return filled
 
 
 def _pieces(stored: Index) -> list[slice]:
@@ -163,12 +181,6 @@ def _aligned(shape: tuple[int, ...], dtype) -> np.ndarray:
     memory = np.empty(size + 64, np.uint8)
     offset = -memory.ctypes.data % 64
     return memory[offset : offset + size].view(dtype).reshape(shape)
-
-
-def _tensor_names(leaf: str, template: str, num_layers: int) -> list[str]:
-    if leaf.startswith("layers/"):
-        return [template.format(layer) for layer in range(num_layers)]
-    return [template]
 
 
 def _check(

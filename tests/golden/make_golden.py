@@ -101,6 +101,20 @@ def models() -> dict[str, tuple[transformers.PreTrainedConfig, str]]:
             ),
             "5GB",
         ),
+        "qwen3_moe": (
+            t.Qwen3MoeConfig(
+                **SHARED,
+                **heads,
+                num_hidden_layers=2,
+                head_dim=16,
+                num_experts=6,
+                num_experts_per_tok=3,
+                moe_intermediate_size=20,
+                norm_topk_prob=False,
+            ),
+            "5GB",
+        ),
+        "mixtral": (t.MixtralConfig(**SHARED, **heads, num_hidden_layers=2, num_local_experts=4, num_experts_per_tok=2), "5GB"),
     }
 
 
@@ -115,7 +129,7 @@ def randomise(model: torch.nn.Module) -> None:
             elif "embed_tokens" in name:
                 parameter.copy_(noise)
             else:
-                parameter.copy_(1.5 * noise / parameter.shape[1] ** 0.5)
+                parameter.copy_(1.5 * noise / parameter.shape[-1] ** 0.5)
 
 
 @torch.no_grad()
