@@ -16,8 +16,10 @@ from toy import toy_config, toy_draft
 
 from jsfdd.base.disk import DiskError, free_bytes, refusal, writing
 from jsfdd.base.files import write_json
-from jsfdd.base.records import TrainState
+from jsfdd.base.lock import sole_writer
+from jsfdd.base.records import Sample, TrainState
 from jsfdd.commands.cli import main
+from jsfdd.data import samples
 from jsfdd.decoding import conversation_log
 from jsfdd.hidden.writer import HiddenWriter
 from jsfdd.training import journal
@@ -31,7 +33,9 @@ def full(path):
 def test_a_file_that_is_written_whole(tmp_path):
     write_json(tmp_path / "x.json", {"a": 1})
     full(tmp_path / "x.json.tmp")
-    with pytest.raises(DiskError, match=r"x\.json: no space left on device: .* free; make room.*the same command again"):
+    with pytest.raises(
+        DiskError, match=r"x\.json: no space left on device: \d+ bytes wanted, .* free; make room.*the same command again"
+    ):
         write_json(tmp_path / "x.json", {"a": 2})
     assert '"a": 1' in (tmp_path / "x.json").read_text() and len(list(tmp_path.iterdir())) == 1
 
@@ -54,7 +58,7 @@ def test_a_shard(tmp_path):
 ])  # fmt: skip
 def test_a_log(tmp_path, name, write):
     full(tmp_path / name)
-    with pytest.raises(DiskError, match=f"{name}: no space left on device"):
+    with pytest.raises(DiskError, match=rf"{name}: no space left on device: \d+ bytes wanted"):
         write(tmp_path)
 
 
@@ -91,6 +95,35 @@ def test_other_errors_pass_as_they_are():
         raise PermissionError(errno.EACCES, "denied")
     for number in (errno.EDQUOT, errno.EIO, errno.EROFS):
         assert refusal(OSError(number, os.strerror(number))) == number == refusal(RuntimeError(f"X: {os.strerror(number)} [1]"))
+
+
+def test_a_lock(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr("jsfdd.base.lock.os.pwrite", refuse)
+    with pytest.raises(DiskError, match=r"\.lock: disk quota exceeded: \d+ bytes wanted"), sole_writer(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_temporary_files_of_samples(monkeypatch):
+    monkeypatch.setattr(samples.tempfile, "TemporaryFile", lambda: open("/dev/full", "wb"))  # noqa: SIM115
+    monkeypatch.setattr(samples.tempfile, "gettempdir", lambda: "/somewhere")
+    writer = samples.SampleWriter()
+    writer.append(Sample("a", "chat", np.zeros(9, np.int32), np.ones(9, bool)))
+    with pytest.raises(DiskError, match="/somewhere: no space left on device"):
+        writer.finish()
+
+
+@pytest.mark.parametrize("name, place", [("b/out", "b/out"), (None, "the output")])
+def test_where_no_room_expects_it(name, place, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", name)
+
+    monkeypatch.setattr("jsfdd.commands.cli._run", refuse)
+    assert main(["demo"]) == 2
+    assert capsys.readouterr().err.startswith(f"jsfdd: error: {place}: no space left on device: ")
 
 
 def test_what_is_free_is_known_before_a_directory_is_made(tmp_path):

@@ -427,6 +427,14 @@ finally:
     assert done.stderr.splitlines()[-1] == "[]", done.stderr
 
 
+@pytest.mark.parametrize("words, name", [(["completion", "tcsh"], "'shell'"), (["report", "--bogus"], "'run'")])
+def test_an_argument_without_a_name_is_called_as_the_help_calls_it(words, name, capsys):
+    with pytest.raises(SystemExit):
+        main(words)
+    box = capsys.readouterr().err.splitlines()
+    assert name in "".join(box) and "config" not in "".join(box)
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_scripts_know_commands_and_options(shell, capsys):
     assert main(["completion", shell]) == 0

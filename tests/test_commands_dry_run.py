@@ -84,7 +84,8 @@ def test_what_was_begun_would_be_continued(place, capsys):
 
 
 def test_select(place, capsys):
-    values, _ = _dry(capsys, "select", "--scores", "scores.parquet", "--retain-ratio", "0.5", "--out", "out")
+    values, words = _dry(capsys, "select", "--scores", "scores.parquet", "--retain-ratio", "0.5", "--out", "out")
+    assert f"keep 2 of {values['ranked']} samples" in words and values["ranked"] > 2
     assert (values["kept"], values["thresholds"], values["would_write"]) == (2, {"all": 3.0}, ["out/selection.json"])
 
 

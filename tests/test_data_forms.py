@@ -5,7 +5,7 @@ import json
 import pytest
 
 from jsfdd.data.forms import Conversation, conversation_of
-from jsfdd.data.messages import text_of_calls
+from jsfdd.data.messages import _message, _plain, text_of_calls
 
 BARE = '{"name": "weather", "arguments": {"city": "Rome"}}'
 ROME = {"id": "call00001", "type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
@@ -165,3 +165,19 @@ def test_calls_as_text():
         '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>\n'
         '<tool_call>\n{"name": "f", "arguments": "raw"}\n</tool_call>'
     )
+
+
+@pytest.mark.parametrize("turn", [
+    {"role": "user", "content": "Q"}, {"role": "assistant", "content": ""}, {"content": "S", "role": "system"},
+])  # fmt: skip
+def test_a_plain_turn_is_read_as_any_other(turn):
+    assert _plain(turn) == _message(turn, "chats.jsonl:1") == {"role": turn["role"], "content": turn["content"]}
+
+
+@pytest.mark.parametrize("turn", [
+    {"role": "User", "content": "Q"}, {"role": "user", "content": None}, {"role": "user", "content": "é"},
+    {"role": "user", "content": ["Q"]}, {"role": "user", "content": "Q", "name": "n"}, {"from": "user", "value": "Q"}, {}, "Q",
+    {"role": ["user"], "content": "Q"}, {"role": "function_call", "content": "{}"},
+])  # fmt: skip
+def test_other_turns_are_not_plain(turn):
+    assert _plain(turn) is None

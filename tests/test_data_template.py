@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from jsfdd.data import render as render_module
 from jsfdd.data.chat import Chat
-from jsfdd.data.template import render_prompt, tokenize_chats
+from jsfdd.data.template import ChatTokenizer, render_prompt, tokenize_chats
 
 CHATML = (
     "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n"
@@ -505,3 +505,21 @@ def test_no_counted_token_touches_a_thought(parts):
     [sample], _ = tokenize_chats([chat(["hi", content, "and", "the end"])], BYTES, 4096, ("thinking",))
     runs = "".join(masked_runs(BYTES, sample))
     assert runs == f"{kept}<|im_end|>the end<|im_end|>"
+
+
+def test_conversations_are_rendered_together_unless_one_of_them_is_refused(monkeypatch):
+    tokenizer = byte_level(GEMMA, 300, CHATML)
+    calls, alone = [], render_module.render
+    good = [chat(["hello", f"the answer {number}"], f"c{number}") for number in range(40)]
+    monkeypatch.setattr("jsfdd.data.template.render", lambda *rest: calls.append(rest) or alone(*rest))
+    twice = Chat("twice", "test", good[0].messages[:1] + good[0].messages, "chats.jsonl:9")
+    chats = [*good[:20], twice, *good[20:]]
+    texts = ChatTokenizer(tokenizer, 100).texts(chats)
+    assert [text is None for text in texts] == [16 <= number < 32 for number in range(41)]
+    assert all(text is None or text == alone(tokenizer, row.messages) for text, row in zip(texts, chats))
+    samples, summary = tokenize_chats(chats, tokenizer, 100)
+    assert len(calls) == 16 and summary.skipped["refused"] == ("twice",)
+    assert [sample.id for sample in samples] == [conversation.id for conversation in good]
+    for sample, conversation in zip(samples, good):
+        [one], _ = tokenize_chats([conversation], tokenizer, 100)
+        np.testing.assert_array_equal(sample.tokens, one.tokens)

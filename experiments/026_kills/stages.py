@@ -30,22 +30,23 @@ def make_inputs(folder: Path) -> None:
 
 
 def command(stage: str, inputs: Path, out: Path) -> list[str]:
-    """The words after `jsfdd`."""
+    """The words after `jsfdd`. `keep` is respond with hidden states kept."""
     target, data = ["--target", str(inputs / "target")], ["--data", str(inputs / "chats.jsonl")]
     prompts, draft = ["--prompts", str(inputs / "prompts.jsonl")], ["--draft", str(inputs / "draft")]
     words = {
         "respond": [*target, *data, *DECODING, "--batch-size", "4"],
+        "keep": [*target, *data, *DECODING, "--batch-size", "4", "--keep-hidden", "flatness"],
         "score": [*target, *data, *OPTIONS, "--per-token", "--keep-hidden", "flatness", "random"],
         "train": [*target, *data, *OPTIONS, *TRAINING],
         "evaluate": [*target, *prompts, *draft, *DECODING],
         "export": draft,
         "run": [*target, *data, *prompts, *OPTIONS, *TRAINING, *DECODING, "--arms", "full", "flatness"],
     }[stage]
-    return [stage, *words, "--out", str(result_path(stage, out))]
+    return ["respond" if stage == "keep" else stage, *words, "--out", str(result_path(stage, out))]
 
 
 def result_path(stage: str, out: Path) -> Path:
-    return {"respond": out / "answers.jsonl", "export": out / "draft"}.get(stage, out)
+    return {"respond": out / "answers.jsonl", "keep": out / "answers.jsonl", "export": out / "draft"}.get(stage, out)
 
 
 def result(stage: str, out: Path) -> dict[str, str]:

@@ -43,11 +43,16 @@ def writing(path: str | Path, wanted: int | None = None, also: tuple[type[Except
         number = refusal(error)
         if number is None:
             raise
-        size = "" if wanted is None else f"{_words(wanted)} wanted, "
-        raise DiskError(
-            f"{path}: {os.strerror(number).lower()}: {size}{_words(free_bytes(path))} free; make room, or repair the disk, and "
-            "start the same command again, which continues"
-        ) from error
+        raise refused(path, number, wanted) from error
+
+
+def refused(path: str | Path, number: int, wanted: int | None = None) -> DiskError:
+    """The error of a refused write, by the system's number for it."""
+    size = "" if wanted is None else f"{_words(wanted)} wanted, "
+    return DiskError(
+        f"{path}: {os.strerror(number).lower()}: {size}{_words(free_bytes(path))} free; make room, or repair the disk, and "
+        "start the same command again, which continues"
+    )
 
 
 def refusal(error: BaseException) -> int | None:

@@ -20,16 +20,16 @@ from jsfdd.base.disk import writing
 
 
 @contextmanager
-def written_whole(path: str | Path) -> Iterator[Path]:
+def written_whole(path: str | Path, wanted: int | None = None) -> Iterator[Path]:
     """Yield a temporary path to write to; when the block ends, rename that file to `path` in one step.
 
     If the block raises or the process dies, `path` is unchanged. A killed process may leave `path`.tmp behind; the next
-    write replaces it. A full or broken disk raises `disk.DiskError`.
+    write replaces it. A full or broken disk raises `disk.DiskError`, which says how many bytes were `wanted` if that is known.
     """
     path = Path(path)
     aside = path.with_name(path.name + ".tmp")
     try:
-        with writing(path):
+        with writing(path, wanted):
             yield aside
             sync(aside)  # the data must be on disk before the rename is
             aside.replace(path)
@@ -67,8 +67,9 @@ _SEAL = "sha256_of_the_rest"
 def write_json(path: str | Path, value, *, indent: int = 1) -> None:
     """Write a value as indented JSON, atomically. An object gets a checksum of its own, which `read_json` compares."""
     text = json.dumps(sealed(value) if isinstance(value, dict) else value, ensure_ascii=False, allow_nan=False)
-    with written_whole(path) as aside:
-        aside.write_bytes(msgspec.json.format(text.encode(), indent=indent) + b"\n")  # the standard library's is slow
+    data = msgspec.json.format(text.encode(), indent=indent) + b"\n"  # the standard library's is slow
+    with written_whole(path, len(data)) as aside:
+        aside.write_bytes(data)
 
 
 def read_json(

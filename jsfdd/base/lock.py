@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from jsfdd.base.disk import writing
 from jsfdd.base.processes import is_primary, true_on_primary
 
 _BEAT = 5.0  # seconds between two signs of life
@@ -92,8 +93,15 @@ def _take(path: Path) -> tuple[int | None, str]:
         refusal = _refusal(path)
         os.close(lock)
         return None, refusal
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode(), 0)
+    data = json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode()
+    try:
+        with writing(path, len(data)):
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, data, 0)
+    except OSError:
+        path.unlink()
+        os.close(lock)
+        raise
     return lock, ""
 
 

@@ -71,7 +71,8 @@ def tokens_digest(samples: Sequence[Sample]) -> str:
 
 def has_repeats(ids: Sequence[str]) -> bool:
     """Whether an id occurs twice. Takes 16 bytes an id, where a set takes five times that."""
-    hashes = np.sort(np.fromiter(map(hash, ids), np.int64, len(ids)))
+    hashes = np.fromiter(map(hash, ids), np.int64, len(ids))
+    hashes.sort()
     # Different ids may have equal hashes, though hardly ever.
     return bool((hashes[1:] == hashes[:-1]).any()) and len(set(ids)) < len(ids)
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import inspect
 import io
+import re
 import sys
 import typing
 from collections.abc import Mapping, Sequence
@@ -67,7 +68,7 @@ def parse(name: str, command: Command, words: Sequence[str]) -> Invocation:
             print(f"example:\n{command.examples}")
         refused = _refused_by_group(stop)
         if refused is None:
-            sys.stderr.write(box.getvalue())
+            sys.stderr.write(_as_given(box.getvalue(), command.config))
             raise
         raise refused from None
 
@@ -94,6 +95,17 @@ def _explain(kind: type) -> None:
     for group in typing.get_type_hints(kind).values():
         if dataclasses.is_dataclass(group):
             _explain(group)
+
+
+def _as_given(text: str, kind: type) -> str:
+    """tyro's message, in which an argument without a name of its own is called after the field that holds it."""
+    fields = "|".join(field.name for field in dataclasses.fields(kind))
+    lines = []
+    for line in text.splitlines(keepends=True):
+        shorter = re.sub(rf"'config\.({fields})'", r"'\1'", line)
+        inside, edge, after = shorter.rpartition("│")
+        lines.append(inside + " " * (len(line) - len(shorter)) * len(edge) + edge + after)  # the box keeps its width
+    return "".join(lines)
 
 
 def _refused_by_group(stop: BaseException) -> ValueError | None:

@@ -47,6 +47,7 @@ def prepare(config: SelectConfig) -> Selection:
 def run(config: SelectConfig, selection: Selection) -> Outcome:
     select(config, selection)
     path, kept, dropped = config.out / "selection.json", len(selection.ids), len(selection.dropped)
+    ranked = sum(selection.sizes.values())
     values = {
         "command": "select",
         "metric": selection.metric,
@@ -54,16 +55,17 @@ def run(config: SelectConfig, selection: Selection) -> Outcome:
         "within": selection.within,
         "thresholds": selection.thresholds,
         "kept": kept,
+        "ranked": ranked,
         "without_counted_token": dropped,
         "selection": path,
     }
-    return Outcome(values, f"{kept} samples kept ({dropped} without a counted token): {path}")
+    return Outcome(values, f"{kept:,} of {many(ranked, 'sample')} kept ({dropped:,} more without a counted token): {path}")
 
 
 def describe(config: SelectConfig, selection: Selection) -> Outcome:
-    kept, dropped = len(selection.ids), len(selection.dropped)
-    values = {"kept": kept, "without_counted_token": dropped, "thresholds": selection.thresholds}
-    words = [f"keep {many(kept, 'sample')}; {dropped:,} without a counted token"]
+    kept, ranked, dropped = len(selection.ids), sum(selection.sizes.values()), len(selection.dropped)
+    values = {"kept": kept, "ranked": ranked, "without_counted_token": dropped, "thresholds": selection.thresholds}
+    words = [f"keep {kept:,} of {many(ranked, 'sample')}; {dropped:,} more without a counted token"]
     return planned("select", values, words, config.out, ["selection.json"])
 
 

@@ -20,6 +20,7 @@ from jsfdd.data.messages import Message
 _SECONDS = 10.0  # a real conversation renders in milliseconds
 _MEMORY = 1 << 30
 _LONGEST = 64 << 20  # characters
+_TOGETHER = 16  # conversations
 # What a template can raise: its own errors, and those of the expressions that its author wrote. Others are faults of ours.
 TEMPLATE_ERRORS = (
     jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError,
@@ -94,6 +95,21 @@ def render(tokenizer, messages: Sequence[Message], tools: Sequence[dict] = (), *
     if len(text) > _LONGEST:
         raise RefusedByTemplate(f"it writes {len(text):,} characters")
     return text
+
+
+def render_together(tokenizer, conversations: Sequence[Sequence[Message]]) -> list[str | None]:
+    """What `render` gives for conversations without tools, in half the time: limits are set and settings looked up once for
+    several. None where `render` has to say what is wrong, with that conversation or with another one of its group.
+    """
+    texts: list[str | None] = []
+    for begin in range(0, len(conversations), _TOGETHER):
+        group = [list(messages) for messages in conversations[begin : begin + _TOGETHER]]
+        try:
+            with within_limits(""):
+                texts += tokenizer.apply_chat_template(group, tokenize=False)
+        except TEMPLATE_ERRORS:  # those of a template without bounds are among them
+            texts += [None] * len(group)
+    return [text if text is not None and len(text) <= _LONGEST else None for text in texts]
 
 
 def render_prompt(tokenizer, messages: Sequence[Message], tools: Sequence[dict] = ()) -> list[int]:

@@ -1,7 +1,7 @@
 """A sequence of samples on disk, whose memory does not grow with the number of tokens.
 
     writer = SampleWriter()
-    writer.append(sample)                    # one after the other
+    writer.append(sample)                    # one after the other, or with `extend` several
     samples = writer.finish()                # samples[i], len(samples), samples.lengths
 
 Tokens and masks lie in temporary files, which vanish with the process; what is kept for each sample is its id, its source and
@@ -16,8 +16,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
+from jsfdd.base.disk import writing
 from jsfdd.base.records import Sample
 
 _CHUNK = 4096  # the number of ids that become one Arrow array
@@ -60,16 +61,31 @@ class SampleWriter:
         self._starts = array("q", [0])
 
     def append(self, sample: Sample) -> None:
-        self._ids.append(sample.id)
-        self._sources.append(self._names.setdefault(sample.source, len(self._names)))
-        self._starts.append(self._starts[-1] + len(sample.tokens))
-        self._tokens.write(np.ascontiguousarray(sample.tokens, np.int32).tobytes())
-        self._mask.write(np.ascontiguousarray(sample.assistant_mask, bool).tobytes())
+        self.extend([sample.id], [sample.source], [len(sample.tokens)], sample.tokens, sample.assistant_mask)
+
+    def extend(
+        self,
+        ids: Sequence[str],
+        sources: Sequence[str],
+        lengths: Sequence[int],
+        tokens: Int[np.ndarray, " T"],
+        masks: Bool[np.ndarray, " T"],
+    ) -> None:
+        """Append samples; `tokens` and `masks` are those of all, one after the other."""
+        self._ids.extend(ids)
+        self._sources.extend(self._names.setdefault(source, len(self._names)) for source in sources)
+        self._starts.frombytes((self._starts[-1] + np.cumsum(lengths, dtype=np.int64)).tobytes())
+        with writing(tempfile.gettempdir(), 5 * len(tokens)):
+            self._tokens.write(np.ascontiguousarray(tokens, np.int32))
+            self._mask.write(np.ascontiguousarray(masks, bool))
 
     def finish(self) -> SampleTable:
         """The samples so far; nothing can be appended afterwards."""
         self._ids.finish()
         starts = np.frombuffer(self._starts, np.int64)
+        with writing(tempfile.gettempdir()):
+            self._tokens.flush()
+            self._mask.flush()
         tokens, mask = _mapped(self._tokens, np.int32), _mapped(self._mask, np.bool_)
         return SampleTable(self._ids, self._sources, list(self._names), starts, tokens, mask)
 
@@ -81,10 +97,11 @@ class _Texts:
         self._chunks: list[pa.Array] = []
         self._open: list[str] = []
 
-    def append(self, text: str) -> None:
-        self._open.append(text)
-        if len(self._open) == _CHUNK:
-            self.finish()
+    def extend(self, texts: Sequence[str]) -> None:
+        self._open += texts
+        while len(self._open) >= _CHUNK:
+            self._chunks.append(pa.array(self._open[:_CHUNK], pa.string()))
+            del self._open[:_CHUNK]
 
     def finish(self) -> None:
         self._chunks.append(pa.array(self._open, pa.string()))
@@ -95,7 +112,6 @@ class _Texts:
 
 
 def _mapped(file, dtype) -> np.ndarray:
-    file.flush()
     if not file.tell():  # an empty file cannot be mapped
         return np.zeros(0, dtype)
     return np.asarray(np.memmap(file, dtype, mode="r"))

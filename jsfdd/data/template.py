@@ -37,7 +37,7 @@ from jsfdd.data.chat import Chat
 from jsfdd.data.marks import any_of, learn_marks
 from jsfdd.data.mask import assistant_mask
 from jsfdd.data.messages import Message, text_of_calls
-from jsfdd.data.render import RefusedByTemplate, check_tokenizer, render, render_prompt
+from jsfdd.data.render import RefusedByTemplate, check_tokenizer, render, render_prompt, render_together
 from jsfdd.data.skipped import MEANINGS, BadRow, nothing_left
 from jsfdd.data.spans import MaskSpan, excluded_spans
 
@@ -151,8 +151,14 @@ class ChatTokenizer:
         self.knows_calls = "tool_calls" in tokenizer.chat_template
         self.left_out = {"thoughts": 0, "tools": 0}
 
-    def render(self, chat: Chat) -> list[Rendered]:
-        """The samples of a conversation, nearly always one. Raises BadRow."""
+    def texts(self, chats: Sequence[Chat]) -> list[str | None]:
+        """What the template writes of each, rendered together; None where `render` has to do it."""
+        plain = [bool(chat.messages) and not chat.tools for chat in chats]
+        made = iter(render_together(self.tokenizer, [self._messages(chat) for chat in itertools.compress(chats, plain)]))
+        return [next(made) if is_plain else None for is_plain in plain]
+
+    def render(self, chat: Chat, text: str | None = None) -> list[Rendered]:
+        """The samples of a conversation, nearly always one; `text` is what the template writes, if known. Raises BadRow."""
         if chat.tokens:
             return [Rendered(chat.id, chat, "", [], [], [])]
         try:
@@ -161,9 +167,9 @@ class ChatTokenizer:
                 if not answers:
                     raise Rewritten("the text has no answer between marks of the target's chat template")
                 return [Rendered(chat.id, chat, chat.text, [a[:2] for a in answers], [a.end for a in answers], [])]
-            messages = chat.messages if self.knows_calls else tuple(map(_with_written_calls, chat.messages))
+            messages = self._messages(chat)
             self._check_special_text(chat, messages)
-            return self._samples(chat, messages)
+            return self._samples(chat, messages, text)
         except RefusedByTemplate as error:
             raise BadRow("refused", chat.place, f"the chat template refuses the conversation: {error}") from error
         except Rewritten as error:
@@ -193,8 +199,11 @@ class ChatTokenizer:
             else:
                 yield row, sample, len(ids) > self.max_length
 
-    def _samples(self, chat: Chat, messages: Sequence[Message]) -> list[Rendered]:
-        text = render(self.tokenizer, messages, chat.tools)
+    def _messages(self, chat: Chat) -> Sequence[Message]:
+        return chat.messages if self.knows_calls else tuple(map(_with_written_calls, chat.messages))
+
+    def _samples(self, chat: Chat, messages: Sequence[Message], text: str | None) -> list[Rendered]:
+        text = render(self.tokenizer, messages, chat.tools) if text is None else text
         answers = find_answers(self.frames, self.marks, messages, chat.tools, text)
         self.left_out["tools"] += bool(chat.tools) and not self.marks.writes_tools
         if any(answer.thought_left_out for answer in answers):
@@ -304,21 +313,21 @@ def tokenize_chats(
         for chat_id, outcome, cut in tokenize_chunk(tokenize, chunk):
             if isinstance(outcome, BadRow) and strict and outcome.reason != "no_counted":
                 raise outcome
-            tally.add(chat_id, outcome, cut)
             if isinstance(outcome, Sample):
                 samples.append(outcome)
+            tally.add(chat_id, outcome.id if isinstance(outcome, Sample) else outcome, cut)
     summary = tally.summary(tokenize.left_out)
     if summary.read and not samples:
         raise ValueError(nothing_left(summary.read, {name: len(ids) for name, ids in summary.skipped.items()}, summary.first))
     return samples, summary
 
 
-def tokenize_chunk(tokenize: ChatTokenizer, chats: Iterable[Chat]) -> Iterator[tuple[str, Sample | BadRow, bool]]:
+def tokenize_chunk(tokenize: ChatTokenizer, chats: Sequence[Chat]) -> Iterator[tuple[str, Sample | BadRow, bool]]:
     """(chat id, sample or why there is none, whether it was cut) of some conversations, in their order."""
     rendered: list[Rendered | tuple[str, BadRow]] = []
-    for chat in chats:
+    for chat, text in zip(chats, tokenize.texts(chats)):
         try:
-            rendered += tokenize.render(chat)
+            rendered += tokenize.render(chat, text)
         except BadRow as error:
             rendered.append((chat.id, error))
     made = tokenize.samples([row for row in rendered if isinstance(row, Rendered)])
@@ -345,7 +354,8 @@ class Tally:
         self._id: str | None = None  # of the conversation whose samples come
         self._samples, self._bad, self._file = 0, [], ""
 
-    def add(self, chat_id: str, outcome: Sample | BadRow, cut: bool, file: str = "") -> None:
+    def add(self, chat_id: str, outcome: str | BadRow, cut: bool, file: str = "") -> None:
+        """Count a sample, by its id, or why there is none."""
         if chat_id != self._id:
             self._settle()
             self._id, self._file = chat_id, file
@@ -355,7 +365,7 @@ class Tally:
             return
         self._samples += 1
         if cut:
-            self.truncated.append(outcome.id)
+            self.truncated.append(outcome)
             self._count(file, "truncated")
 
     def _settle(self) -> None:

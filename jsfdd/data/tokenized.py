@@ -17,6 +17,9 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+from jaxtyping import Bool, Int
+
 from jsfdd.base.records import Sample
 from jsfdd.data.chat import Chat, ReadCounts, stream_chats
 from jsfdd.data.counts import FileCounts, check_too_many_skipped, counts_of, total
@@ -76,14 +79,19 @@ def read_samples(
     tokenize = ChatTokenizer(tokenizer, max_length, mask_spans, **settings)
     chunks = _chunks(stream_chats(names, counts, strict=strict))
     others = _Others(lambda: (tokenizer, max_length, tuple(mask_spans), settings), processes)
-    for chunk, outcomes in others.map(tokenize, chunks):
-        place = {chat.id: chat.file for chat in chunk}
-        for chat_id, outcome, cut in outcomes:
-            if isinstance(outcome, BadRow) and strict and outcome.reason != "no_counted":
-                raise outcome
-            tally.add(chat_id, outcome, cut, place[chat_id])
-            if isinstance(outcome, Sample):
-                writer.append(outcome)
+    for chunk, made in others.map(tokenize, chunks):
+        ids, sources = [], []
+        for number, outcome, cut in made.outcomes:
+            chat = chunk[number]
+            if isinstance(outcome, BadRow):
+                if strict and outcome.reason != "no_counted":
+                    raise outcome
+            else:
+                outcome = chat.id if outcome is None else outcome
+                ids.append(outcome)
+                sources.append(chat.source)
+            tally.add(chat.id, outcome, cut, chat.file)
+        writer.extend(ids, sources, made.lengths, made.tokens, made.masks)
     summary = tally.summary(others.left_out)
     files = counts_of(counts, tally)
     first = counts.skipped.first | summary.first
@@ -110,7 +118,32 @@ def _chunks(chats: Iterable[Chat]) -> Iterator[list[Chat]]:
         yield chunk
 
 
-_Outcomes = list[tuple[str, Sample | BadRow, bool]]
+class _Made(NamedTuple):
+    """What the conversations of a chunk became. Samples one by one would take as long to pass on as to make.
+
+    Attributes:
+      outcomes: of each sample, or of what is none, the conversation's number in the chunk; the sample's id, None if that is the
+        conversation's, or why there is none; and whether it was cut.
+      lengths: tokens of each sample.
+      tokens, masks: of all samples, one after the other.
+    """
+
+    outcomes: list[tuple[int, str | BadRow | None, bool]]
+    lengths: list[int]
+    tokens: Int[np.ndarray, " T"]
+    masks: Bool[np.ndarray, " T"]
+
+
+def _make(tokenize: ChatTokenizer, chunk: list[Chat]) -> _Made:
+    outcomes, samples, numbers = [], [], {chat.id: number for number, chat in enumerate(chunk)}
+    for chat_id, outcome, cut in tokenize_chunk(tokenize, chunk):
+        if isinstance(outcome, Sample):
+            samples.append(outcome)
+            outcome = None if outcome.id == chat_id else outcome.id
+        outcomes.append((numbers[chat_id], outcome, cut))
+    tokens = np.concatenate([np.zeros(0, np.int32), *(sample.tokens for sample in samples)])
+    masks = np.concatenate([np.zeros(0, bool), *(sample.assistant_mask for sample in samples)])
+    return _Made(outcomes, [len(sample.tokens) for sample in samples], tokens, masks)
 
 
 class _Others:
@@ -124,16 +157,16 @@ class _Others:
         self.settings, self.processes = settings, processes
         self.left_out: dict[str, int] = {}
 
-    def map(self, tokenize: ChatTokenizer, chunks: Iterator[list[Chat]]) -> Iterator[tuple[list[Chat], _Outcomes]]:
-        """(chunk, what `tokenize_chunk` makes of it) in order."""
+    def map(self, tokenize: ChatTokenizer, chunks: Iterator[list[Chat]]) -> Iterator[tuple[list[Chat], _Made]]:
+        """(chunk, what became of it) in order."""
         for chunk in itertools.islice(chunks, _ALONE) if self.processes > 1 else chunks:
-            yield chunk, list(tokenize_chunk(tokenize, chunk))
+            yield chunk, _make(tokenize, chunk)
         self._count(tokenize.left_out)
         first = next(chunks, None)
         if first is not None:
             yield from self._elsewhere(itertools.chain([first], chunks))
 
-    def _elsewhere(self, chunks: Iterator[list[Chat]]) -> Iterator[tuple[list[Chat], _Outcomes]]:
+    def _elsewhere(self, chunks: Iterator[list[Chat]]) -> Iterator[tuple[list[Chat], _Made]]:
         context = multiprocessing.get_context("spawn")  # a fork would copy the locks of JAX's threads
         pool = ProcessPoolExecutor(self.processes, context, _begin, self.settings())
         waiting: deque = deque()
@@ -152,10 +185,10 @@ class _Others:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _result(self, chunk: list[Chat], future) -> tuple[list[Chat], _Outcomes]:
-        outcomes, left_out = future.result()
+    def _result(self, chunk: list[Chat], future) -> tuple[list[Chat], _Made]:
+        made, left_out = future.result()
         self._count(left_out)
-        return chunk, outcomes
+        return chunk, made
 
     def _count(self, left_out: dict[str, int]) -> None:
         for what, count in left_out.items():
@@ -174,8 +207,8 @@ def _begin(tokenizer, max_length: int, mask_spans: tuple, settings: dict) -> Non
     _tokenizer = ChatTokenizer(tokenizer, max_length, mask_spans, **settings)
 
 
-def _tokenize(chunk: list[Chat]) -> tuple[_Outcomes, dict[str, int]]:
+def _tokenize(chunk: list[Chat]) -> tuple[_Made, dict[str, int]]:
     assert _tokenizer is not None
     before = dict(_tokenizer.left_out)
-    outcomes = list(tokenize_chunk(_tokenizer, chunk))
-    return outcomes, {what: count - before[what] for what, count in _tokenizer.left_out.items()}
+    made = _make(_tokenizer, chunk)
+    return made, {what: count - before[what] for what, count in _tokenizer.left_out.items()}

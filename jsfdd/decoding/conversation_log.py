@@ -109,7 +109,8 @@ def _whole_lines(path: Path) -> bytes:
 
 
 def _append(path: Path, line: dict) -> None:
-    with writing(path), path.open("ab") as file:
-        file.write(json.dumps(line).encode() + b"\n")
+    data = json.dumps(line).encode() + b"\n"
+    with writing(path, len(data)), path.open("ab") as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())

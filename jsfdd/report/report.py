@@ -42,10 +42,10 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     out = Path(out) if out else run / "report.html"
     files = read_run(run)
     finished = datetime.datetime.fromtimestamp((run / "summary.json").stat().st_mtime, datetime.UTC)
-    page = render(files, date=f"{finished.day} {finished:%B %Y}")
+    page = render(files, date=f"{finished.day} {finished:%B %Y}").encode()
     out.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(out) as aside:
-        aside.write_text(page, encoding="utf-8")
+    with written_whole(out, len(page)) as aside:
+        aside.write_bytes(page)
     return out
 
 

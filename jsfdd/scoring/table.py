@@ -134,6 +134,7 @@ def read_scores(path: Path, *, prompt_states: bool = False) -> ScoreTable:
         return values
 
     num_tokens, metrics = numbers("num_tokens", np.int32), {name: numbers(name, np.float64) for name in column_names()}
+    pyarrow.default_memory_pool().release_unused()  # Arrow keeps what it freed
     ids = tuple(value for chunk in columns.pop("id").chunks for value in chunk.to_pylist())
     if has_repeats(ids):
         raise ValueError(f"{path}: an id occurs more than once; {_REMEDY}")
@@ -195,7 +196,7 @@ def _write(
         digests[_PROMPT_DIGEST] = _digest(states, text)
         table = table.append_column(_PROMPT, states[_PROMPT])
     table = table.replace_schema_metadata({_IDENTITY: text, **digests})
-    with written_whole(path) as aside:
+    with written_whole(path, table.nbytes) as aside:
         pyarrow.parquet.write_table(table, aside, write_page_checksum=True)
 
 

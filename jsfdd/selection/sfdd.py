@@ -105,13 +105,14 @@ def select(
     sizes = {name: len(rows) for name, rows in strata.items()}
     quotas, kept, thresholds = shares(retain_ratio, sizes), [], {}
     for name, rows in strata.items():
-        scores = _scores(table, metric, rows, seed)
-        if np.isnan(scores).any():
-            broken = [table.ids[row] for row in rows[np.isnan(scores)]]
+        keys = _ascending(metric, _scores(table, metric, rows, seed))
+        if np.isnan(keys).any():
+            broken = [table.ids[row] for row in rows[np.isnan(keys)]]
             raise ValueError(f"the {metric} of these samples is not a number: {_few(broken)}; score again")
-        chosen, last = _first(table, rows, _ascending(metric, scores), quotas[name])
+        chosen, last = _first(table, rows, keys, quotas[name])
         kept.append(rows[chosen])
-        thresholds[name] = float(scores[last])
+        thresholds[name] = float(_ascending(metric, keys[last]))  # the score again
+        del keys  # of ten million rows each array takes 80 MB
     kept = np.sort(np.concatenate(kept))
     return Selection(
         ids=tuple(table.ids[i] for i in kept),
@@ -289,7 +290,7 @@ def _first(table: ScoreTable, rows: np.ndarray, keys: np.ndarray, count: int) ->
     Among equal keys smaller ids come first. Only the rows at the cut need their ids compared: to sort ten million strings takes
     gigabytes.
     """
-    cut = np.partition(keys, count - 1)[count - 1]
+    cut = np.partition(keys, count - 1)[count - 1]  # of a copy, which goes at once
     below, at_cut = np.flatnonzero(keys < cut), np.flatnonzero(keys == cut)
     at_cut = sorted(at_cut.tolist(), key=lambda i: table.ids[rows[i]])[: count - len(below)]
     return np.concatenate([below, at_cut]).astype(np.int64), at_cut[-1]

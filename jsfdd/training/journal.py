@@ -140,8 +140,9 @@ def _append(path: Path, line: dict) -> None:
     """Append one line and flush it to disk, before the checkpoint that follows."""
     if not is_primary():
         return
-    with writing(path), path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    data = json.dumps(line).encode() + b"\n"
+    with writing(path, len(data)), path.open("ab") as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
 
@@ -150,9 +151,9 @@ def _drop_after(path: Path, step: int) -> None:
     """Drop the lines of later steps, and a last line that a crash cut short, atomically. The file may be missing."""
     if not path.exists():
         return
-    text = _lines_until(path, step)
-    with written_whole(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+    data = _lines_until(path, step).encode()
+    with written_whole(path, len(data)) as aside:
+        aside.write_bytes(data)
 
 
 def _parse(text: str, path: Path) -> list[dict]:
