@@ -7,11 +7,12 @@ together, has a checksum of its own, so that a reader who does not need it leave
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -121,20 +122,18 @@ def read_scores(path: Path, *, prompt_states: bool = False) -> ScoreTable:
       ValueError: the file is damaged, lacks a column, was not written by jsfdd, or repeats an id; names file and remedy.
     """
     path = Path(path)
-    table = _read(path, ("id", "source", "num_tokens", *column_names()))
-    identity = json.loads(table.schema.metadata[_IDENTITY])
-    tokens = _token_rows(table, _IN_PART) if _IN_PART + _TOKEN_COLUMNS[0] in table.column_names else None
-    columns = dict(zip(table.column_names, table.columns))
-    del table  # a column goes as soon as it is copied: the two together would be gigabytes for ten million rows
+    columns, identity = _read(path, ("id", "source", "num_tokens", *column_names()))
+    tokens = _token_rows(columns, _IN_PART) if _IN_PART + _TOKEN_COLUMNS[0] in columns else None
 
     def numbers(name: str, dtype: type) -> np.ndarray:
-        values = columns.pop(name).to_numpy()
-        if values.dtype != dtype:
-            raise ValueError(f"{path}: column {name} is {values.dtype}, not {np.dtype(dtype)}; {_REMEDY}")
+        values = columns[name]
+        found = values.dtype if isinstance(values, np.ndarray) else values.type
+        if found != dtype:
+            raise ValueError(f"{path}: column {name} is {found}, not {np.dtype(dtype)}; {_REMEDY}")
         return values
 
     num_tokens, metrics = numbers("num_tokens", np.int32), {name: numbers(name, np.float64) for name in column_names()}
-    pyarrow.default_memory_pool().release_unused()  # Arrow keeps what it freed
+    # A column goes as soon as it is copied: for ten million rows the two together would be gigabytes.
     ids = tuple(value for chunk in columns.pop("id").chunks for value in chunk.to_pylist())
     if has_repeats(ids):
         raise ValueError(f"{path}: an id occurs more than once; {_REMEDY}")
@@ -144,8 +143,8 @@ def read_scores(path: Path, *, prompt_states: bool = False) -> ScoreTable:
 
 def read_token_scores(path: Path) -> dict[str, TokenRow]:
     """Read token_scores.parquet: sample id -> its scores. Errors as in `read_scores`."""
-    table = _read(Path(path), ("id", *_TOKEN_COLUMNS))
-    return dict(zip(table["id"].to_pylist(), _token_rows(table, ""), strict=True))
+    columns, _ = _read(Path(path), ("id", *_TOKEN_COLUMNS))
+    return dict(zip(columns["id"].to_pylist(), _token_rows(columns, ""), strict=True))
 
 
 def _shared_strings(column: pyarrow.ChunkedArray) -> tuple[str, ...]:
@@ -176,7 +175,7 @@ def _token_columns(table: ScoreTable, prefix: str) -> dict[str, pyarrow.Array]:
     }
 
 
-def _token_rows(table: pyarrow.Table, prefix: str) -> tuple[TokenRow, ...]:
+def _token_rows(table: Mapping[str, pyarrow.ChunkedArray], prefix: str) -> tuple[TokenRow, ...]:
     columns = []
     for name in _TOKEN_COLUMNS:
         lists = table[prefix + name].combine_chunks()
@@ -200,56 +199,79 @@ def _write(
         pyarrow.parquet.write_table(table, aside, write_page_checksum=True)
 
 
-def _read(path: Path, columns: Sequence[str]) -> pyarrow.Table:
-    """All columns but the prompts' states, checked."""
+def _read(path: Path, columns: Sequence[str]) -> tuple[dict[str, np.ndarray | pyarrow.ChunkedArray], dict]:
+    """All columns but the prompts' states, checked, and the identity. Numbers without gaps are arrays.
+
+    One column is read after the other: together they take twice their size.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; run `jsfdd score` first, or check the path")
-    table = _whole(path, lambda names: [name for name in names if name != _PROMPT])
-    missing = [name for name in columns if name not in table.column_names]
-    metadata = table.schema.metadata or {}
+    found: dict[str, np.ndarray | pyarrow.ChunkedArray] = {}
+    with _opened(path) as file:
+        metadata = file.schema_arrow.metadata or {}
+        sha = hashlib.sha256(metadata.get(_IDENTITY, b""))
+        for name in file.schema_arrow.names:  # which may be no UTF-8
+            if name != _PROMPT:
+                column = file.read(columns=[name])[name]
+                _add(sha, name, column)
+                found[name] = column if column.null_count or not _is_number(column.type) else column.to_numpy()
+    missing = [name for name in columns if name not in found]
     if missing or not {_IDENTITY, _DIGEST} <= metadata.keys():
         what = f"has no column {', '.join(missing)}" if missing else "was not written by this version of jsfdd"
         raise ValueError(f"{path}: {what}; {_REMEDY}")
-    _check_digest(path, table, _DIGEST)
-    return table
+    _check(path, sha, metadata[_DIGEST])
+    return found, json.loads(metadata[_IDENTITY])
 
 
 def _read_prompts(path: Path, rows: int) -> Float[np.ndarray, "N P"] | None:
     """The prompts' states, checked; None in a file from before they were kept."""
-    table = _whole(path, lambda names: [name for name in names if name == _PROMPT])
-    if _PROMPT not in table.column_names:
+    with _opened(path) as file:
+        metadata = file.schema_arrow.metadata
+        column = file.read(columns=[_PROMPT])[_PROMPT] if _PROMPT in file.schema_arrow.names else None
+    if column is None:
         return None
-    _check_digest(path, table, _PROMPT_DIGEST)
-    return table[_PROMPT].combine_chunks().flatten().to_numpy().reshape(rows, -1)
+    sha = hashlib.sha256(metadata[_IDENTITY])
+    _add(sha, _PROMPT, column)
+    _check(path, sha, metadata.get(_PROMPT_DIGEST))
+    return column.combine_chunks().flatten().to_numpy().reshape(rows, -1)
 
 
-def _whole(path: Path, chosen: Callable[[list[str]], list[str]]) -> pyarrow.Table:
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[pyarrow.parquet.ParquetFile]:
+    """Open a Parquet file; whatever Arrow raises for a damaged one becomes one ValueError."""
     size = path.stat().st_size
     # Nothing in the footer has more parts or letters than the file has bytes: a damaged length asks for gigabytes.
     limits = {"thrift_container_size_limit": size, "thrift_string_size_limit": size}
     try:
         with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True, **limits) as file:
-            return file.read(columns=chosen(file.schema_arrow.names))  # names may be no UTF-8
-    except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:  # a damaged size asks for terabytes
+            yield file
+    except (pyarrow.ArrowException, KeyError, OSError, ValueError, MemoryError) as error:  # a damaged size asks for terabytes
         raise ValueError(f"{path}: not a whole Parquet file ({error}); {_REMEDY}") from None
 
 
-def _check_digest(path: Path, table: pyarrow.Table, key: bytes) -> None:
-    metadata = table.schema.metadata
-    if metadata.get(key) != _digest(table, metadata[_IDENTITY]):
+def _is_number(kind: pyarrow.DataType) -> bool:
+    return pyarrow.types.is_integer(kind) or pyarrow.types.is_floating(kind)
+
+
+def _check(path: Path, sha, expected: bytes | None) -> None:
+    if sha.hexdigest().encode() != expected:
         raise ValueError(f"{path}: damaged: its checksum is of other scores; {_REMEDY}")
 
 
 def _digest(table: pyarrow.Table, identity: bytes) -> bytes:
-    """sha256 hex of the identity and of every column's name, type and values."""
+    """sha256 hex of the identity and of every column."""
     sha = hashlib.sha256(identity)
     for name in table.column_names:
-        column = table[name]
-        kind = getattr(column.type, "value_type", column.type)  # Parquet renames a list's items, and so their list
-        sha.update(f"\0{name} {kind} {len(column)} {column.null_count}\0".encode())
-        for part in _parts(column):
-            sha.update(part)
+        _add(sha, name, table[name])
     return sha.hexdigest().encode()
+
+
+def _add(sha, name: str, column: pyarrow.ChunkedArray) -> None:
+    """Add a column's name, type and values to a digest."""
+    kind = getattr(column.type, "value_type", column.type)  # Parquet renames a list's items, and so their list
+    sha.update(f"\0{name} {kind} {len(column)} {column.null_count}\0".encode())
+    for part in _parts(column):
+        sha.update(part)
 
 
 def _parts(column: pyarrow.ChunkedArray) -> Iterator[np.ndarray]:
