@@ -1,9 +1,14 @@
 """A table of samples is a sequence like any other, and other processes make the same one."""
 
 import json
+import multiprocessing
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
+from children import Child
 from families import answer, family_tokenizer, user
 from toy import toy_tokenizer
 
@@ -116,3 +121,31 @@ def test_an_answer_of_a_token_beyond_the_embedding_is_named(tmp_path):
     rows[1] = turns("q", "an <extra> token")
     read = read_samples([write(tmp_path / "c.jsonl", rows)], tokenizer, 100, vocab_size=258)
     assert len(read.samples) == 1 and "token <extra> (258), which the model of 258 rows" in read.summary.first["unknown_token"]
+
+
+def _begin_and_wait(path):
+    settings = (toy_tokenizer(), 100, (), {"vocab_size": None, "split_answers": False})
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), tokenized._begin, settings) as pool:
+        path.write_text(str(pool.submit(os.getpid).result()))
+        time.sleep(600)
+
+
+def _runs(pid):
+    """Not so of a process that has ended and that nobody has asked about."""
+    try:
+        return open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] != "Z"  # noqa: SIM115
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.slow
+def test_other_processes_end_when_the_first_is_killed(tmp_path):
+    first, path = Child(_begin_and_wait, tmp_path / "pid"), tmp_path / "pid"
+    while not (path.exists() and path.read_text()):
+        assert first.running
+        time.sleep(0.05)
+    first.kill()
+    until = time.monotonic() + 60
+    while _runs(int(path.read_text())):
+        assert time.monotonic() < until
+        time.sleep(0.05)

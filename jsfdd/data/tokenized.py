@@ -10,6 +10,7 @@ import itertools
 import multiprocessing
 import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -203,8 +204,15 @@ _tokenizer: ChatTokenizer | None = None
 def _begin(tokenizer, max_length: int, mask_spans: tuple, settings: dict) -> None:
     global _tokenizer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process says what an interrupt means
+    threading.Thread(target=_end_with_the_first, daemon=True, name="watch the first process").start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # every core has a process already
     _tokenizer = ChatTokenizer(tokenizer, max_length, mask_spans, **settings)
+
+
+def _end_with_the_first() -> None:
+    """A process that is killed cannot end its pool, whose processes would wait for work for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _tokenize(chunk: list[Chat]) -> tuple[_Made, dict[str, int]]:

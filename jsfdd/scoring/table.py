@@ -134,17 +134,25 @@ def read_scores(path: Path, *, prompt_states: bool = False) -> ScoreTable:
 
     num_tokens, metrics = numbers("num_tokens", np.int32), {name: numbers(name, np.float64) for name in column_names()}
     # A column goes as soon as it is copied: for ten million rows the two together would be gigabytes.
-    ids = tuple(value for chunk in columns.pop("id").chunks for value in chunk.to_pylist())
+    sources = _shared_strings(columns.pop("source"))
+    ids = tuple(_strings(columns.pop("id").chunks))
     if has_repeats(ids):
         raise ValueError(f"{path}: an id occurs more than once; {_REMEDY}")
     states = _read_prompts(path, len(ids)) if prompt_states else None
-    return ScoreTable(ids, _shared_strings(columns.pop("source")), num_tokens, metrics, identity, tokens, states)
+    return ScoreTable(ids, sources, num_tokens, metrics, identity, tokens, states)
 
 
 def read_token_scores(path: Path) -> dict[str, TokenRow]:
     """Read token_scores.parquet: sample id -> its scores. Errors as in `read_scores`."""
     columns, _ = _read(Path(path), ("id", *_TOKEN_COLUMNS))
     return dict(zip(columns["id"].to_pylist(), _token_rows(columns, ""), strict=True))
+
+
+def _strings(chunks: list[pyarrow.Array]) -> Iterator[str]:
+    """The values of a column's chunks, which are let go one by one."""
+    while chunks:
+        yield from chunks.pop(0).to_pylist()
+        pyarrow.default_memory_pool().release_unused()
 
 
 def _shared_strings(column: pyarrow.ChunkedArray) -> tuple[str, ...]:
