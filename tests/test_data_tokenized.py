@@ -106,6 +106,7 @@ def test_answers_beyond_the_cut_are_counted_and_their_conversation_is_read_once(
     [counts] = read.files
     made = len(read.samples)
     assert 0 < made < 12 and (counts.read, counts.kept, counts.skipped) == (2, 1, {"no_counted": 1})
+    assert [sample.id for sample in read.samples] == [f"s-1/{number}" for number in range(1, made + 1)]
     assert read.summary.kept == 1 and f"{12 - made} answers have no token within the maximal length" in "".join(read.notes)
 
 
