@@ -40,6 +40,10 @@ def write_run(run: Path, *, num_samples: int = 60, num_prompts: int = 20, seed: 
     # The last one has no counted token, so no arm keeps it.
     kept = {"full": ranked[:-1], "flatness": ranked[:half], "random": rng.permutation(ranked[:-1])[:half].tolist()}
     examples = [ranked[i] for i in (0, 1, half, -2, -1)]
+    example = {"id": "s-001", "source": HOSTILE, "flatness": 0.01, "prompt": f"Is {HOSTILE}?", "answer": "Two & two."}
+    sides = {"kept_examples": [example, example], "dropped_examples": [example]}
+    group = {"name": "cluster 0", "size": 59, "sources": {HOSTILE: 12}, "kept": {"flatness": 30}, "arm": "flatness"}
+    _write_json(run / "groups.json", [group | sides])
     _write_json(run / "texts.json", [_text(name, samples[name]) for name in examples])
     rows = []
     for arm, (share, tau) in ARMS.items():
@@ -56,7 +60,16 @@ def write_run(run: Path, *, num_samples: int = 60, num_prompts: int = 20, seed: 
         tokens = round(share * sum(s["row"].counted.sum() for s in samples.values()))
         rows.append(
             {"arm": arm, "samples": len(kept[arm]), "tokens": 2 * tokens, "counted_tokens": tokens, "steps": steps}
-            | {"train_seconds": 96.0 * share, "held_out": {"loss": 1.0, "agreement": 0.6, "acceptance": 0.5}}
+            | {"train_seconds": 96.0 * share, "cost_ratio": 2.0, "memory_cost_ratio": 1.25}
+            | {
+                "cost_seconds": {
+                    "pass": 41.5,
+                    "soft_targets": 22.0 * share,
+                    "training": 96.0 * share,
+                    "total": 41.5 + 118 * share,
+                }
+            }
+            | {"held_out": {"loss": 1.0, "agreement": 0.6, "acceptance": 0.5}}
             | {name: report[name] for name in report if name.startswith(("tau", "speedup"))}
         )
     _write_json(
@@ -68,7 +81,7 @@ def write_run(run: Path, *, num_samples: int = 60, num_prompts: int = 20, seed: 
             "data": {"read": num_samples + 1, "kept": num_samples, "truncated": ["s-003"]}
             | {"no_counted": ["s-empty"], "special_text": [], "refused": []}
             | {"tokens": 24680, "counted_tokens": 12340, "padding_share": 0.124},
-            "seconds": {"load": 3.1, "score": 41.5, "hidden": 22.0, "evaluate": 88.2},
+            "seconds": {"load": 3.1, "score": 41.5, "soft_targets": 22.0, "evaluate": 88.2, "compiling": 30.5},
             "arms": rows,
             "differences": [
                 {"a": "flatness", "b": "full", "tau_difference": -0.07, "low": -0.15, "high": 0.01},
@@ -78,6 +91,10 @@ def write_run(run: Path, *, num_samples: int = 60, num_prompts: int = 20, seed: 
         },
     )
     return run
+
+
+def _cost(*parts: float) -> dict[str, float]:
+    return dict(zip(("pass", "soft_targets", "training", "total"), (*parts, sum(parts)), strict=True))
 
 
 def _write_json(path: Path, value) -> None:
@@ -144,7 +161,8 @@ def _report(tau: float, num_prompts: int, rng) -> dict:
         "alpha": alpha, "alpha_low": [a - 0.04 for a in alpha], "alpha_high": [a + 0.04 for a in alpha],
         "accept_counts": [*(int(a - b) for a, b in itertools.pairwise(reached)), int(reached[-1])],
         "n_prompts": num_prompts, "same_text_share": 1.0, "compile_seconds": 12.5, "per_source": per_source,
-        "examples": [{"id": "p1", "prompt": f"Explain {HOSTILE}", "text": "A tag & nothing more."}],
+        "examples": [{"id": "p1", "source": "code", "prompt": f"Explain {HOSTILE}", "text": "A tag & nothing more."}
+                     | {"pieces": [["A tag", False], [" & nothing", True], [" more.", False]]}],
     }  # fmt: skip
 
 
@@ -187,9 +205,9 @@ def test_every_section_is_there_with_its_panels(page):
     parsed = _Page(page)
     sections = [attributes["id"] for tag, attributes in parsed.elements if tag == "section"]
     assert sections == "result flatness selection training acceptance timings configuration glossary".split()
-    labels = [attributes["alt"] for tag, attributes in parsed.elements if tag == "img"]
+    labels = [attributes["alt"].partition(":")[0] for tag, attributes in parsed.elements if tag == "img"]
     assert labels == [
-        "τ by arm", "Paired differences of τ", "Speedup by arm", "τ for the training it took",
+        "τ by arm", "Paired differences of τ", "Speedup by arm", "τ for what it cost",
         "Sample flatness", "Flatness and entropy, samples", "Token flatness", "Flatness and entropy, tokens",
         "Kept, by source", "Lengths, flatness", "Lengths, random",
         "Loss", "Held-out agreement, %", "Expected acceptance, %",
@@ -222,9 +240,29 @@ def test_text_from_data_is_escaped(page):
 def test_result_table_shows_what_was_measured(page):
     rows = re.findall(r"<tr><td>.*?</tr>", page, re.DOTALL)[:3]
     cells = [re.sub(r"<[^>]+>", " ", cell).split() for cell in re.findall(r"<td>(.*?)</td>", rows[1], re.DOTALL)]
-    assert cells[:2] == [["■", "flatness"], ["30"]]
-    assert cells[4:7] == [["49.0"], ["2.24", "2.13", "to", "2.35"], ["1.24"]]
-    assert cells[7] == ["1.79", "1.73", "to", "1.85"]
+    assert cells[:3] == [["■", "flatness"], ["2.24", "2.13", "to", "2.35"], ["102"]]
+    assert cells[3:5] == [["1.79", "1.73", "to", "1.85"], ["30"]]
+    assert cells[7] == ["1.24"]
+
+
+def test_the_page_says_what_a_step_costs_and_who_wrote_the_answer(page):
+    text = " ".join(_Page(page).text.split())
+    assert "A speculative step costs 2.0 plain steps on this machine, so τ above 2.0 would pay" in text
+    assert "it costs 1.2 (computed), and τ 2.31 makes decoding 1.85 times as fast" in text
+    assert 'A tag<mark class="drafted"> &amp; nothing</mark> more.' in page
+    assert "Cluster 0: 59 samples" in text and "Two & two." in text
+
+
+def test_pictures_say_what_they_show_and_turn_dark(page):
+    labels = [attributes["alt"] for tag, attributes in _Page(page).elements if tag == "img"]
+    assert labels[0] == "τ by arm: full 2.31 (2.20 to 2.42); flatness 2.24 (2.13 to 2.35); random 2.12 (2.01 to 2.23)"
+    assert labels[3] == "τ for what it cost: full τ 2.31 for 160 s; flatness τ 2.24 for 102 s; random τ 2.12 for 100 s"
+    assert all(len(label.partition(": ")[2]) > 9 for label in labels)
+    for svg in _pictures(page):
+        assert svg.count("prefers-color-scheme: dark") == 1
+        for grey in (panel.INK, panel.MUTED):  # what is drawn in them is found by the rule, which has to match the style's text
+            assert f'[style*="fill: {grey}"]' in svg
+        assert f"fill: {panel.INK}" in svg.partition("</style>")[2]
 
 
 def test_verdicts_of_the_page_put_the_metric_first(page):
@@ -281,7 +319,7 @@ def test_same_run_same_page(run, page, tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        "config.json", "summary.json", "scores.parquet", "token_scores.parquet", "texts.json",
+        "config.json", "summary.json", "scores.parquet", "token_scores.parquet", "texts.json", "groups.json",
         "arms/flatness/selection.json", "arms/random/metrics.jsonl", "arms/full/report.json",
     ],
 )  # fmt: skip
@@ -346,6 +384,7 @@ def test_figures_that_do_not_exist_are_dashes(run, tmp_path):
     """One arm, sampled, nothing held out, and a draft that never got anywhere: no verdict, no panel without data."""
     copy = shutil.copytree(run, tmp_path / "run")
     nothing = {f"{name}{end}": None for name in ("tau", "tau_macro", "speedup") for end in ("", "_low", "_high")}
+    nothing |= {"cost_ratio": None}
     _change(copy / "config.json", {"arms": ["full"], "temperature": 1.0, "held_out_share": 0.0, "mix": ["a=1"]})
     rows = json.loads((copy / "summary.json").read_text())["arms"]
     target = {"name": "models/tiny", "fingerprint": "0", "vocab_size": VOCAB}
@@ -372,13 +411,11 @@ def _change(path: Path, values: dict) -> None:
 
 def test_costs_compare_with_full_only_where_there_is_one(run):
     files = read_run(run)
-    sentences = costs(files.arms, {"score": 41.5})
-    assert sentences[0] == (
-        "The flatness arm trained on 51% of the samples that full did, 51% of the counted tokens, and took 51% of its "
-        "training time."
+    assert costs(files.arms)[0] == (
+        "The flatness arm trained on 51% of the samples that full did, 51% of the counted tokens; it took 51% of its training "
+        "time, and 64% of its cost from conversations to draft."
     )
-    assert "41.5 s" in sentences[-1]
-    assert costs(files.arms[1:], {"score": 41.5}) == []
+    assert costs(files.arms[1:]) == []
 
 
 def test_ticks_are_plain_numbers_with_a_small_vocabulary_too():

@@ -5,6 +5,7 @@ import functools
 
 import jax
 import numpy as np
+import optax
 import pytest
 from toy import random_params, toy_config
 
@@ -14,7 +15,14 @@ from jsfdd.models.draft import draft_config
 from jsfdd.models.target import hidden_states
 from jsfdd.training.loss import borrow
 from jsfdd.training.recipe import Recipe
-from jsfdd.training.step import init_state, learning_rate_schedule, make_accumulating_step, make_optimizer, make_train_step
+from jsfdd.training.step import (
+    Optimizer,
+    init_state,
+    learning_rate_schedule,
+    make_accumulating_step,
+    make_optimizer,
+    make_train_step,
+)
 
 CONFIG = toy_config()
 DRAFT = draft_config(CONFIG)
@@ -98,12 +106,13 @@ def test_what_fills_the_padding_changes_nothing():
 def test_step_traces_once_per_shape_and_takes_over_its_state():
     traces = []
 
-    def counted_update(*args):
-        traces.append(1)
-        return OPTIMIZER.update(*args)
+    class Counting(Optimizer):
+        def update(self, *args):
+            traces.append(1)
+            return super().update(*args)
 
     mesh = make_mesh(data=4)
-    step = make_train_step(DRAFT, OPTIMIZER._replace(update=counted_update), mesh, RECIPE)
+    step = make_train_step(DRAFT, Counting(RECIPE, 20), mesh, RECIPE)
     state, frozen = replicate(init_state(DRAFT, OPTIMIZER, seed=0), mesh), frozen_on(mesh)
     first = state.params["fc"]["kernel"]
     for length in (12, 12, 12, 14, 14, 12):
@@ -160,3 +169,28 @@ def test_schedule_is_scaled_to_the_run():
     for steps in (1, 2, 3):  # a run of a few steps is a run as well
         rate = learning_rate_schedule(recipe, steps)
         assert all(0.09 < float(rate(step)) <= 1 for step in range(steps))
+
+
+def test_runs_of_other_lengths_share_a_program_and_keep_their_rates():
+    """Beside optax's AdamW with its own schedules, on made-up gradients."""
+    recipe = Recipe(warmup_share=0.2, learning_rate=1e-2)
+    mesh = make_mesh(data=1)
+    short, long = (make_train_step(DRAFT, make_optimizer(recipe, steps), mesh, recipe) for steps in (10, 25))
+    assert short is long
+    random, update = np.random.default_rng(0), jax.jit(make_optimizer(recipe, 1).update)
+    for steps in (10, 25):
+        warmup, peak = round(0.2 * steps), 1e-2
+        rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
+        fall = optax.linear_schedule(peak, peak / 10, steps - 1 - warmup)
+        twin = optax.chain(
+            optax.clip_by_global_norm(recipe.max_grad_norm),
+            optax.adamw(optax.join_schedules([rise, fall], [warmup]), b1=0.9, b2=0.95, weight_decay=0.0),
+        )
+        params = expected = {"w": np.ones(3, np.float32)}
+        state, twin_state = make_optimizer(recipe, steps).init(params), twin.init(params)
+        for _ in range(steps + 2):
+            gradient = {"w": random.normal(size=3).astype(np.float32)}
+            change, state = update(gradient, state, params)
+            change_of_twin, twin_state = twin.update(gradient, twin_state, expected)
+            params, expected = optax.apply_updates(params, change), optax.apply_updates(expected, change_of_twin)
+            np.testing.assert_allclose(params["w"], expected["w"], rtol=2e-6)

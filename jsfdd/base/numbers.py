@@ -46,3 +46,13 @@ def percent(x: float | None) -> str:
 def significant(x: float | None) -> str:
     """Three significant digits, for flatness, which spans several powers of ten."""
     return NO_VALUE if x is None else f"{x:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """42 s, 3 min 20 s or 2 h 05 min."""
+    rounded = round(seconds)
+    if rounded < 60:
+        return f"{rounded} s"
+    if rounded < 3600:
+        return f"{rounded // 60} min {rounded % 60:02d} s"
+    return f"{rounded // 3600} h {rounded % 3600 // 60:02d} min"

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from jsfdd.base.compiling import compile_seconds
+from jsfdd.base.numbers import duration
 from jsfdd.base.text import printable
 
 
@@ -38,6 +40,7 @@ class Bar:
         self._label, self._unit, self._total, self._bar, self._lines = label, unit, total, bar, lines
         self._first, self._done, self._figures = finished, finished, ""
         self._started = self._shown_at = time.monotonic()
+        self._compiled = compile_seconds()
         self._shown_done = finished
         self._task = None if bar is None else bar.add_task(label, total=total, completed=finished, unit=unit, figures="")
 
@@ -59,20 +62,24 @@ class Bar:
         return waited >= _LINE_SECONDS or waited >= _SHARE_SECONDS and self._done - self._shown_done >= _LINE_SHARE * total
 
     def _rate(self) -> str:
-        """Units per second since this call began, or seconds per unit below one."""
-        seconds, done = time.monotonic() - self._started, self._done - self._first
+        """Units per second since this call began, or seconds per unit below one; compiling is not in it."""
+        seconds, done = self._worked(), self._done - self._first
         if not done or not seconds:
             return ""
         rate = done / seconds
         return f"{rate:,.1f} {self._unit}/s" if rate >= 1 else f"{1 / rate:,.1f} s each"
 
+    def _worked(self) -> float:
+        """Seconds since this call began, without compiling, which the units to come need not wait for again."""
+        return time.monotonic() - self._started - (compile_seconds() - self._compiled)
+
     def _line(self) -> str:
-        seconds, done, total = time.monotonic() - self._started, self._done - self._first, self._total or 0
+        done, total = self._done - self._first, self._total or 0
         left = ""
         if done and total > self._done:
-            left = f"{_duration(seconds / done * (total - self._done))} left"
+            left = f"{duration(self._worked() / done * (total - self._done))} left"
         elif total == self._done:
-            left = f"done in {_duration(seconds)}"
+            left = f"done in {duration(time.monotonic() - self._started)}"
         count = f"{self._label}: {self._done:,}/{total:,} {self._unit} ({self._done / max(total, 1):.0%})"
         return ", ".join(filter(None, (count, self._rate(), self._figures, left)))
 
@@ -96,13 +103,3 @@ def progress(label: str, unit: str, total: int | None = None, *, finished: int =
             yield Bar(label, unit, total, finished, bar)
     else:
         yield Bar(label, unit, total, finished, None)
-
-
-def _duration(seconds: float) -> str:
-    """ "42 s", "3 min 20 s" or "2 h 05 min"."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

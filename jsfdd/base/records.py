@@ -172,9 +172,11 @@ class DraftShares(NamedTuple):
 
 
 class Generation(NamedTuple):
-    """Generated tokens of a batch, `tokens[b, :lengths[b]]` with the stop token included, and the counts of its steps."""
+    """Generated tokens of a batch, `tokens[b, :lengths[b]]` with the stop token included, which of them a draft had
+    proposed, and the counts of its steps."""
 
     tokens: Int[Array, "B N"]
     lengths: Int[Array, " B"]
+    drafted: Bool[Array, "B N"]
     stats: DecodeStats
     shares: DraftShares

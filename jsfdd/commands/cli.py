@@ -44,8 +44,8 @@ _BROKEN_PIPE = 141  # 128 + SIGPIPE, as shells report it
 
 # `jsfdd X` is commands/x.py with XConfig, EXAMPLES, prepare, run and describe.
 COMMANDS = (
-    "respond", "score", "select", "train", "evaluate", "export", "generate", "doctor", "report", "plan", "run", "demo",
-    "completion",
+    "respond", "score", "select", "train", "evaluate", "export", "generate", "doctor", "report", "watch", "plan", "run",
+    "demo", "completion",
 )  # fmt: skip
 
 _WRITE_A_FILE = ("respond", "report")  # their --out is a file, not a directory

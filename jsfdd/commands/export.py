@@ -6,7 +6,15 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from jsfdd.commands.options import DecodingOptions, ExportOptions, OptionalPath, OptionalText, Paths, check_num_draft_tokens
+from jsfdd.commands.options import (
+    DecodingOptions,
+    ExportOptions,
+    OptionalPath,
+    OptionalText,
+    Paths,
+    check,
+    check_num_draft_tokens,
+)
 from jsfdd.commands.outcome import Outcome, planned
 
 if TYPE_CHECKING:
@@ -38,6 +46,7 @@ class ExportConfig:
 
     def __post_init__(self):
         check_num_draft_tokens(self.num_draft_tokens)
+        check("--flavour", self.export.flavour, self.export.flavour != "none", "a layout; `none` is of `jsfdd run`")
 
 
 class Prepared(NamedTuple):

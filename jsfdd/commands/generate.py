@@ -1,6 +1,7 @@
 """`jsfdd generate`: print one answer on the terminal as it is decoded.
 
-Only the text goes to stdout, for pipes. τ, tokens/s and the accepted tokens of each draft go to stderr.
+Only the text goes to stdout, for pipes. τ, tokens/s and the accepted tokens of each draft go to stderr, and what a speculative
+step costs beside a plain one, for which a few plain steps are timed after the answer.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from jsfdd.commands.outcome import Outcome, described, many
 if TYPE_CHECKING:
     from jsfdd.decoding.settings import Team
 
+_PLAIN_TOKENS = 12  # of an answer without a draft, whose steps are timed
 _COLOURS = (32, 33, 36, 35, 34)  # ANSI codes of green, yellow, cyan, magenta, blue
 
 EXAMPLES = """
@@ -86,7 +88,9 @@ def run(config: GenerateConfig, prepared: Prepared) -> Outcome:
     """Decode the answer to `config.prompt` and print it meanwhile; the outcome has no words left to print."""
     from jsfdd.base.mesh import make_mesh
     from jsfdd.decoding.generate import prepare_params
+    from jsfdd.decoding.settings import Team
     from jsfdd.decoding.stream import stream_answer
+    from jsfdd.evaluation.step_cost import memory_ratio, step_cost_words
 
     team, tokens = prepared
     mesh = make_mesh(data=1, model=config.model.model_shards)
@@ -105,6 +109,15 @@ def run(config: GenerateConfig, prepared: Prepared) -> Outcome:
         counts = [f"{before}{name}{after} {result.accepted[number]}" for number, (name, (before, after)) in named]
         print(f"draft tokens accepted: {', '.join(counts)}", file=sys.stderr)
     values = {"command": "generate", "tau": result.tau, "tokens": len(result.tokens), "seconds": result.seconds}
+    if team.drafts and result.step_seconds is not None:
+        few = min(_PLAIN_TOKENS, config.decoding.max_new_tokens)
+        alone = setup_of(target, Team({}), dataclasses.replace(config.decoding, max_new_tokens=few, tree_nodes=0))
+        plain = stream_answer(alone, params._replace(drafts=()), tokens, config.seed, temperature, lambda *_: None)
+        if plain.step_seconds is not None:
+            values["cost_ratio"] = result.step_seconds / plain.step_seconds
+            values["memory_cost_ratio"] = memory_ratio(target.config, setup.drafts, config.decoding.num_draft_tokens)
+            words = step_cost_words(result.tau, values["cost_ratio"], values["memory_cost_ratio"])
+            print(words, file=sys.stderr)
     return Outcome(values, "")
 
 

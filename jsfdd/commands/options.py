@@ -297,8 +297,9 @@ def check_num_draft_tokens(value: int) -> None:
 class ExportOptions:
     """The format of exported drafts."""
 
-    flavour: Flavour = "vllm"
-    """The layout of exported drafts."""
+    flavour: Flavour | Literal["none"] = "vllm"
+    """The layout of exported drafts. With `none`, `jsfdd run` leaves them as checkpoints, which every command of jsfdd reads:
+    an EAGLE-1/2 draft with --draft-vocab has no other layout."""
     export_dtype: ExportDtype = "keep"
     """Dtype of exported tensors. `keep` writes them as they are; training makes them float32."""
 

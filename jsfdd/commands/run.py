@@ -19,6 +19,7 @@ import tyro
 from jsfdd.commands import evaluate, export, score, select, stores, train
 from jsfdd.commands.evaluate import EvaluateConfig
 from jsfdd.commands.export import ExportConfig
+from jsfdd.commands.groups import kept_and_dropped
 from jsfdd.commands.inputs import Inputs, Loaded, load, read_inputs, tree_shape
 from jsfdd.commands.options import (
     ChatOptions,
@@ -107,9 +108,9 @@ def prepare(config: RunConfig) -> Prepared:
         return Prepared(None, None)
     prompts = read_prompts(config.prompts)
     inputs = read_inputs(config.model, config.chats)
-    # Drafts that cannot be exported should fail here, not after hours of training.
     draft = draft_of(inputs.target.config, config.recipe, inputs.samples)
-    check_flavour(draft, config.export.flavour, Serving(config.model.target))
+    if config.export.flavour != "none":  # drafts that cannot be exported should fail here, not after hours of training
+        check_flavour(draft, config.export.flavour, Serving(config.model.target))
     _sides(config, inputs.samples)  # fails if even all samples together are too few for the mixture
     evaluate.check_prompts(inputs.target, prompts, config.decoding.max_new_tokens)
     return Prepared(prompts, inputs)
@@ -150,11 +151,9 @@ def describe(config: RunConfig, prepared: Prepared) -> Outcome:
     )
     words += [f"{line}, for {many(len(arms), 'draft')}" for line in lines]
     folders = [f"{HIDDEN}/"] * bool(hidden_bytes)
-    folders += [f"{SOFT_TARGETS}/"] * bool(soft_target_bytes and not config.recipe.draft_vocab)
+    folders += [f"{SOFT_TARGETS}/"] * bool(soft_target_bytes)
     files = ["scores.parquet", "token_scores.parquet", *folders, *(f"arms/{arm}/" for arm in arms)]
     files += ["summary.json", "report.html"]
-    if config.recipe.draft_vocab:  # each arm has soft targets of its own
-        soft_target_bytes *= len(arms)
     values = {"scoring": scoring, "hidden_bytes": hidden_bytes, "soft_target_bytes": soft_target_bytes, "arms": arms}
     values["decoding"] = decoding
     return planned("run", values, words, config.out, files, continues=config.out / "run.json")
@@ -246,23 +245,22 @@ def _compute(config: RunConfig, prompts: Sequence[Prompt], inputs: Inputs) -> No
     stages = {arm: _training_of_arm(config, directory) for arm, directory in arms.items()}
     with clock.stage("hidden"):
         hidden = stores.hidden_states_of(next(iter(stages.values())), loaded, list(needed.values()))
-    soft_targets = None
-    if not config.recipe.draft_vocab:  # with a draft vocabulary, each arm has its own soft targets
-        data = TrainingData(list({sample.id: sample for kept, _ in sides.values() for sample in kept}.values()), hidden)
-        draft = draft_of(loaded.target.config, config.recipe, data.samples)
-        with clock.stage("soft_targets"):
-            soft_targets = stores.soft_targets_of(
-                config.recipe, config.hidden, loaded, data, draft, config.chats.batch_tokens, config.out
-            )
+    # One vocabulary, that of all arms' samples: so the arms share soft targets and programs, and differ in their samples alone.
+    data = TrainingData(list({sample.id: sample for kept, _ in sides.values() for sample in kept}.values()), hidden)
+    draft = draft_of(loaded.target.config, config.recipe, data.samples)
+    with clock.stage("soft_targets"):
+        soft_targets = stores.soft_targets_of(
+            config.recipe, config.hidden, loaded, data, draft, config.chats.batch_tokens, config.out
+        )
 
     trained = {}
     for arm, stage in stages.items():
         console.print(f"training on {arm}: {len(sides[arm][0])} samples", soft_wrap=True)
-        trained[arm] = train.train(stage, loaded, *sides[arm], hidden, soft_targets)
+        trained[arm] = train.train(stage, loaded, *sides[arm], hidden, soft_targets, shape=draft)
 
     with clock.stage("evaluate"):
         reports = _evaluate_arms(config, loaded, arms, prompts)
-    for directory in arms.values():
+    for directory in arms.values() if config.export.flavour != "none" else ():
         if not (directory / "draft").exists():
             export.export(
                 ExportConfig(
@@ -273,8 +271,10 @@ def _compute(config: RunConfig, prompts: Sequence[Prompt], inputs: Inputs) -> No
                 )
             )
     write_json(config.out / "texts.json", example_texts(loaded, table, selections))
+    write_json(config.out / "groups.json", kept_and_dropped(loaded, table, selections))
     kept = {arm: side[0] for arm, side in sides.items()}
-    summary = summarise(loaded, kept, trained, reports, clock.seconds, compare(reports, config.seed))
+    held_out = next(iter(sides.values()))[1]
+    summary = summarise(loaded, kept, held_out, trained, reports, clock.seconds, compare(reports, config.seed))
     write_json(config.out / "summary.json", summary)
 
 
@@ -343,7 +343,8 @@ def _claim(config: RunConfig) -> None:
 
 
 class _StageClock:
-    """Seconds per stage, stored on disk so that a resumed run includes the time of its first part."""
+    """Seconds per stage, without those of compiling, which are a stage of their own; stored on disk so that a resumed run
+    includes the time of its first part."""
 
     def __init__(self, path: Path):
         from jsfdd.base.files import read_json
@@ -353,9 +354,12 @@ class _StageClock:
 
     @contextmanager
     def stage(self, name: str):
+        from jsfdd.base.compiling import compile_seconds
         from jsfdd.base.files import write_json
 
-        start = time.perf_counter()
+        start, compiled = time.perf_counter(), compile_seconds()
         yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        compiling = compile_seconds() - compiled
+        for stage, seconds in ((name, time.perf_counter() - start - compiling), ("compiling", compiling)):
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
         write_json(self.path, self.seconds)

@@ -17,18 +17,22 @@ if TYPE_CHECKING:
     from jsfdd.selection.sfdd import Selection
     from jsfdd.training.train import TrainResult
 
-_FIGURES = ("tau", "tau_low", "tau_high", "tau_macro", "speedup", "speedup_low", "speedup_high")
+_FIGURES = (
+    "tau", "tau_low", "tau_high", "tau_macro", "speedup", "speedup_low", "speedup_high", "cost_ratio", "memory_cost_ratio",
+)  # fmt: skip
 
 
 def summarise(
     loaded: Loaded,
     kept: Mapping[str, Sequence[Sample]],
+    held_out: Sequence[Sample],
     trained: Mapping[str, TrainResult],
     reports: Mapping[str, dict],
     seconds: Mapping[str, float],
     differences: list[dict],
 ) -> dict:
-    """Make the content of summary.json. Tokens of an arm are those of its training samples, counted once per sample."""
+    """Make the content of summary.json. Tokens of an arm are those of its training samples, counted once per sample. Seconds
+    are without compiling, which `seconds` has by itself."""
     from jsfdd.base.hardware import describe_hardware
     from jsfdd.data.batches import make_batches, padding_share
     from jsfdd.data.counts import total
@@ -41,6 +45,7 @@ def summarise(
             "tokens": sum(len(sample.tokens) for sample in kept[arm]),
             "counted_tokens": sum(int(sample.counted.sum()) for sample in kept[arm]),
             "train_seconds": result.seconds,
+            "cost_seconds": cost_seconds(arm, loaded.samples, kept, held_out, result.seconds, seconds),
             "steps": result.steps,
             "held_out": result.held_out,
         }
@@ -65,10 +70,35 @@ def summarise(
             "counted_tokens": sum(int(sample.counted.sum()) for sample in loaded.samples),
             "padding_share": padding_share(plans, lengths),
         },
-        "seconds": dict(seconds),
+        "seconds": dict(seconds)
+        | {"compiling": seconds["compiling"] + sum(result.compile_seconds for result in trained.values())},
         "arms": rows,
         "differences": differences,
     }
+
+
+def cost_seconds(
+    arm: str,
+    samples: Sequence[Sample],
+    kept: Mapping[str, Sequence[Sample]],
+    held_out: Sequence[Sample],
+    training: float,
+    seconds: Mapping[str, float],
+) -> dict[str, float]:
+    """What an arm by itself would have cost, from conversations to draft, of what the run measured for all arms together.
+
+    Every arm reads its conversations once; an arm that is chosen by scores has read all of them. `random` needs no scores: its
+    part of the pass is that of its own tokens. Of the soft targets an arm has the part of its own counted tokens.
+    """
+    everything = {sample.id: sample for side in kept.values() for sample in side}.values()
+    read = sum(len(sample.tokens) for sample in (*kept[arm], *held_out)) / sum(len(sample.tokens) for sample in samples)
+    counted, all_counted = (sum(int(sample.counted.sum()) for sample in side) for side in (kept[arm], everything))
+    parts = {
+        "pass": seconds["score"] * (read if arm == "random" else 1.0) + seconds["hidden"],
+        "soft_targets": seconds.get("soft_targets", 0.0) * counted / all_counted,
+        "training": training,
+    }
+    return parts | {"total": sum(parts.values())}
 
 
 def example_texts(loaded: Loaded, table: ScoreTable, selections: Mapping[str, Selection]) -> list[dict]:
@@ -95,10 +125,11 @@ def summary_words(summary: dict, report: Path) -> str:
     from rich import box
     from rich.table import Table
 
+    from jsfdd.evaluation.step_cost import step_cost_words
     from jsfdd.report.table import describe_difference
 
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for name in ("arm", "samples", "tokens", "train s", "τ [95%]", "speedup [95%]"):
+    for name in ("arm", "samples", "tokens", "train s", "in all s", "τ [95%]", "speedup [95%]"):
         table.add_column(name, justify="left" if name == "arm" else "right", no_wrap=True)
     for row in summary["arms"]:
         table.add_row(
@@ -106,13 +137,20 @@ def summary_words(summary: dict, report: Path) -> str:
             str(row["samples"]),
             str(row["counted_tokens"]),
             f"{row['train_seconds']:.0f}",
+            f"{row['cost_seconds']['total']:.0f}",
             f"{decimals(row['tau'], 3)} {interval(row['tau_low'], row['tau_high'], 3)}".rstrip(),
             f"{decimals(row['speedup'])} {interval(row['speedup_low'], row['speedup_high'])}".rstrip(),
         )
 
+    first = summary["arms"][0]
+    words = step_cost_words(first["tau"], first["cost_ratio"], first["memory_cost_ratio"])
+
     def draw(out):
         out.print(table)
+        out.print("in all: from conversations to draft (the target's pass, soft targets, training), without compiling")
         for difference in summary["differences"]:
             out.print(describe_difference(difference))
+        if words:
+            out.print(words)
 
     return f"{rendered(draw, soft_wrap=True)}report: {report}"

@@ -191,15 +191,16 @@ def train(
     hidden: HiddenStates | None = None,
     soft_targets: PerToken | None = None,
     init: Draft | None = None,
+    shape: DraftConfig | None = None,
 ) -> TrainResult:
     """Write checkpoints/ and metrics.jsonl, and return the result. Hidden states and soft targets that are not given are
-    computed, stored or read as the config asks."""
+    computed, stored or read as the config asks; without a shape, the draft's is that of the recipe and the kept samples."""
     from jsfdd.base.lock import sole_writer
     from jsfdd.base.processes import agree_on_directory
 
     agree_on_directory(config.out)
     with sole_writer(config.out):
-        return _train(config, loaded, kept, held_out, hidden, soft_targets, init)
+        return _train(config, loaded, kept, held_out, hidden, soft_targets, init, shape)
 
 
 def _train(
@@ -210,6 +211,7 @@ def _train(
     hidden: HiddenStates | None,
     soft_targets: PerToken | None,
     init: Draft | None,
+    shape: DraftConfig | None,
 ) -> TrainResult:
     from jsfdd.base.processes import agree, is_primary
     from jsfdd.base.progress import console
@@ -227,7 +229,7 @@ def _train(
     if hidden is None:
         hidden = hidden_states_of(config, loaded, [*kept, *held_out], init)
     data = TrainingData(kept, hidden, soft_targets, _token_weights(config, kept))
-    draft = draft_of(loaded.target.config, config.recipe, kept, init and init.config)
+    draft = shape or draft_of(loaded.target.config, config.recipe, kept, init and init.config)
     if soft_targets is None:
         stored = soft_targets_of(config.recipe, config.hidden, loaded, data, draft, config.chats.batch_tokens, config.out)
         data = data._replace(soft_targets=stored)

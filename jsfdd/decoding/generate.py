@@ -178,14 +178,17 @@ def until_done(
     stats, shares = DecodeStats(*zeros[:3]), DraftShares(*zeros[3:])
 
     def step(carry):
-        state, stats, shares = carry
-        state, emitted = take_step(state)
-        return state, count_step(stats, emitted), count_shares(shares, emitted)
+        before, drafted, stats, shares = carry
+        state, emitted = take_step(before)
+        proposed = jnp.arange(depth + 1)[None, :] < emitted.accepted[:, None]
+        drafted = _write_rows(drafted, proposed, before.num_generated, before.done)
+        return state, drafted, count_step(stats, emitted), count_shares(shares, emitted)
 
-    carry = (state, stats, shares)
-    state, stats, shares = jax.lax.while_loop(lambda carry: ~jnp.all(carry[0].done), step, carry)
+    carry = (state, jnp.zeros(state.generated.shape, bool), stats, shares)
+    state, drafted, stats, shares = jax.lax.while_loop(lambda carry: ~jnp.all(carry[0].done), step, carry)
     lengths = jnp.minimum(state.num_generated, setup.max_new_tokens)
-    return Generation(state.generated[:, : setup.max_new_tokens], lengths, stats, shares)
+    longest = slice(setup.max_new_tokens)
+    return Generation(state.generated[:, longest], lengths, drafted[:, longest], stats, shares)
 
 
 def count_step(stats: DecodeStats, emitted: Emitted) -> DecodeStats:

@@ -25,6 +25,7 @@ class StreamResult(NamedTuple):
       steps: verifications by the target.
       tau: tokens emitted per verification; None without a verification.
       seconds: time without compiling.
+      step_seconds: of one step, the prompt not counted; None without a step.
       accepted: number of a draft -> accepted draft tokens that it proposed.
     """
 
@@ -32,6 +33,7 @@ class StreamResult(NamedTuple):
     steps: int
     tau: float | None
     seconds: float
+    step_seconds: float | None
     accepted: Counter[int]
 
 
@@ -83,7 +85,9 @@ def stream_answer(
     begin = time.perf_counter()
     answer: list[int] = []
     steps, emitted_by_steps, accepted = 0, 0, Counter()
+    after_prompt = 0.0
     for emitted in stream(programs, params, batch, temperature):
+        after_prompt = after_prompt or time.perf_counter()
         steps, emitted_by_steps = steps + int(emitted.active[0]), emitted_by_steps + int(emitted.active[0] * emitted.count[0])
         new = emitted.tokens[0, : emitted.count[0]].tolist()[: setup.max_new_tokens - len(answer)]
         proposers = emitted.proposers[0].tolist()[: min(len(new), int(emitted.accepted[0]))]
@@ -91,4 +95,5 @@ def stream_answer(
         answer += new
         show(new, proposers)
     tau = emitted_by_steps / steps if steps else None
-    return StreamResult(answer, steps, tau, time.perf_counter() - begin, accepted)
+    end = time.perf_counter()
+    return StreamResult(answer, steps, tau, end - begin, (end - after_prompt) / steps if steps else None, accepted)

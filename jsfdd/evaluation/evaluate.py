@@ -9,6 +9,7 @@ speed.
               `tau_macro` is the mean over prompts; `l` is τ − 1, the SFDD paper's measure.
     α_i       share of the verified draft tokens at depth i that were accepted, given that depth i was reached.
     speedup   tokens/s over the baseline's: same model, dtype, batch, prompts, stopping rule; prefill included in both.
+    cost_ratio   a speculative step's cost in plain steps (`step_cost.py`): here, and where memory is what decoding waits for.
 
 An answer's first token comes from the forward pass over the prompt. It counts in tokens/s, but not in τ and α. Draft tokens
 after a stop token do not count; a last step that overshoots max_new_tokens counts in full, as servers count it.
@@ -36,13 +37,16 @@ from jsfdd.decoding.prompts import prompt_batch, questions_in
 from jsfdd.decoding.settings import EVERY_TOKEN, Cutoff, DecodeSetup, Team, TreeShape, check_temperature, decode_setup
 from jsfdd.decoding.state import DecodeParams, PromptBatch
 from jsfdd.evaluation.acceptance import AcceptanceCounts, acceptance_figures, no_counts, with_interval
+from jsfdd.evaluation.accepted_text import accepted_pieces
 from jsfdd.evaluation.intervals import resample_ratios, tau_difference
 from jsfdd.evaluation.shares import no_shares, with_shares
+from jsfdd.evaluation.step_cost import measured_ratio, memory_ratio
 from jsfdd.models.draft import Draft
 from jsfdd.weights.draft import check_draft
 from jsfdd.weights.target import Target
 
 BASELINE = "autoregressive"
+_MAX_EXAMPLES = 8
 
 
 class SystemAnswers(NamedTuple):
@@ -50,7 +54,7 @@ class SystemAnswers(NamedTuple):
 
     Attributes:
       answers: [N][turns].
-      tokens: [N][turns], the answers as int32 ids.
+      tokens, drafted: [N][turns], the answers as int32 ids, and which of these a draft had proposed.
       counts: int64, summed over a prompt's turns.
       shares: int64[N, E] each, of E drafts, summed over a prompt's turns.
       batch_tokens, batch_seconds, batch_sources: tokens, time and source of each timed batch.
@@ -58,6 +62,7 @@ class SystemAnswers(NamedTuple):
 
     answers: list[list[Answer]]
     tokens: list[list[np.ndarray]]
+    drafted: list[list[np.ndarray]]
     counts: AcceptanceCounts
     shares: DraftShares
     batch_tokens: list[float]
@@ -141,10 +146,14 @@ def evaluate(
     # With sampled chains, a draft's text is another sample from the target's distribution than the baseline's.
     same_text = temperature == 0 or tree is not None
     if not teams:
-        return {BASELINE: _report(prompts, answers[BASELINE], answers[BASELINE], clock.compile_seconds, True, seed)}
+        return {BASELINE: _report(target, prompts, answers[BASELINE], answers[BASELINE], clock.compile_seconds, True, seed)}
     reports = {}
     for name, team in teams.items():
-        reports[name] = _report(prompts, answers[name], answers[BASELINE], clock.compile_seconds, same_text, seed)
+        reports[name] = _report(target, prompts, answers[name], answers[BASELINE], clock.compile_seconds, same_text, seed)
+        reports[name] |= {
+            "cost_ratio": measured_ratio(reports[name]["tau"], reports[name]["speedup"]),
+            "memory_cost_ratio": memory_ratio(target.config, systems[name].setup.drafts, num_draft_tokens),
+        }
         if team.combine is not None:
             shares = answers[name].shares
             reports[name] = with_shares(reports[name], sources, shares, list(team.drafts), team.combine, tree)
@@ -216,6 +225,7 @@ def _add(target: Target, answers: SystemAnswers, rows: Sequence[int], out: Gener
     for k, row in enumerate(rows):
         tokens = out.tokens[k, : out.lengths[k]]
         answers.tokens[row].append(tokens)
+        answers.drafted[row].append(out.drafted[k, : out.lengths[k]])
         answers.answers[row].append(read_answer(target, tokens, out.tokens.shape[1]))
         for total, counted in zip((*answers.counts, *answers.shares), (*out.stats, *out.shares)):
             total[row] += counted[k]
@@ -224,8 +234,24 @@ def _add(target: Target, answers: SystemAnswers, rows: Sequence[int], out: Gener
     answers.batch_sources.append(source)
 
 
+def _one_of_each(prompts: Sequence[Prompt]) -> list[int]:
+    """The first prompt of each source, for at most `_MAX_EXAMPLES` sources."""
+    first = {}
+    for row, prompt in enumerate(prompts):
+        first.setdefault(prompt.source, row)
+    return list(first.values())[:_MAX_EXAMPLES]
+
+
+def _example(target: Target, prompt: Prompt, answers: SystemAnswers, row: int) -> dict:
+    """A prompt, the answer to its first turn, and that in pieces: [text, whether the draft proposed it]."""
+    tokens, drafted = answers.tokens[row][0].tolist(), answers.drafted[row][0].tolist()
+    pieces = accepted_pieces(lambda ids: target.tokenizer.decode(ids, skip_special_tokens=True), tokens, drafted)
+    text = {"id": prompt.id, "source": prompt.source, "prompt": prompt.turns[0], "text": answers.answers[row][0].text}
+    return text | {"pieces": [list(piece) for piece in pieces]}
+
+
 def _report(
-    prompts, answers: SystemAnswers, baseline: SystemAnswers, compile_seconds: float, same_text: bool, seed: int
+    target: Target, prompts, answers: SystemAnswers, baseline: SystemAnswers, compile_seconds: float, same_text: bool, seed: int
 ) -> dict:
     same = [all(np.array_equal(a, b) for a, b in zip(tokens, plain)) for tokens, plain in zip(answers.tokens, baseline.tokens)]
     all_prompts = np.ones(len(prompts), bool)
@@ -253,10 +279,7 @@ def _report(
             {"id": prompt.id, "source": prompt.source, "emitted": int(e), "steps": int(s), "same_text": bool(t)}
             for prompt, e, s, t in zip(prompts, answers.counts.emitted, answers.counts.steps, same)
         ],
-        "examples": [
-            {"id": prompt.id, "source": prompt.source, "prompt": prompt.turns[0], "text": turns[0].text}
-            for prompt, turns in list(zip(prompts, answers.answers))[:8]
-        ],
+        "examples": [_example(target, prompts[row], answers, row) for row in _one_of_each(prompts)],
         "hardware": describe_hardware(),
     }
 
@@ -270,6 +293,6 @@ def _rate(answers: SystemAnswers, seed: int, source: str | None = None) -> tuple
 
 def _no_answers(num_prompts: int, setup: DecodeSetup) -> SystemAnswers:
     """An empty `SystemAnswers` to add batches to."""
-    answers, tokens = ([[] for _ in range(num_prompts)] for _ in range(2))
+    answers, tokens, drafted = ([[] for _ in range(num_prompts)] for _ in range(3))
     counts, shares = no_counts(num_prompts, setup.num_draft_tokens), no_shares(num_prompts, len(setup.drafts))
-    return SystemAnswers(answers, tokens, counts, shares, [], [], [])
+    return SystemAnswers(answers, tokens, drafted, counts, shares, [], [], [])

@@ -44,12 +44,23 @@ def step_flops(draft: DraftConfig, shapes: Shapes, visited: float, products: int
       draft_steps: as in `draft_steps` of `models/draft.py`.
     """
     config, tokens = draft.decoder, sum(rows * length for rows, length in shapes)
-    width, vocabulary = config.hidden_size, len(draft.vocabulary) or config.vocab_size
-    if draft.kind == "eagle":
-        once, each_step = 0, 2 * width * width
-    else:  # fc only once; queries, keys and values read the embedding too
-        once = len(draft.target_layers) * width * width
-        each_step = width * (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    once, each_step = input_matrices(draft)
     layer = forward_flops(config, shapes) + 2 * each_step * tokens
-    head = products * 2 * width * vocabulary * visited
+    head = products * 2 * head_entries(draft) * visited
     return 3 * 2 * once * tokens + draft_steps * (3 * layer + head)
+
+
+def input_matrices(draft: DraftConfig) -> tuple[int, int]:
+    """The entries of the matrices with which a draft reads states and embeddings beside its layer's own: (those that meet the
+    target's states once, those of each draft step)."""
+    config, width = draft.decoder, draft.decoder.hidden_size
+    if draft.kind == "eagle":
+        return 0, 2 * width * width
+    # fc only once; queries, keys and values read the embedding too.
+    once = len(draft.target_layers) * width * width
+    return once, width * (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+
+
+def head_entries(draft: DraftConfig) -> int:
+    """The number of entries in the head that a draft's outputs meet."""
+    return draft.decoder.hidden_size * (len(draft.vocabulary) or draft.decoder.vocab_size)

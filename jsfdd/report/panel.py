@@ -67,6 +67,13 @@ STYLE = {
     "svg.fonttype": "none",
 }
 _METADATA = ("Date", "Creator", "Format", "Type")  # a date would make every page differ
+# What a dark page needs of a picture: its greys turned round.
+_DARK = {INK: "#e7e5df", MUTED: "#a3a9b3", RULE: "#3a3f47"}
+_DARK_STYLE = "<style>@media screen and (prefers-color-scheme: dark) {{{}}}</style>".format(
+    "".join(
+        f'[style*="{kind}: {old}"] {{ {kind}: {new} !important }} ' for old, new in _DARK.items() for kind in ("fill", "stroke")
+    )
+)
 _IMAGE = '<img class="{}" width="{}" height="{}" alt="{}" src="data:image/svg+xml;base64,{}">'
 
 
@@ -92,16 +99,17 @@ def new_axes(title: str, width: int, height: int) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
-def to_image(figure: Figure, title: str) -> Markup:
-    """Render the figure as an <img> element with its SVG inline."""
+def to_image(figure: Figure, title: str, said: str) -> Markup:
+    """Render the figure as an <img> element with its SVG inline; `said` is what it shows, in words."""
     stream = io.BytesIO()
     # Matplotlib derives ids of clip paths and markers from the salt; without one they are random, and so is the page.
     with mpl.rc_context({"svg.hashsalt": title}):
         figure.savefig(stream, format="svg", transparent=True, dpi=200, metadata=dict.fromkeys(_METADATA))
     width, height = (round(72 * inches) for inches in figure.get_size_inches())
     kind = "narrow" if width == NARROW else "wide"
-    data = base64.b64encode(stream.getvalue()).decode()
-    return Markup(_IMAGE).format(kind, width, height, title, data)
+    svg = stream.getvalue().decode().replace("<defs>", _DARK_STYLE + "<defs>", 1)
+    data = base64.b64encode(svg.encode()).decode()
+    return Markup(_IMAGE).format(kind, width, height, f"{title}: {said}", data)
 
 
 def bare_left(ax: Axes) -> None:

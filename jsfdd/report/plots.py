@@ -10,6 +10,7 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 
+from jsfdd.base.numbers import decimals, percent, significant
 from jsfdd.report.panel import (
     INK,
     MUTED,
@@ -71,27 +72,30 @@ def intervals(title: str, dots: Sequence[Dot], reference: float, unit: str, text
     ax.set_xlabel(unit)
     ax.grid(axis="x")
     bare_left(ax)
-    return to_image(figure, title)
+    said = "; ".join(f"{dot.label} {_dot_words(dot, text)}" for dot in dots)
+    return to_image(figure, title, said)
 
 
 @mpl.rc_context(STYLE)
 def cost_and_gain(title: str, arms: Sequence[Arm]) -> Markup:
-    """τ with its interval against seconds of training, one point per arm."""
+    """τ with its interval against the seconds from conversations to draft, one point per arm."""
     figure, ax = new_axes(title, WIDE, 66 + 27 * max(len(arms), 4))
     for arm in arms:
         dot = arm_dot(arm, arm.row, "tau")
         if dot.value is None:
             continue
-        x = arm.row["train_seconds"]
+        x = _cost(arm)
         if dot.low is not None:
             ax.plot([x, x], [dot.low, dot.high], color=dot.colour, linewidth=2, alpha=0.55)
         ax.plot([x], [dot.value], dot.marker, color=dot.colour, markersize=7)
-    ax.set_xlim(0, 1.25 * max(arm.row["train_seconds"] for arm in arms))
+        ax.annotate(arm.name, (x, dot.value), (8, 0), textcoords="offset points", va="center")
+    ax.set_xlim(0, 1.25 * max(map(_cost, arms)))
     ax.margins(y=0.25)
-    ax.set_xlabel("seconds of training")
-    ax.set_ylabel("τ", rotation=0)
+    ax.set_xlabel("seconds from conversations to draft")
+    ax.set_ylabel("τ", rotation=0, labelpad=10, va="center")
     ax.grid()
-    return to_image(figure, title)
+    said = "; ".join(f"{arm.name} τ {decimals(arm.row['tau'])} for {decimals(_cost(arm), 0)} s" for arm in arms)
+    return to_image(figure, title, said)
 
 
 @mpl.rc_context(STYLE)
@@ -125,7 +129,8 @@ def source_histogram(
     ax.yaxis.get_major_locator().set_params(integer=True)
     ax.grid(axis="y")
     choices_axis(ax, vocab_size)
-    return to_image(figure, title)
+    said = f"{len(values)} samples of {len(colours)} sources, {_range_words(values)}"
+    return to_image(figure, title, said)
 
 
 @mpl.rc_context(STYLE)
@@ -145,7 +150,8 @@ def flatness_against_entropy(
     ax.set_ylabel("mean entropy, nats")
     ax.grid()
     choices_axis(ax, vocab_size)
-    return to_image(figure, title)
+    said = f"{len(flatness)} samples, flatness {_range_words(flatness)}; entropy {_range_words(entropy)}"
+    return to_image(figure, title, said)
 
 
 @mpl.rc_context(STYLE)
@@ -163,7 +169,8 @@ def token_histogram(title: str, flatness: np.ndarray, vocab_size: int) -> Markup
     ax.set_ylabel("tokens")
     ax.grid(axis="y")
     choices_axis(ax, vocab_size)
-    return to_image(figure, title)
+    said = f"{len(flatness)} tokens, {_range_words(flatness)}"
+    return to_image(figure, title, said)
 
 
 @mpl.rc_context(STYLE)
@@ -183,7 +190,8 @@ def entropy_density(title: str, flatness: np.ndarray, entropy: np.ndarray, vocab
     log_flatness_axis(ax, low, high)
     ax.set_ylabel("entropy, nats")
     choices_axis(ax, vocab_size)
-    return to_image(figure, title)
+    said = f"{len(flatness)} tokens, flatness {_range_words(flatness)}; entropy {_range_words(entropy)}"
+    return to_image(figure, title, said)
 
 
 @mpl.rc_context(STYLE)
@@ -208,7 +216,8 @@ def kept_shares(title: str, groups: Sequence[str], counts: Sequence[int], shares
     ax.set_xlabel("% of its samples")
     ax.grid(axis="x")
     bare_left(ax)
-    return to_image(figure, title)
+    said = "; ".join(f"{arm} {_shares_words(groups, values)}" for arm, values in shares.items())
+    return to_image(figure, title, said)
 
 
 @mpl.rc_context(STYLE)
@@ -225,24 +234,28 @@ def length_histogram(title: str, kept: np.ndarray, dropped: np.ndarray, arm: str
     ax.set_ylabel("samples")
     ax.yaxis.get_major_locator().set_params(integer=True)
     ax.grid(axis="y")
-    return to_image(figure, title)
+    said = f"kept {_range_words(kept)}; dropped {_range_words(dropped)} counted tokens"
+    return to_image(figure, title, said)
 
 
 @mpl.rc_context(STYLE)
 def curves(
-    title: str, series: dict[str, tuple[Sequence[float], Sequence[float]]], *, dashed=None, percent: bool = False
+    title: str, series: dict[str, tuple[Sequence[float], Sequence[float]]], *, dashed=None, is_share: bool = False
 ) -> Markup:
     """One line per arm over training steps; `dashed` holds a second set of lines in the same colours."""
     figure, ax = new_axes(title, NARROW, 250)
     for style, lines in (("-", series), ((0, (3, 1.5)), dashed or {})):
         for arm, (steps, values) in lines.items():
             colour, marker, _ = arm_style(arm)
-            values = (100 if percent else 1) * np.asarray(values, float)
+            values = (100 if is_share else 1) * np.asarray(values, float)
             ax.plot(steps, values, linestyle=style, color=colour, marker=marker, markevery=[-1], markersize=5.5)
     ax.set_xlabel("step")
     ax.set_xlim(left=0)
     ax.grid(axis="y")
-    return to_image(figure, title)
+    said = "; ".join(
+        f"{arm} from {_value(v[0], is_share)} to {_value(v[-1], is_share)}" for arm, (_, v) in series.items() if len(v)
+    )
+    return to_image(figure, title, said)
 
 
 @mpl.rc_context(STYLE)
@@ -260,7 +273,8 @@ def alpha_by_depth(title: str, arms: Sequence[Arm]) -> Markup:
     ax.set_xlabel("draft depth")
     ax.set_ylabel("accepted, % of reached")
     ax.grid(axis="y")
-    return to_image(figure, title)
+    said = "; ".join(f"{arm.name} {', '.join(map(percent, arm.report['alpha']))}" for arm in arms)
+    return to_image(figure, title, said)
 
 
 @mpl.rc_context(STYLE)
@@ -276,7 +290,8 @@ def accepted_lengths(title: str, arms: Sequence[Arm]) -> Markup:
     ax.set_xlabel("draft tokens accepted")
     ax.set_ylabel("% of verifications")
     ax.grid(axis="y")
-    return to_image(figure, title)
+    said = "; ".join(f"{arm.name} {_counts_words(arm.report['accept_counts'])}" for arm in arms)
+    return to_image(figure, title, said)
 
 
 @mpl.rc_context(STYLE)
@@ -301,7 +316,8 @@ def tau_by_source(title: str, arms: Sequence[Arm]) -> Markup:
     ax.set_xlabel("tokens per verification")
     ax.grid(axis="x")
     bare_left(ax)
-    return to_image(figure, title)
+    said = "; ".join(f"{arm.name} {_sources_words(arm)}" for arm in arms)
+    return to_image(figure, title, said)
 
 
 def _interval_mark(ax: Axes, dot: Dot, x: float, y: float) -> None:
@@ -314,3 +330,39 @@ def _flatness_range(flatness: np.ndarray, vocab_size: int) -> tuple[float, float
     """From the lower bound 1/√V to the flattest token."""
     low = vocab_size**-0.5
     return low, 1.001 * max(float(flatness.max()), 1.5 * low)
+
+
+# --- The same in words, for those who do not see the picture ---------------------------------------------------------
+
+
+def _cost(arm: Arm) -> float:
+    return arm.row["cost_seconds"]["total"]
+
+
+def _dot_words(dot: Dot, text: Callable[[float], str]) -> str:
+    if dot.value is None:
+        return "not measured"
+    return text(dot.value) + ("" if dot.low is None or dot.high is None else f" ({text(dot.low)} to {text(dot.high)})")
+
+
+def _range_words(values: np.ndarray) -> str:
+    if not len(values):
+        return "none"
+    low, middle, high = (significant(float(x)) for x in np.quantile(values, (0, 0.5, 1)))
+    return f"from {low} to {high}, median {middle}"
+
+
+def _value(value: float, is_share: bool) -> str:
+    return percent(value) if is_share else decimals(value)
+
+
+def _shares_words(groups: Sequence[str], values: Sequence[float]) -> str:
+    return ", ".join(f"{percent(value)} of {group}" for group, value in zip(groups, values, strict=True))
+
+
+def _counts_words(counts: Sequence[int]) -> str:
+    return ", ".join(f"{percent(count / max(sum(counts), 1))} accepted {i}" for i, count in enumerate(counts))
+
+
+def _sources_words(arm: Arm) -> str:
+    return ", ".join(f"{decimals(record['tau'])} on {source}" for source, record in arm.report["per_source"].items())

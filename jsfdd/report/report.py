@@ -11,23 +11,22 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import jinja2
 import numpy as np
 import scipy.stats
-from markupsafe import Markup
 
 from jsfdd.base.files import written_whole
-from jsfdd.base.numbers import decimals, percent, signed, significant, whole
+from jsfdd.base.numbers import decimals, percent, signed, whole
 from jsfdd.data.skipped import MEANINGS
 from jsfdd.evaluation.intervals import RESAMPLES
+from jsfdd.evaluation.step_cost import step_cost_words
 from jsfdd.report import plots
+from jsfdd.report.pages import render_template
 from jsfdd.report.panel import arm_style, source_groups
 from jsfdd.report.run_files import Arm, RunFiles, read_run
 from jsfdd.scoring.metrics import METRICS
 
 _MAX_PIECES = 360  # of an example text: about a screen
 _MAX_IDS = 8
-_HEAT = tuple(round(0.02 + 0.072 * level, 3) for level in range(10))  # opacity of each tenth of token flatness
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
@@ -40,27 +39,24 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     """
     run = Path(run)
     out = Path(out) if out else run / "report.html"
-    files = read_run(run)
-    finished = datetime.datetime.fromtimestamp((run / "summary.json").stat().st_mtime, datetime.UTC)
-    page = render(files, date=f"{finished.day} {finished:%B %Y}").encode()
+    page = report_page(run).encode()
     out.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(out, len(page)) as aside:
         aside.write_bytes(page)
     return out
 
 
+def report_page(run: Path) -> str:
+    """The HTML of a finished run's page. Errors as in `write_report`."""
+    files = read_run(run)
+    finished = datetime.datetime.fromtimestamp((run / "summary.json").stat().st_mtime, datetime.UTC)
+    return render(files, date=f"{finished.day} {finished:%B %Y}")
+
+
 def render(files: RunFiles, date: str) -> str:
     """Render the page's HTML; `date` is shown unchanged."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {f.__name__: f for f in (decimals, whole, percent, significant)}
-    environment.globals["glyph"] = _glyph
-    return environment.get_template("report.html").render(
+    return render_template(
+        "report.html",
         title=f"Drafts for {Path(files.summary['target']['name']).name}",
         date=date,
         config=files.config,
@@ -70,7 +66,6 @@ def render(files: RunFiles, date: str) -> str:
         metrics={arm.name: METRICS[arm.name] for arm in files.arms if arm.name in METRICS},
         n_prompts=files.arms[0].report["n_prompts"],
         resamples=RESAMPLES,
-        heat=_HEAT,
         options=_options(files),
         **_result(files),
         **_flatness(files),
@@ -93,11 +88,13 @@ def _result(files: RunFiles) -> dict:
         dots = [plots.Dot(f"{d['a']} − {d['b']}", d["tau_difference"], d["low"], d["high"]) for d in differences_seen]
         panels.append(plots.intervals("Paired differences of τ", dots, 0, "tokens per verification", signed))
     panels.append(plots.intervals("Speedup by arm", speedups, 1, "× autoregressive tokens per second", decimals))
-    panels.append(plots.cost_and_gain("τ for the training it took", files.arms))
+    panels.append(plots.cost_and_gain("τ for what it cost", files.arms))
+    first = files.arms[0].row
     return {
         "result_panels": panels,
         "verdicts": [verdict(difference) for difference in differences],
-        "costs": costs(files.arms, files.summary["seconds"]),
+        "costs": costs(files.arms),
+        "step_cost": step_cost_words(first["tau"], first["cost_ratio"], first["memory_cost_ratio"] or 1.0),
         "n_batches": math.ceil(files.arms[0].report["n_prompts"] / files.config["batch_size"]),
     }
 
@@ -151,6 +148,7 @@ def _selection(files: RunFiles) -> dict:
         "selection_sentences": _selection_sentences(files),
         "deciles": deciles,
         "texts": [_example(text, files.arms, deciles) for text in files.texts],
+        "groups": files.groups,
     }
 
 
@@ -187,8 +185,8 @@ def _training(files: RunFiles) -> dict:
     return {
         "training_panels": [
             plots.curves("Loss", training("loss"), dashed=held_out("loss")),
-            plots.curves("Held-out agreement, %", held_out("agreement"), percent=True),
-            plots.curves("Expected acceptance, %", held_out("acceptance"), percent=True),
+            plots.curves("Held-out agreement, %", held_out("agreement"), is_share=True),
+            plots.curves("Expected acceptance, %", held_out("acceptance"), is_share=True),
         ],
         "training_caption": caption.format(files.config["log_every"], dashed)
         + " Agreement: share of held-out counted tokens where the draft’s likeliest token is the target’s. Expected"
@@ -210,7 +208,7 @@ def _acceptance(files: RunFiles) -> dict:
 
 
 def _timings(files: RunFiles) -> dict:
-    stages = list(files.summary["seconds"].items())
+    stages = [(name.replace("_", " "), seconds) for name, seconds in files.summary["seconds"].items()]
     stages += [(f"train, {arm.name}", arm.row["train_seconds"]) for arm in files.arms]
     total, longest = sum(s for _, s in stages), max(s for _, s in stages)
     return {"timings": [(name, s, s / total, s / longest) for name, s in stages], "total_seconds": total}
@@ -250,20 +248,19 @@ def same_text_caption(temperature: float, tree_nodes: int) -> str:
     return f"Same text: share of prompts whose answer is the autoregressive one token for token; {expected}."
 
 
-def costs(arms: Sequence[Arm], seconds: dict[str, float]) -> list[str]:
-    """Sentences that compare each arm's training cost with `full`'s; empty without `full` or without another arm."""
+def costs(arms: Sequence[Arm]) -> list[str]:
+    """Sentences that compare each arm's cost with `full`'s; empty without `full` or without another arm."""
     rows = {arm.name: arm.row for arm in arms}
     full = rows.pop("full", None)
     if full is None or not rows:
         return []
-    sentences = [
+    return [
         f"The {name} arm trained on {percent(row['samples'] / full['samples'])} of the samples that full did, "
-        f"{percent(row['counted_tokens'] / full['counted_tokens'])} of the counted tokens, and took "
-        f"{percent(row['train_seconds'] / full['train_seconds'])} of its training time."
+        f"{percent(row['counted_tokens'] / full['counted_tokens'])} of the counted tokens; it took "
+        f"{percent(row['train_seconds'] / full['train_seconds'])} of its training time, and "
+        f"{percent(row['cost_seconds']['total'] / full['cost_seconds']['total'])} of its cost from conversations to draft."
         for name, row in rows.items()
     ]
-    scoring = f"Scoring, which every selection but random needs, took {decimals(seconds['score'], 1)} s on top, once."
-    return [*sentences, scoring]
 
 
 def _selection_sentences(files: RunFiles) -> list[str]:
@@ -271,8 +268,9 @@ def _selection_sentences(files: RunFiles) -> list[str]:
     share = config["held_out_share"]
     parts = [f"{whole(len(arm.kept))} in {arm.name}" for arm in files.arms]
     sentences = [f"Of {whole(data['kept'])} scored samples the arms kept {_listed(parts)}."]
-    if config["within"] == "source":
-        sentences.append(f"They were ranked within each source, of which {percent(config['retain_ratio'])} was kept.")
+    if config["within"] != "all":
+        kind = {"source": "source", "cluster": "cluster of like prompts"}[config["within"]]
+        sentences.append(f"They were ranked within each {kind}, of which {percent(config['retain_ratio'])} was kept.")
     if config["mix"]:
         parts = [f"{whole(arm.row['samples'])} in {arm.name}" for arm in files.arms]
         sentences.append(f"Of these a mixture was trained on ({' '.join(config['mix'])}): {_listed(parts)}.")
@@ -313,8 +311,3 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
     if np.ptp(a) == 0 or np.ptp(b) == 0:
         return math.nan  # scipy would warn
     return float(scipy.stats.spearmanr(a, b).statistic)
-
-
-def _glyph(arm: str) -> Markup:
-    colour, _, glyph = arm_style(arm)
-    return Markup('<i style="color:{}">{}</i> ').format(colour, glyph)

@@ -24,12 +24,13 @@ _CONFIG_KEYS = (
 )  # fmt: skip
 _ROW_KEYS = (
     "arm", "samples", "tokens", "counted_tokens", "train_seconds", "steps", "tau", "tau_low", "tau_high", "tau_macro",
-    "speedup", "speedup_low", "speedup_high", "held_out",
+    "speedup", "speedup_low", "speedup_high", "cost_seconds", "cost_ratio", "memory_cost_ratio", "held_out",
 )  # fmt: skip
 _REPORT_KEYS = (
     "tau", "tau_low", "tau_high", "alpha", "alpha_low", "alpha_high", "accept_counts", "tokens_per_second",
     "baseline_tokens_per_second", "n_prompts", "same_text_share", "compile_seconds", "per_source", "examples",
 )  # fmt: skip
+_GROUP_KEYS = ("name", "size", "sources", "kept", "arm", "kept_examples", "dropped_examples")
 _TEXT_KEYS = ("id", "source", "pieces", "flatness")
 
 
@@ -66,6 +67,7 @@ class RunFiles:
       token_flatness, token_entropy: float32 over the counted tokens of all samples.
       texts: example samples: {"id", "source", "pieces": [T] str, "flatness": [T] float or None}. A piece's flatness is that
         of the distribution that predicted it, None where the score does not count.
+      groups: what was kept and dropped of every source or cluster, with examples (`commands/groups.py`).
       arms: in the order of the config.
     """
 
@@ -75,6 +77,7 @@ class RunFiles:
     token_flatness: np.ndarray
     token_entropy: np.ndarray
     texts: list[dict]
+    groups: list[dict]
     arms: list[Arm]
 
 
@@ -97,6 +100,7 @@ def read_run(run: Path) -> RunFiles:
         token_flatness=np.concatenate([row.flatness[row.counted] for row in tokens]),
         token_entropy=np.concatenate([row.entropy[row.counted] for row in tokens]),
         texts=_texts(run / "texts.json"),
+        groups=[_with_keys(group, _GROUP_KEYS, run / "groups.json") for group in _read(run / "groups.json")],
         arms=[_arm(run, name, rows) for name in config["arms"]],
     )
 

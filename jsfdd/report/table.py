@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jsfdd.base.numbers import NO_VALUE, decimals, interval, percent, signed
+from jsfdd.evaluation.step_cost import step_cost_words
 
 
 def print_evaluation(reports: dict[str, dict], differences: list[dict], out: Console) -> None:
@@ -20,6 +21,8 @@ def print_evaluation(reports: dict[str, dict], differences: list[dict], out: Con
         share = report["same_text_share"]
         same = "" if share is None else f"; {percent(share)} of the answers are plain decoding's"
         out.print(f"compiling took {report['compile_seconds']:.0f} s for all programs and is not in the speeds{same}")
+        if words := step_cost_words(report["tau"], report.get("cost_ratio"), report.get("memory_cost_ratio", 1.0)):
+            out.print(words)
     for difference in differences:
         out.print(describe_difference(difference))
 

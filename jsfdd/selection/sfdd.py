@@ -127,6 +127,13 @@ def select(
     )
 
 
+def strata_of(table: ScoreTable, selection: Selection) -> dict[str, list[str]]:
+    """The ids that `selection` ranked together: source or cluster (or "all") -> ids, in the order of the data."""
+    ranked = np.flatnonzero(table.num_tokens > 0)
+    strata = _strata(table, ranked, selection.within, selection.seed)
+    return {name: [table.ids[row] for row in np.sort(rows)] for name, rows in strata.items()}
+
+
 def how_many(retain_ratio: float, number: int) -> int:
     """How many of `number` samples to keep: at least one; half a sample rounds up."""
     return max(1, math.floor(retain_ratio * number + 0.5))

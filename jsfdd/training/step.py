@@ -9,6 +9,7 @@ devices, and the result is divided by the number of tokens at the end. So all to
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jsfdd.base.mesh import split_over_data, sum_over_devices
 from jsfdd.base.records import DraftBatch, TrainState
@@ -35,27 +36,63 @@ class StepMetrics(NamedTuple):
     grad_norm: Float[Array, ""]  # before clipping
 
 
-def learning_rate_schedule(recipe: Recipe, num_steps: int) -> optax.Schedule:
+def learning_rate_schedule(recipe: Recipe, num_steps: int) -> Callable[[int], Float[Array, ""]]:
     """Linear warm-up over `warmup_share` of the run's steps, then linear decay to a tenth at its last step."""
-    peak = recipe.learning_rate
-    warmup = round(recipe.warmup_share * num_steps)
-    rise = optax.linear_schedule(peak / (warmup + 1), peak, max(warmup, 1))
-    fall = optax.linear_schedule(peak, peak / 10, max(num_steps - 1 - warmup, 1))
-    return optax.join_schedules([rise, fall], [warmup])
+    return functools.partial(_learning_rate, recipe.learning_rate, _warmup(recipe, num_steps), num_steps)
 
 
-@functools.lru_cache(maxsize=8)
-def make_optimizer(recipe: Recipe, num_steps: int) -> optax.GradientTransformation:
-    """AdamW(0.9, 0.95) without weight decay, after clipping the global norm: EAGLE's recipe."""
-    return optax.chain(
-        optax.clip_by_global_norm(recipe.max_grad_norm),
-        optax.adamw(learning_rate_schedule(recipe, num_steps), b1=0.9, b2=0.95, weight_decay=0.0),
-    )
+def _warmup(recipe: Recipe, num_steps: int) -> int:
+    return round(recipe.warmup_share * num_steps)
+
+
+def _learning_rate(peak: float, warmup, num_steps, step) -> Float[Array, ""]:
+    rise = peak * (step + 1) / (warmup + 1)
+    fallen = jnp.clip((step - warmup) / jnp.maximum(num_steps - 1 - warmup, 1), 0.0, 1.0)
+    return jnp.where(step < warmup, rise, peak * (1 - 0.9 * fallen))
+
+
+class OptimizerState(NamedTuple):
+    """Adam's moments, the steps taken, and the run's length, which the learning rate depends on."""
+
+    moments: optax.OptState
+    step: Int[Array, ""]
+    warmup: Int[Array, ""]
+    num_steps: Int[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """AdamW(0.9, 0.95) without weight decay, after clipping the global norm: EAGLE's recipe.
+
+    The run's length is in the state and not in the program: optimizers of one recipe are equal whatever their length, so the
+    arms of a run share a compiled step.
+    """
+
+    recipe: Recipe
+    num_steps: int = dataclasses.field(compare=False)
+
+    def init(self, params: dict) -> OptimizerState:
+        lengths = (0, _warmup(self.recipe, self.num_steps), self.num_steps)
+        return OptimizerState(self._rule().init(params), *(jnp.asarray(x, jnp.int32) for x in lengths))
+
+    def update(self, gradient: dict, state: OptimizerState, params: dict) -> tuple[dict, OptimizerState]:
+        """(what to add to `params`, the new state). It must not read `self.num_steps`."""
+        directions, moments = self._rule().update(gradient, state.moments, params)
+        rate = _learning_rate(self.recipe.learning_rate, state.warmup, state.num_steps, state.step)
+        return jax.tree.map(lambda x: -rate * x, directions), state._replace(moments=moments, step=state.step + 1)
+
+    def _rule(self) -> optax.GradientTransformation:
+        return optax.chain(optax.clip_by_global_norm(self.recipe.max_grad_norm), optax.scale_by_adam(b1=0.9, b2=0.95))
+
+
+def make_optimizer(recipe: Recipe, num_steps: int) -> Optimizer:
+    """The optimizer of a run of `num_steps` steps."""
+    return Optimizer(recipe, num_steps)
 
 
 def init_state(
     draft: DraftConfig,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     seed: int,
     head: Float[Array, "V D"] | None = None,
     params: dict | None = None,
@@ -73,9 +110,7 @@ def init_state(
     return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), noise_key)
 
 
-def state_shardings(
-    draft: DraftConfig, optimizer: optax.GradientTransformation, mesh: Mesh, shard_optimizer: bool
-) -> TrainState:
+def state_shardings(draft: DraftConfig, optimizer: Optimizer, mesh: Mesh, shard_optimizer: bool) -> TrainState:
     """The sharding of each array of a state: whole on every device, or with Adam's moments split over the data shards."""
     shapes = jax.eval_shape(lambda: init_state(draft, optimizer, 0))
     places = jax.tree.map(lambda _: NamedSharding(mesh, P()), shapes)
@@ -87,16 +122,16 @@ def state_shardings(
 @functools.lru_cache(maxsize=8)
 def make_train_step(
     draft: DraftConfig,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     mesh: Mesh,
     recipe: Recipe,
     shard_optimizer: bool = False,
 ) -> Callable[[Borrowed, TrainState, DraftBatch], tuple[TrainState, StepMetrics]]:
     """The compiled `(borrowed, state, batch) -> (state, metrics)`; `borrowed` is from `loss.borrow`.
 
-    It compiles once per batch shape and takes over `state`'s buffers: use the returned one. `state` lives where
-    `state_shardings` says, with the same `shard_optimizer`: if True, each data shard updates its part of the draft and all
-    gather the whole (ZeRO's first stage, arXiv 1910.02054 §5). The batch's rows must be a multiple of the data shards.
+    It compiles once per batch shape, for runs of every length, and takes over `state`'s buffers: use the returned one. `state`
+    lives where `state_shardings` says, with the same `shard_optimizer`: if True, each data shard updates its part of the draft
+    and all gather the whole (ZeRO's first stage, arXiv 1910.02054 §5). The batch's rows must be a multiple of the data shards.
     """
     gradient, update, places = _parts(draft, optimizer, mesh, recipe, shard_optimizer)
 
@@ -109,7 +144,7 @@ def make_train_step(
 @functools.lru_cache(maxsize=8)
 def make_accumulating_step(
     draft: DraftConfig,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     mesh: Mesh,
     recipe: Recipe,
     shard_optimizer: bool = False,

@@ -63,6 +63,7 @@ class TrainResult:
       steps, samples, tokens: optimizer steps, training samples, and tokens that counted in the loss, over all epochs; of a run
         that lost patience, as far as it went.
       seconds: of all steps and evaluations that led here, over all starts of the run; lost work is not in it.
+      compile_seconds: of compiling, over all starts; not in `seconds`.
       held_out: the last epoch's figures (`figures.mean_figures`); empty if nothing was held out.
     """
 
@@ -72,6 +73,7 @@ class TrainResult:
     samples: int
     tokens: int
     seconds: float
+    compile_seconds: float
     held_out: dict[str, float]
 
 
@@ -169,6 +171,7 @@ def train(
                 reports.save_now(state)
 
     wait_for_all("trained")
+    compiling = sum(line.get("compiling", 0.0) for line in read_lines(out / TIMINGS))  # earlier versions did not note it
     ends = [line["held_out"] for line in read_metrics(out) if "held_out" in line]
     return TrainResult(
         draft=Draft(draft, state.params, run),
@@ -176,7 +179,8 @@ def train(
         steps=int(state.step),
         samples=len(data.samples),
         tokens=steps[int(state.step) - 1].tokens,
-        seconds=sum(line["seconds"] for line in read_lines(out / TIMINGS)),
+        seconds=sum(line["seconds"] for line in read_lines(out / TIMINGS)) - compiling,
+        compile_seconds=compiling,
         held_out=ends[-1] if ends else {},
     )
 

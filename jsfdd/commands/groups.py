@@ -1,0 +1,92 @@
+"""What each arm kept and dropped of every source or cluster, with examples, for the report: the content of groups.json.
+
+[{"name": "cluster 3", "size": 41, "sources": {"maths": 38, "code": 3}, "kept": {"flatness": 20, "random": 22},
+  "arm": "flatness", "kept_examples": [{"id": …, "flatness": …, "prompt": …, "answer": …}, …], "dropped_examples": […]}]
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from jsfdd.base.records import Sample
+    from jsfdd.commands.inputs import Loaded
+    from jsfdd.scoring.table import ScoreTable
+    from jsfdd.selection.sfdd import Selection
+
+_EXAMPLES = 2  # kept and dropped ones of a group: those on either side of the cut, and the farthest from it
+_MAX_TEXT = 200  # characters
+
+
+def kept_and_dropped(loaded: Loaded, table: ScoreTable, selections: Mapping[str, Selection]) -> list[dict]:
+    """Describe the groups within which the arms' samples were ranked, the largest first; none if every arm kept everything.
+
+    Examples are of the first arm that a metric selected, or else of `random`.
+    """
+    from jsfdd.selection.sfdd import strata_of
+
+    choosing = [arm for arm in selections if arm not in ("full", "random")] or [arm for arm in selections if arm != "full"]
+    if not choosing:
+        return []
+    arm = choosing[0]
+    by_id = {sample.id: sample for sample in loaded.samples}
+    flatness = dict(zip(table.ids, table["flatness"].tolist(), strict=True))
+    kept = {name: set(selection.ids) for name, selection in selections.items()}
+    shown = _Texts(loaded.samples, loaded.target.tokenizer)
+    groups = []
+    for name, ids in strata_of(table, selections[arm]).items():
+        ranked = sorted(ids, key=lambda i: (-flatness[i], i))
+        sides = [[i for i in ranked if (i in kept[arm]) == side] for side in (True, False)]
+        # The flattest and the last that was kept; the first that was dropped and the least flat.
+        examples = [list(dict.fromkeys([side[0], side[-1]]))[:_EXAMPLES] if side else [] for side in sides]
+        groups.append(
+            {
+                "name": name,
+                "size": len(ids),
+                "sources": dict(Counter(by_id[i].source for i in ids).most_common()),
+                "kept": {other: len(chosen.intersection(ids)) for other, chosen in kept.items()},
+                "arm": arm,
+            }
+            | {
+                side: [{"id": i, "source": by_id[i].source, "flatness": flatness[i]} | shown.of(by_id[i]) for i in chosen]
+                for side, chosen in zip(("kept_examples", "dropped_examples"), examples, strict=True)
+            }
+        )
+    return sorted(groups, key=lambda group: -group["size"])
+
+
+class _Texts:
+    """Texts of samples without what the template puts around every prompt: the tokens with which all begin, and with which all
+    go over to the answer."""
+
+    def __init__(self, samples: Sequence[Sample], tokenizer):
+        prompts = [_prompt(sample) for sample in samples]
+        self._tokenizer, alone = tokenizer, len(prompts) < 2
+        self._before = 0 if alone else _common(prompts)
+        self._after = 0 if alone else _common([prompt[self._before :][::-1] for prompt in prompts])
+
+    def of(self, sample: Sample) -> dict[str, str]:
+        """The prompt and the answer, cut to a few lines."""
+        prompt = _prompt(sample)
+        answer = sample.tokens[sample.assistant_mask]
+        return {"prompt": self._text(prompt[self._before : len(prompt) - self._after]), "answer": self._text(answer)}
+
+    def _text(self, tokens: np.ndarray) -> str:
+        text = " ".join(self._tokenizer.decode(tokens.tolist(), skip_special_tokens=True).split())
+        return text if len(text) <= _MAX_TEXT else text[: _MAX_TEXT - 1] + "…"
+
+
+def _prompt(sample: Sample) -> np.ndarray:
+    """The tokens before the first answer."""
+    return sample.tokens[: int(np.argmax(sample.assistant_mask))]
+
+
+def _common(rows: Sequence[np.ndarray]) -> int:
+    """How many tokens all rows begin with."""
+    shortest = min(len(row) for row in rows)
+    same = np.all([row[:shortest] == rows[0][:shortest] for row in rows], axis=0)
+    return int(np.argmin(same)) if not same.all() else shortest
