@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 from jsfdd.base import progress as module
+from jsfdd.base.compiling import Spans
 from jsfdd.base.progress import progress
 
 
@@ -85,3 +86,20 @@ def test_nothing_is_shown_where_none_is_wanted(monkeypatch):
         with progress("score", "batches", 3, shown=False) as bar:
             bar.update(3)
         assert stream.getvalue() == ""
+
+
+def test_compiling_is_not_in_the_pace(monkeypatch, clock):
+    stream = _console(monkeypatch)
+    compiled = [0.0]
+    monkeypatch.setattr(module, "compile_seconds", lambda: compiled[0])
+    with progress("score", "batches", 100) as bar:
+        clock[0], compiled[0] = clock[0] + 30, 25.0
+        bar.update(5)
+    assert stream.getvalue() == "score: 5/100 batches (5%), 1.0 batches/s, 1 min 35 s left\n"
+
+
+def test_spans_within_others_count_once():
+    spans = Spans()
+    for end, seconds in ((1.0, 0.5), (3.0, 0.5), (4.0, 0.25), (5.0, 3.0)):  # the second and third lie in the last
+        spans.add(end, seconds)
+    assert spans.total == 3.5

@@ -263,6 +263,7 @@ def test_generate_marks_what_the_draft_proposed(tmp_path, target, capsys):
     assert main([*common, *tree]) == 0
     unmarked = capsys.readouterr()
     assert unmarked.out == plain and "τ" in unmarked.err
+    assert "a speculative step costs" in unmarked.err and "(computed)" in unmarked.err
     assert main([*common, *tree, "--show-accepted"]) == 0
     marked = capsys.readouterr().out
     assert re.sub(r"\[(.*?)\]", r"\1", marked, flags=re.DOTALL) == plain and marked != plain

@@ -100,6 +100,19 @@ def test_the_summary_tells_what_the_artifacts_hold(finished):
         ("random", "full"),
         ("random", "flatness"),
     }
+    costs = {row["arm"]: row["cost_seconds"] for row in summary["arms"]}
+    assert costs["random"]["pass"] < costs["full"]["pass"] == costs["flatness"]["pass"] <= summary["seconds"]["score"] + 0.1
+    assert costs["random"]["soft_targets"] < costs["full"]["soft_targets"] == summary["seconds"]["soft_targets"]
+    for row in summary["arms"]:
+        assert row["cost_seconds"]["total"] == pytest.approx(sum(list(row["cost_seconds"].values())[:-1]))
+        assert 0 < row["train_seconds"] == row["cost_seconds"]["training"]
+    (group,) = read_json(config.out / "groups.json")
+    assert (group["name"], group["size"], group["arm"]) == ("all", 24, "flatness")
+    assert group["kept"] == {"full": 24, "flatness": 12, "random": 12} and sum(group["sources"].values()) == 24
+    shown = [group[side] for side in ("kept_examples", "dropped_examples")]
+    flatness = [example["flatness"] for examples in shown for example in examples]
+    assert len(flatness) == 4 and flatness == sorted(flatness, reverse=True)
+    assert all(example["prompt"] and example["answer"] for examples in shown for example in examples)
     page = (config.out / "report.html").read_text()
     assert "flatness" in page and "<script>" not in page
 
@@ -430,6 +443,7 @@ def test_one_pass_scores_and_keeps_hidden_states_and_training_reads_them(inputs,
     (dict(arms=("flatness", "random"), within="source"), "in one pass"),
     (dict(arms=("flatness",), no_hidden_store=True), "none"),
     (dict(arms=("flatness",), hidden_dtype="int8"), "in one pass"),
+    (dict(arms=("flatness", "random"), draft_vocab=200, flavour="none", within="cluster"), "clusters"),
     (dict(arms=("flatness",), soft_targets="top_k", soft_top_k=8, token_loss="total_variation"), "in one pass"),
 ])  # fmt: skip
 def test_a_run_stores_what_its_arms_train_on_and_no_more(inputs, tmp_path, monkeypatch, changes, stored):
@@ -447,7 +461,13 @@ def test_a_run_stores_what_its_arms_train_on_and_no_more(inputs, tmp_path, monke
     samples, _ = tokenize_chats(read_chats(config.chats.data), toy_tokenizer(), 128)
     held_out = {sample.id for sample in split_held_out(samples, config.recipe.held_out_share)[1]}
     kept = [read_selection(config.out / "arms" / arm / "selection.json").ids for arm in config.arms]
-    assert _stored_in(config.out / "hidden") == held_out.union(*kept) != {sample.id for sample in samples}
+    drafts = [load_draft(config.out / "arms" / arm).config for arm in config.arms]
+    assert all(draft == drafts[0] for draft in drafts), "arms share a vocabulary, and so their programs"
+    exported = [(config.out / "arms" / arm / "draft").exists() for arm in config.arms]
+    assert exported == [config.export.flavour != "none"] * len(config.arms)
+    assert _stored_in(config.out / "hidden") >= held_out.union(*kept)
+    if stored == "in one pass":  # which clusters there are is known only when all prompts are
+        assert _stored_in(config.out / "hidden") == held_out.union(*kept) != {sample.id for sample in samples}
 
 
 def test_a_selection_of_other_data_is_refused(inputs, tmp_path):

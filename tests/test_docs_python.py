@@ -1,4 +1,4 @@
-"""The code of docs/python.md runs as it stands there, block after block, on a toy in place of the packaged model."""
+"""The code of docs/python.md and docs/jax.md runs as it stands there, block after block, on a toy for the packaged model."""
 
 from __future__ import annotations
 
@@ -14,8 +14,16 @@ import jsfdd
 
 pytestmark = pytest.mark.slow
 
-PAGE = Path(__file__).parents[1] / "docs" / "python.md"
-BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def run_page(page: str) -> dict:
+    """Run a page's blocks one after another; the names that they leave."""
+    names: dict = {}
+    blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    for number, block in enumerate(blocks):
+        exec(compile(block, f"docs/{page}, block {number + 1}", "exec"), names)
+    return names
 
 
 @pytest.fixture
@@ -36,10 +44,14 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
+def test_a_model_of_another_framework_gets_a_draft(place):
+    names = run_page("jax.md")
+    assert names["draft"].config.decoder.hidden_size == 32 and (place / "mine-vllm" / "config.json").is_file()
+    assert names["table"]["flatness"].shape == (24,)
+
+
 def test_the_page_runs(place):
-    names: dict = {}
-    for number, block in enumerate(BLOCKS):
-        exec(compile(block, f"docs/python.md, block {number + 1}", "exec"), names)
+    names = run_page("python.md")
     assert names["result"].tau >= 1 and (place / "draft-vllm" / "model.safetensors").is_file()
     assert names["table"]["flatness"].shape == (24,) and np.all(names["verdict"].num_accepted >= 0)
 

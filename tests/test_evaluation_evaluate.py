@@ -5,17 +5,20 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from toy import loaded_target, toy_draft
+from toy import loaded_target, toy_config, toy_draft
 
 from jsfdd.base.mesh import make_mesh
 from jsfdd.base.records import Prompt
+from jsfdd.decoding.generate import make_generate, make_stream, prepare_params
 from jsfdd.decoding.prompts import prompt_batch
-from jsfdd.decoding.settings import Cutoff, TreeShape
+from jsfdd.decoding.settings import Cutoff, TreeShape, decode_setup
+from jsfdd.decoding.stream import stream
 from jsfdd.evaluation import evaluate as evaluate_module
 from jsfdd.evaluation.evaluate import compare, evaluate
 from jsfdd.evaluation.intervals import interval, resample_ratios, tau_difference
 from jsfdd.evaluation.replay import record
-from jsfdd.models.draft import Draft
+from jsfdd.evaluation.step_cost import memory_ratio, step_cost_words
+from jsfdd.models.draft import Draft, draft_config
 from jsfdd.report.table import describe_difference
 
 pytestmark = pytest.mark.slow
@@ -76,6 +79,47 @@ def test_sources_add_up_to_the_whole(reports):
             assert part["speedup"] == pytest.approx(part["tokens_per_second"] / part["baseline_tokens_per_second"])
         rates = [part["tokens_per_second"] for part in parts]
         assert min(rates) <= report["tokens_per_second"] <= max(rates)
+
+
+def test_examples_tell_who_wrote_them_and_a_step_its_cost(reports):
+    """One example of a source; pieces make the text; as many drafted tokens as were accepted, but for a last step's overshoot."""
+    for report in reports.values():
+        examples = report["examples"]
+        assert [example["source"] for example in examples] == list(dict.fromkeys(prompt.source for prompt in PROMPTS))
+        for example in examples:
+            assert "".join(text for text, _ in example["pieces"]) == example["text"]
+        assert report["cost_ratio"] == pytest.approx(report["tau"] / report["speedup"])
+        assert report["memory_cost_ratio"] > 1
+
+
+def test_what_a_draft_proposed_is_marked_in_its_place():
+    """Beside the stream, which says of every step how many of its tokens were proposed."""
+    target = loaded_target()
+    draft, params = toy_draft(target.config)
+    setup = decode_setup(target, [draft], max_new_tokens=12, num_draft_tokens=2, tree=TreeShape(2, 20, 60))
+    batch = prompt_batch([[1, 5, 9], [3, 4]], [0, 1], 2, seed=0)
+    arranged = prepare_params(target.params, [params])
+    out = make_generate(setup, make_mesh(data=1))(arranged, batch, 0.0)
+    marks = [[], []]
+    for emitted in stream(make_stream(setup), arranged, batch, 0.0):
+        for row in range(2):
+            marks[row] += [i < emitted.accepted[row] for i in range(emitted.count[row])]
+    for row in range(2):
+        length = int(out.lengths[row])
+        assert out.drafted[row, :length].tolist() == marks[row][:length]
+    assert out.drafted.any()
+
+
+def test_a_device_that_waits_for_memory_reads_these_weights():
+    """Written out for a toy: 2 layers of 4 · 8 · 8 + 3 · 8 · 16 entries and a head of 100 · 8; a draft with a head of 10."""
+    target = toy_config(
+        num_layers=2, hidden_size=8, num_heads=2, num_kv_heads=2, head_dim=4, intermediate_size=16, vocab_size=100
+    )
+    draft = draft_config(target, vocabulary=tuple(range(10)))
+    layer = 4 * 8 * 8 + 3 * 8 * 16
+    assert memory_ratio(target, [draft], 3) == 1 + 3 * (layer + 2 * 8 * 8 + 10 * 8) / (2 * layer + 100 * 8)
+    assert memory_ratio(target, [draft, draft], 3) - 1 == pytest.approx(2 * (memory_ratio(target, [draft], 3) - 1))
+    assert step_cost_words(None, None, 1.1) == "" and "τ above 2.0 would pay" in step_cost_words(1.5, 2.04, 1.1)
 
 
 def test_a_tree_accepts_more_than_a_chain_and_writes_the_same(reports):

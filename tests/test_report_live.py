@@ -66,7 +66,12 @@ def test_a_run_says_what_it_does_now(tmp_path):
     live = read_live(run)
     assert live.doing == "training random: step 10 of 40, 15 s left" and not live.finished
     page = render_live(live)
-    assert "<b>run" not in page and "&lt;b&gt;run" in page and "<td>60.0</td>" in page and 'alt="Loss: full from 1.00 to 1.00; random from' in page
+    assert (
+        "<b>run" not in page
+        and "&lt;b&gt;run" in page
+        and "<td>60.0</td>" in page
+        and 'alt="Loss: full from 1.00 to 1.00; random from' in page
+    )
     _note(run / "arms" / "random", 40)
     assert read_live(run).doing == "evaluating"
 

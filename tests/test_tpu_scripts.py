@@ -1,6 +1,7 @@
 """What the shell scripts under tpu/ would do: their --dry-run prints every command and runs none."""
 
 import os
+import re
 import shlex
 import subprocess
 from pathlib import Path
@@ -52,6 +53,16 @@ def test_stages_run_on_all_hosts_and_find_each_other(stage):
 def test_other_commands_run_on_one_host():
     ((*gcloud, command),) = commands("run.sh", "--dry-run", "export", "--draft", "d", "--out", "e")
     assert "--worker=0" in gcloud and "--coordinator" not in command
+
+
+def test_the_commands_of_the_page_reach_the_hosts():
+    page = (ROOT / "docs" / "devices.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    shown = [shlex.split(line) for line in re.findall(r"^tpu/run\.sh (.*)$", page, re.MULTILINE)]
+    run = [commands("run.sh", "--dry-run", *words)[0] for words in shown]
+    stages = [words[1] for words in shown if words[0] == "--until-done"]
+    assert stages == ["score", "select", "train", "evaluate"] and len(run) == 6
+    for words, (*_, last) in zip(shown, run, strict=True):
+        assert ("--coordinator auto" in last) == (words[0] == "--until-done"), words
 
 
 def test_fetch():

@@ -40,6 +40,7 @@ _REMEDIES = {
     errno.ENOTDIR: "it is a file where a directory is to be; choose another --out",
 }
 _STATUS = re.compile(r"(ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION|INTERNAL|UNAVAILABLE|UNKNOWN): ")  # of JAX
+_CACHE_BYTES = 1 << 30  # of compiled programs, of which one takes about 200 kB on a CPU and megabytes on an accelerator
 _BROKEN_PIPE = 141  # 128 + SIGPIPE, as shells report it
 
 # `jsfdd X` is commands/x.py with XConfig, EXAMPLES, prepare, run and describe.
@@ -48,6 +49,7 @@ COMMANDS = (
     "demo", "completion",
 )  # fmt: skip
 
+_COMPILE = ("respond", "score", "train", "evaluate", "generate", "run", "demo")
 _WRITE_A_FILE = ("respond", "report")  # their --out is a file, not a directory
 
 _DESCRIPTION = "Cheap training of draft models for speculative decoding."
@@ -195,6 +197,8 @@ def _run(name: str, invocation: Invocation) -> int:
     if out := getattr(config, "out", None):
         _check_out(out, is_file=name in _WRITE_A_FILE)
     prepared = module.prepare(config)
+    if not output.dry_run and name in _COMPILE:
+        _announce_compiling()
     outcome = (module.describe if output.dry_run else module.run)(config, prepared)
     if processes.is_primary():
         show(outcome, output.json)
@@ -210,12 +214,26 @@ def _check_out(out: Path, is_file: bool) -> None:
 
 
 def _prepare_jax() -> None:
-    """Share compiled programs between processes, through a cache on disk."""
+    """Share compiled programs between processes, through a cache on disk, from which the ones used longest ago go first."""
     import jax
 
     if not jax.config.jax_compilation_cache_dir:
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jsfdd" / "xla"
         jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_compilation_cache_max_size", _CACHE_BYTES)
+
+
+def _announce_compiling() -> None:
+    """Say why the first minutes are slow, where no program has been compiled yet."""
+    import jax
+
+    from jsfdd.base.progress import console
+
+    cache = Path(jax.config.jax_compilation_cache_dir)
+    if not any(cache.glob("*-cache")):
+        console.print(
+            f"programs are compiled when first needed, seconds each, and kept in {cache} for the next run", soft_wrap=True
+        )
 
 
 if __name__ == "__main__":
