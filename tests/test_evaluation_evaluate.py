@@ -82,7 +82,7 @@ def test_sources_add_up_to_the_whole(reports):
 
 
 def test_examples_tell_who_wrote_them_and_a_step_its_cost(reports):
-    """One example of a source; pieces make the text; as many drafted tokens as were accepted, but for a last step's overshoot."""
+    """One example of each source, whose pieces make its text; and the ratio of τ to speedup."""
     for report in reports.values():
         examples = report["examples"]
         assert [example["source"] for example in examples] == list(dict.fromkeys(prompt.source for prompt in PROMPTS))
