@@ -10,7 +10,8 @@ def accepted_pieces(
 ) -> list[tuple[str, bool]]:
     """[(text, whether the draft proposed it)], neighbours of one kind together; joined, they are the answer's text.
 
-    A character that spans tokens of both kinds belongs to the one that completes it.
+    A character that spans tokens of both kinds belongs to the one that completes it; one that the answer's last token leaves
+    unfinished is left out.
 
     Example:
       >>> accepted_pieces(lambda ids: "".join(map(chr, ids)), [72, 105, 33, 33], [False, True, True, False])
@@ -25,7 +26,8 @@ def accepted_pieces(
         text = decode(list(tokens[:end]))
         if not last and text.endswith("\N{REPLACEMENT CHARACTER}"):
             continue  # inside a character
-        if text != written:
+        text = text.rstrip("\N{REPLACEMENT CHARACTER}")  # a character that the answer leaves unfinished
+        if len(text) > len(written):
             pieces.append((text[len(written) :], kind))
             written = text
     return pieces
