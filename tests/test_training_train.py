@@ -366,9 +366,11 @@ def test_accumulation_takes_fewer_steps_of_the_same_tokens(finished, tmp_path):
 def test_timings_are_in_parts_and_rates(finished):
     result, directory = finished
     lines = read_lines(directory / TIMINGS)
-    assert sum(line["seconds"] for line in lines) == pytest.approx(result.seconds)
+    compiling = sum(line["compiling"] for line in lines)
+    assert sum(line["seconds"] for line in lines) - compiling == pytest.approx(result.seconds)
+    assert compiling == pytest.approx(result.compile_seconds) and lines[-1]["of"] == lines[-1]["step"] == result.steps
     for line in lines:
-        assert 0 < line["reading"] and line["reading"] + line["held_out"] + line["probe"] < line["seconds"]
+        assert 0 < line["reading"] and sum(line[part] for part in ("reading", "held_out", "probe", "compiling")) < line["seconds"]
         assert line["tflops"] > 0 and line["probe"] == 0 and "mfu" not in line  # a CPU's peak is not known
     assert sum(line["held_out"] > 0 for line in lines) == 3
     train_samples, _ = split_held_out(toy_data()[2], 0.2)
