@@ -32,8 +32,11 @@ def measured_ratio(tau: float | None, speedup: float | None) -> float | None:
 
 def memory_ratio(target: DecoderConfig, drafts: Sequence[DraftConfig], num_draft_tokens: int) -> float:
     """The same for a device that waits for memory and has every weight in one dtype: (weights that a speculative step reads) ∕
-    (those of a plain step). A draft's layer and head are read for each token in a row or level of a tree. Of a mixture of experts
-    it counts those that one token meets: several tokens meet more, and cost more than this says."""
+    (those of a plain step).
+
+    A draft's layer and head are read for each token in a row or level of a tree. Of a mixture of experts it counts those that
+    one token meets; several tokens meet more, and cost more than this says.
+    """
     plain = target.num_layers * layer_matrices(target) + target.hidden_size * target.vocab_size
     drafted = 0
     for draft in drafts:
