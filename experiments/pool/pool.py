@@ -90,8 +90,8 @@ def open_pool(
 ) -> Pool:
     """Compute, or read again, what the arms share. Seconds of each part go to WORK/seconds.json.
 
-    Arms are made from `options.chats` chats after the first `skip`; answers to `asked` prompts, other ones than of
-    `besides`, are recorded at `temperatures`, in files named `answers`. With `draft_kind` eagle3 the streams that such drafts
+    Arms are made from `options.chats` chats after the first `skip`; answers to `per_file` prompts, other ones than of
+    `excluded`, are recorded at `temperatures`, in files named `answers`. With `draft_kind` eagle3 the streams that such drafts
     read are kept as well; EAGLE-2 drafts read what stands behind them.
     """
     prompts, work = pick_prompts(options.prompts, per_file, excluded), options.work
@@ -173,11 +173,13 @@ class Arm:
       ids: samples trained on.
       options: of the recipe, and the seed.
       weights: token weights by sample id; None for all counted tokens alike.
+      init: the draft from which training starts; None for a fresh one.
     """
 
     ids: Sequence[str]
     options: Mapping[str, object] = dataclasses.field(default_factory=dict)
     weights: PerToken | None = None
+    init: Draft | None = None
 
     def train(self, pool: Pool, directory: Path) -> tuple[dict, DraftConfig, dict]:
         """(cost, draft, its parameters)."""
@@ -199,7 +201,8 @@ class Arm:
         cpu_of_store, cpu = time.process_time() - cpu, time.process_time()
         result = train(
             pool.loaded.target, data._replace(soft_targets=soft_targets), TrainingData([], pool.store), recipe,
-            pool.loaded.mesh, out=directory, seed=seed, identity=pool.loaded.identity, draft=draft, shapes=pool.shapes,
+            pool.loaded.mesh, out=directory, seed=seed, identity=pool.loaded.identity, draft=draft, init=self.init,
+            shapes=pool.shapes,
         )  # fmt: skip
         row = {
             "samples": result.samples, "steps": result.steps, "tokens_in_loss": result.tokens,
@@ -282,7 +285,7 @@ def pick_prompts(
 ) -> list[Prompt]:
     """Evenly spaced prompts of each file, {"mt_bench": 40, …}, of those with at most `longest` characters.
 
-    None of them would be picked for `besides`. "spec_bench/math_reasoning" are those of spec_bench.jsonl with that source.
+    None of them would be picked for `excluded`. "spec_bench/math_reasoning" are those of spec_bench.jsonl with that source.
     """
     chosen = []
     for name, count in per_file.items():
