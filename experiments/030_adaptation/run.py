@@ -16,7 +16,7 @@ from experiments.pool.answered import judges_of, open_answered
 from experiments.pool.pool import SMOKE, Arm, Pool, run_arm, trained_draft
 from experiments.results import read_results, write_results
 from jsfdd.base.hardware import describe_hardware
-from jsfdd.selection.sfdd import random_score
+from jsfdd.selection.sfdd import how_many, random_score
 from jsfdd.training.recipe import Recipe
 
 from .table import print_tables
@@ -24,8 +24,8 @@ from .table import print_tables
 HERE = Path(__file__).parent
 
 DOMAINS = ("code_instruct", "math_gsm8k", "instruct_roleplay")
-ELSEWHERE = 40 if SMOKE else 600  # chats of other sources that the first draft learns from
-EPOCHS, EPOCHS_BEFORE = 2, 3
+ELSEWHERE, IN_DOMAIN = (40, 16) if SMOKE else (400, 240)  # chats that the first draft and the others learn from
+EPOCHS = 2
 
 
 def main() -> None:
@@ -53,7 +53,7 @@ def run_domain(pool: Pool, domain: str, seed: int) -> Iterator[tuple[str, dict]]
     before = f"{domain}, other sources, seed {seed}"
     others = [sample.id for sample in pool.samples if sample.source != domain]
     others = sorted(others, key=lambda name: random_score(seed, name))[:ELSEWHERE]
-    yield "other sources", run_arm(narrow, before, Arm(others, {"seed": seed, "epochs": EPOCHS_BEFORE}))
+    yield "other sources", run_arm(narrow, before, Arm(others, {"seed": seed}))
     starts = {"from nothing": None, "from a draft": trained_draft(pool, before)}
     for choice, ids in parts(pool, domain, seed).items():
         for start, draft in starts.items():
@@ -62,25 +62,17 @@ def run_domain(pool: Pool, domain: str, seed: int) -> Iterator[tuple[str, dict]]
 
 
 def parts(pool: Pool, domain: str, seed: int) -> dict[str, list[str]]:
-    """The domain's samples, and halves of them."""
-    sources = np.array([sample.source for sample in pool.samples])
-    ids = [sample.id for sample, mine in zip(pool.samples, sources == domain) if mine]
-    order = {name: i for i, name in enumerate(pool.table.ids)}
-    flatness = {name: pool.table["flatness"][order[name]] for name in ids}
-    clusters = choices.prompt_clusters(pool)
-    half = choices.how_many(0.5, len(ids))
-    within = set(choices.best_of_groups(pool, clusters_within(clusters, sources == domain), pool.table["flatness"], 0.5))
+    """Samples of the domain, a half of them at random, and the flattest half of each of their clusters."""
+    chosen = [sample.id for sample in pool.samples if sample.source == domain][:IN_DOMAIN]
+    by_chance = sorted(chosen, key=lambda name: random_score(seed, name))
+    # All other samples are one more cluster, of which nothing is taken.
+    clusters = np.where(np.isin(pool.table.ids, chosen), choices.prompt_clusters(pool), -1)
+    flattest = set(choices.best_of_groups(pool, clusters, pool.table["flatness"], 0.5)) & set(chosen)
     return {
-        "all": ids,
-        "random half": sorted(ids, key=lambda name: random_score(seed, name))[:half],
-        "flattest half": sorted(ids, key=lambda name: -flatness[name])[:half],
-        "flattest half of every cluster": [name for name in ids if name in within],
+        "all": chosen,
+        "random half": by_chance[: how_many(0.5, len(chosen))],
+        "flattest half of every cluster": [name for name in chosen if name in flattest],
     }
-
-
-def clusters_within(clusters: np.ndarray, mine: np.ndarray) -> np.ndarray:
-    """The domain's clusters; all other samples form one more."""
-    return np.where(mine, clusters, -1)
 
 
 def judged_by(pool: Pool, source: str) -> Pool:
