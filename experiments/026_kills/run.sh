@@ -6,8 +6,9 @@ export JAX_PLATFORMS=cpu PYTHONPATH="$PYTHONPATH:$root/tests"
 here="$root/experiments/026_kills"
 if [[ ${SMOKE:-} ]]; then
     run 026_kills.kills "$1" --kills 6
-    run 026_kills.disk "$1" --shares 0.5
+    run 026_kills.disk "$1" --shares 0.5 --kinds ENOSPC
     exit
 fi
 run 026_kills.kills "$1" --kills 100 | tee "$here/results.jsonl"
 run 026_kills.disk "$1" | tee --append "$here/results.jsonl"
+run 026_kills.pair "$1" | tee --append "$here/results.jsonl"
