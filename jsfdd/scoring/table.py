@@ -27,6 +27,7 @@ from jsfdd.scoring.metrics import column_names
 _TOKEN_COLUMNS = ("counted", "flatness", "entropy")
 _IN_PART = "token_"  # a part holds sample and token columns in one file, so the token columns need a prefix
 _PROMPT = "prompt_state"
+_ROWS = 100_000  # at a time, where a column becomes strings
 _IDENTITY, _DIGEST, _PROMPT_DIGEST = b"jsfdd_identity", b"jsfdd_sha256", b"jsfdd_sha256_prompt_state"
 _REMEDY = "give a file of `jsfdd score`; if it is one, delete it and score again"
 
@@ -151,8 +152,9 @@ def read_token_scores(path: Path) -> dict[str, TokenRow]:
 def _strings(chunks: list[pyarrow.Array]) -> Iterator[str]:
     """The values of a column's chunks, which are let go one by one."""
     while chunks:
-        yield from chunks.pop(0).to_pylist()
-        pyarrow.default_memory_pool().release_unused()
+        chunk = chunks.pop(0)
+        for begin in range(0, len(chunk), _ROWS):
+            yield from chunk.slice(begin, _ROWS).to_pylist()
 
 
 def _shared_strings(column: pyarrow.ChunkedArray) -> tuple[str, ...]:
@@ -228,6 +230,7 @@ def _read(path: Path, columns: Sequence[str]) -> tuple[dict[str, np.ndarray | py
         what = f"has no column {', '.join(missing)}" if missing else "was not written by this version of jsfdd"
         raise ValueError(f"{path}: {what}; {_REMEDY}")
     _check(path, sha, metadata[_DIGEST])
+    pyarrow.default_memory_pool().release_unused()  # Arrow keeps what reading has freed
     return found, json.loads(metadata[_IDENTITY])
 
 
