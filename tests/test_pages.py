@@ -16,7 +16,13 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "tpu" / "README.md
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 # Options of other programs that pages name: pip, tpu/run.sh, Slurm, and serving engines.
 OTHERS = {"--no-deps", "--fetch", "--force", "--until-done", "--zone", "--nodes", "--gpus-per-node", "--ntasks-per-node"}
-OTHERS |= {"--model-path", "--speculative-algorithm", "--speculative-config", "--speculative-draft-model-path"}
+OTHERS |= {
+    "--kv-transfer-config",
+    "--model-path",
+    "--speculative-algorithm",
+    "--speculative-config",
+    "--speculative-draft-model-path",
+}
 OTHERS |= {"--speculative-eagle-topk", "--speculative-num-draft-tokens", "--speculative-num-steps"}
 
 

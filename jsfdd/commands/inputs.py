@@ -18,13 +18,14 @@ if TYPE_CHECKING:
     from jsfdd.data.template import TokenizeSummary
     from jsfdd.data.tokenized import TokenizedChats
     from jsfdd.decoding.settings import DecodeSetup, Team, TreeShape
+    from jsfdd.hidden.imported import FoundStates, ImportedStates
     from jsfdd.weights.target import Target
 
 _MAX_LISTED_FILES = 40
 
 
 class Inputs(NamedTuple):
-    """The inputs before any weights are read; the target has none yet."""
+    """The inputs before any weights are read; the target has none yet. `states`: where another program's states lie."""
 
     target: Target
     mesh: Mesh
@@ -32,10 +33,11 @@ class Inputs(NamedTuple):
     summary: TokenizeSummary
     files: list[FileCounts]  # counts of each input file's rows
     shapes: tuple[Shape, ...]
+    states: FoundStates | None = None
 
 
 class Loaded(NamedTuple):
-    """A target and tokenized chats, shared by the stages of one process."""
+    """A target and tokenized chats, shared by the stages of one process. With `states` the target has no layers."""
 
     target: Target
     mesh: Mesh
@@ -43,11 +45,16 @@ class Loaded(NamedTuple):
     summary: TokenizeSummary
     files: list[FileCounts]  # counts of each input file's rows
     shapes: tuple[Shape, ...]
+    states: FoundStates | None
     identity: dict  # JSON-ready: what every result from them depends on
 
 
-def read_inputs(model: ModelOptions, chats: ChatOptions) -> Inputs:
-    """Read and tokenize the chats, and describe the target. Weights are not read, so that a bad line fails at once."""
+def read_inputs(model: ModelOptions, chats: ChatOptions, states_from: Path | None = None) -> Inputs:
+    """Read and tokenize the chats, and describe the target. Weights are not read, so that a bad line fails at once.
+
+    Args:
+      states_from: directory with hidden states that another program wrote; the target then needs no layers.
+    """
     from jsfdd.base.mesh import make_mesh
     from jsfdd.base.processes import is_primary
     from jsfdd.data.batches import choose_shapes
@@ -56,12 +63,20 @@ def read_inputs(model: ModelOptions, chats: ChatOptions) -> Inputs:
 
     expand_names(chats.data)  # fails on a wrong file name before the target's tokenizer is loaded
     mesh = make_mesh(model=model.model_shards)
-    target = describe_target(model)
+    target = describe_target(model, layers=states_from is None)
     tokenized = read_chats_for(target, chats, processes=usable_processes())
     if is_primary():
         show_counts(tokenized.files, tokenized.notes)
     shapes = choose_shapes(tokenized.samples.lengths, chats.batch_tokens)
-    return Inputs(target, mesh, tokenized.samples, tokenized.summary, tokenized.files, shapes)
+    inputs = Inputs(target, mesh, tokenized.samples, tokenized.summary, tokenized.files, shapes)
+    if states_from is None:
+        return inputs
+    from jsfdd.hidden.imported import find_states
+
+    found = find_states(states_from, inputs.samples, target.config, longest_sample(target, chats.max_length))
+    if found.unused and is_primary():
+        show_counts((), [f"{states_from}: {found.unused:,} files of hidden states belong to none of the samples"])
+    return inputs._replace(states=found)
 
 
 def read_chats_for(target: Target, chats: ChatOptions, processes: int = 1) -> TokenizedChats:
@@ -99,7 +114,7 @@ def load(config, inputs: Inputs | None = None, target: Target | None = None) -> 
     from jsfdd.base.records import samples_digest
 
     inputs = inputs or read_inputs(config.model, config.chats)
-    target = target or load_weights(config.model, inputs.mesh)
+    target = target or load_weights(config.model, inputs.mesh, layers=inputs.states is None)
     identity = {"target": target.fingerprint} | known_identity(config, inputs)
     agree({"the options": to_json(config), "the tokenized chats": samples_digest(inputs.samples), **identity})
     return Loaded(*inputs._replace(target=target), identity)
@@ -115,25 +130,52 @@ def known_identity(config, inputs: Inputs) -> dict:
     # Results depend on the tokens, not on the template's text: different templates may write the same tokens.
     del identity["template"]
     identity["tokens"] = tokens_digest(inputs.samples)
+    if inputs.states is not None:
+        identity["hidden_from"] = inputs.states.digest
     if "strftime_now" in inputs.target.tokenizer.chat_template:
         identity["date"] = config.model.date
     return identity
 
 
-def load_weights(model: ModelOptions, mesh: Mesh | None = None) -> Target:
+def imported_states(loaded: Loaded, dtype: str, layers: tuple[int, ...] = ()) -> ImportedStates:
+    """The hidden states of another program, after trying the target's head on some of them, which it prints.
+
+    Raises:
+      ValueError: they are not what the head reads, or the inputs of `layers` are not among them.
+    """
+    import numpy as np
+
+    from jsfdd.base.processes import is_primary
+    from jsfdd.hidden.imported import ImportedStates, check_head
+
+    target, scale = loaded.target, np.asarray(loaded.target.params["norm"]["scale"])
+    states = ImportedStates(loaded.states, target.config, scale, dtype, layers)
+    fit = check_head(target, states, loaded.samples)
+    if is_primary():
+        show_counts(
+            (),
+            [
+                f"{states.directory}: head(norm(h)) gives the next token {fit.top1:.1%} of the time as the likeliest (−log p "
+                f"{fit.nll:.3f} on average, {fit.tokens} tokens)"
+            ],
+        )
+    return states
+
+
+def load_weights(model: ModelOptions, mesh: Mesh | None = None, layers: bool = True) -> Target:
     """Load the target with its weights, onto the devices of a mesh, or whole onto the first device."""
     import jax.numpy as jnp
 
     from jsfdd.weights.target import load_target
 
-    return load_target(model.target, jnp.dtype(target_dtype(model)), mesh, model.template_options())
+    return load_target(model.target, jnp.dtype(target_dtype(model)), mesh, model.template_options(), layers=layers)
 
 
-def describe_target(model: ModelOptions) -> Target:
+def describe_target(model: ModelOptions, layers: bool = True) -> Target:
     """The target without its weights."""
     from jsfdd.weights.target import describe_target
 
-    return describe_target(model.target, model.template_options())
+    return describe_target(model.target, model.template_options(), layers=layers)
 
 
 def target_dtype(model: ModelOptions) -> str:

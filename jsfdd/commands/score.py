@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from jsfdd.commands.inputs import Inputs, Loaded, known_identity, load, read_inputs
+from jsfdd.commands.inputs import Inputs, Loaded, imported_states, known_identity, load, read_inputs
 from jsfdd.commands.options import (
     ChatOptions,
     Flag,
     HiddenDtype,
     HiddenOptions,
     ModelOptions,
+    OptionalPath,
     ProcessOptions,
     RecipeOptions,
     SelectionOptions,
@@ -50,6 +51,7 @@ EXAMPLES = """
 jsfdd score --target smollm2 --data chats.jsonl --out scored
 jsfdd score --target DIR --data 'chats/*.jsonl.zst' more/ hf:ORG/NAME:train --out scored --dry-run
 jsfdd score --target DIR --data chats/ --keep-hidden flatness --retain-ratio 0.5 --out scored
+jsfdd score --target DIR --data answers.jsonl --hidden-from states/ --out scored
 """
 
 
@@ -64,6 +66,9 @@ class ScoreConfig:
     """Directory for scores.parquet. An interrupted run continues here."""
     per_token: Flag = False
     """Also write token_scores.parquet: one row per sample, with lists of its counted tokens' flatness and entropy."""
+    hidden_from: OptionalPath = None
+    """Score hidden states that another program wrote into this directory, such as vLLM's extract connector: one safetensors
+    file a conversation. Of the target only config, tokenizer, embedding, final norm and head are read."""
     keep_hidden: Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="", metavar="ARM …")] = ()
     """In the same pass, store hidden states in OUT/hidden for `jsfdd train --hidden-from`. An ARM is a metric, for the samples
     that it can select, or `full`, for all samples. States of other samples are deleted as soon as they are ruled out."""
@@ -85,6 +90,8 @@ class ScoreConfig:
         check_share("--retain-ratio", self.retain_ratio)
         check_held_out_share(self.held_out_share)
         check_arms("--keep-hidden", self.keep_hidden)
+        if self.hidden_from is not None and self.keep_hidden:
+            raise ValueError("--hidden-from names hidden states that are kept already; leave --keep-hidden out")
 
 
 def prepare(config: ScoreConfig) -> Inputs:
@@ -92,7 +99,12 @@ def prepare(config: ScoreConfig) -> Inputs:
 
     if not config.keep_hidden:
         check_only_with_keep_hidden(config, ("retain_ratio", "within", "held_out_share", "hidden_dtype", "draft_kind"))
-    inputs = read_inputs(config.model, config.chats)
+    if config.hidden_from is not None and is_store(config.hidden_from):
+        raise ValueError(
+            f"--hidden-from {config.hidden_from}: states that `jsfdd score --keep-hidden` kept, with their scores beside them; "
+            "give the directory of another program's states"
+        )
+    inputs = read_inputs(config.model, config.chats, config.hidden_from)
     layers_kept(config, inputs.target.config)
     if (parts := config.out / "scores.parts").exists():
         options = {"batch_tokens": config.chats.batch_tokens, "per_token": config.per_token}
@@ -131,6 +143,8 @@ def _identity_in(path: Path) -> dict | None:
 
 def describe(config: ScoreConfig, inputs: Inputs) -> Outcome:
     values, words = describe_scoring(inputs)
+    if config.hidden_from is not None:
+        words.append(f"read hidden states from {config.hidden_from}, and of the target no layers")
     files = ["scores.parquet", *(["token_scores.parquet"] if config.per_token else []), "scores.parts/"]
     if config.keep_hidden:
         values["hidden_bytes"], line = describe_kept(config, inputs)
@@ -165,6 +179,7 @@ def _score(config: ScoreConfig, loaded: Loaded) -> ScoreTable:
             parts_dir=config.out / "scores.parts",
             per_token=config.per_token,
             keeper=kept,
+            hidden=None if loaded.states is None else imported_states(loaded, "float32"),
         )
     if is_primary():
         write_scores(config.out / "scores.parquet", table)
@@ -226,6 +241,13 @@ def check_arms(option: str, arms: Sequence[str]) -> None:
     for arm in arms:
         if arm not in choices:
             raise ValueError(f"{option}: {arm!r} is unknown; choose from {', '.join(choices)}")
+
+
+def is_store(directory: Path) -> bool:
+    """Whether jsfdd wrote the hidden states in a directory; else another program did."""
+    from jsfdd.hidden.store import MANIFEST
+
+    return (directory / MANIFEST).exists()
 
 
 # --- Parts of a description: (values, words) -------------------------------------------------------------------------

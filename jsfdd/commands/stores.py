@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jsfdd.commands.inputs import Inputs, Loaded
+from jsfdd.commands.inputs import Inputs, Loaded, imported_states
 from jsfdd.commands.options import HiddenOptions, option_of
 from jsfdd.commands.score import HIDDEN
 
@@ -42,6 +42,8 @@ def hidden_states_of(config: TrainConfig, loaded: Loaded, samples: Sequence[Samp
     from jsfdd.hidden import capture
     from jsfdd.selection.sfdd import read_selection
 
+    if loaded.states is not None:
+        return imported_states(loaded, config.hidden.hidden_dtype, layers_of(config, loaded, init))
     if config.hidden_from is not None:
         selection = None if config.selection is None else read_selection(config.selection)
         return open_hidden(config, samples, selection, layers_of(config, loaded, init), loaded.identity)

@@ -34,7 +34,7 @@ from jsfdd.commands.options import (
     check_at_least,
 )
 from jsfdd.commands.outcome import Outcome, counts_to_json, many, planned
-from jsfdd.commands.score import HIDDEN, counted_tokens, describe_hidden
+from jsfdd.commands.score import HIDDEN, counted_tokens, describe_hidden, is_store
 from jsfdd.commands.stores import (
     SOFT_TARGETS,
     check_vocabulary,
@@ -81,8 +81,8 @@ class TrainConfig:
     selection: OptionalPath = None
     """selection.json from `jsfdd select`. Default: train on every sample."""
     hidden_from: OptionalPath = None
-    """Read hidden states from this directory, which `jsfdd score --keep-hidden` wrote, instead of computing them and storing
-    them in OUT/hidden."""
+    """Read hidden states from this directory, instead of computing them and storing them in OUT/hidden: what `jsfdd score
+    --keep-hidden` wrote, or another program, as for `jsfdd score --hidden-from`."""
     token_scores: OptionalPath = None
     """token_scores.parquet from `jsfdd score --per-token`. With it, --token-retain-ratio keeps the flattest tokens."""
     probe_prompts: Paths = ()
@@ -122,6 +122,7 @@ class Prepared(NamedTuple):
 
 def prepare(config: TrainConfig) -> Prepared:
     from jsfdd.data.chat import read_prompts
+    from jsfdd.hidden.imported import check_streams
     from jsfdd.selection.sfdd import check_inputs, read_selection
     from jsfdd.training.draft_shape import draft_of
     from jsfdd.weights.checkpoint import check_run
@@ -129,7 +130,10 @@ def prepare(config: TrainConfig) -> Prepared:
 
     if config.probe_prompts:
         read_prompts(config.probe_prompts)
-    inputs = read_inputs(config.model, config.chats)
+    elsewhere = config.hidden_from is not None and not is_store(config.hidden_from)
+    inputs = read_inputs(config.model, config.chats, config.hidden_from if elsewhere else None)
+    if elsewhere:
+        _check_from_elsewhere(config)
     selection = None if config.selection is None else read_selection(config.selection)
     kept, held_out = training_sides(inputs.samples, selection, config.recipe, config.mixture, config.seed)
     if config.token_scores is not None:
@@ -145,9 +149,19 @@ def prepare(config: TrainConfig) -> Prepared:
         check_run(config.out, _known_run(config, inputs, kept, held_out, init))
     # Fails if the draft cannot be of this target, or not from --init.
     draft = draft_of(inputs.target.config, config.recipe, kept, init and init.config)
-    if config.hidden_from is not None:
+    if inputs.states is not None:
+        check_streams(inputs.states, inputs.target.config, draft.target_layers)
+    elif config.hidden_from is not None:
         open_hidden(config, [*kept, *held_out], selection, draft.target_layers)
     return Prepared(inputs, kept, held_out, init)
+
+
+def _check_from_elsewhere(config: TrainConfig) -> None:
+    """Raise ValueError for options that need more than another program's states."""
+    if config.hidden.hidden_dtype == "int8":
+        raise ValueError("--hidden-dtype int8 is of states that jsfdd stores; take bfloat16 or float32 with --hidden-from")
+    if config.probe_prompts:
+        raise ValueError("--probe-prompts decodes with the target, of which --hidden-from reads no layers; leave it out")
 
 
 def run(config: TrainConfig, prepared: Prepared) -> Outcome:

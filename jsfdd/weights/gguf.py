@@ -111,10 +111,10 @@ def read_config(file: GGUFFile) -> DecoderConfig:
         raise error if str(file.path) in str(error) else ValueError(f"{file.path}: {error}") from error
 
 
-def read_params(file: GGUFFile, config: DecoderConfig, dtype=np.float32, mesh: Mesh | None = None) -> dict:
+def read_params(file: GGUFFile, config: DecoderConfig, dtype=np.float32, mesh: Mesh | None = None, layers: bool = True) -> dict:
     """The params tree of a GGUF file's weights, dequantised, as JAX arrays of `dtype` (layout: `layout.fill_params`).
 
-    With a `mesh` each device is given its share.
+    With a `mesh` each device is given its share. Without `layers`, only the embedding, the final norm and the head.
 
     Raises:
       ValueError: a tensor is missing, unknown, misshapen or of a type that cannot be dequantised.
@@ -126,7 +126,10 @@ def read_params(file: GGUFFile, config: DecoderConfig, dtype=np.float32, mesh: M
             "layers/attention/q_proj/kernel": functools.partial(_deinterleave, heads=config.num_heads),
             "layers/attention/k_proj/kernel": functools.partial(_deinterleave, heads=config.num_kv_heads),
         }
-    return fill_params(config, _NAMES, _sources(file), dtype, file.path, transforms, mesh)
+    sources = _sources(file)
+    if not layers:
+        sources = {name: source for name, source in sources.items() if not name.startswith("blk.")}
+    return fill_params(config, _NAMES, sources, dtype, file.path, transforms, mesh, layers)
 
 
 def _sources(file: GGUFFile) -> dict[str, Source]:

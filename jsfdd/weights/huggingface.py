@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,18 @@ from safetensors import SafetensorError, safe_open
 from jsfdd.base.files import check_no_pointer
 from jsfdd.models.architecture import DecoderConfig
 from jsfdd.weights import fp8
-from jsfdd.weights.huggingface_config import is_wrapped, quantised_block, read_config, read_object, refuse_adapter
+from jsfdd.weights.huggingface_config import (
+    adds_one,
+    is_wrapped,
+    quantised_block,
+    read_config,
+    read_ends_config,
+    read_object,
+    refuse_adapter,
+)
 from jsfdd.weights.layout import Index, Source, fill_params
 
-__all__ = ["read_config", "read_params"]
+__all__ = ["read_config", "read_ends_config", "read_params"]
 
 _INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"[^/\\]+\.safetensors")
@@ -71,6 +80,9 @@ _ROTARY_BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_
 _VISION = re.compile(r"(model\.)?(vision_tower|multi_modal_projector|visual)\.")
 _WRAPPED_PREFIX = re.compile(r"(language_model\.model\.|model\.language_model\.)")
 _WRAPPED_HEAD = "language_model.lm_head.weight"
+# Where a model of any kind has the parts outside of its layers.
+_DECODERS = ("model.", "language_model.model.", "model.language_model.", "language_model.", "")
+_HEADS = ("lm_head.weight", "language_model.lm_head.weight")
 
 
 def weight_files(directory: str | Path) -> list[Path]:
@@ -118,7 +130,7 @@ def weight_sources(directory: str | Path) -> dict[str, Source]:
     directory = Path(directory)
     sources: dict[str, Source] = {}
     for file in weight_files(directory):
-        with _open(file) as handle:
+        with open_tensors(file) as handle:
             for name in handle.keys():
                 if name in sources:
                     raise ValueError(f"{file}: tensor {name} is in {sources[name].file} too; which one holds?")
@@ -148,6 +160,57 @@ def read_params(directory: str | Path, config: DecoderConfig, dtype=np.float32, 
     found = fp8.dequantised(weight_sources(directory), quantised_block(directory))
     sources = _decoder_sources(found, config, is_wrapped(directory))
     return fill_params(config, names, sources, dtype, directory, transforms, mesh)
+
+
+def end_files(directory: str | Path) -> list[str]:
+    """The names of the safetensors files with the parts of a model that are not its layers. Errors as in `read_end_params`."""
+    directory = Path(directory)
+    if not (directory / _INDEX).exists():
+        return ["model.safetensors"]
+    weight_map = _weight_map(directory / _INDEX)
+    return sorted({weight_map[name] for name in _end_names(directory / _INDEX, weight_map).values()})
+
+
+def read_end_params(directory: str | Path, config: DecoderConfig, dtype=np.float32, mesh: Mesh | None = None) -> dict:
+    """The embedding, the final norm and the head of a model whose layers may be of any kind; of the rest nothing is read.
+
+    Raises:
+      FileNotFoundError: a file with one of them is missing.
+      ValueError: as in `read_params`, of these tensors.
+    """
+    directory = Path(directory)
+    sources: dict[str, Source] = {}
+    for file in (directory / name for name in end_files(directory)):
+        if not file.is_file():
+            weight_files(directory)  # says what is there in its place
+            raise FileNotFoundError(f"{file}: missing; download it again")
+        with open_tensors(file) as handle:
+            for name in handle.keys():
+                header, read = handle.get_slice(name), functools.partial(_read, file, name)
+                sources[name] = Source(file, tuple(header.get_shape()), read, header.get_dtype())
+    names = _end_names(directory, sources)
+    if config.tie_embeddings:
+        names.pop("head/kernel", None)
+    elif "head/kernel" not in names:
+        raise ValueError(f"{directory}: no tensor {_HEADS[0]} in it, and the config does not tie the head to the embedding")
+    transforms = {"norm/scale": _one_plus} if adds_one(directory) else {}
+    found = {name: sources[name] for name in names.values()}
+    for name, source in found.items():
+        if source.kind not in _FLOATS:
+            raise ValueError(f"{source.file}: tensor {name} has type {source.kind}; supported are {', '.join(_FLOATS)}")
+    return fill_params(config, names, found, dtype, directory, transforms, mesh, layers=False)
+
+
+def _end_names(where: Path, found: Collection[str]) -> dict[str, str]:
+    """Leaf -> tensor, of the embedding, the final norm and, if there is one, the head."""
+    for prefix in _DECODERS:
+        names = {"embed/embedding": f"{prefix}embed_tokens.weight", "norm/scale": f"{prefix}norm.weight"}
+        if all(name in found for name in names.values()):
+            return names | dict([("head/kernel", name) for name in _HEADS if name in found][:1])
+    raise ValueError(
+        f"{where}: no embedding (embed_tokens.weight) with a final norm (norm.weight) beside it under any of the names "
+        f"{', '.join(prefix + '*' for prefix in _DECODERS)}"
+    )
 
 
 def _decoder_sources(found: dict[str, Source], config: DecoderConfig, wrapped: bool) -> dict[str, Source]:
@@ -191,7 +254,8 @@ def _check_index(directory: Path, sources: dict[str, Source]) -> None:
 
 
 @contextlib.contextmanager
-def _open(file: Path):
+def open_tensors(file: Path):
+    """Open a safetensors file. ValueError: it is cut short, corrupt, or a pointer to another."""
     check_no_pointer(file)
     try:
         with safe_open(file, framework="numpy") as handle:
@@ -202,7 +266,7 @@ def _open(file: Path):
 
 def _read(file: Path, name: str, index: Index) -> np.ndarray:
     # Opened for each tensor: a file that stays open stays mapped, and every page that was read counts as memory in use.
-    with _open(file) as handle:
+    with open_tensors(file) as handle:
         tensor = handle.get_slice(name)
         kind = tensor.get_dtype()
         if kind not in _FLOATS:

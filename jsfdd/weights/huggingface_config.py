@@ -55,6 +55,13 @@ _ROPE_KEYS = {
     ),
 }
 
+# Of the models of other types: whose norms multiply by 1 + w, and settings that scale what the head or the embedding gives.
+_ADDS_ONE = ("gemma", "qwen3_next", "qwen3_5")
+_SCALES_OF_ENDS = (
+    "final_logit_softcapping logits_scaling logit_scale lm_head_multiplier logits_mup_width_multiplier embedding_multiplier "
+    "scale_emb dim_model_base"
+).split()
+
 
 class _Fields(NamedTuple):
     """One JSON object with typed access; `prefix` says where in the file it lies."""
@@ -135,7 +142,10 @@ def read_config(directory: str | Path) -> DecoderConfig:
       ValueError: malformed, or a model type, rope rule, activation, quantisation or switch that is not supported.
     """
     path = Path(directory) / "config.json"
-    fields = _Fields(path, read_object(path))
+    return _supported(_Fields(path, read_object(path)))
+
+
+def _supported(fields: _Fields) -> DecoderConfig:
     _refuse_quantised(fields)
     if wrapped := _WRAPPERS.get(str(fields.raw.get("model_type"))):
         # The head belongs to the wrapper, and so does the switch that ties it.
@@ -146,6 +156,83 @@ def read_config(directory: str | Path) -> DecoderConfig:
         else:
             fields = fields._replace(raw=fields.raw | {"model_type": wrapped})
     return parse_decoder(*fields)
+
+
+def read_ends_config(directory: str | Path) -> DecoderConfig:
+    """The same for a target whose layers are not computed here but elsewhere, so that they may be of any kind.
+
+    A supported family is read as ever, and may be quantised. Of another model, a mixture of experts or the decoder of an image
+    model, the sizes are read that the head, the embedding and a draft depend on. A rotation that a draft cannot have is left
+    out: a draft's config has a rotation of its own.
+
+    Raises:
+      FileNotFoundError: no config.json.
+      ValueError: malformed, or a final norm, head or embedding that jsfdd does not compute.
+    """
+    path = Path(directory) / "config.json"
+    raw = read_object(path)
+    if raw.get("model_type") in (*_FAMILIES, *_WRAPPERS):
+        inner = {"text_config": _unquantised(raw["text_config"])} if isinstance(raw.get("text_config"), dict) else {}
+        return _supported(_Fields(path, _unquantised(raw) | inner))
+    fields = _Fields(path, _text_config(path))
+    model_type = fields.raw.get("model_type")
+    if isinstance(model_type, str) and "gemma" in model_type:
+        raise fields.error("model_type", f"is {model_type!r}: of this family jsfdd knows the head of gemma3 alone")
+    if fields.raw.get("rms_norm_eps") is None:
+        raise fields.error("rms_norm_eps", "is missing: jsfdd computes no other final norm than an RMSNorm")
+    for key in _SCALES_OF_ENDS:
+        fields.refuse(key, harmless=(None, False, 1, 1.0))
+    width, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    return DecoderConfig(
+        family="llama",
+        vocab_size=fields.integer("vocab_size"),
+        hidden_size=width,
+        intermediate_size=fields.integer("intermediate_size"),
+        num_layers=fields.integer("num_hidden_layers", limit=_MAX_LAYERS),
+        num_heads=heads,
+        num_kv_heads=fields.integer("num_key_value_heads", heads),
+        head_dim=fields.integer("head_dim", width // heads),
+        max_position=fields.integer("max_position_embeddings"),
+        rms_norm_eps=fields.number("rms_norm_eps"),
+        rope=_rope_of_draft(fields),
+        tie_embeddings=bool(fields.raw.get("tie_word_embeddings")),
+    )
+
+
+def _unquantised(raw: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in raw.items() if key != "quantization_config"}
+
+
+def adds_one(directory: str | Path) -> bool:
+    """Whether the model's norms compute x · (1 + w)."""
+    raw = read_object(Path(directory) / "config.json")
+    return str(raw.get("model_type")).startswith(_ADDS_ONE)
+
+
+def _text_config(path: Path) -> dict[str, Any]:
+    """What transformers makes of the config of a text model, or of the text part of another."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path.parent, local_files_only=True, trust_remote_code=False)
+    except (OSError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].strip()
+        raise ValueError(f"{path}: transformers does not read it ({reason:.300})") from error
+    text = config.get_text_config()
+    return {"tie_word_embeddings": config.to_dict().get("tie_word_embeddings"), **text.to_dict()}
+
+
+def _rope_of_draft(fields: _Fields) -> Rope:
+    """The target's rotation, if a draft can have it; else its base frequency alone."""
+    ropes = fields.raw.get("rope_parameters")
+    rope = ropes if isinstance(ropes, dict) else {}
+    rope = rope.get("full_attention") if isinstance(rope.get("full_attention"), dict) else rope
+    found = _Fields(fields.path, rope, f"{fields.prefix}rope_parameters.")
+    kind = rope.get("rope_type")
+    plain = rope.get("partial_rotary_factor") in (None, 1, 1.0) and rope.get("truncate") in (None, True)
+    if plain and kind in _ROPE_KEYS and not set(rope) - _ROPE_KEYS[kind] - {"rope_type", "rope_theta", "partial_rotary_factor"}:
+        return _rope(found, fields.integer("max_position_embeddings"))
+    return Rope(found.number("rope_theta", 10_000.0))
 
 
 def parse_decoder(path: Path, raw: dict[str, Any], prefix: str = "") -> DecoderConfig:

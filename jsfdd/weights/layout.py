@@ -91,6 +91,7 @@ def fill_params(
     where: Path,
     transforms: Mapping[str, Callable[[np.ndarray], np.ndarray]] | None = None,
     mesh: Mesh | None = None,
+    layers: bool = True,
 ) -> dict:
     """The params tree of `config` (layout: `models/target.py`), layers stacked on a leading axis L, experts on a second.
 
@@ -107,12 +108,13 @@ def fill_params(
       where: the file or directory, for messages.
       transforms: leaf -> function from the stored tensor to the one that is kept, of the same shape. It sees whole tensors.
       mesh: from `make_mesh`; the first device alone unless given.
+      layers: also the layers; without them the tree has the embedding, the final norm and the head.
 
     Raises:
       ValueError: a tensor is missing, unknown or misshapen, or cannot be split over the mesh; the message names it.
     """
     mesh = mesh or make_mesh(data=1)
-    shapes = stored_shapes(config)
+    shapes = {leaf: shape for leaf, shape in stored_shapes(config).items() if layers or not leaf.startswith("layers/")}
     stacking = {leaf: _stacking(leaf, config) for leaf in shapes}
     tensors = {leaf: [names[leaf].format(*place) for place in np.ndindex(*stacking[leaf])] for leaf in shapes}
     _check(shapes, tensors, sources, where)

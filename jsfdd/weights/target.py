@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -57,7 +58,14 @@ class Target(NamedTuple):
     stop_tokens: tuple[int, ...]
 
 
-def load_target(name: str, dtype=jnp.float32, mesh: Mesh | None = None, chat_template: ChatTemplate = None) -> Target:
+def load_target(
+    name: str,
+    dtype=jnp.float32,
+    mesh: Mesh | None = None,
+    chat_template: ChatTemplate = None,
+    *,
+    layers: bool = True,
+) -> Target:
     """The target `name`, ready to run.
 
         target = load_target("smollm2")
@@ -69,11 +77,15 @@ def load_target(name: str, dtype=jnp.float32, mesh: Mesh | None = None, chat_tem
       mesh: the parameters come in shares onto its devices (`models/sharding.py`); without it, whole onto the first device.
       chat_template: another one than the tokenizer's own, as a file with Jinja text or the name of one of the checkpoint's; or
         `TemplateOptions`, which also hold variables for it and the day that it takes for today.
+      layers: False reads the embedding, the final norm and the head alone, for hidden states that come from elsewhere
+        (`hidden/imported.py`). The layers may then be of kinds that jsfdd does not compute, and their files missing.
 
     Raises:
       FileNotFoundError: there is no such target, or part of it is missing; the message says how to get it.
       ValueError: a file is corrupt, or the model needs what jsfdd does not compute; the message names file and value.
     """
+    if not layers:
+        return _load_ends(name, dtype, mesh, chat_template)
     path = locate_target(name)
     model = _opened(path)
     target = _without_params(name, model, chat_template)
@@ -81,7 +93,20 @@ def load_target(name: str, dtype=jnp.float32, mesh: Mesh | None = None, chat_tem
     return target._replace(params=params, fingerprint=fingerprint(path, target.config))
 
 
-def describe_target(name: str, chat_template: ChatTemplate = None) -> Target:
+def _load_ends(name: str, dtype, mesh: Mesh | None, chat_template: ChatTemplate) -> Target:
+    path = locate_target(name, weights=False)
+    model = _opened(path)
+    target = _without_params(name, model, chat_template, layers=False)
+    if not isinstance(model, Path):
+        params = gguf.read_params(model, target.config, dtype, mesh, layers=False)
+        return target._replace(params=params, fingerprint=fingerprint(path, target.config))
+    files = huggingface.end_files(path)
+    locate_target(name, weights=files)
+    params = huggingface.read_end_params(path, target.config, dtype, mesh)
+    return target._replace(params=params, fingerprint=fingerprint(path, target.config, [path / file for file in files]))
+
+
+def describe_target(name: str, chat_template: ChatTemplate = None, *, layers: bool = True) -> Target:
     """The target `name` without its weights (no parameters, an empty fingerprint), for checks before minutes of reading.
 
     Raises:
@@ -89,7 +114,7 @@ def describe_target(name: str, chat_template: ChatTemplate = None) -> Target:
       ValueError: as in `load_target`; also where there is no chat template, without which no command can read a chat.
     """
     path = locate_target(name, weights=False)
-    target = _without_params(name, _opened(path), chat_template)
+    target = _without_params(name, _opened(path), chat_template, layers)
     if not target.tokenizer.chat_template:
         raise ValueError(
             f"{path}: no chat template in it, so chats cannot be read as its model does; give the template of its model's "
@@ -98,8 +123,9 @@ def describe_target(name: str, chat_template: ChatTemplate = None) -> Target:
     return target
 
 
-def _without_params(name: str, model: Path | GGUFFile, chat_template: ChatTemplate) -> Target:
-    config = _format(model).read_config(model)
+def _without_params(name: str, model: Path | GGUFFile, chat_template: ChatTemplate, layers: bool = True) -> Target:
+    any_layers = isinstance(model, Path) and not layers
+    config = huggingface.read_ends_config(model) if any_layers else _format(model).read_config(model)
     tokenizer = _read_tokenizer(model, chat_template)
     # Added tokens may lie beyond the embedding (Gemma-3 1B's image token does); the vocabulary itself may not, and JAX
     # would silently clamp such an id.
@@ -123,8 +149,8 @@ def read_architecture(name: str) -> DecoderConfig:
     return _format(model).read_config(model)
 
 
-def locate_target(name: str, weights: bool = True) -> Path:
-    """The directory or .gguf file behind a target's name; a hub model is downloaded first, if `weights` with weights.
+def locate_target(name: str, weights: bool | Sequence[str] = True) -> Path:
+    """The directory or .gguf file behind a target's name; a hub model is downloaded first, with all, none or some weights.
 
     Raises:
       FileNotFoundError: there is no such target, or the hub cannot be reached.
@@ -149,8 +175,8 @@ def locate_target(name: str, weights: bool = True) -> Path:
     )
 
 
-def fingerprint(path: Path, config: DecoderConfig) -> str:
-    """sha256 hex over the architecture and, for each weight file, its size and its first and last MiB.
+def fingerprint(path: Path, config: DecoderConfig, files: Sequence[Path] | None = None) -> str:
+    """sha256 hex over the architecture and, for each weight file (all, or these), its size and its first and last MiB.
 
     Cheap enough to check on every start, and no path in it, so a moved model stays the same. A file that differs
     only in the middle goes unnoticed: real files differ in their headers or sizes, and this guards against mix-ups,
@@ -160,7 +186,9 @@ def fingerprint(path: Path, config: DecoderConfig) -> str:
     if config.experts is None:  # fingerprints that earlier versions wrote down stay true
         del shape["experts"]
     digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
-    for file in huggingface.weight_files(path) if path.is_dir() else part_files(path):
+    if files is None:
+        files = huggingface.weight_files(path) if path.is_dir() else part_files(path)
+    for file in files:
         size = file.stat().st_size
         digest.update(size.to_bytes(8, "little"))
         with file.open("rb") as stream:
@@ -225,11 +253,12 @@ def _packaged_smollm2() -> Path:
     return files[0]
 
 
-def _from_hub(name: str, weights: bool) -> Path:
+def _from_hub(name: str, weights: bool | Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    patterns = ["*.json", "*.jinja", "tokenizer*"] + (["*.safetensors"] if weights else [])
+    wanted = weights if not isinstance(weights, bool) else ["*.safetensors"] if weights else []
+    patterns = ["*.json", "*.jinja", "tokenizer*", *wanted]
     try:
         # Files in folders, and Mistral's second copy of its weights, are other formats of the same model.
         folder = snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"])
