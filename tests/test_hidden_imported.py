@@ -241,7 +241,7 @@ def test_commands_read_no_layers(tmp_path, capsys):
     config = from_options(ScoreConfig, **shared, out=tmp_path / "theirs", hidden_from=states)
     prepared = score.prepare(config)
     assert "of the target no layers" in score.describe(config, prepared).words
-    theirs = score.score(config, load(config, prepared))
+    theirs = score.score(config)
     for name in column_names():
         np.testing.assert_allclose(theirs[name], own[name], rtol=2e-4, err_msg=name)
     assert "head(norm(h))" in capsys.readouterr().err

@@ -158,7 +158,7 @@ def score(config: ScoreConfig, loaded: Loaded | None = None) -> ScoreTable:
     from jsfdd.base.lock import sole_writer
     from jsfdd.base.processes import agree_on_directory
 
-    loaded = loaded or load(config)
+    loaded = loaded or load(config, prepare(config))
     agree_on_directory(config.out)
     with sole_writer(config.out):
         return _score(config, loaded)
