@@ -79,7 +79,8 @@ def test_a_mixture_of_experts_is_counted_whole_and_by_what_a_token_meets(tmp_pat
     plan = prepare(options(tmp_path, target=str(tmp_path), dtype="bfloat16", devices=8, device_kind="TPU v5"))
     assert plan.parameters == (pytest.approx(30.5e9, rel=2e-3), pytest.approx(3.3e9, rel=2e-2))
     assert plan.stages[0].memory["target"] == pytest.approx(2 * 30.5e9, rel=2e-3)
-    assert 2 * 2.7e9 < plan.stages[0].flops / plan.lengths.tokens.sum() < 3 * 3.3e9
+    # Two FLOPs of a token for what it meets, but for the embedding and the head, and some attention.
+    assert 2 * 2.6e9 < forward_flops(plan.target, [(1, 256)]) / 256 < 2 * 3.3e9
     assert "30.5 billion parameters, of which a token meets 3.3" in rendered(lambda out: print_plan(plan, out))
 
 
@@ -105,9 +106,9 @@ def test_the_suggested_mesh_is_the_first_that_fits(tmp_path):
         return suggest_model_shards(asked, config, lengths, Devices(8, "cpu", memory, 1.0, ""))
 
     peaks = {m: max(
-        score_stage(config, lengths, 64, 4, m).peak,
-        train_stage(config, lengths, 64, 0.5, Recipe(), 4, m, 8 // m).peak,
-        evaluate_stage(config, Recipe(), 2048 + 128, 8, 4, m, 8 // m).peak,
+        score_stage(config, lengths, 64, 4, m, "cpu").peak,
+        train_stage(config, lengths, 64, 0.5, Recipe(), 4, m, 8 // m, "cpu").peak,
+        evaluate_stage(config, Recipe(), 2048 + 128, 8, 4, m, 8 // m, "cpu").peak,
     ) for m in (1, 2, 4, 8)}  # fmt: skip
     assert peaks[1] > peaks[2] > peaks[4] > peaks[8]
     for m in (1, 2, 4, 8):
@@ -144,7 +145,7 @@ def test_a_scoring_step_is_near_what_is_allocated():
     batch = Batch(np.zeros(SHAPE, np.int32), np.zeros(SHAPE, bool), np.zeros(SHAPE.rows, np.int32))
     compiled = make_score_step(CHECKED, mesh).lower(params, shapes_of(batch)).compile()
     lengths = Lengths(np.full(8, 256), np.full(8, 100), "")
-    expected = score_stage(CHECKED, lengths, 8 * 256, 4, 1).peak
+    expected = score_stage(CHECKED, lengths, 8 * 256, 4, 1, "cpu").peak
     assert 0.6 < expected / allocated(compiled) < 1.6, (expected, allocated(compiled), compiled.memory_analysis())
 
 
@@ -163,15 +164,14 @@ def test_a_training_step_is_near_what_is_allocated():
     )
     compiled = make_train_step(draft, optimizer, mesh, recipe).lower(frozen, state, shapes_of(batch)).compile()
     lengths = Lengths(np.full(8, 256), np.full(8, 100), "")
-    stage = train_stage(CHECKED, lengths, 8 * 256, 0.5, recipe, 4, 1, 1)
-    expected = stage.peak - stage.memory["target"] + frozen.embedding.size * 4  # of the target, a step reads the embedding
-    assert 0.6 < expected / allocated(compiled) < 1.6, (expected, allocated(compiled), compiled.memory_analysis())
+    stage = train_stage(CHECKED, lengths, 8 * 256, 0.5, recipe, 4, 1, 1, "cpu")
+    assert 0.6 < stage.program / allocated(compiled) < 1.6, (stage.program, allocated(compiled), compiled.memory_analysis())
 
 
 def test_likeliest_tokens_take_disk_by_their_number_alone():
     lengths = Lengths(np.full(8, 256), np.full(8, 100), "")
     changes = ({}, dict(soft_targets="top_k"), dict(soft_targets="top_k", soft_top_k=256))
-    means, few, many = (soft_targets_stage(CHECKED, lengths, 4096, 0.5, Recipe(**change), 4, 1) for change in changes)
+    means, few, many = (soft_targets_stage(CHECKED, lengths, 4096, 0.5, Recipe(**change), 4, 1, "cpu") for change in changes)
     kept = 0.5 * 8 * 256
     assert (means.disk, few.disk, many.disk) == (kept * 2 * 257, kept * (4 * 32 + 2), kept * (4 * 256 + 2))
     assert few.flops == many.flops == means.flops / 2

@@ -15,13 +15,27 @@ from toy import USERS_PROGRAM, random_params, toy_config
 
 from jsfdd.base.records import Sample, TokenScores
 from jsfdd.models.target import head_logits, hidden_states
+from jsfdd.scoring import fast_scores as forms
 from jsfdd.scoring.fast_scores import fast_token_scores
 from jsfdd.scoring.flatness import effective_choices, score_hidden, token_flatness, token_scores
 
 CONFIG = toy_config(vocab_size=300, tie_embeddings=True)
 PARAMS = random_params(CONFIG)
 plain_scores, fast_scores, flatness_alone = jax.jit(token_scores), jax.jit(fast_token_scores), jax.jit(token_flatness)
-both = pytest.mark.parametrize("jitted_scores", [plain_scores, fast_scores], ids=["plain", "fast"])
+
+
+@jax.jit
+def accelerators_scores(logits, next_tokens):
+    """As the program for a TPU has it, on a CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forms, "_two_largest", forms._two_largest_by_maxima)
+        patch.setattr(forms, "_sum_of_products", lambda x, y: jnp.sum(x * y, axis=-1))
+        return fast_token_scores(logits, next_tokens)
+
+
+every_form = pytest.mark.parametrize(
+    "jitted_scores", [plain_scores, fast_scores, accelerators_scores], ids=["plain", "fast", "accelerators"]
+)
 
 
 @jax.jit
@@ -75,7 +89,7 @@ def test_scores_follow_their_definitions_and_bounds_plain_and_fast(logits):
     next_token = np.argmax(logits, -1)  # whose nll is finite
     expected, vocab = by_definition(logits, next_token), logits.shape[-1]
     plain, fast = plain_scores(logits, next_token), fast_scores(logits, next_token)
-    for found in (plain, fast):
+    for found in (plain, fast, accelerators_scores(logits, next_token)):
         # Energy and nll are differences of logits up to 1e4, of which float32 holds 1e-3.
         assert_scores(found, expected, rtol=2e-5, atol=2e-3)
         assert_scores(found._replace(energy=0, nll=0), expected._replace(energy=0, nll=0))
@@ -86,7 +100,7 @@ def test_scores_follow_their_definitions_and_bounds_plain_and_fast(logits):
     np.testing.assert_allclose(flatness_alone(logits), plain.flatness, rtol=1e-6)
 
 
-@both
+@every_form
 @pytest.mark.parametrize("vocab", [2, 7, 128, 1000, 49152, 128256])
 def test_uniform_is_flattest_and_one_hot_least_flat(vocab, jitted_scores):
     logits = np.stack([np.full(vocab, 3.0), np.where(np.arange(vocab) == vocab // 2, 1e4, -1e4)]).astype(np.float32)
@@ -99,7 +113,7 @@ def test_uniform_is_flattest_and_one_hot_least_flat(vocab, jitted_scores):
     np.testing.assert_allclose(effective_choices(found.flatness, vocab), [vocab, 1], rtol=1e-5)
 
 
-@both
+@every_form
 @pytest.mark.parametrize("scale", [0.1, 1.0, 4.0, 30.0])
 def test_a_real_vocabulary_loses_no_precision(scale, jitted_scores):
     logits = np.random.default_rng(0).normal(size=(4, 49152)).astype(np.float32) * np.float32(scale)
@@ -119,7 +133,7 @@ def test_flatness_is_the_cosine_to_uniform_and_an_exponential_of_renyi_entropy()
     np.testing.assert_allclose(effective_choices(found, 11), np.exp(renyi), rtol=1e-6)
 
 
-@both
+@every_form
 def test_scores_ignore_the_order_of_the_vocabulary_and_all_but_energy_a_common_shift(jitted_scores):
     random = np.random.default_rng(1)
     logits, order = 3 * random.standard_normal((6, 257), np.float32), random.permutation(257)
@@ -131,7 +145,7 @@ def test_scores_ignore_the_order_of_the_vocabulary_and_all_but_energy_a_common_s
     assert_scores(shifted._replace(energy=shifted.energy + 50), found, rtol=1e-4, atol=1e-5)
 
 
-@both
+@every_form
 def test_ties_at_the_top_leave_no_margin_wherever_they_lie(jitted_scores):
     for first, second in [(0, 1), (0, 128), (5, 299), (130, 258), (128, 256)]:
         logits, next_token = np.linspace(-2, 0, 300, dtype=np.float32)[None, :], np.array([0])
@@ -142,7 +156,7 @@ def test_ties_at_the_top_leave_no_margin_wherever_they_lie(jitted_scores):
         np.testing.assert_allclose(jitted_scores(logits, next_token).margin, expected, rtol=1e-5)
 
 
-@both
+@every_form
 def test_a_token_that_cannot_occur_adds_nothing_but_counts_in_the_vocabulary(jitted_scores):
     logits = np.array([[1.0, -np.inf, 2.0, -np.inf]], np.float32)
     found, without = jitted_scores(logits, np.array([2])), jitted_scores(logits[:, ::2], np.array([1]))
@@ -151,14 +165,14 @@ def test_a_token_that_cannot_occur_adds_nothing_but_counts_in_the_vocabulary(jit
         np.testing.assert_allclose(getattr(found, name), getattr(without, name), rtol=1e-6, err_msg=name)
 
 
-@both
+@every_form
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_broken_logits_are_not_hidden(bad, jitted_scores):
     found = jitted_scores(np.array([[0.0, bad, 1.0]], np.float32), np.array([0]))
     assert not np.isfinite(found.flatness) and not np.isfinite(found.entropy)
 
 
-@both
+@every_form
 def test_bfloat16_logits_are_scored_in_float32(jitted_scores):
     logits = (4 * jax.random.normal(jax.random.key(3), (3, 500))).astype(jnp.bfloat16)
     found = jitted_scores(logits, jnp.arange(3))

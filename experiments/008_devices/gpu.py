@@ -24,8 +24,6 @@ from jsfdd.base.mesh import make_mesh
 from jsfdd.base.records import Batch, DraftBatch
 from jsfdd.base.tuning import scoring_block, vocabulary_block
 from jsfdd.commands.costs import Lengths, score_stage, train_stage
-from jsfdd.commands.options import ChatOptions, ModelOptions
-from jsfdd.commands.plan import PlanConfig
 from jsfdd.models.architecture import DecoderConfig, Rope
 from jsfdd.models.counted import fold_counted
 from jsfdd.models.draft import draft_config
@@ -139,7 +137,7 @@ def measure_score(case: Case, dtype, rate: float, repeats: int) -> dict:
     params, (batch, lengths) = target_params(case, dtype), make_batch(case)
     step = make_score_step(case.config, make_mesh(1)).lower(params, batch).compile()
     took = seconds(step, (params, batch), repeats)
-    stage = score_stage(case.config, lengths, batch.tokens.size, jnp.dtype(dtype).itemsize, 1)
+    stage = score_stage(case.config, lengths, batch.tokens.size, jnp.dtype(dtype).itemsize, 1, "gpu")
     row = figures(stage, batch.tokens.size, took, rate, step)
     plain = jax.jit(functools.partial(bare, case.config, scoring_block(jax.default_backend()))).lower(params, batch).compile()
     return row | {"overhead_over_bare": took / seconds(plain, (params, batch), repeats) - 1}
@@ -165,13 +163,8 @@ def measure_train(case: Case, dtype, rate: float, repeats: int) -> dict:
         state, metrics = step(frozen, state, batch)
         jax.block_until_ready(metrics)
         times.append(time.perf_counter() - begin)
-    plan = PlanConfig(
-        model=ModelOptions(target=case.name, dtype=str(dtype)),
-        chats=ChatOptions(data=(Path("none"),), batch_tokens=batch.tokens.size),
-        retain_ratio=1.0,
-        epochs=1,
-    )
-    stage = train_stage(case.config, lengths, plan, jnp.dtype(dtype).itemsize, 1, 1)
+    recipe = Recipe(epochs=1)
+    stage = train_stage(case.config, lengths, batch.tokens.size, 1.0, recipe, jnp.dtype(dtype).itemsize, 1, 1, "gpu")
     return figures(stage, batch.tokens.size, statistics.median(times[1:]), rate, step)
 
 

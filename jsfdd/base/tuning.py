@@ -15,6 +15,11 @@ def scoring_block(platform: str) -> int:
     return 64 if platform == "cpu" else 1024
 
 
+def fast_memory(platform: str) -> int:
+    """Bytes of temporaries that the compiler places outside a device's main memory: a TPU's vector memory, from v5e on."""
+    return 1 << 27 if platform == "tpu" else 0
+
+
 def vocabulary_block(platform: str) -> int:
     """How many tokens the head processes at a time while a draft trains; a block needs two float32 arrays [V, block].
 

@@ -147,16 +147,17 @@ def lower_decode(setup: DecodeSetup, mesh: Mesh, shape: Shape) -> Lowered:
     """Reading prompts of this shape and decoding their answers."""
     target = _target(setup.target)
     trained = [jax.eval_shape(lambda draft=draft: init_draft(draft, jax.random.key(0))) for draft in setup.drafts]
-    params = DecodeParams(target, target, jax.eval_shape(prepare_drafts, trained, target))
+    drafts = jax.eval_shape(prepare_drafts, trained, target)
 
     def run(arguments, batch):
-        params, temperature = arguments
-        return decode_prompts(setup, params, batch, temperature)
+        # `prepare_params` gives an accelerator the same arrays for prompts and for steps: one argument, not two.
+        target, drafts, temperature = arguments
+        return decode_prompts(setup, DecodeParams(target, target, drafts), batch, temperature)
 
     rows = shape.rows * mesh.shape["data"]
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
     batch = PromptBatch(_array((rows, shape.length), jnp.int32), _array((rows,), jnp.int32), keys)
-    arguments = _whole((params, _array((), jnp.float32)), mesh)
+    arguments = _whole((target, drafts, _array((), jnp.float32)), mesh)
     return map_over_devices(run, mesh).lower(arguments, _split(batch, mesh))
 
 

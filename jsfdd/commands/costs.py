@@ -1,7 +1,7 @@
 """The cost of each stage, computed from shapes: memory of one device, FLOPs, bytes written.
 
 memory      bytes on one device: parameters, batch, the arrays that a step keeps, and its largest temporaries. The
-            compiler fuses some of these and pads others; tests compare the sum with its allocation.
+            compiler fuses some of these and pads others; tests compare the sum with its allocation, on a CPU and for TPUs.
 arithmetic  two FLOPs per multiply-add of the matrix products, including padding and those masked keys that are computed.
 disk        the most that the stage writes.
 """
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jsfdd.base.tuning import scoring_block, vocabulary_block
+from jsfdd.base.tuning import fast_memory, scoring_block, vocabulary_block
 from jsfdd.commands.score import hidden_bytes
 from jsfdd.commands.stores import soft_target_bytes
 from jsfdd.data.batches import Shape, choose_shapes, make_batches
@@ -27,6 +27,8 @@ from jsfdd.models.sharding import shard_shape
 from jsfdd.models.target import init_params
 from jsfdd.training.draft_shape import draft_of
 from jsfdd.training.recipe import Recipe
+
+IDLE = "idle target"  # the part of a stage's memory that its program neither reads nor makes
 
 
 class Lengths(NamedTuple):
@@ -49,6 +51,11 @@ class Stage(NamedTuple):
     def peak(self) -> float:
         """Bytes of one device."""
         return sum(self.memory.values())
+
+    @property
+    def program(self) -> float:
+        """Bytes of one device that the stage's program takes: all but what lies idle beside it."""
+        return self.peak - self.memory.get(IDLE, 0.0)
 
 
 def num_params(config: DecoderConfig) -> tuple[int, int]:
@@ -98,9 +105,36 @@ def block_temporaries(config: DecoderConfig, shape: Shape, itemsize: int, model_
     return shape.rows * config.num_heads / model_shards * block**2 * (2 * 4 + itemsize)
 
 
-def head_temporaries(config: DecoderConfig, block: int, model_shards: int, arrays: int) -> float:
-    """Bytes of `arrays` float32 arrays of shape [block, vocabulary]."""
-    return arrays * 4 * block * config.vocab_size / model_shards
+def head_temporaries(config: DecoderConfig, block: int, model_shards: int, arrays: int, platform: str) -> float:
+    """Bytes of `arrays` float32 arrays [block, vocabulary]; an accelerator's compiler fuses all but the logits."""
+    return (arrays if platform == "cpu" else 1) * 4 * block * config.vocab_size / model_shards
+
+
+def tiled(size: int, tile: int, platform: str) -> int:
+    """The size of an array's axis in memory: a TPU pads its last two to whole tiles."""
+    return -(-size // tile) * tile if platform == "tpu" else size
+
+
+def laid_out_anew(config: DecoderConfig, itemsize: int, platform: str, layers: bool) -> float:
+    """Bytes of the weights that a program for TPUs copies at its start, once: the embedding and, for decoding, of the layers.
+
+    A matrix lies so that padding is least. To be read row by row, the states' axis must come last, and if that is no whole
+    number of tiles, the embedding and what writes to the states lie otherwise.
+    """
+    width = tiled(config.hidden_size, 128, platform)
+    if width == config.hidden_size:
+        return 0.0
+    if not layers:
+        return config.vocab_size * width * itemsize
+    experts = config.experts
+    ffn = experts.count * experts.intermediate_size if experts else config.intermediate_size
+    written = ffn + config.num_heads * config.head_dim
+    return (config.vocab_size + config.num_layers * written) * width * itemsize
+
+
+def spilled(size: float, platform: str) -> float:
+    """The bytes of small temporaries that take a device's main memory: on a TPU only what exceeds its fast memory."""
+    return size if size > fast_memory(platform) else 0.0
 
 
 def largest_shape(config: DecoderConfig, lengths: Lengths, batch_tokens: int) -> Shape:
@@ -108,19 +142,23 @@ def largest_shape(config: DecoderConfig, lengths: Lengths, batch_tokens: int) ->
     return max(_batch_shapes(lengths.tokens, batch_tokens), key=lambda shape: layer_temporaries(config, shape, 2, 1))
 
 
-def score_stage(config: DecoderConfig, lengths: Lengths, batch_tokens: int, itemsize: int, model_shards: int) -> Stage:
+def score_stage(
+    config: DecoderConfig, lengths: Lengths, batch_tokens: int, itemsize: int, model_shards: int, platform: str
+) -> Stage:
     """Scoring: the target reads all conversations, one batch per device, and its head the counted tokens."""
     shapes = _batch_shapes(lengths.tokens, batch_tokens)
     largest = largest_shape(config, lengths, batch_tokens)
-    stream = 3 * largest.rows * largest.length * config.hidden_size * itemsize  # a layer's input, output and residual branch
-    temporaries = max(
-        layer_temporaries(config, largest, itemsize, model_shards),
-        head_temporaries(config, scoring_block(jax.default_backend()), model_shards, 3),
-    )
+    state = largest.rows * largest.length * config.hidden_size * itemsize
+    layer = 2 * state + layer_temporaries(config, largest, itemsize, model_shards)  # its output and residual branch
+    logits = head_temporaries(config, scoring_block(platform), model_shards, 3, platform)
     head = 2 * config.hidden_size * config.vocab_size * float(lengths.counted.sum())
     return Stage(
         "score",
-        {"target": param_bytes(config, itemsize, model_shards), "hidden": stream, "temporaries": temporaries},
+        {
+            "target": param_bytes(config, itemsize, model_shards),
+            "hidden": spilled(state, platform),
+            "temporaries": max(spilled(layer, platform), logits),
+        },
         forward_flops(config, shapes) + head,
         disk=len(lengths.tokens) * 128.0,  # eight numbers, an id and a source
     )
@@ -134,15 +172,22 @@ def hidden_stage(
     recipe: Recipe,
     itemsize: int,
     model_shards: int,
+    platform: str,
 ) -> Stage:
     """Computing hidden states: scoring without the head, on the kept samples; the states are stored as bfloat16."""
-    score = score_stage(config, lengths, batch_tokens, itemsize, model_shards)
-    kept = retain_ratio * float(lengths.tokens.sum())
+    kept, read = retain_ratio * float(lengths.tokens.sum()), len(draft_of(config, recipe, ()).target_layers)
+    largest = largest_shape(config, lengths, batch_tokens)
+    state = largest.rows * largest.length * config.hidden_size * itemsize
+    layer = (2 + read) * state + layer_temporaries(config, largest, itemsize, model_shards)
     return Stage(
         "hidden states",
-        score.memory,
+        {
+            "target": param_bytes(config, itemsize, model_shards),
+            "hidden": (1 + read) * state,
+            "temporaries": spilled(layer, platform),
+        },
         retain_ratio * forward_flops(config, _batch_shapes(lengths.tokens, batch_tokens)),
-        disk=hidden_bytes("bfloat16", config.hidden_size, kept, len(draft_of(config, recipe, ()).target_layers)),
+        disk=hidden_bytes("bfloat16", config.hidden_size, kept, read),
     )
 
 
@@ -154,6 +199,7 @@ def soft_targets_stage(
     recipe: Recipe,
     itemsize: int,
     model_shards: int,
+    platform: str,
 ) -> Stage:
     """Computing soft targets of the kept samples: one product with the head per counted token, for means two."""
     kept = retain_ratio * float(lengths.tokens.sum())
@@ -166,7 +212,7 @@ def soft_targets_stage(
             "target": param_bytes(config, itemsize, model_shards),
             "head": head,
             "batch": 3 * largest.rows * largest.length * config.hidden_size * 4,
-            "temporaries": head_temporaries(config, vocabulary_block(jax.default_backend()), model_shards, 2),
+            "temporaries": head_temporaries(config, vocabulary_block(platform), model_shards, 2, platform),
         },
         products * 2 * config.hidden_size * config.vocab_size * retain_ratio * float(lengths.counted.sum()),
         disk=soft_target_bytes(recipe, True, config, kept),
@@ -182,22 +228,27 @@ def train_stage(
     itemsize: int,
     model_shards: int,
     data_shards: int,
+    platform: str,
 ) -> Stage:
     """Training. Every device holds the draft, its gradient and two moments in float32; the data shards share the batch.
 
-    The target's parameters stay in memory, and an untied head is copied, transposed (`loss.borrow`). With soft targets a token
-    needs two products with the head, for the draft's logits and their gradient; without them a third, for the target's logits.
+    A step reads the target's embedding and of an untied head a copy, transposed (`loss.borrow`); the rest lies idle.
+    With soft targets a token needs two products with the head, for the draft's logits and their gradient; without them a third,
+    for the target's logits.
     """
     draft = draft_of(config, recipe, ())
     shapes = _batch_shapes(lengths.tokens, batch_tokens)
     on_device = [Shape(-(-shape.rows // data_shards), shape.length) for shape in shapes]
     largest = max(on_device, key=lambda shape: layer_temporaries(draft.decoder, shape, 4, 1))
     tokens, width = largest.rows * largest.length, config.hidden_size
-    head = 0 if config.tie_embeddings else config.vocab_size * width * itemsize / model_shards
+    embedding = config.vocab_size * width * itemsize / model_shards
     size = draft_params(draft) * 4
-    # The arrays that the forward pass keeps for the backward pass; doubled below, for their gradients. Logits are made anew.
+    # The arrays that the forward pass keeps for the backward pass, and on a CPU their gradients, for which accelerators reuse
+    # them. Logits are made anew.
     projections = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    kept = recipe.unrolled * tokens * 4 * (2 * width + 6 * width + 4 * config.intermediate_size + 2 * projections)
+    size_of_one = 2 if recipe.compute_dtype == "bfloat16" else 4
+    kept = recipe.unrolled * tokens * size_of_one * (8 * width + 4 * config.intermediate_size + 2 * projections)
+    kept = 2 * kept if platform == "cpu" else kept
     parts = len(draft.target_layers) + 1
     counted = float(lengths.counted.sum())
     products = recipe.head_products + (recipe.stored_soft_targets(hidden_is_stored=True) is None)
@@ -205,12 +256,13 @@ def train_stage(
     return Stage(
         "train",
         {
-            "target": param_bytes(config, itemsize, model_shards),
-            "head": head,
+            IDLE: param_bytes(config, itemsize, model_shards) - embedding,
+            "embedding and head": embedding if config.tie_embeddings else 2 * embedding,
+            "laid out anew": laid_out_anew(config, itemsize, platform, layers=False) / model_shards,
             "draft, moments, gradient": 4 * size,
-            "batch": (3 + parts) * tokens * width * 4,
-            "activations": 2 * kept + block_temporaries(draft.decoder, largest, 4, 1),
-            "temporaries": head_temporaries(config, vocabulary_block(jax.default_backend()), model_shards, 2),
+            "batch": (1 + parts) * tokens * width * itemsize,
+            "activations": spilled(kept + block_temporaries(draft.decoder, largest, 4, 1), platform),
+            "temporaries": head_temporaries(config, vocabulary_block(platform), model_shards, 2, platform),
         },
         recipe.epochs * retain_ratio * flops,
         disk=2 * 3 * size,  # two checkpoints of the draft and its moments
@@ -225,14 +277,24 @@ def evaluate_stage(
     itemsize: int,
     model_shards: int,
     data_shards: int,
+    platform: str,
 ) -> Stage:
-    """Decoding: the target, the draft, and both caches of `slots` slots. FLOPs depend on τ, so they are NaN."""
+    """Decoding: the target, the draft in its dtype, and both caches of `slots` slots. FLOPs depend on τ, so they are NaN."""
     rows = -(-batch_size // data_shards)
-    cache = 2 * (config.num_layers + 1) * rows * config.num_kv_heads * config.head_dim * slots * itemsize
-    draft = draft_params(draft_of(config, recipe, ())) * 4
+    few = min(8, 1 << (config.num_kv_heads - 1).bit_length())  # the smallest tile that holds the heads, of up to eight
+    heads, head_dim = tiled(config.num_kv_heads, few, platform), tiled(config.head_dim, 128, platform)
+    cache = 2 * (config.num_layers + 1) * rows * heads * head_dim * slots * itemsize
+    draft = draft_params(draft_of(config, recipe, ())) * itemsize
+    prompts = Shape(rows, slots)
     return Stage(
         "evaluate",
-        {"target": param_bytes(config, itemsize, model_shards), "draft": draft, "caches": cache / model_shards},
+        {
+            "target": param_bytes(config, itemsize, model_shards),
+            "draft": draft,
+            "caches": cache / model_shards,
+            "laid out anew": laid_out_anew(config, itemsize, platform, layers=True) / model_shards,
+            "temporaries": spilled(layer_temporaries(config, prompts, itemsize, model_shards), platform),
+        },
         math.nan,
         disk=0.0,
     )

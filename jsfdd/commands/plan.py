@@ -184,15 +184,17 @@ def plan_stages(
     from jsfdd.commands import costs
     from jsfdd.training.recipe import Recipe
 
-    recipe = Recipe(draft_kind=config.draft_kind, epochs=config.epochs, soft_targets=config.soft_targets)
-    itemsize, data_shards = 2 if _dtype(config, devices) == "bfloat16" else 4, devices.count // model_shards
+    dtype = _dtype(config, devices)
+    recipe = Recipe(draft_kind=config.draft_kind, epochs=config.epochs, soft_targets=config.soft_targets, compute_dtype=dtype)
+    itemsize, data_shards = 2 if dtype == "bfloat16" else 4, devices.count // model_shards
+    platform = "cpu" if devices.kind == "cpu" else "tpu" if devices.kind.startswith("TPU") else "gpu"
     batch_tokens, kept, slots = config.chats.batch_tokens, config.retain_ratio, config.chats.max_length + config.max_new_tokens
     return [
-        costs.score_stage(target, lengths, batch_tokens, itemsize, model_shards),
-        costs.hidden_stage(target, lengths, batch_tokens, kept, recipe, itemsize, model_shards),
-        costs.soft_targets_stage(target, lengths, batch_tokens, kept, recipe, itemsize, model_shards),
-        costs.train_stage(target, lengths, batch_tokens, kept, recipe, itemsize, model_shards, data_shards),
-        costs.evaluate_stage(target, recipe, slots, config.batch_size, itemsize, model_shards, data_shards),
+        costs.score_stage(target, lengths, batch_tokens, itemsize, model_shards, platform),
+        costs.hidden_stage(target, lengths, batch_tokens, kept, recipe, itemsize, model_shards, platform),
+        costs.soft_targets_stage(target, lengths, batch_tokens, kept, recipe, itemsize, model_shards, platform),
+        costs.train_stage(target, lengths, batch_tokens, kept, recipe, itemsize, model_shards, data_shards, platform),
+        costs.evaluate_stage(target, recipe, slots, config.batch_size, itemsize, model_shards, data_shards, platform),
     ]
 
 

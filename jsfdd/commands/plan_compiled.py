@@ -27,7 +27,7 @@ def compile_stages(config: PlanConfig, plan: Plan) -> list[Compiled]:
     target, mesh = plan.target, plan.mesh
     read = costs.largest_shape(target, plan.lengths, config.chats.batch_tokens)
     trained = Shape(-(-read.rows // mesh.size), read.length)
-    recipe = Recipe(draft_kind=config.draft_kind, soft_targets=config.soft_targets)
+    recipe = Recipe(draft_kind=config.draft_kind, soft_targets=config.soft_targets, compute_dtype="bfloat16")
     setup = DecodeSetup(
         target=target,
         drafts=(draft_config(target, kind=config.draft_kind),),
@@ -49,7 +49,7 @@ def print_compiled(topology: str, compiled: list[Compiled], plan: Plan, out: Con
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for name in ("stage", "batch", "GB", "estimate", "temporary", "CPU s", "exchanges"):
         table.add_column(name, justify="left" if name in ("stage", "exchanges") else "right", no_wrap=True)
-    estimates = {stage.name: stage.peak for stage in plan.stages}
+    estimates = {stage.name: stage.program for stage in plan.stages}
     for stage in compiled:
         batch, estimate = f"{stage.shape.rows} × {stage.shape.length}", gigabytes(estimates[stage.name])
         if stage.program is None:

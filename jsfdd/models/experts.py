@@ -73,4 +73,4 @@ def visit(
     rows = tokens[order // chosen.shape[1]]
     inner = jax.nn.silu(jax.lax.ragged_dot(rows, gate, sizes)) * jax.lax.ragged_dot(rows, up, sizes)
     y = jax.lax.ragged_dot(inner, down, sizes)[jnp.argsort(order)].reshape(*chosen.shape, -1)
-    return jnp.einsum("nkd,nk->nd", y, weights, preferred_element_type=jnp.float32)
+    return jnp.sum(y.astype(jnp.float32) * weights[:, :, None], axis=1)

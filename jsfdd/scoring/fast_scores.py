@@ -5,8 +5,8 @@ All scores follow from m = max z, s = Σ e^{z−m}, r = Σ e^{2(z−m)}, w = Σ 
     flatness = s/√(r·V)        top1   = 1/s                         energy = −(m + log s)
     entropy  = log s − w/s     margin = (1 − e^{second − m})/s      nll    = m + log s − z_x
 
-The sums are written as they ran fastest on a CPU (experiments/001_scoring_overhead). An accelerator's compiler fuses them
-into one pass however they are written.
+On a CPU maxima and sums are written as they ran fastest there (experiments/001_scoring_overhead). An accelerator's compiler
+fuses plain ones into one pass, and would keep two more arrays as large as the logits for what a CPU likes.
 """
 
 from __future__ import annotations
@@ -45,9 +45,16 @@ def fast_token_scores(logits: Float[Array, "rows V"], next_tokens: Int[Array, " 
 
 
 def _two_largest(z: Float[Array, "rows V"]) -> tuple[Float[Array, " rows"], Float[Array, " rows"]]:
-    """The largest and the second largest of each row, equal if the largest occurs twice.
+    """The largest and the second largest of each row, equal if the largest occurs twice."""
+    return jax.lax.platform_dependent(z, cpu=_two_largest_by_lanes, default=_two_largest_by_maxima)
 
-    The vocabulary is dealt out to lanes, so that one pass finds every lane's maximum. The second largest is either the
+
+def _two_largest_by_maxima(z: Float[Array, "rows V"]) -> tuple[Float[Array, " rows"], Float[Array, " rows"]]:
+    return jnp.max(z, axis=-1), _max_without(z, jnp.argmax(z, axis=-1))
+
+
+def _two_largest_by_lanes(z: Float[Array, "rows V"]) -> tuple[Float[Array, " rows"], Float[Array, " rows"]]:
+    """The vocabulary is dealt out to lanes, so that one pass finds every lane's maximum. The second largest is either the
     maximum of another lane, or in the lane of the largest.
     """
     z = jnp.pad(z, ((0, 0), (0, -z.shape[1] % _LANES)), constant_values=-jnp.inf)
@@ -67,7 +74,12 @@ def _max_without(x: Float[Array, "rows n"], place: Int[Array, " rows"]) -> Float
 
 
 def _sum_of_products(x: Float[Array, "rows V"], y: Float[Array, "rows V"]) -> Float[Array, " rows"]:
-    """jnp.sum(x * y, axis=-1), in a form that takes XLA's CPU backend a quarter of the time.
+    """jnp.sum(x * y, axis=-1)."""
+    return jax.lax.platform_dependent(x, y, cpu=_folded_sum, default=lambda x, y: jnp.sum(x * y, axis=-1))
+
+
+def _folded_sum(x: Float[Array, "rows V"], y: Float[Array, "rows V"]) -> Float[Array, " rows"]:
+    """The same in a form that takes XLA's CPU backend a quarter of the time.
 
     The plain sum misses XLA's fast path there. Adding quarters first keeps three quarters of the products in registers.
     """
