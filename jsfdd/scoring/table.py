@@ -155,6 +155,8 @@ def _strings(chunks: list[pyarrow.Array]) -> Iterator[str]:
         chunk = chunks.pop(0)
         for begin in range(0, len(chunk), _ROWS):
             yield from chunk.slice(begin, _ROWS).to_pylist()
+        del chunk
+        pyarrow.default_memory_pool().release_unused()
 
 
 def _shared_strings(column: pyarrow.ChunkedArray) -> tuple[str, ...]:
