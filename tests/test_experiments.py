@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 EXPERIMENTS = ROOT / "experiments"
 FOLDERS = sorted(EXPERIMENTS.glob("[0-9]*"))
 SCRIPTS = sorted(path.relative_to(EXPERIMENTS) for path in EXPERIMENTS.rglob("*.py"))
-LARGEST = 200_000  # bytes of a file that nobody has to explain
+LARGEST = 220_000  # bytes of a file that nobody has to explain; a golden model of four experts takes 211,008
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)

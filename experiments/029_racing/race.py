@@ -1,18 +1,18 @@
 """How well do an answer's first tokens, or its prompt alone, say whether the whole answer will be flat?
 
-    python -m experiments.029_racing.race tokens.npz results.json
+    python -m experiments.029_racing.race tokens.npz results.jsonl
 
 The answers are kept in halves within clusters of like prompts, as `jsfdd select --within cluster` keeps them. A rule ranks them
 when it decides; what it keeps is finished, the rest stopped. Predictions that are learned come from other folds.
 """
 
-import json
 import sys
 from pathlib import Path
 
 import numpy as np
 from scipy.stats import spearmanr
 
+from experiments.results import write_results
 from jsfdd.selection.clusters import cluster_prompts
 
 TOKENS = (8, 16, 32)
@@ -80,25 +80,21 @@ def main() -> None:
         rules["both", m] = out_of_fold(both, whole, folds, (0.0, 0.1, 1.0))
     ideal = kept_within(whole, clusters)
     best, chance = whole[ideal].mean(), whole.mean()
-    rows = []
+    rows = {}
     for (name, m), scores in rules.items():
         kept = kept_within(scores, clusters)
         saved = np.maximum(lengths - m, 0)[~kept].sum() / lengths.sum()
         regret = best - whole[kept].mean()
-        rows.append(
-            {
-                "rule": name,
-                "tokens": m,
-                "spearman": float(spearmanr(scores, whole)[0]),
-                "within_source": within(sources, scores, whole),
-                "within_cluster": within(clusters, scores, whole),
-                "overlap": float((kept & ideal).sum() / ideal.sum()),
-                "regret": float(regret),
-                "regret_share": float(regret / (best - chance)),
-                "tokens_saved": float(saved),
-                "gain_per_token": float((whole[kept].mean() - chance) / (1 - saved)),
-            }
-        )
+        rows[f"{name}, {m} tokens"] = {
+            "spearman": float(spearmanr(scores, whole)[0]),
+            "within_source": within(sources, scores, whole),
+            "within_cluster": within(clusters, scores, whole),
+            "overlap": float((kept & ideal).sum() / ideal.sum()),
+            "regret": float(regret),
+            "regret_share": float(regret / (best - chance)),
+            "tokens_saved": float(saved),
+            "gain_per_token": float((whole[kept].mean() - chance) / (1 - saved)),
+        }
     result = {
         "answers": len(whole),
         "sources": {str(name): int((sources == name).sum()) for name in np.unique(sources)},
@@ -107,12 +103,10 @@ def main() -> None:
         "flatness": {"all": float(chance), "flattest_half_of_clusters": float(best), "sd": float(whole.std())},
         "rules": rows,
     }
-    Path(sys.argv[2]).write_text(json.dumps(result, indent=1) + "\n")
-    for row in rows:
-        print(
-            f"{row['rule']:17} {row['tokens']:3} {row['spearman']:.2f} {row['within_source']:.2f} {row['within_cluster']:.2f} "
-            f"{row['overlap']:.2f} {row['regret_share']:.2f} {row['tokens_saved']:.2f} {row['gain_per_token']:.4f}"
-        )
+    write_results(Path(sys.argv[2]), result)
+    for name, row in rows.items():
+        figures = (row[key] for key in ("spearman", "within_source", "within_cluster", "overlap", "regret_share", "tokens_saved"))
+        print(f"{name:30} {' '.join(f'{figure:.2f}' for figure in figures)} {row['gain_per_token']:.4f}")
 
 
 if __name__ == "__main__":
