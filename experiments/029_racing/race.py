@@ -105,7 +105,9 @@ def main() -> None:
     }
     write_results(Path(sys.argv[2]), result)
     for name, row in rows.items():
-        figures = (row[key] for key in ("spearman", "within_source", "within_cluster", "overlap", "regret_share", "tokens_saved"))
+        figures = (
+            row[key] for key in ("spearman", "within_source", "within_cluster", "overlap", "regret_share", "tokens_saved")
+        )
         print(f"{name:30} {' '.join(f'{figure:.2f}' for figure in figures)} {row['gain_per_token']:.4f}")
 
 
