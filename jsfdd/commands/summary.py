@@ -129,13 +129,12 @@ def summary_words(summary: dict, report: Path) -> str:
     from jsfdd.report.table import describe_difference
 
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for name in ("arm", "samples", "tokens", "train s", "in all s", "τ [95%]", "speedup [95%]"):
+    for name in ("arm", "samples", "train s", "cost s", "τ [95%]", "speedup [95%]"):
         table.add_column(name, justify="left" if name == "arm" else "right", no_wrap=True)
     for row in summary["arms"]:
         table.add_row(
             row["arm"],
             str(row["samples"]),
-            str(row["counted_tokens"]),
             f"{row['train_seconds']:.0f}",
             f"{row['cost_seconds']['total']:.0f}",
             f"{decimals(row['tau'], 3)} {interval(row['tau_low'], row['tau_high'], 3)}".rstrip(),
@@ -147,7 +146,7 @@ def summary_words(summary: dict, report: Path) -> str:
 
     def draw(out):
         out.print(table)
-        out.print("in all: from conversations to draft (the target's pass, soft targets, training), without compiling")
+        out.print("cost: from conversations to draft (the target's pass, soft targets, training), without compiling")
         for difference in summary["differences"]:
             out.print(describe_difference(difference))
         if words:
