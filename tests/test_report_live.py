@@ -4,6 +4,8 @@ import http.client
 import json
 import re
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -90,6 +92,35 @@ def test_what_is_no_run_is_named(tmp_path, capsys, make, words):
     assert f"{tmp_path / 'it'}: {words}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "file, text, words",
+    [
+        ("arms/full/metrics.jsonl", "5\n", r"metrics.jsonl:1: 5 is not an object"),
+        ("arms/full/metrics.jsonl", '{"step": 1, "probe": 3}\n', r"metrics.jsonl: probe.tau is None"),
+        ("arms/full/timings.jsonl", '{"step": 1, "of": 1e400, "seconds": 2.0}\n', r"timings.jsonl:1: of is inf"),
+        ("arms/full/timings.jsonl", '{"seconds": 2.0}\n', r"timings.jsonl:1: step is None"),
+        ("config.json", "{}", "config.json: arms is None"),
+        ("config.json", '{"arms": "full"}', "config.json: arms is 'full'"),
+        ("seconds.json", '{"load": "a"}', "seconds.json: load is 'a'"),
+    ],
+)
+def test_files_of_other_versions_and_damaged_ones_are_named(tmp_path, file, text, words):
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"arms": ["full"]}')
+    _note(tmp_path / "arms/full", 10)
+    (tmp_path / file).write_text(text)
+    with pytest.raises(ValueError, match=words):
+        read_live(tmp_path)
+
+
+def test_a_training_without_rates_or_with_a_loss_that_is_none_any_more(tmp_path):
+    (tmp_path / "timings.jsonl").write_text('{"step": 10, "seconds": 2.0}\n')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 10, "loss": NaN}\n')
+    live = read_live(tmp_path)
+    assert live.doing.endswith(": step 10") and "NaN" not in render_live(live)
+    assert json.loads(json.dumps(live.to_json(), allow_nan=False))["trainings"][0]["loss"] is None
+
+
 def _get(port: int, path: str, host: str | None = None) -> tuple[int, str]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
     connection.request("GET", path, headers={"Host": host or f"127.0.0.1:{port}"})
@@ -122,6 +153,24 @@ def test_the_page_follows_a_training_and_ends_with_the_report(tmp_path, capsys):
             watch.send_signal(signal.SIGINT)
         begin = time.monotonic()
         assert watch.wait(20) == 130 and time.monotonic() - begin < 5
+
+
+def test_hosts_without_a_port_and_browsers_that_leave(tmp_path, capfd):
+    _note(tmp_path, 10)
+    with make_server(tmp_path, 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert [_get(server.server_port, "/live", host)[0] for host in ("127.0.0.1", "LOCALHOST:1")] == [200, 200]
+        refused = ("127.0.0.1.example.com:1", "example.com", ":1")
+        assert [_get(server.server_port, "/live", host)[0] for host in refused] == [403] * 3
+        request = f"GET / HTTP/1.1\r\nHost: 127.0.0.1:{server.server_port}\r\n\r\n".encode()
+        for requests in (0, 20):
+            with socket.create_connection(server.server_address) as browser:
+                browser.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closing resets
+                browser.sendall(requests * request)
+        assert _get(server.server_port, "/live")[0] == 200
+        time.sleep(0.2)
+        server.shutdown()
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_finished_run_is_shown_as_its_report(tmp_path):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -81,9 +82,9 @@ class Live(NamedTuple):
     trainings: list[Training]
 
     def to_json(self) -> dict:
-        """The figures, without the curves."""
+        """The figures, without the curves; None for what is no number any more, as the loss of a training that diverged."""
         figures = ("name", "step", "steps", "loss", "held_out", "tau", "best_tau", "tokens_per_second", "seconds_left")
-        rows = [{name: getattr(training, name) for name in figures} for training in self.trainings]
+        rows = [{name: _finite(getattr(training, name)) for name in figures} for training in self.trainings]
         return {**self._asdict(), "trainings": rows}
 
 
@@ -104,9 +105,9 @@ def read_live(run: Path) -> Live:
     if not (run / "run.json").exists():
         training = read_training(run, name)
         return Live(name, False, training.finished, _training_words([training]), {}, [training])
-    arms = read_json(run / "config.json")["arms"] if (run / "config.json").exists() else []
-    trainings = [read_training(run / "arms" / arm, arm) for arm in arms]
+    trainings = [read_training(run / "arms" / arm, arm) for arm in _arms(run / "config.json")]
     seconds = read_json(run / "seconds.json", dict) if (run / "seconds.json").exists() else {}
+    seconds = {stage: _number(seconds, run / "seconds.json", stage) for stage in seconds}
     finished = (run / "summary.json").exists()
     begun = [training for training in trainings if training.step]
     waiting = [words for stage, words in _STAGES.items() if stage not in seconds]
@@ -123,25 +124,30 @@ def read_live(run: Path) -> Live:
 
 def read_training(directory: Path, name: str) -> Training:
     """A training as far as its logs go."""
-    metrics, timings = _whole_lines(directory / METRICS), _whole_lines(directory / TIMINGS)
+    path = directory / METRICS
+    metrics, timings = _whole_lines(path), _whole_lines(directory / TIMINGS)
     if not timings:
         return Training(name)
-    losses, held_out, probes = ([line for line in metrics if kind in line] for kind in ("loss", "held_out", "probe"))
-    taus = [line["probe"]["tau"] for line in probes]
+
+    def curve(*keys: str) -> tuple[list[int], list[float]]:
+        lines = [line for line in metrics if keys[0] in line]
+        return [line["step"] for line in lines], [_number(line, path, *keys) for line in lines]
+
+    losses, accepted, taus = curve("loss"), curve("held_out", "acceptance"), curve("probe", "tau")
     step, steps = timings[-1]["step"], timings[-1].get("of")
     return Training(
         name,
         step,
         steps,
-        loss=losses[-1]["loss"] if losses else None,
-        held_out=held_out[-1]["held_out"]["acceptance"] if held_out else None,
-        tau=taus[-1] if taus else None,
-        best_tau=max(taus, default=None),
-        tokens_per_second=timings[-1]["tokens_per_second"],
+        loss=_last(losses),
+        held_out=_last(accepted),
+        tau=_last(taus),
+        best_tau=max(taus[1], default=None),
+        tokens_per_second=timings[-1].get("tokens_per_second"),
         seconds_left=None if steps is None else seconds_left(timings, steps),
-        curve=([line["step"] for line in losses], [line["loss"] for line in losses]),
-        held_out_curve=([x["step"] for x in held_out], [x["held_out"]["loss"] for x in held_out]),
-        tau_curve=([line["step"] for line in probes], taus),
+        curve=losses,
+        held_out_curve=curve("held_out", "loss"),
+        tau_curve=taus,
     )
 
 
@@ -164,9 +170,51 @@ def _whole_lines(path: Path) -> list[dict]:
         return []
     whole_part = path.read_text(encoding="utf-8", errors="replace").rpartition("\n")[0]
     try:
-        return [json.loads(line) for line in whole_part.splitlines()]
-    except ValueError as error:
+        lines = [json.loads(line) for line in whole_part.splitlines()]
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: a line that is not JSON ({error}); the run wrote no such line") from None
+    for number, line in enumerate(lines, 1):
+        where = f"{path}:{number}"
+        if not isinstance(line, dict):
+            raise ValueError(f"{where}: {line!r:.40} is not an object; the run wrote no such line")
+        for key in ("step", "seconds") if path.name == TIMINGS else ("step",):
+            _number(line, where, key)
+        for key in line.keys() & {"compiling", "tokens_per_second"}:
+            _number(line, where, key)
+        for key in line.keys() & {"step", "of"}:
+            if not isinstance(line[key], int):
+                raise ValueError(f"{where}: {key} is {line[key]!r:.40}, not a whole number; the run wrote no such line")
+    return lines
+
+
+def _number(record: dict, where: Path | str, *keys: str) -> float:
+    """The number at `keys` of an object; ValueError names the file and the keys if there is none."""
+    value = record
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(
+            f"{where}: {'.'.join(keys)} is {value!r:.40}, not a number; another version wrote it, or it is damaged"
+        )
+    return value
+
+
+def _arms(path: Path) -> list[str]:
+    """The arms of a run's config.json; none before it is there."""
+    if not path.exists():
+        return []
+    arms = read_json(path, dict).get("arms")
+    if not isinstance(arms, list) or not all(isinstance(arm, str) for arm in arms):
+        raise ValueError(f"{path}: arms is {arms!r:.40}, not a list of names; another version wrote it, or it is damaged")
+    return arms
+
+
+def _last(curve: tuple[Sequence[int], Sequence[float]]) -> float | None:
+    return curve[1][-1] if curve[1] else None
+
+
+def _finite(value):
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _training_words(trainings: Sequence[Training]) -> str:
@@ -176,7 +224,8 @@ def _training_words(trainings: Sequence[Training]) -> str:
     if not training.step:
         return "before its first figures: loading, storing soft targets or compiling"
     left = "" if training.seconds_left is None else f", {duration(training.seconds_left)} left"
-    return f"training {training.name}: step {whole(training.step)} of {whole(training.steps or 0)}{left}"
+    of = "" if training.steps is None else f" of {whole(training.steps)}"
+    return f"training {training.name}: step {whole(training.step)}{of}{left}"
 
 
 # --- The page --------------------------------------------------------------------------------------------------------

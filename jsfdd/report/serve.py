@@ -10,6 +10,7 @@ not even under a name that resolves to 127.0.0.1.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 from http import HTTPStatus
@@ -41,13 +42,20 @@ class _Handler(BaseHTTPRequestHandler):
     """Answers with the run as its files are now."""
 
     protocol_version = "HTTP/1.1"
+    timeout = 60  # seconds; each connection holds a thread
 
     def __init__(self, run: Path, *arguments):
         self._run = run
         super().__init__(*arguments)
 
+    def handle(self) -> None:
+        """Answer until the browser closes the connection, which it may do in the middle of an answer."""
+        with contextlib.suppress(ConnectionError):
+            super().handle()
+
     def do_GET(self) -> None:
-        name = self.headers.get("Host", "").rpartition(":")[0]
+        host = self.headers.get("Host", "").lower()
+        name = host.rpartition(":")[0] or host  # browsers leave port 80 out
         if name not in ("127.0.0.1", "localhost"):
             self._answer(HTTPStatus.FORBIDDEN, "text/plain", "This server is for 127.0.0.1 alone.\n")
             return
@@ -56,9 +64,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(HTTPStatus.NOT_FOUND, "text/plain", "There are /, /live and /numbers.json.\n")
             return
         try:
-            self._answer(HTTPStatus.OK, *self._content(path))
+            answer = HTTPStatus.OK, *self._content(path)
         except (ValueError, OSError) as error:  # a file of the run is damaged or was moved away
-            self._answer(HTTPStatus.SERVICE_UNAVAILABLE, "text/plain", f"{error}\n")
+            answer = HTTPStatus.SERVICE_UNAVAILABLE, "text/plain", f"{error}\n"
+        self._answer(*answer)
 
     def _content(self, path: str) -> tuple[str, str]:
         live = read_live(self._run)
