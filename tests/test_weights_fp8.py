@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jsfdd.weights import fp8, huggingface, layout
+from jsfdd.weights import fp8, huggingface, huggingface_config, layout
 
 GOLDEN = Path(__file__).parent / "golden"
 QWEN = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [10, 12]}
@@ -118,7 +118,24 @@ def test_scales_of_nothing_are_unknown(quantised):
         compressed(type="int"),
         compressed(symmetric=False),
         {"quant_method": "fbgemm_fp8"},
+        {"quant_method": 3},
+        {"quant_method": ["fp8"]},
+        {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": "x"}}},
     ],
 )
 def test_other_numbers_are_refused(config):
     assert "which jsfdd does not read; give the original model" in fp8.refusal(config)
+
+
+@pytest.mark.parametrize("block", [5, True, "ab", [1], [0, 4], [True, True], ["a", "b"], {"a": 1}])
+def test_a_block_that_is_none_is_refused(block):
+    for config in (QWEN | {"weight_block_size": block}, compressed(block_structure=block)):
+        assert "not two positive whole numbers" in fp8.refusal(config)
+
+
+def test_a_text_config_that_is_no_object_is_not_asked_for_blocks(quantised):
+    directory, _ = quantised(QWEN, "_scale_inv", blocks)
+    for text_config in ("x", 3, {"quantization_config": "x"}):
+        raw = json.loads((directory / "config.json").read_text()) | {"text_config": text_config, "quantization_config": {}}
+        (directory / "config.json").write_text(json.dumps(raw))
+        assert huggingface_config.quantised_block(directory) is None

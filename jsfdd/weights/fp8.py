@@ -26,16 +26,20 @@ _SAVED_WHOLE = (
     "give the original model, or write a dequantised one "
     "(AutoModelForCausalLM.from_pretrained(DIR).dequantize().save_pretrained(NEW_DIR))"
 )
+_NO_BLOCK = (0, 0)  # fits no scales
 _NO_WAY_BACK = "give the model that it was made from, or its FP8 version"
 
 
 def refusal(config: dict) -> str | None:
     """Why a checkpoint with this quantization_config is not read; None if it is."""
-    method = config.get("quant_method") or "an unnamed method"
-    if method == "fp8" and config.get("fmt", "e4m3") == "e4m3":
-        return None
-    if method == "compressed-tensors" and _are_floats(config):
-        return None
+    method = str(config.get("quant_method") or "an unnamed method")
+    is_fp8 = method == "fp8" and config.get("fmt", "e4m3") == "e4m3"
+    if is_fp8 or (method == "compressed-tensors" and _are_floats(config)):
+        if block_of(config) != _NO_BLOCK:
+            return None
+        return (
+            "has a weight_block_size or block_structure that is not two positive whole numbers; take config.json from its model"
+        )
     details = [str(config[key]) for key in ("fmt", "format", "bnb_4bit_quant_type") if isinstance(config.get(key), str)]
     details += [f"{config['bits']} bits"] if isinstance(config.get("bits"), int) else []
     kind = f"{method} ({', '.join(details)})" if details else method
@@ -53,16 +57,19 @@ def _are_floats(config: dict) -> bool:
 def _weights(config: dict) -> list[dict]:
     groups = config.get("config_groups")
     groups = groups.values() if isinstance(groups, dict) else ()
-    return [group.get("weights") or {} for group in groups if isinstance(group, dict)]
+    found = [group.get("weights") for group in groups if isinstance(group, dict)]
+    return [weights if isinstance(weights, dict) else {} for weights in found]
 
 
 def block_of(config: dict) -> tuple[int, int] | None:
     """The block [b, c] of weights that shares a scale; None where rows or whole tensors do."""
     blocks = [config.get("weight_block_size"), *(weights.get("block_structure") for weights in _weights(config))]
-    block = next((tuple(block) for block in blocks if block), None)
-    if block is None or (len(block) == 2 and all(isinstance(size, int) and size > 0 for size in block)):
-        return block
-    return 0, 0  # fits no scales
+    block = next((block for block in blocks if block), None)
+    if block is None:
+        return None
+    if isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block):
+        return tuple(block)
+    return _NO_BLOCK
 
 
 def dequantised(sources: dict[str, Source], block: tuple[int, int] | None) -> dict[str, Source]:

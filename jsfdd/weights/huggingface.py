@@ -255,7 +255,14 @@ def _check_index(directory: Path, sources: dict[str, Source]) -> None:
 
 @contextlib.contextmanager
 def open_tensors(file: Path):
-    """Open a safetensors file. ValueError: it is cut short, corrupt, or a pointer to another."""
+    """Open a safetensors file.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: it is cut short, corrupt, or a pointer to another.
+    """
+    if not file.is_file():  # a pipe would block, and of a directory the package names no file
+        raise FileNotFoundError(f"{file}: not there, or a link to nothing, or no plain file; remove it, or write it again")
     check_no_pointer(file)
     try:
         with safe_open(file, framework="numpy") as handle:

@@ -130,8 +130,9 @@ def is_wrapped(directory: str | Path) -> bool:
 def quantised_block(directory: str | Path) -> tuple[int, int] | None:
     """The block of FP8 weights that shares a scale, as `fp8.block_of` has it; None of weights that are not quantised."""
     raw = read_object(Path(directory) / "config.json")
-    inner = raw.get("text_config") or {}
-    return fp8.block_of(raw.get("quantization_config") or inner.get("quantization_config") or {})
+    inner = raw["text_config"] if isinstance(raw.get("text_config"), dict) else {}
+    config = raw.get("quantization_config") or inner.get("quantization_config")
+    return fp8.block_of(config if isinstance(config, dict) else {})
 
 
 def read_config(directory: str | Path) -> DecoderConfig:
