@@ -124,6 +124,15 @@ def test_the_head_fits_its_own_states(target, answers, tmp_path):
     assert fit.top1 == 1.0 and fit.tokens >= 60
 
 
+def test_without_a_token_after_two_of_an_answer_the_head_is_not_tried(target, answers, tmp_path):
+    samples, streams = answers
+    last_two = np.arange(LENGTH) >= LENGTH - 2
+    short = [dataclasses.replace(sample, assistant_mask=last_two) for sample in samples]
+    found = imported(target, write_states(tmp_path / "s", short, streams, LENGTH - 1), short)
+    with pytest.raises(ValueError, match=f"{tmp_path}.*: no sample has a token after two"):
+        check_head(without_layers(target), found, short)
+
+
 def test_other_states_are_named(target, answers, tmp_path):
     samples, streams = answers
     scale = np.asarray(target.params["norm"]["scale"])
@@ -180,9 +189,17 @@ def test_files_that_do_not_belong(target, answers, tmp_path):
     refused("not a whole safetensors file", cut.parent)
     save_file({"token_ids": np.zeros(2, np.int64)}, make("lacks") / first)
     refused("no tensor hidden_states", tmp_path / "lacks")
+    refused("token_ids have type F32", rewritten(make("floats"), first, token_ids=np.zeros(17, np.float32)))
+    (make("link") / "x.safetensors").symlink_to("nowhere")
+    refused("x.safetensors: not there, or a link to nothing", tmp_path / "link", FileNotFoundError)
+    (make("directory") / "x.safetensors").mkdir()
+    refused("x.safetensors: .* no plain file", tmp_path / "directory", FileNotFoundError)
     broken = rewritten(make("nan"), first, hidden_states=np.full_like(streams[7, :17], np.nan))
     with pytest.raises(ValueError, match="not finite"):
         imported(target, broken, samples)["s7"]
+    large = rewritten(make("large"), first, hidden_states=np.full_like(streams[7, :17], 1e30))  # its squares are no float32
+    with pytest.raises(ValueError, match="beyond 1e.15"):
+        imported(target, large, samples)["s7"]
     with pytest.raises(ValueError, match="layers 0 1 2, in this order"):
         imported(target, write_states(tmp_path / "one", samples, streams[:, :, -1:]), samples, layers=LAYERS)
 

@@ -75,7 +75,10 @@ def read_inputs(model: ModelOptions, chats: ChatOptions, states_from: Path | Non
 
     found = find_states(states_from, inputs.samples, target.config, longest_sample(target, chats.max_length))
     if found.unused and is_primary():
-        show_counts((), [f"{states_from}: {found.unused:,} files of hidden states belong to none of the samples"])
+        show_counts(
+            (),
+            [f"{states_from}: {found.unused:,} files of hidden states are of no sample, or of one that has another"],
+        )
     return inputs._replace(states=found)
 
 

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from jsfdd.weights.target import Target  # brings transformers
 
 _FLOATS = ("F32", "F16", "BF16")
+_INTEGERS = ("I64", "I32", "I16", "U64", "U32", "U16", "U8")
+_LARGEST = 1e15  # of a state: the mean of the squares of larger ones may be no float32
 _DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 _TOKENS, _STATES = "token_ids", "hidden_states"
 # The head is checked at so many tokens, of so many samples.
@@ -163,8 +165,10 @@ class ImportedStates(Mapping[str, np.ndarray]):
         with open_tensors(file.path) as tensors:
             raw = tensors.get_tensor(_STATES)[: file.tokens]
         raw = raw.astype(np.float32).reshape(len(raw), self._found.streams, self._config.hidden_size)
-        if not np.isfinite(raw).all():
-            raise ValueError(f"{file.path}: {_STATES} are not finite; let the server write them again in another dtype")
+        if not (np.abs(raw) < _LARGEST).all():
+            raise ValueError(
+                f"{file.path}: {_STATES} are not finite, or beyond {_LARGEST:.0e}; let the server write them in another dtype"
+            )
         return raw
 
     @property
@@ -269,15 +273,16 @@ def _in_words(stream: int, is_normed: bool, shift: int) -> str:
 
 def _tried(states: ImportedStates, samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray]:
     """States [R, n, D] at some tokens that count, and the token of each, the next and the one after: [R, 3]."""
-    with_answer = [sample for sample in samples if sample.counted[:-1].any()]
+    with_answer = [sample for sample in samples if sample.counted[:-2].any()]
     if not with_answer:
-        raise ValueError("there is no answer of three tokens or more to try the target's head on; check the data")
+        raise ValueError(
+            f"{states.directory}: no sample has a token after two of an answer, to try the head on; give longer answers"
+        )
     chosen = [with_answer[i] for i in _spread(len(with_answer), _CHECKED_SAMPLES)]
     rows, tokens = [], []
     for sample in chosen:
-        places = np.flatnonzero(sample.counted[:-1])
-        places = places[places + 2 < len(sample.tokens)]
-        places = places[_spread(len(places), _CHECKED_TOKENS)] if len(places) else places
+        places = np.flatnonzero(sample.counted[:-2])
+        places = places[_spread(len(places), _CHECKED_TOKENS)]
         rows.append(states.raw(sample.id)[places])
         tokens.append(np.stack([sample.tokens[places + step] for step in range(3)], axis=1))
     return np.concatenate(rows), np.concatenate(tokens)
@@ -308,6 +313,8 @@ def _read_header(path: Path, config: DecoderConfig) -> tuple[Int[np.ndarray, " T
         shape, kind = states.get_shape(), states.get_dtype()
         if kind not in _FLOATS:
             raise ValueError(f"{path}: {_STATES} have type {kind}; supported are {', '.join(_FLOATS)}")
+        if (of_tokens := tensors.get_slice(_TOKENS).get_dtype()) not in _INTEGERS:
+            raise ValueError(f"{path}: {_TOKENS} have type {of_tokens}; supported are {', '.join(_INTEGERS)}; write it again")
         tokens = tensors.get_tensor(_TOKENS)
     width = config.hidden_size
     last = shape[-1] if len(shape) > 1 else 0
@@ -316,7 +323,7 @@ def _read_header(path: Path, config: DecoderConfig) -> tuple[Int[np.ndarray, " T
             f"{path}: {_STATES} are {shape}, not [tokens, states, {width}] as the target's hidden_size says; are they of "
             "another model?"
         )
-    if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or len(tokens) != shape[0]:
+    if tokens.ndim != 1 or len(tokens) != shape[0]:
         raise ValueError(f"{path}: {_TOKENS} are {tokens.dtype}{list(tokens.shape)} for {shape[0]} states; write it again")
     return tokens, shape[1] if len(shape) == 3 else last // width
 
