@@ -110,6 +110,19 @@ def test_answers_beyond_the_cut_are_counted_and_their_conversation_is_read_once(
     assert read.summary.kept == 1 and f"{12 - made} answers have no token within the maximal length" in "".join(read.notes)
 
 
+def test_an_id_that_is_also_that_of_an_answer_is_named(tmp_path):
+    messages = [message for i in range(2) for message in (user(f"q{i}"), answer(f"a{i} b", reasoning_content="a thought"))]
+    split = {"id": "x", "messages": messages}
+    read = lambda *rows: read_samples(  # noqa: E731
+        [write(tmp_path / "s.jsonl", rows)], family_tokenizer("qwen3"), 200, split_answers=True
+    )
+    for rows in ([split, turns("so", "it is") | {"id": "x/1"}], [turns("so", "it is") | {"id": "x/2"}, split]):
+        with pytest.raises(ValueError, match=r"s\.jsonl: id 'x/[12]' is also that of an answer of conversation 'x'"):
+            read(*rows)
+    other = read(split, turns("so", "it is") | {"id": "x/3"})
+    assert [sample.id for sample in other.samples] == ["x/1", "x/2", "x/3"]
+
+
 def test_nothing_left_is_an_error_that_says_why(tmp_path):
     with pytest.raises(ValueError, match=r"none of 1 conversations .*\n  1 without a counted token"):
         read_samples([write(tmp_path / "c.jsonl", [turns("q", "")])], toy_tokenizer(), 100)

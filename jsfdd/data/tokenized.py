@@ -9,9 +9,10 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
+import re
 import signal
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -29,6 +30,7 @@ from jsfdd.data.skipped import MEANINGS, BadRow, nothing_left
 from jsfdd.data.spans import MaskSpan
 from jsfdd.data.template import ChatTokenizer, Tally, TokenizeSummary, tokenize_chunk
 
+_OF_ANSWER = re.compile(r"/\d+$")  # behind a conversation's id, of an answer that is a sample of its own
 _CHUNK = 256  # conversations that are tokenized together
 _ALONE = 16  # chunks before other processes start, which takes some seconds
 _AHEAD = 3  # chunks that may wait for each process
@@ -76,6 +78,7 @@ def read_samples(
     nothing is left.
     """
     counts, tally, writer = ReadCounts(), Tally(), SampleWriter()
+    like_answers: dict[str, str] = {}  # id -> file of whole conversations whose id may be that of another's answer
     settings = {"vocab_size": vocab_size, "split_answers": split_answers}
     tokenize = ChatTokenizer(tokenizer, max_length, mask_spans, **settings)
     chunks = _chunks(stream_chats(names, counts, strict=strict))
@@ -88,6 +91,8 @@ def read_samples(
                 if strict and outcome.reason != "no_counted":
                     raise outcome
             else:
+                if split_answers and outcome is None and _OF_ANSWER.search(chat.id):
+                    like_answers[chat.id] = chat.file
                 outcome = chat.id if outcome is None else outcome
                 ids.append(outcome)
                 sources.append(chat.source)
@@ -98,6 +103,7 @@ def read_samples(
     first = counts.skipped.first | summary.first
     check_too_many_skipped(files, first, max_skipped)
     samples = writer.finish()
+    _check_ids(samples, like_answers)
     if not len(samples):
         everything = total(files)
         raise ValueError(nothing_left(everything.read, everything.skipped, first))
@@ -106,6 +112,17 @@ def read_samples(
         notes.append(f"{tally.lost:,} answers have no token within the maximal length and are no samples")
     notes += [*counts.notes(), *filter(None, [summary.left_out_words()])]
     return TokenizedChats(samples, summary, files, notes)
+
+
+def _check_ids(samples: SampleTable, like_answers: dict[str, str]) -> None:
+    """Raise ValueError if the id of a conversation is that of an answer too, which --split-answers named."""
+    uses = Counter(sample.id for sample in samples if sample.id in like_answers) if like_answers else {}
+    for name in like_answers:
+        if uses[name] > 1:
+            raise ValueError(
+                f"{like_answers[name]}: id {name!r} is also that of an answer of conversation {_OF_ANSWER.sub('', name)!r}, "
+                "which --split-answers splits; give one of them another id"
+            )
 
 
 def usable_processes() -> int:
