@@ -89,6 +89,7 @@ def without_layers(target):
     return target._replace(params={name: part for name, part in target.params.items() if name != "layers"})
 
 
+@pytest.mark.slow
 def test_scores_and_drafts_are_those_of_our_own_pass(target, answers, tmp_path):
     samples, streams = answers
     mesh, quiet = make_mesh(), {"progress": False}
