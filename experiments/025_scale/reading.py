@@ -42,10 +42,10 @@ def main() -> None:
         chunks = [chats[begin : begin + CHUNK] for begin in range(0, len(chats), CHUNK)]
         timed("send", lambda chunks=chunks: [pickle.loads(pickle.dumps(chunk)) for chunk in chunks])
         made = timed("render, find, tokenize", lambda chunks=chunks: [tokenized._make(tokenize, chunk) for chunk in chunks])
-        timed("send back", lambda made=made: [pickle.loads(pickle.dumps(one)) for one in made])
+        timed("send back", lambda made=made: [pickle.loads(pickle.dumps(chunk)) for chunk in made])
         texts = [[tokenize.render(chat)[0].text for chat in chunk] for chunk in chunks]
         encoded = timed("tokenizer", lambda texts=texts: [encode(part, add_special_tokens=False) for part in texts])
-    tokens = sum(len(one) for part in encoded for one in part) / options.rows
+    tokens = sum(len(encoding) for part in encoded for encoding in part) / options.rows
     alone = best.pop("tokenizer")
     print({name: round(value) for name, value in best.items()}, f"tokenizer alone {alone:.0f}; {tokens:.0f} tokens a chat")
     print(f"{tokens / sum(best.values()):.3f} M tokens/s a core; the tokenizer alone {tokens / alone:.3f}")

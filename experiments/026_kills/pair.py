@@ -62,7 +62,7 @@ def _case(stage: str, case: str, work: Path, reference: Path) -> dict:
         processes = _begin(stage, work, out)
         time.sleep(random.Random(case).uniform(0.5, 0.8) * seconds)
         processes[int(number)].kill()
-        value = _end(processes) | _said(out)
+        value = _end(processes) | _messages(out)
         value["again"] = _end(_begin(stage, work, out))["codes"]
         shutil.copytree(out, copy)
         return value
@@ -78,7 +78,7 @@ def _full(settings: dict) -> None:
     stage, work = settings["stage"], Path(settings["work"])
     place, out = work / "pair", work / "pair" / "out"
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={settings['bytes']}", "tmpfs", out], check=True)
-    value = _end(_begin(stage, work, out)) | _said(out)
+    value = _end(_begin(stage, work, out)) | _messages(out)
     subprocess.run(["mount", "-o", "remount,size=1g", out], check=True)
     value["again"] = _end(_begin(stage, work, out))["codes"]
     shutil.copytree(out, place / "copy")
@@ -102,7 +102,7 @@ def _begin(stage: str, work: Path, out: Path) -> list[subprocess.Popen]:
     ]
 
 
-def _said(out: Path) -> dict:
+def _messages(out: Path) -> dict:
     """What the two processes said at their ends, and how many open parts they left."""
     texts = [(out.parent / f"{out.name}.err.{number}").read_text(errors="replace") for number in range(2)]
     last = [next((line for line in text.splitlines() if line.startswith("jsfdd: error")), text[-200:]) for text in texts]
@@ -114,7 +114,7 @@ def _said(out: Path) -> dict:
 
 
 def _end(processes: list[subprocess.Popen]) -> dict:
-    """Exit codes, the seconds between the two ends, and what the later one said."""
+    """Exit codes, the seconds between the two ends, and which process ended first; after LIMIT both are killed."""
     ended: dict[int, float] = {}
     start = time.monotonic()
     while len(ended) < 2:

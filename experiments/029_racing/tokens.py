@@ -40,7 +40,7 @@ def main() -> None:
     samples = [sample for sample in read.samples if sample.counted.any() and sample.id in store and sample.id in whole]
     flat = jax.jit(lambda hidden: token_flatness(head_logits(target.config, target.params, hidden)))
     flatness, lengths, last, mean = [], [], [], []
-    waiting = np.zeros((0, target.config.hidden_size), np.float32)
+    pending = np.zeros((0, target.config.hidden_size), np.float32)
 
     def run(rows: np.ndarray) -> np.ndarray:
         """Score whole blocks, the last one padded."""
@@ -55,10 +55,10 @@ def main() -> None:
         counted = counted[:FIRST]
         last.append(states[first - 1])
         mean.append(states[:first].mean(axis=0) @ directions(states.shape[1]))
-        waiting = np.concatenate([waiting, counted])
-        if len(waiting) > 32 * ROWS or number + 1 == len(samples):
-            flatness.append(run(waiting))
-            waiting = waiting[:0]
+        pending = np.concatenate([pending, counted])
+        if len(pending) > 32 * ROWS or number + 1 == len(samples):
+            flatness.append(run(pending))
+            pending = pending[:0]
             print(f"{number + 1} of {len(samples)} answers, {sum(lengths):,} tokens", flush=True)
     np.savez(
         args.out,
