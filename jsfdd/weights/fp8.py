@@ -50,15 +50,16 @@ def refusal(config: dict) -> str | None:
 def _are_floats(config: dict) -> bool:
     """Whether all that compressed-tensors quantised are weights of eight-bit floats."""
     wanted = {"num_bits": 8, "type": "float", "symmetric": True}
-    found = _weights(config)
-    return bool(found) and all(weights.get(key) == value for weights in found for key, value in wanted.items())
+    groups = _weights(config)
+    return bool(groups) and all(weights.get(key) == value for weights in groups for key, value in wanted.items())
 
 
 def _weights(config: dict) -> list[dict]:
+    """How each group of compressed-tensors' config says that weights are quantised; {} where it says nothing."""
     groups = config.get("config_groups")
     groups = groups.values() if isinstance(groups, dict) else ()
-    found = [group.get("weights") for group in groups if isinstance(group, dict)]
-    return [weights if isinstance(weights, dict) else {} for weights in found]
+    entries = [group.get("weights") for group in groups if isinstance(group, dict)]
+    return [weights if isinstance(weights, dict) else {} for weights in entries]
 
 
 def block_of(config: dict) -> tuple[int, int] | None:
@@ -78,21 +79,21 @@ def dequantised(sources: dict[str, Source], block: tuple[int, int] | None) -> di
     Raises:
       ValueError: an FP8 tensor has no scales, or scales of another shape than its own and `block` ask for.
     """
-    found = dict(sources)
+    result = dict(sources)
     for name, weight in sources.items():
         if weight.kind != KIND:
             continue
-        scale = next((found.pop(name + ending) for ending in _SCALES if name + ending in found), None)
+        scale = next((result.pop(name + ending) for ending in _SCALES if name + ending in result), None)
         if scale is None:
             raise ValueError(
                 f"{weight.file}: tensor {name} has type {KIND} and no {name}{_SCALES[0]} or {_SCALES[1]} beside it"
             )
         shared = _shared(name, weight, scale, block)
         stored = weight._replace(read=functools.partial(_read_raw, weight.file, name))
-        found[name] = weight._replace(kind="F32", read=functools.partial(_read_scaled, stored, scale, shared))
+        result[name] = weight._replace(kind="F32", read=functools.partial(_read_scaled, stored, scale, shared))
         for ending in _OF_ACTIVATIONS:
-            found.pop(f"{name.removesuffix('weight')}{ending}", None)
-    return found
+            result.pop(f"{name.removesuffix('weight')}{ending}", None)
+    return result
 
 
 def _shared(name: str, weight: Source, scale: Source, block: tuple[int, int] | None) -> tuple[int, int]:

@@ -130,15 +130,22 @@ def weight_sources(directory: str | Path) -> dict[str, Source]:
     directory = Path(directory)
     sources: dict[str, Source] = {}
     for file in weight_files(directory):
-        with open_tensors(file) as handle:
-            for name in handle.keys():
-                if name in sources:
-                    raise ValueError(f"{file}: tensor {name} is in {sources[name].file} too; which one holds?")
-                header = handle.get_slice(name)
-                read = functools.partial(_read, file, name)
-                sources[name] = Source(file, tuple(header.get_shape()), read, header.get_dtype())
+        for name, source in _sources_in(file).items():
+            if name in sources:
+                raise ValueError(f"{file}: tensor {name} is in {sources[name].file} too; which one holds?")
+            sources[name] = source
     _check_index(directory, sources)
     return sources
+
+
+def _sources_in(file: Path) -> dict[str, Source]:
+    """A source for every tensor of a safetensors file, from its header alone."""
+    with open_tensors(file) as handle:
+        headers = {name: handle.get_slice(name) for name in handle.keys()}
+        return {
+            name: Source(file, tuple(header.get_shape()), functools.partial(_read, file, name), header.get_dtype())
+            for name, header in headers.items()
+        }
 
 
 def read_params(directory: str | Path, config: DecoderConfig, dtype=np.float32, mesh: Mesh | None = None) -> dict:
@@ -157,8 +164,8 @@ def read_params(directory: str | Path, config: DecoderConfig, dtype=np.float32, 
         names = names | _GEMMA_NAMES
         # Gemma's norms compute x · (1 + w); here scales multiply as they are.
         transforms = {leaf: _one_plus for leaf in names if leaf.endswith("/scale")}
-    found = fp8.dequantised(weight_sources(directory), quantised_block(directory))
-    sources = _decoder_sources(found, config, is_wrapped(directory))
+    stored = fp8.dequantised(weight_sources(directory), quantised_block(directory))
+    sources = _decoder_sources(stored, config, is_wrapped(directory))
     return fill_params(config, names, sources, dtype, directory, transforms, mesh)
 
 
@@ -184,29 +191,27 @@ def read_end_params(directory: str | Path, config: DecoderConfig, dtype=np.float
         if not file.is_file():
             weight_files(directory)  # says what is there in its place
             raise FileNotFoundError(f"{file}: missing; download it again")
-        with open_tensors(file) as handle:
-            for name in handle.keys():
-                header, read = handle.get_slice(name), functools.partial(_read, file, name)
-                sources[name] = Source(file, tuple(header.get_shape()), read, header.get_dtype())
+        sources |= _sources_in(file)
     names = _end_names(directory, sources)
     if config.tie_embeddings:
         names.pop("head/kernel", None)
     elif "head/kernel" not in names:
         raise ValueError(f"{directory}: no tensor {_HEADS[0]} in it, and the config does not tie the head to the embedding")
     transforms = {"norm/scale": _one_plus} if adds_one(directory) else {}
-    found = {name: sources[name] for name in names.values()}
-    for name, source in found.items():
+    ends = {name: sources[name] for name in names.values()}
+    for name, source in ends.items():
         if source.kind not in _FLOATS:
             raise ValueError(f"{source.file}: tensor {name} has type {source.kind}; supported are {', '.join(_FLOATS)}")
-    return fill_params(config, names, found, dtype, directory, transforms, mesh, layers=False)
+    return fill_params(config, names, ends, dtype, directory, transforms, mesh, layers=False)
 
 
-def _end_names(where: Path, found: Collection[str]) -> dict[str, str]:
+def _end_names(where: Path, tensors: Collection[str]) -> dict[str, str]:
     """Leaf -> tensor, of the embedding, the final norm and, if there is one, the head."""
     for prefix in _DECODERS:
         names = {"embed/embedding": f"{prefix}embed_tokens.weight", "norm/scale": f"{prefix}norm.weight"}
-        if all(name in found for name in names.values()):
-            return names | dict([("head/kernel", name) for name in _HEADS if name in found][:1])
+        if all(name in tensors for name in names.values()):
+            head = next((name for name in _HEADS if name in tensors), None)
+            return names if head is None else names | {"head/kernel": head}
     raise ValueError(
         f"{where}: no embedding (embed_tokens.weight) with a final norm (norm.weight) beside it under any of the names "
         f"{', '.join(prefix + '*' for prefix in _DECODERS)}"

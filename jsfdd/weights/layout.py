@@ -124,8 +124,8 @@ def fill_params(
     for leaf in sorted(shapes, key=lambda leaf: -math.prod(kept[leaf])):
         transform = (transforms or {}).get(leaf)
         kind = np.float32 if leaf.endswith("/scale") else dtype
-        found = [sources[name] for name in tensors[leaf]]
-        build = functools.partial(_block, leaf, found, stacking[leaf], transform, kind)
+        stacked = [sources[name] for name in tensors[leaf]]
+        build = functools.partial(_block, leaf, stacked, stacking[leaf], transform, kind)
         insert_leaf(params, leaf, place(kept[leaf], shardings[leaf], build))
     return params
 
