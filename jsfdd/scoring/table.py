@@ -128,9 +128,9 @@ def read_scores(path: Path, *, prompt_states: bool = False) -> ScoreTable:
 
     def numbers(name: str, dtype: type) -> np.ndarray:
         values = columns[name]
-        found = values.dtype if isinstance(values, np.ndarray) else values.type
-        if found != dtype:
-            raise ValueError(f"{path}: column {name} is {found}, not {np.dtype(dtype)}; {_REMEDY}")
+        kind = values.dtype if isinstance(values, np.ndarray) else values.type
+        if kind != dtype:
+            raise ValueError(f"{path}: column {name} is {kind}, not {np.dtype(dtype)}; {_REMEDY}")
         return values
 
     num_tokens, metrics = numbers("num_tokens", np.int32), {name: numbers(name, np.float64) for name in column_names()}
@@ -214,26 +214,26 @@ def _write(
 def _read(path: Path, columns: Sequence[str]) -> tuple[dict[str, np.ndarray | pyarrow.ChunkedArray], dict]:
     """All columns but the prompts' states, checked, and the identity. Numbers without gaps are arrays.
 
-    One column is read after the other: together they take twice their size.
+    Columns are read one by one, because together they would take twice their size. Errors as in `read_scores`.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; run `jsfdd score` first, or check the path")
-    found: dict[str, np.ndarray | pyarrow.ChunkedArray] = {}
+    values: dict[str, np.ndarray | pyarrow.ChunkedArray] = {}
     with _opened(path) as file:
         metadata = file.schema_arrow.metadata or {}
         sha = hashlib.sha256(metadata.get(_IDENTITY, b""))
         for name in file.schema_arrow.names:  # which may be no UTF-8
             if name != _PROMPT:
                 column = file.read(columns=[name])[name]
-                _add(sha, name, column)
-                found[name] = column if column.null_count or not _is_number(column.type) else column.to_numpy()
-    missing = [name for name in columns if name not in found]
+                _add_column(sha, name, column)
+                values[name] = column if column.null_count or not _is_number(column.type) else column.to_numpy()
+    missing = [name for name in columns if name not in values]
     if missing or not {_IDENTITY, _DIGEST} <= metadata.keys():
         what = f"has no column {', '.join(missing)}" if missing else "was not written by this version of jsfdd"
         raise ValueError(f"{path}: {what}; {_REMEDY}")
-    _check(path, sha, metadata[_DIGEST])
+    _check_digest(path, sha, metadata[_DIGEST])
     pyarrow.default_memory_pool().release_unused()  # Arrow keeps what reading has freed
-    return found, json.loads(metadata[_IDENTITY])
+    return values, json.loads(metadata[_IDENTITY])
 
 
 def _read_prompts(path: Path, rows: int) -> Float[np.ndarray, "N P"] | None:
@@ -244,8 +244,8 @@ def _read_prompts(path: Path, rows: int) -> Float[np.ndarray, "N P"] | None:
     if column is None:
         return None
     sha = hashlib.sha256(metadata[_IDENTITY])
-    _add(sha, _PROMPT, column)
-    _check(path, sha, metadata.get(_PROMPT_DIGEST))
+    _add_column(sha, _PROMPT, column)
+    _check_digest(path, sha, metadata.get(_PROMPT_DIGEST))
     return column.combine_chunks().flatten().to_numpy().reshape(rows, -1)
 
 
@@ -266,7 +266,7 @@ def _is_number(kind: pyarrow.DataType) -> bool:
     return pyarrow.types.is_integer(kind) or pyarrow.types.is_floating(kind)
 
 
-def _check(path: Path, sha, expected: bytes | None) -> None:
+def _check_digest(path: Path, sha, expected: bytes | None) -> None:
     if sha.hexdigest().encode() != expected:
         raise ValueError(f"{path}: damaged: its checksum is of other scores; {_REMEDY}")
 
@@ -275,11 +275,11 @@ def _digest(table: pyarrow.Table, identity: bytes) -> bytes:
     """sha256 hex of the identity and of every column."""
     sha = hashlib.sha256(identity)
     for name in table.column_names:
-        _add(sha, name, table[name])
+        _add_column(sha, name, table[name])
     return sha.hexdigest().encode()
 
 
-def _add(sha, name: str, column: pyarrow.ChunkedArray) -> None:
+def _add_column(sha, name: str, column: pyarrow.ChunkedArray) -> None:
     """Add a column's name, type and values to a digest."""
     kind = getattr(column.type, "value_type", column.type)  # Parquet renames a list's items, and so their list
     sha.update(f"\0{name} {kind} {len(column)} {column.null_count}\0".encode())
