@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from jsfdd.data.template import TokenizeSummary
     from jsfdd.data.tokenized import TokenizedChats
     from jsfdd.decoding.settings import DecodeSetup, Team, TreeShape
-    from jsfdd.hidden.imported import FoundStates, ImportedStates
+    from jsfdd.hidden.imported import ImportedStates, StateIndex
     from jsfdd.weights.target import Target
 
 _MAX_LISTED_FILES = 40
@@ -33,7 +33,7 @@ class Inputs(NamedTuple):
     summary: TokenizeSummary
     files: list[FileCounts]  # counts of each input file's rows
     shapes: tuple[Shape, ...]
-    states: FoundStates | None = None
+    states: StateIndex | None = None
 
 
 class Loaded(NamedTuple):
@@ -45,7 +45,7 @@ class Loaded(NamedTuple):
     summary: TokenizeSummary
     files: list[FileCounts]  # counts of each input file's rows
     shapes: tuple[Shape, ...]
-    states: FoundStates | None
+    states: StateIndex | None
     identity: dict  # JSON-ready: what every result from them depends on
 
 
@@ -73,13 +73,13 @@ def read_inputs(model: ModelOptions, chats: ChatOptions, states_from: Path | Non
         return inputs
     from jsfdd.hidden.imported import find_states
 
-    found = find_states(states_from, inputs.samples, target.config, longest_sample(target, chats.max_length))
-    if found.unused and is_primary():
+    index = find_states(states_from, inputs.samples, target.config, longest_sample(target, chats.max_length))
+    if index.unused and is_primary():
         show_counts(
             (),
-            [f"{states_from}: {found.unused:,} files of hidden states are of no sample, or of one that has another"],
+            [f"{states_from}: {index.unused:,} files of hidden states belong to no sample, or to one that has a file already"],
         )
-    return inputs._replace(states=found)
+    return inputs._replace(states=index)
 
 
 def read_chats_for(target: Target, chats: ChatOptions, processes: int = 1) -> TokenizedChats:

@@ -130,10 +130,10 @@ def prepare(config: TrainConfig) -> Prepared:
 
     if config.probe_prompts:
         read_prompts(config.probe_prompts)
-    elsewhere = config.hidden_from is not None and not is_store(config.hidden_from)
-    inputs = read_inputs(config.model, config.chats, config.hidden_from if elsewhere else None)
-    if elsewhere:
-        _check_from_elsewhere(config)
+    imports_states = config.hidden_from is not None and not is_store(config.hidden_from)
+    inputs = read_inputs(config.model, config.chats, config.hidden_from if imports_states else None)
+    if imports_states:
+        _check_options_with_imported_states(config)
     selection = None if config.selection is None else read_selection(config.selection)
     kept, held_out = training_sides(inputs.samples, selection, config.recipe, config.mixture, config.seed)
     if config.token_scores is not None:
@@ -156,7 +156,7 @@ def prepare(config: TrainConfig) -> Prepared:
     return Prepared(inputs, kept, held_out, init)
 
 
-def _check_from_elsewhere(config: TrainConfig) -> None:
+def _check_options_with_imported_states(config: TrainConfig) -> None:
     """Raise ValueError for options that need more than another program's states."""
     if config.hidden.hidden_dtype == "int8":
         raise ValueError("--hidden-dtype int8 is of states that jsfdd stores; take bfloat16 or float32 with --hidden-from")

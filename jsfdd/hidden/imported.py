@@ -7,8 +7,8 @@ it are the streams that enter some layers, for an EAGLE-3 draft. A file belongs 
 name. It may end early, but not before the last token whose score counts: a server that saves what it answers has read all but
 the answer's last token.
 
-    found = find_states(directory, samples, config)                    # by headers and tokens, in seconds
-    states = ImportedStates(found, config, norm_scale)                 # sample id -> [T, D]; files are read when asked for
+    index = find_states(directory, samples, config, longest)           # by headers and tokens, in seconds
+    states = ImportedStates(index, config, norm_scale)                 # sample id -> [T, D]; files are read when asked for
     check_head(target, states, samples)                                # are they what the target's head reads?
 """
 
@@ -53,8 +53,8 @@ class StateFile(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class FoundStates:
-    """The files of all samples, found by `find_states`.
+class StateIndex:
+    """Which file holds the states of each sample, as `find_states` determined it.
 
     Attributes:
       directory: of the files.
@@ -73,7 +73,7 @@ class FoundStates:
     unused: int
 
 
-def find_states(directory: Path, samples: Sequence[Sample], config: DecoderConfig, longest: int) -> FoundStates:
+def find_states(directory: Path, samples: Sequence[Sample], config: DecoderConfig, longest: int) -> StateIndex:
     """The file of every sample, checked by its header and its tokens; no state is read.
 
     Args:
@@ -91,28 +91,30 @@ def find_states(directory: Path, samples: Sequence[Sample], config: DecoderConfi
         raise FileNotFoundError(
             f"--hidden-from {directory}: no .safetensors file in it; give the directory in which the server saved hidden states"
         )
-    known: dict[bytes, StateFile] = {}
+    by_digest: dict[bytes, StateFile] = {}
     streams: dict[int, Path] = {}
     for path in paths:
         tokens, count = _read_header(path, config)
         streams.setdefault(count, path)
         tokens = tokens[:longest]
-        known.setdefault(_digest(tokens), StateFile(path, len(tokens)))
+        by_digest.setdefault(_digest(tokens), StateFile(path, len(tokens)))
     if len(streams) > 1:
-        (one, first), (other, second), *_ = streams.items()
-        raise ValueError(f"{first}: {one} states a token, and {second.name} has {other}; keep files of one run in a directory")
+        (count, first), (other_count, second), *_ = streams.items()
+        raise ValueError(
+            f"{first}: {count} states a token, and {second.name} has {other_count}; keep files of one run in a directory"
+        )
     files: dict[str, StateFile] = {}
     sha = hashlib.sha256()
     for sample in samples:
-        file = _file_of(sample, known)
+        file = _file_of(sample, by_digest)
         if file is not None:
             files[sample.id] = file
             sha.update(f"{sample.id}\0{file.tokens}\0".encode() + _ends(file.path))
         elif sample.counted.any():
-            raise FileNotFoundError(_unknown(directory, sample, paths, len(samples)))
+            raise FileNotFoundError(_why_no_file(directory, sample, paths, len(samples)))
     used = len({file.path for file in files.values()})
     lengths = {sample.id: len(sample.tokens) for sample in samples}
-    return FoundStates(directory, files, lengths, next(iter(streams)), sha.hexdigest(), len(paths) - used)
+    return StateIndex(directory, files, lengths, next(iter(streams)), sha.hexdigest(), len(paths) - used)
 
 
 def needed(sample: Sample) -> int:
@@ -127,7 +129,7 @@ class ImportedStates(Mapping[str, np.ndarray]):
     Behind the last token of a file the states are 0; nothing that counts reads them.
 
     Args:
-      found: from `find_states`.
+      index: from `find_states`.
       config: of the target.
       scale: [D], of the target's final norm.
       dtype: of the arrays.
@@ -139,20 +141,20 @@ class ImportedStates(Mapping[str, np.ndarray]):
 
     def __init__(
         self,
-        found: FoundStates,
+        index: StateIndex,
         config: DecoderConfig,
         scale: Float[np.ndarray, " D"],
         dtype: Literal["bfloat16", "float32"] = "float32",
         layers: tuple[int, ...] = (),
     ):
-        check_streams(found, config, layers)
-        self._found, self._config, self._scale = found, config, np.asarray(scale, np.float32)
+        check_streams(index, config, layers)
+        self._index, self._config, self._scale = index, config, np.asarray(scale, np.float32)
         self.dtype, self.layers = dtype, layers
 
     def __getitem__(self, sample_id: str) -> Float[np.ndarray, "T S"]:
         width = self._config.hidden_size
-        states = np.zeros((self._found.lengths[sample_id], (len(self.layers) + 1) * width), _DTYPES[self.dtype])
-        if sample_id in self._found.files:
+        states = np.zeros((self._index.lengths[sample_id], (len(self.layers) + 1) * width), _DTYPES[self.dtype])
+        if sample_id in self._index.files:
             raw = self.raw(sample_id)
             final = normed(raw[:, -1], self._scale, self._config.rms_norm_eps)
             parts = [*raw[:, :-1].swapaxes(0, 1), final] if self.layers else [final]
@@ -161,10 +163,10 @@ class ImportedStates(Mapping[str, np.ndarray]):
 
     def raw(self, sample_id: str) -> Float[np.ndarray, "T n D"]:
         """The states as they are in the sample's file, float32."""
-        file = self._found.files[sample_id]
+        file = self._index.files[sample_id]
         with open_tensors(file.path) as tensors:
             raw = tensors.get_tensor(_STATES)[: file.tokens]
-        raw = raw.astype(np.float32).reshape(len(raw), self._found.streams, self._config.hidden_size)
+        raw = raw.astype(np.float32).reshape(len(raw), self._index.streams, self._config.hidden_size)
         if not (np.abs(raw) < _LARGEST).all():
             raise ValueError(
                 f"{file.path}: {_STATES} are not finite, or beyond {_LARGEST:.0e}; let the server write them in another dtype"
@@ -174,7 +176,7 @@ class ImportedStates(Mapping[str, np.ndarray]):
     @property
     def directory(self) -> Path:
         """Of the files."""
-        return self._found.directory
+        return self._index.directory
 
     @property
     def scale(self) -> Float[np.ndarray, " D"]:
@@ -182,20 +184,20 @@ class ImportedStates(Mapping[str, np.ndarray]):
         return self._scale
 
     def __contains__(self, sample_id: object) -> bool:  # Mapping's would read the sample
-        return sample_id in self._found.lengths
+        return sample_id in self._index.lengths
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._found.lengths)
+        return iter(self._index.lengths)
 
     def __len__(self) -> int:
-        return len(self._found.lengths)
+        return len(self._index.lengths)
 
 
-def check_streams(found: FoundStates, config: DecoderConfig, layers: tuple[int, ...]) -> None:
+def check_streams(index: StateIndex, config: DecoderConfig, layers: tuple[int, ...]) -> None:
     """Raise ValueError unless the files hold the inputs of `layers` in front of the final state."""
-    if layers and found.streams != len(layers) + 1:
+    if layers and index.streams != len(layers) + 1:
         raise ValueError(
-            f"{found.directory}: {found.streams} states a token, and an EAGLE-3 draft reads {len(layers) + 1}: let the server "
+            f"{index.directory}: {index.streams} states a token, and an EAGLE-3 draft reads {len(layers) + 1}: let the server "
             f"save those of layers {' '.join(map(str, (*layers, config.num_layers)))}, in this order, or train EAGLE-1/2"
         )
 
@@ -229,7 +231,7 @@ def check_head(target: Target, states: ImportedStates, samples: Sequence[Sample]
       ValueError: another reading predicts the next tokens clearly better (another layer, states that went through the norm
         already, states of the token before or after), or none does better than guessing; names it.
     """
-    rows, tokens = _tried(states, samples)
+    rows, tokens = _trial_rows(states, samples)
     readings = {}
     for stream in range(rows.shape[1]):
         for is_normed in (True, False):
@@ -238,21 +240,21 @@ def check_head(target: Target, states: ImportedStates, samples: Sequence[Sample]
             nll, hits = map(np.asarray, _next_tokens(target.config, target.params, read, tokens))
             for shift in (-1, 0, 1):
                 readings[stream - rows.shape[1] + 1, is_normed, shift] = nll[:, shift + 1], hits[:, shift + 1]
-    right, hits = readings[0, True, 0]
+    nll, hits = readings[0, True, 0]
     best = min(readings, key=lambda reading: readings[reading][0].mean())
-    other, other_hits = readings[best]
-    if _clearly_positive(right - other) or _clearly_positive(1.0 * other_hits - hits):
+    best_nll, best_hits = readings[best]
+    if _clearly_positive(nll - best_nll) or _clearly_positive(1.0 * best_hits - hits):
         raise ValueError(
-            f"{states.directory}: the target's norm and head give the next tokens with −log p {right.mean():.2f} on average, "
-            f"but {other.mean():.2f} if {_in_words(*best)}; let the server save the stream after the last layer "
+            f"{states.directory}: the target's norm and head give the next tokens with −log p {nll.mean():.2f} on average, "
+            f"but {best_nll.mean():.2f} if {_in_words(*best)}; let the server save the stream after the last layer "
             f"(layer {target.config.num_layers} to vLLM) as the last one, before the norm, each with its own token"
         )
-    if right.mean() >= np.log(target.config.vocab_size):
+    if nll.mean() >= np.log(target.config.vocab_size):
         raise ValueError(
-            f"{states.directory}: the target's norm and head give the next tokens with −log p {right.mean():.2f} on average, "
+            f"{states.directory}: the target's norm and head give the next tokens with −log p {nll.mean():.2f} on average, "
             f"no better than guessing among {target.config.vocab_size:,}; are these states of another model than {target.name}?"
         )
-    return HeadFit(len(tokens), float(hits.mean()), float(right.mean()))
+    return HeadFit(len(tokens), float(hits.mean()), float(nll.mean()))
 
 
 def _clearly_positive(differences: np.ndarray) -> bool:
@@ -271,7 +273,7 @@ def _in_words(stream: int, is_normed: bool, shift: int) -> str:
     return " and ".join(parts)
 
 
-def _tried(states: ImportedStates, samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray]:
+def _trial_rows(states: ImportedStates, samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray]:
     """States [R, n, D] at some tokens that count, and the token of each, the next and the one after: [R, 3]."""
     with_answer = [sample for sample in samples if sample.counted[:-2].any()]
     if not with_answer:
@@ -313,8 +315,8 @@ def _read_header(path: Path, config: DecoderConfig) -> tuple[Int[np.ndarray, " T
         shape, kind = states.get_shape(), states.get_dtype()
         if kind not in _FLOATS:
             raise ValueError(f"{path}: {_STATES} have type {kind}; supported are {', '.join(_FLOATS)}")
-        if (of_tokens := tensors.get_slice(_TOKENS).get_dtype()) not in _INTEGERS:
-            raise ValueError(f"{path}: {_TOKENS} have type {of_tokens}; supported are {', '.join(_INTEGERS)}; write it again")
+        if (token_kind := tensors.get_slice(_TOKENS).get_dtype()) not in _INTEGERS:
+            raise ValueError(f"{path}: {_TOKENS} have type {token_kind}; supported are {', '.join(_INTEGERS)}; write it again")
         tokens = tensors.get_tensor(_TOKENS)
     width = config.hidden_size
     last = shape[-1] if len(shape) > 1 else 0
@@ -328,16 +330,17 @@ def _read_header(path: Path, config: DecoderConfig) -> tuple[Int[np.ndarray, " T
     return tokens, shape[1] if len(shape) == 3 else last // width
 
 
-def _file_of(sample: Sample, known: Mapping[bytes, StateFile]) -> StateFile | None:
+def _file_of(sample: Sample, by_digest: Mapping[bytes, StateFile]) -> StateFile | None:
     """The file that holds a sample's tokens, or all that are needed of them."""
     for length in range(len(sample.tokens), max(needed(sample), 1) - 1, -1):
-        file = known.get(_digest(sample.tokens[:length]))
+        file = by_digest.get(_digest(sample.tokens[:length]))
         if file is not None:
             return file
     return None
 
 
 def _digest(tokens: Int[np.ndarray, " T"]) -> bytes:
+    # Of int64, since files hold their ids in any integer type.
     return hashlib.sha256(np.ascontiguousarray(tokens, np.int64).tobytes()).digest()
 
 
@@ -350,9 +353,9 @@ def _ends(path: Path, size: int = 4096) -> bytes:
         return total.to_bytes(8, "little") + first + stream.read(size)
 
 
-def _unknown(directory: Path, sample: Sample, paths: Sequence[Path], samples: int) -> str:
+def _why_no_file(directory: Path, sample: Sample, paths: Sequence[Path], samples: int) -> str:
     """What to say of a sample without a file: the nearest one, and where it differs."""
-    nearest, common, other = paths[0], -1, np.zeros(0, np.int64)
+    nearest, common, nearest_tokens = paths[0], -1, np.zeros(0, np.int64)
     for path in paths:
         with open_tensors(path) as tensors:
             tokens = tensors.get_tensor(_TOKENS)
@@ -360,9 +363,9 @@ def _unknown(directory: Path, sample: Sample, paths: Sequence[Path], samples: in
         differ = np.flatnonzero(tokens[:length] != sample.tokens[:length])
         shared = int(differ[0]) if len(differ) else length
         if shared > common:
-            nearest, common, other = path, shared, tokens
+            nearest, common, nearest_tokens = path, shared, tokens
     start = f"{directory}: no file for sample {sample.id} ({len(sample.tokens)} tokens), one of {samples}"
-    if common == len(other):
+    if common == len(nearest_tokens):
         if common and not sample.assistant_mask[:common].any():
             return (
                 f"{start}; {nearest.name} has its prompt alone: ask the server for the answer's states too (vLLM: "
@@ -372,6 +375,7 @@ def _unknown(directory: Path, sample: Sample, paths: Sequence[Path], samples: in
     if common == len(sample.tokens):
         return f"{start}; {nearest.name} begins with them and goes on: give the whole conversation, or a larger --max-length"
     return (
-        f"{start}; the nearest, {nearest.name}, has token {other[common]} at {common} and the sample {sample.tokens[common]}: "
-        "the server rendered another text (chat template, date, system prompt), or never wrote this conversation's file"
+        f"{start}; the nearest, {nearest.name}, has token {nearest_tokens[common]} at {common} and the sample "
+        f"{sample.tokens[common]}: the server rendered another text (chat template, date, system prompt), or never wrote this "
+        "conversation's file"
     )
