@@ -35,7 +35,7 @@ _spans: list[Spans] = []
 
 
 def compile_seconds() -> float:
-    """Seconds of compiling since the first call that found JAX imported, which returns 0.0; so do those before."""
+    """Seconds of compiling since the first call after JAX was imported; that call and all before it return 0.0."""
     if (jax := sys.modules.get("jax")) is None:
         return 0.0
     if not _spans:

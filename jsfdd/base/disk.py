@@ -43,10 +43,10 @@ def writing(path: str | Path, wanted: int | None = None, also: tuple[type[Except
         number = refusal(error)
         if number is None:
             raise
-        raise refused(path, number, wanted) from error
+        raise disk_error(path, number, wanted) from error
 
 
-def refused(path: str | Path, number: int, wanted: int | None = None) -> DiskError:
+def disk_error(path: str | Path, number: int, wanted: int | None = None) -> DiskError:
     """The error of a refused write, by the system's number for it."""
     size = "" if wanted is None else f"{_words(wanted)} wanted, "
     return DiskError(

@@ -24,7 +24,7 @@ if os.environ.get("NO_COLOR"):
     os.environ.setdefault("PYTHON_TYRO_ANSI_CODES", "False")  # tyro reads only this variable, and only when it is imported
 
 from jsfdd.base import interrupts
-from jsfdd.base.disk import DiskError, refusal, refused
+from jsfdd.base.disk import DiskError, disk_error, refusal
 from jsfdd.base.text import printable, shortened
 from jsfdd.commands.outcome import show
 from jsfdd.commands.parser import Command, Invocation, parse
@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:  # where no room expects a disk to refuse: a directory, the output
         if (number := refusal(error)) is None:
             raise
-        print(f"jsfdd: error: {refused(error.filename or 'the output', number)}", file=sys.stderr)
+        print(f"jsfdd: error: {disk_error(error.filename or 'the output', number)}", file=sys.stderr)
         return _leave(2)
 
 

@@ -36,7 +36,7 @@ def kept_and_dropped(loaded: Loaded, table: ScoreTable, selections: Mapping[str,
     by_id = {sample.id: sample for sample in loaded.samples}
     flatness = dict(zip(table.ids, table["flatness"].tolist(), strict=True))
     kept = {name: set(selection.ids) for name, selection in selections.items()}
-    shown = _Texts(loaded.samples, loaded.target.tokenizer)
+    texts = _Texts(loaded.samples, loaded.target.tokenizer)
     groups = []
     for name, ids in strata_of(table, selections[arm]).items():
         ranked = sorted(ids, key=lambda i: (-flatness[i], i))
@@ -52,7 +52,7 @@ def kept_and_dropped(loaded: Loaded, table: ScoreTable, selections: Mapping[str,
                 "arm": arm,
             }
             | {
-                side: [{"id": i, "source": by_id[i].source, "flatness": flatness[i]} | shown.of(by_id[i]) for i in chosen]
+                side: [{"id": i, "source": by_id[i].source, "flatness": flatness[i]} | texts.excerpts(by_id[i]) for i in chosen]
                 for side, chosen in zip(("kept_examples", "dropped_examples"), examples, strict=True)
             }
         )
@@ -60,8 +60,8 @@ def kept_and_dropped(loaded: Loaded, table: ScoreTable, selections: Mapping[str,
 
 
 class _Texts:
-    """Texts of samples without what the template puts around every prompt: the tokens with which all begin, and with which all
-    go over to the answer."""
+    """Texts of samples, without the tokens that the template puts around every prompt: those that all prompts begin with and
+    those that all end with."""
 
     def __init__(self, samples: Sequence[Sample], tokenizer):
         prompts = [_prompt(sample) for sample in samples]
@@ -69,7 +69,7 @@ class _Texts:
         self._before = 0 if alone else _common(prompts)
         self._after = 0 if alone else _common([prompt[self._before :][::-1] for prompt in prompts])
 
-    def of(self, sample: Sample) -> dict[str, str]:
+    def excerpts(self, sample: Sample) -> dict[str, str]:
         """The prompt and the answer, cut to a few lines."""
         prompt = _prompt(sample)
         answer = sample.tokens[sample.assistant_mask]

@@ -236,4 +236,4 @@ def _tokenize(chunk: list[Chat]) -> tuple[_Made, dict[str, int]]:
     assert _tokenizer is not None
     before = dict(_tokenizer.left_out)
     made = _make(_tokenizer, chunk)
-    return made, {what: count - before[what] for what, count in _tokenizer.left_out.items()}
+    return made, {kind: count - before[kind] for kind, count in _tokenizer.left_out.items()}

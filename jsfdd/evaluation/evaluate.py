@@ -246,8 +246,8 @@ def _example(target: Target, prompt: Prompt, answers: SystemAnswers, row: int) -
     """A prompt, the answer to its first turn, and that in pieces: [text, whether the draft proposed it]."""
     tokens, drafted = answers.tokens[row][0].tolist(), answers.drafted[row][0].tolist()
     pieces = accepted_pieces(lambda ids: target.tokenizer.decode(ids, skip_special_tokens=True), tokens, drafted)
-    text = {"id": prompt.id, "source": prompt.source, "prompt": prompt.turns[0], "text": answers.answers[row][0].text}
-    return text | {"pieces": [list(piece) for piece in pieces]}
+    example = {"id": prompt.id, "source": prompt.source, "prompt": prompt.turns[0], "text": answers.answers[row][0].text}
+    return example | {"pieces": [list(piece) for piece in pieces]}
 
 
 def _report(

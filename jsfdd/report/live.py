@@ -218,14 +218,14 @@ def _finite(value):
 
 
 def _training_words(trainings: Sequence[Training]) -> str:
-    training = next((one for one in trainings if not one.finished), trainings[-1])
+    training = next((training for training in trainings if not training.finished), trainings[-1])
     if training.finished:
         return "finished"
     if not training.step:
         return "before its first figures: loading, storing soft targets or compiling"
     left = "" if training.seconds_left is None else f", {duration(training.seconds_left)} left"
-    of = "" if training.steps is None else f" of {whole(training.steps)}"
-    return f"training {training.name}: step {whole(training.step)}{of}{left}"
+    total = "" if training.steps is None else f" of {whole(training.steps)}"
+    return f"training {training.name}: step {whole(training.step)}{total}{left}"
 
 
 # --- The page --------------------------------------------------------------------------------------------------------

@@ -99,8 +99,8 @@ def new_axes(title: str, width: int, height: int) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
-def to_image(figure: Figure, title: str, said: str) -> Markup:
-    """Render the figure as an <img> element with its SVG inline; `said` is what it shows, in words."""
+def to_image(figure: Figure, title: str, description: str) -> Markup:
+    """Render the figure as an <img> element with its SVG inline; `description` says in words what it shows."""
     stream = io.BytesIO()
     # Matplotlib derives ids of clip paths and markers from the salt; without one they are random, and so is the page.
     with mpl.rc_context({"svg.hashsalt": title}):
@@ -109,7 +109,7 @@ def to_image(figure: Figure, title: str, said: str) -> Markup:
     kind = "narrow" if width == NARROW else "wide"
     svg = stream.getvalue().decode().replace("<defs>", _DARK_STYLE + "<defs>", 1)
     data = base64.b64encode(svg.encode()).decode()
-    return Markup(_IMAGE).format(kind, width, height, f"{title}: {said}", data)
+    return Markup(_IMAGE).format(kind, width, height, f"{title}: {description}", data)
 
 
 def bare_left(ax: Axes) -> None:

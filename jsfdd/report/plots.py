@@ -72,8 +72,8 @@ def intervals(title: str, dots: Sequence[Dot], reference: float, unit: str, text
     ax.set_xlabel(unit)
     ax.grid(axis="x")
     bare_left(ax)
-    said = "; ".join(f"{dot.label} {_dot_words(dot, text)}" for dot in dots)
-    return to_image(figure, title, said)
+    description = "; ".join(f"{dot.label} {_dot_words(dot, text)}" for dot in dots)
+    return to_image(figure, title, description)
 
 
 @mpl.rc_context(STYLE)
@@ -94,8 +94,8 @@ def cost_and_gain(title: str, arms: Sequence[Arm]) -> Markup:
     ax.set_xlabel("seconds from conversations to draft")
     ax.set_ylabel("τ", rotation=0, labelpad=10, va="center")
     ax.grid()
-    said = "; ".join(f"{arm.name} τ {decimals(arm.row['tau'])} for {decimals(_cost(arm), 0)} s" for arm in arms)
-    return to_image(figure, title, said)
+    description = "; ".join(f"{arm.name} τ {decimals(arm.row['tau'])} for {decimals(_cost(arm), 0)} s" for arm in arms)
+    return to_image(figure, title, description)
 
 
 @mpl.rc_context(STYLE)
@@ -129,8 +129,8 @@ def source_histogram(
     ax.yaxis.get_major_locator().set_params(integer=True)
     ax.grid(axis="y")
     choices_axis(ax, vocab_size)
-    said = f"{len(values)} samples of {len(colours)} sources, {_range_words(values)}"
-    return to_image(figure, title, said)
+    description = f"{len(values)} samples of {len(colours)} sources, {_range_words(values)}"
+    return to_image(figure, title, description)
 
 
 @mpl.rc_context(STYLE)
@@ -150,8 +150,8 @@ def flatness_against_entropy(
     ax.set_ylabel("mean entropy, nats")
     ax.grid()
     choices_axis(ax, vocab_size)
-    said = f"{len(flatness)} samples, flatness {_range_words(flatness)}; entropy {_range_words(entropy)}"
-    return to_image(figure, title, said)
+    description = f"{len(flatness)} samples, flatness {_range_words(flatness)}; entropy {_range_words(entropy)}"
+    return to_image(figure, title, description)
 
 
 @mpl.rc_context(STYLE)
@@ -169,8 +169,8 @@ def token_histogram(title: str, flatness: np.ndarray, vocab_size: int) -> Markup
     ax.set_ylabel("tokens")
     ax.grid(axis="y")
     choices_axis(ax, vocab_size)
-    said = f"{len(flatness)} tokens, {_range_words(flatness)}"
-    return to_image(figure, title, said)
+    description = f"{len(flatness)} tokens, {_range_words(flatness)}"
+    return to_image(figure, title, description)
 
 
 @mpl.rc_context(STYLE)
@@ -190,8 +190,8 @@ def entropy_density(title: str, flatness: np.ndarray, entropy: np.ndarray, vocab
     log_flatness_axis(ax, low, high)
     ax.set_ylabel("entropy, nats")
     choices_axis(ax, vocab_size)
-    said = f"{len(flatness)} tokens, flatness {_range_words(flatness)}; entropy {_range_words(entropy)}"
-    return to_image(figure, title, said)
+    description = f"{len(flatness)} tokens, flatness {_range_words(flatness)}; entropy {_range_words(entropy)}"
+    return to_image(figure, title, description)
 
 
 @mpl.rc_context(STYLE)
@@ -216,8 +216,8 @@ def kept_shares(title: str, groups: Sequence[str], counts: Sequence[int], shares
     ax.set_xlabel("% of its samples")
     ax.grid(axis="x")
     bare_left(ax)
-    said = "; ".join(f"{arm} {_shares_words(groups, values)}" for arm, values in shares.items())
-    return to_image(figure, title, said)
+    description = "; ".join(f"{arm} {_shares_words(groups, values)}" for arm, values in shares.items())
+    return to_image(figure, title, description)
 
 
 @mpl.rc_context(STYLE)
@@ -234,8 +234,8 @@ def length_histogram(title: str, kept: np.ndarray, dropped: np.ndarray, arm: str
     ax.set_ylabel("samples")
     ax.yaxis.get_major_locator().set_params(integer=True)
     ax.grid(axis="y")
-    said = f"kept {_range_words(kept)}; dropped {_range_words(dropped)} counted tokens"
-    return to_image(figure, title, said)
+    description = f"kept {_range_words(kept)}; dropped {_range_words(dropped)} counted tokens"
+    return to_image(figure, title, description)
 
 
 @mpl.rc_context(STYLE)
@@ -252,10 +252,10 @@ def curves(
     ax.set_xlabel("step")
     ax.set_xlim(left=0)
     ax.grid(axis="y")
-    said = "; ".join(
+    description = "; ".join(
         f"{arm} from {_value(v[0], is_share)} to {_value(v[-1], is_share)}" for arm, (_, v) in series.items() if len(v)
     )
-    return to_image(figure, title, said)
+    return to_image(figure, title, description)
 
 
 @mpl.rc_context(STYLE)
@@ -273,8 +273,8 @@ def alpha_by_depth(title: str, arms: Sequence[Arm]) -> Markup:
     ax.set_xlabel("draft depth")
     ax.set_ylabel("accepted, % of reached")
     ax.grid(axis="y")
-    said = "; ".join(f"{arm.name} {', '.join(map(percent, arm.report['alpha']))}" for arm in arms)
-    return to_image(figure, title, said)
+    description = "; ".join(f"{arm.name} {', '.join(map(percent, arm.report['alpha']))}" for arm in arms)
+    return to_image(figure, title, description)
 
 
 @mpl.rc_context(STYLE)
@@ -290,8 +290,8 @@ def accepted_lengths(title: str, arms: Sequence[Arm]) -> Markup:
     ax.set_xlabel("draft tokens accepted")
     ax.set_ylabel("% of verifications")
     ax.grid(axis="y")
-    said = "; ".join(f"{arm.name} {_counts_words(arm.report['accept_counts'])}" for arm in arms)
-    return to_image(figure, title, said)
+    description = "; ".join(f"{arm.name} {_counts_words(arm.report['accept_counts'])}" for arm in arms)
+    return to_image(figure, title, description)
 
 
 @mpl.rc_context(STYLE)
@@ -316,8 +316,8 @@ def tau_by_source(title: str, arms: Sequence[Arm]) -> Markup:
     ax.set_xlabel("tokens per verification")
     ax.grid(axis="x")
     bare_left(ax)
-    said = "; ".join(f"{arm.name} {_sources_words(arm)}" for arm in arms)
-    return to_image(figure, title, said)
+    description = "; ".join(f"{arm.name} {_sources_words(arm)}" for arm in arms)
+    return to_image(figure, title, description)
 
 
 def _interval_mark(ax: Axes, dot: Dot, x: float, y: float) -> None:

@@ -29,6 +29,8 @@ _HEADERS = {
 
 
 class LoopbackServer(ThreadingHTTPServer):
+    """A thread for each connection, none of which keeps the command alive."""
+
     daemon_threads = True
     allow_reuse_address = True
 
