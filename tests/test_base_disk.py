@@ -21,6 +21,7 @@ from jsfdd.base.records import Sample, TrainState
 from jsfdd.commands.cli import main
 from jsfdd.data import samples
 from jsfdd.decoding import conversation_log
+from jsfdd.decoding.conversation_log import AnsweredBatch
 from jsfdd.hidden.writer import HiddenWriter
 from jsfdd.training import journal
 from jsfdd.weights import checkpoint, export
@@ -54,7 +55,7 @@ def test_a_shard(tmp_path):
 
 @pytest.mark.parametrize("name, write", [
     ("metrics.jsonl", lambda out: journal._append(out / "metrics.jsonl", {"step": 1})),
-    ("answers.parts", lambda out: conversation_log._append(out / "answers.parts", {})),
+    ("answers.parts", lambda out: conversation_log.append_batch(out / "answers.parts", AnsweredBatch(0, [], [], []))),
 ])  # fmt: skip
 def test_a_log(tmp_path, name, write):
     full(tmp_path / name)

@@ -523,3 +523,15 @@ def test_what_the_system_says_of_a_file_has_a_remedy_too(monkeypatch, capsys, er
     monkeypatch.setattr(cli, "_run", fail)
     assert main(["demo"]) == 2
     assert capsys.readouterr().err.startswith(f"jsfdd: error: {said}")
+
+
+def test_programs_are_cached_beside_those_of_earlier_versions(tmp_path):
+    """JAX stores nothing in a bounded cache that holds a program without the time of its last use."""
+    old = tmp_path / "jsfdd" / "xla" / "jit_step-1-cache"
+    old.parent.mkdir(parents=True)
+    old.write_bytes(b"of an unbounded cache")
+    script = "from jsfdd.commands.cli import _prepare_jax; _prepare_jax(); import jax; jax.jit(lambda x: x + 1)(1)"
+    env = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    subprocess.run([sys.executable, "-W", "error", "-c", script], env=env | {"XDG_CACHE_HOME": str(tmp_path)}, check=True)
+    kept = {path.name.rpartition("-")[2] for path in tmp_path.glob("jsfdd/*/jit__lambda*")}
+    assert kept == {"cache", "atime"}

@@ -8,15 +8,12 @@ what the draft proposed, by wrapping the two functions that know.
 
 import argparse
 import json
-import os
 from pathlib import Path
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # everything in this process
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-
-import vllm  # noqa: E402
-from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer  # noqa: E402
-from vllm.v1.spec_decode.metrics import SpecDecodingStats  # noqa: E402
+from engine import make_engine
+from vllm import SamplingParams, __version__
+from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
+from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 PER_POSITION = "vllm:spec_decode_num_accepted_tokens_per_pos"
 DRAFTS = "vllm:spec_decode_num_drafts"
@@ -66,18 +63,8 @@ def main() -> None:
             "num_speculative_tokens": depth,
             "draft_sample_method": "probabilistic",  # as the card says; greedy decoding does not ask
         }
-    llm = vllm.LLM(
-        model=str(args.target),
-        dtype="float32",
-        enforce_eager=True,
-        max_model_len=2048,
-        enable_prefix_caching=False,
-        disable_log_stats=False,
-        **speculation,
-    )
-    sampling = vllm.SamplingParams(
-        temperature=0.0, max_tokens=settings["max_new_tokens"], stop_token_ids=settings["stop_tokens"]
-    )
+    llm = make_engine(args.target, disable_log_stats=False, **speculation)
+    sampling = SamplingParams(temperature=0.0, max_tokens=settings["max_new_tokens"], stop_token_ids=settings["stop_tokens"])
     tokenizer = llm.get_tokenizer()
     rows = []
     # One at a time with a draft, so that every count belongs to a prompt; without one only the texts matter.
@@ -98,7 +85,7 @@ def main() -> None:
                 }
             )
             print(row["id"], len(rows[-1]["tokens"]), sum(rows[-1]["accepted"]), flush=True)
-    result = {"vllm": vllm.__version__, "rows": rows}
+    result = {"vllm": __version__, "rows": rows}
     if args.draft:
         result["drafts"], result["accepted_per_position"] = counters(llm)
     args.out.write_text(json.dumps(result) + "\n")

@@ -9,15 +9,12 @@ have nothing to do, and are replaced by objects that do nothing.
 
 import argparse
 import json
-import os
 from pathlib import Path
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # everything in this process
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-
-import torch  # noqa: E402
-import vllm  # noqa: E402
-from vllm.config import KVTransferConfig  # noqa: E402
+import torch
+from engine import make_engine
+from vllm import SamplingParams
+from vllm.config import KVTransferConfig
 
 
 class Nothing:
@@ -64,12 +61,8 @@ def main() -> None:
     args = parser.parse_args()
     states = args.out / "states"
     states.mkdir(parents=True)
-    llm = vllm.LLM(
-        model=str(args.target),
-        dtype="float32",
-        enforce_eager=True,
-        max_model_len=2048,
-        enable_prefix_caching=False,
+    llm = make_engine(
+        args.target,
         speculative_config={
             "method": "extract_hidden_states",
             "num_speculative_tokens": 1,
@@ -83,7 +76,7 @@ def main() -> None:
     )
     if not torch.cuda.is_available():
         without_cuda()  # only now: the engine puts objects of its own in their place as it starts
-    sampling = vllm.SamplingParams(
+    sampling = SamplingParams(
         temperature=0.0,
         max_tokens=args.max_new_tokens,
         stop_token_ids=args.stop_tokens,
@@ -93,7 +86,7 @@ def main() -> None:
     asked = [[{"role": "user", "content": row["turns"][0]}] for row in rows]
     outputs = llm.chat(asked, sampling, use_tqdm=False)
     # The engine saves a finished request in the step after, which those that finish last do not have; a short one brings it.
-    llm.chat(asked[0], vllm.SamplingParams(max_tokens=3), use_tqdm=False)
+    llm.chat(asked[0], SamplingParams(max_tokens=3), use_tqdm=False)
     with (args.out / "chats.jsonl").open("w") as file:
         for row, messages, output in zip(rows, asked, outputs, strict=True):
             answer = output.outputs[0]

@@ -50,6 +50,15 @@ def sync(path: Path) -> None:
 _POINTER = b"version https://git-lfs"
 
 
+def append_line(path: Path, line: dict) -> None:
+    """Append a line of JSON to a log, and return when it is on disk."""
+    data = json.dumps(line).encode() + b"\n"
+    with writing(path, len(data)), path.open("ab") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def check_no_pointer(path: str | Path) -> None:
     """Raise ValueError if a file is a Git LFS pointer: what git leaves in place of a file that was not fetched."""
     path = Path(path)

@@ -218,7 +218,9 @@ def _prepare_jax() -> None:
     import jax
 
     if not jax.config.jax_compilation_cache_dir:
-        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jsfdd" / "xla"
+        # Not jsfdd/xla, where earlier versions kept programs without the times of use that JAX needs to drop the oldest: beside
+        # one of those it would store nothing more.
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jsfdd" / "programs"
         jax.config.update("jax_compilation_cache_dir", str(cache))
         jax.config.update("jax_compilation_cache_max_size", _CACHE_BYTES)
 

@@ -10,14 +10,12 @@ is ignored.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
 import msgspec
 
-from jsfdd.base.disk import writing
-from jsfdd.base.files import differences, plain, sync
+from jsfdd.base.files import append_line, differences, plain, sync
 
 
 class Answer(NamedTuple):
@@ -94,23 +92,15 @@ def open_log(path: Path, identity: dict) -> None:
     with path.open("ab") as file:
         file.truncate(len(whole))
     if not whole:
-        _append(path, {"identity": identity})
+        append_line(path, {"identity": identity})
         sync(path.parent)
 
 
 def append_batch(path: Path, batch: AnsweredBatch) -> None:
     """Append one batch and flush it to disk."""
-    _append(path, batch._asdict())
+    append_line(path, batch._asdict())
 
 
 def _whole_lines(path: Path) -> bytes:
     data = path.read_bytes() if path.exists() else b""
     return data[: data.rfind(b"\n") + 1]
-
-
-def _append(path: Path, line: dict) -> None:
-    data = json.dumps(line).encode() + b"\n"
-    with writing(path, len(data)), path.open("ab") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())

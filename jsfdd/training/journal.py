@@ -15,12 +15,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from contextlib import ExitStack
 from pathlib import Path
 
-from jsfdd.base.disk import writing
-from jsfdd.base.files import read_json, write_json, written_whole
+from jsfdd.base.files import append_line, read_json, write_json, written_whole
 from jsfdd.base.processes import is_primary, wait_for_all
 from jsfdd.training.tensorboard import open_board
 
@@ -137,14 +135,9 @@ def _text(path: Path) -> str:
 
 
 def _append(path: Path, line: dict) -> None:
-    """Append one line and flush it to disk, before the checkpoint that follows."""
-    if not is_primary():
-        return
-    data = json.dumps(line).encode() + b"\n"
-    with writing(path, len(data)), path.open("ab") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    """Append one line, which is on disk before the checkpoint that follows."""
+    if is_primary():
+        append_line(path, line)
 
 
 def _drop_after(path: Path, step: int) -> None:
