@@ -201,13 +201,18 @@ def test_attention_over_many_blocks_computes_the_pairs_that_it_visits():
     )
 
 
-def test_compiling_needs_libtpu_and_names_its_devices_itself(tmp_path, monkeypatch):
+def test_compiling_needs_a_compiler_and_names_its_devices_itself(tmp_path, monkeypatch):
     write_chats(tmp_path / "chats.jsonl")
     monkeypatch.setitem(sys.modules, "libtpu", None)
     with pytest.raises(ValueError, match=r"v5p:2x2x2: compiling for TPUs needs libtpu: pip install 'jsfdd\[tpu\]'"):
         prepare(options(tmp_path, compile="v5p:2x2x2"))
     with pytest.raises(ValueError, match="--compile: names the devices itself; leave --devices"):
         options(tmp_path, compile="v5p:2x2x2", devices=4)
+    monkeypatch.setitem(sys.modules, "jax_cuda13_plugin", None)
+    with pytest.raises(ValueError, match=r"h200:8: compiling for GPUs needs CUDA's compiler: pip install 'jsfdd\[cuda\]'"):
+        prepare(options(tmp_path, compile="h200:8"))
+    with pytest.raises(ValueError, match="h200:12: write how many GPUs"):
+        prepare(options(tmp_path, compile="h200:12"))
 
 
 def test_what_a_compiler_said_stands_beside_the_estimates():
@@ -216,10 +221,10 @@ def test_what_a_compiler_said_stands_beside_the_estimates():
         "%a = f32[4,2]{1,0} all-reduce(%b)\n%c = (bf16[4]{0}, f32[]) all-reduce-start(%d)\n%e = f32[] add(%f)"
     )
     assert exchanges == {"all-reduce": (32 + 12, 2)}
-    program = Program(16 * 10**9, 10**9, 10**8, exchanges, 7.0)
+    program = Program(16 * 10**9, 10**9, 10**8, exchanges, 3e8, 3e6, 7.0)
     compiled = [Compiled("score", shape, program), Compiled("train", shape, None, "Ran out; use --model-shards")]
     stages = [Stage(name, {"all": 2e9}, 0.0, 0.0) for name in ("score", "train")]
     plan = Plan(stages, Devices(1, "x", 1, 1, "x"), 1, 1, Lengths(np.ones(1), np.ones(1), ""), CHECKED, mesh)
     words = rendered(lambda out: print_compiled("v5e:2x4", compiled, plan, out))
-    assert "score 4 × 2048 17.1 2 1 7 2 all-reduce" in " ".join(words.split())
+    assert "score 4 × 2048 17.1 2 1 300 7 2 all-reduce" in " ".join(words.split())
     assert "train does not fit: Ran out; use --model-shards" in words

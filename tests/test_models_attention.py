@@ -1,4 +1,5 @@
-"""Attention of whole sequences: blocks against the equation, harmonised columns against their definition, memory by length."""
+"""Attention of whole sequences: blocks and the TPU's kernel against the equation, harmonised columns against their definition,
+memory by length."""
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +7,10 @@ import numpy as np
 import pytest
 from toy import toy_config
 
+from jsfdd.base.mesh import make_mesh, map_over_devices
 from jsfdd.models.attention import attention, harmonised_attention, quadratic_attention
 from jsfdd.models.blocked_attention import BLOCK, Reach, blocked_attention, num_pairs
+from jsfdd.models.splash_attention import has_kernel, splash_attention
 from jsfdd.models.target import hidden_states, init_params
 
 REACHES = {
@@ -24,10 +27,10 @@ REACHES = {
 }
 
 
-def inputs(length=18, dtype=jnp.float32):
+def inputs(length=18, dtype=jnp.float32, rows=2):
     """q, k, v of 2 rows, 2 key/value heads and 3 queries that share one."""
     keys = jax.random.split(jax.random.key(0), 3)
-    shapes = (2, length, 2, 3, 8), (2, 2, 8, length), (2, 2, length, 8)
+    shapes = (rows, length, 2, 3, 8), (rows, 2, 8, length), (rows, 2, length, 8)
     return [jax.random.normal(key, shape).astype(dtype) for key, shape in zip(keys, shapes)]
 
 
@@ -52,6 +55,52 @@ def test_blocks_compute_the_equation_and_its_gradient(reach, block):
     np.testing.assert_allclose(lse, expected_lse, atol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), gradients, expected_gradients)
     assert reach in (Reach(2, 2), Reach(behind=20)) or np.abs(expected_gradients[1]).max() > 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reach", [Reach(), Reach(130), Reach(behind=2)], ids=["causal", "window", "behind"])
+def test_the_kernel_computes_the_equation_and_its_gradient(monkeypatch, reach):
+    """300 positions in blocks of 128, of which one cannot be seen from the last; the last block is not full."""
+    monkeypatch.setattr("jsfdd.models.splash_attention.BLOCK", 128)
+    q, k, v = inputs(300, rows=1)
+    gradients, (y, lse) = both(splash_attention, reach, with_lse=True, interpret=True)(q, k, v)
+    expected_gradients, (expected, expected_lse) = both(quadratic_attention, reach)(q, k, v)
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+    np.testing.assert_allclose(lse, expected_lse, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5), gradients, expected_gradients)
+
+
+@pytest.mark.slow
+def test_the_kernel_has_a_gradient_where_no_log_sum_exp_is_wanted(monkeypatch):
+    """Four blocks of 128, two of keys at a time, and the kernel's own backward pass."""
+    monkeypatch.setattr("jsfdd.models.splash_attention.BLOCK", 128)
+    q, k, v = inputs(500, rows=1)
+
+    def mixed(form, **changes):
+        def total(q, k, v):
+            y, lse = form(q, k, v, 0.3, Reach(), **changes)
+            return jnp.sum(jnp.sin(3 * y)), (y, lse)
+
+        return jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+
+    gradients, (y, lse) = mixed(splash_attention, interpret=True)
+    expected_gradients, (expected, _) = mixed(quadratic_attention)
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5), gradients, expected_gradients)
+    assert lse is None
+
+
+def test_a_cpu_has_no_kernel():
+    """Neither where nothing says what device it is, nor where a mesh says that it is a CPU."""
+    assert not has_kernel(4096, Reach())
+    found = []
+
+    def look(_, x):
+        found.append(has_kernel(4096, Reach()))
+        return x
+
+    jax.eval_shape(map_over_devices(look, make_mesh(2)), None, jnp.zeros(2))
+    assert found == [False]
 
 
 def test_the_equation_is_attention_under_a_mask():

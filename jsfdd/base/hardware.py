@@ -14,9 +14,11 @@ KNOWN_DEVICES = {
     "TPU v5 lite": (16, 197),
     "TPU v5": (95, 459),
     "TPU v6 lite": (32, 918),
+    "TPU7x": (96, 1153),  # half a chip, as JAX counts them
     "NVIDIA A100-SXM4-80GB": (80, 312),
     "NVIDIA H100 80GB HBM3": (80, 989),
     "NVIDIA H200": (141, 989),
+    "NVIDIA B200": (180, 2250),
 }
 
 

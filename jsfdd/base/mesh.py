@@ -179,7 +179,8 @@ def sum_over_devices(f: Callable, mesh: Mesh, *, num_sharded: int = 1) -> Callab
     return jax.shard_map(
         summed,
         mesh=mesh,
-        axis_names={"data"},
+        # With nothing left to the compiler, kernels written for one device can be used (`models/splash_attention.py`).
+        axis_names={"data"} if mesh.shape["model"] > 1 else set(mesh.axis_names),
         in_specs=(P(),) + (P("data"),) * num_sharded,
         out_specs=P(),
         check_vma=False,

@@ -1,10 +1,10 @@
-"""The programs of every stage, compiled for TPUs that need not be there: libtpu's compiler runs on a CPU.
+"""The programs of every stage, compiled for accelerators that need not be there: their compilers run on a CPU.
 
-    mesh = topology_mesh("v5p:2x2x2")
-    read_program(lower_score(config, mesh, Shape(4, 2048)))      # bytes, collectives, seconds of compiling
+    mesh = topology_mesh("v5p:2x2x2")                            # or "h200:8"; topology_mesh(…, 8) splits the target over 8
+    read_program(lower_score(config, mesh, Shape(4, 2048)))      # bytes, collectives, cycles, seconds of compiling
 
 Arguments are shapes with a place on the mesh, so nothing is allocated. They are those of real runs on accelerators: norm scales
-and what trains are float32, all else is bfloat16. Rows are those of one device; every device has as many.
+and what trains are float32, all else is bfloat16. Rows are those of one data shard; every shard has as many.
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jsfdd.base.mesh import map_over_devices
+from jsfdd.base.mesh import map_over_devices, num_data_shards
 from jsfdd.base.records import Batch, DraftBatch
+from jsfdd.base.tuning import scoring_block, vocabulary_block
+from jsfdd.commands.gpu_kinds import KINDS, target_config
+from jsfdd.commands.schedule import schedule
 from jsfdd.data.batches import Shape
 from jsfdd.decoding.generate import decode_prompts, prepare_drafts
 from jsfdd.decoding.settings import DecodeSetup
@@ -31,6 +34,7 @@ from jsfdd.decoding.state import DecodeParams, PromptBatch
 from jsfdd.hidden.capture import make_hidden_step
 from jsfdd.models.architecture import DecoderConfig
 from jsfdd.models.draft import draft_config, init_draft
+from jsfdd.models.sharding import param_sharding
 from jsfdd.models.target import init_params
 from jsfdd.scoring.score import make_score_step
 from jsfdd.training.loss import borrow
@@ -59,6 +63,8 @@ class Program(NamedTuple):
       arguments, temporaries: bytes that it is given, and that it takes beside them and its results.
       results: bytes of its results, without those that take over an argument's.
       collectives: bytes of the results of each kind of exchange between devices, and how many there are.
+      cycles: the compiler's own estimate, if it gives one (TPUs): see `schedule`. Of decoding, the prompts and one step.
+      round_cycles: those of one round of the loops that depend on data: a block of counted tokens, or a step of decoding.
       seconds: CPU seconds of compiling.
     """
 
@@ -66,6 +72,8 @@ class Program(NamedTuple):
     temporaries: int
     results: int
     collectives: Mapping[str, tuple[int, int]]
+    cycles: float
+    round_cycles: float
     seconds: float
 
     @property
@@ -83,12 +91,19 @@ class Compiled(NamedTuple):
     refused: str | None = None
 
 
-def topology_mesh(name: str) -> Mesh:
-    """A mesh over "data" of the devices of a TPU slice, such as v5e:2x4, v5p:2x2x2 or v6e:4x4.
+def topology_mesh(name: str, model_shards: int = 1) -> Mesh:
+    """A mesh of the devices of a TPU slice, such as v5e:2x4, v5p:2x2x2 or tpu7x:2x2x1, or of GPUs, such as h200:8.
 
     Raises:
-      ValueError: libtpu is not installed, or knows no such slice.
+      ValueError: the compiler's wheel is not installed, it knows no such devices, or the model shards do not divide them.
     """
+    devices = _gpus(name) if name.partition(":")[0] in KINDS else _tpus(name)
+    if len(devices) % model_shards:
+        raise ValueError(f"--model-shards: {model_shards} does not divide the {len(devices)} devices of {name}")
+    return Mesh(np.array(devices).reshape(-1, model_shards), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+
+def _tpus(name: str) -> list:
     from jax.experimental import topologies
 
     for variable, value in _LIBTPU.items():
@@ -98,25 +113,42 @@ def topology_mesh(name: str) -> Mesh:
     except ModuleNotFoundError:
         raise ValueError(f"{name}: compiling for TPUs needs libtpu: pip install 'jsfdd[tpu]'") from None
     try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
     except jax.errors.JaxRuntimeError as error:
         if not str(error).startswith("INVALID_ARGUMENT"):  # a fault of libtpu itself is no wrong name
             raise
         reason = str(error).removeprefix("INVALID_ARGUMENT: ").splitlines()[0]
         raise ValueError(f"{name}: no slice that libtpu knows ({reason}); write it as v5e:2x4, v5p:2x2x2 or v6e:4x4") from None
-    return Mesh(np.array(devices).reshape(-1, 1), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+
+def _gpus(name: str) -> list:
+    from jax.experimental import topologies
+
+    kind, _, count = name.partition(":")
+    if not re.fullmatch("[1-9][0-9]*", count) or (int(count) > 8 and int(count) % 8):
+        raise ValueError(f"{name}: write how many GPUs, up to eight or whole hosts of eight, as {kind}:8")
+    try:
+        import jax_cuda13_plugin  # noqa: F401
+    except ModuleNotFoundError:
+        raise ValueError(f"{name}: compiling for GPUs needs CUDA's compiler: pip install 'jsfdd[cuda]'") from None
+    # Kernels would be timed on a device to choose among them: without one XLA takes its default.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
+    hosts, devices = max(int(count) // 8, 1), min(int(count), 8)
+    return topologies.get_topology_desc(
+        platform="cuda", topology_name=name, topology=f"1x{hosts}x{devices}", target_config=target_config(KINDS[kind])
+    ).devices
 
 
 def lower_score(config: DecoderConfig, mesh: Mesh, shape: Shape, keep_hidden: bool = False) -> Lowered:
     """Scoring a batch, and keeping its hidden states."""
     step = make_score_step(config, mesh, hidden_dtype="bfloat16" if keep_hidden else None)
-    return step.lower(_whole(_target(config), mesh), _split(_batch(mesh, shape), mesh))
+    return step.lower(_target(config, mesh), _split(_batch(mesh, shape), mesh))
 
 
 def lower_hidden(config: DecoderConfig, mesh: Mesh, shape: Shape, layers: tuple[int, ...] = ()) -> Lowered:
     """Computing hidden states alone."""
     step = make_hidden_step(config, mesh, "bfloat16", layers)
-    return step.lower(_whole(_target(config), mesh), _split(_batch(mesh, shape), mesh))
+    return step.lower(_target(config, mesh), _split(_batch(mesh, shape), mesh))
 
 
 def lower_train(config: DecoderConfig, mesh: Mesh, shape: Shape, recipe: Recipe) -> Lowered:
@@ -124,8 +156,8 @@ def lower_train(config: DecoderConfig, mesh: Mesh, shape: Shape, recipe: Recipe)
     draft = draft_config(config, kind=recipe.draft_kind, target_layers=recipe.target_layers)
     optimizer = make_optimizer(recipe, 100)
     state = jax.eval_shape(lambda: init_state(draft, optimizer, 0))
-    frozen = jax.eval_shape(lambda target: borrow(config, target), _target(config))
-    rows, length = shape.rows * mesh.shape["data"], shape.length
+    frozen = jax.eval_shape(lambda target: borrow(config, target), _target(config, mesh))
+    rows, length = shape.rows * num_data_shards(mesh), shape.length
     stored = recipe.stored_soft_targets(hidden_is_stored=True)
     soft_targets = {
         None: None,
@@ -140,12 +172,13 @@ def lower_train(config: DecoderConfig, mesh: Mesh, shape: Shape, recipe: Recipe)
         soft_targets=soft_targets,
     )
     step = make_train_step(draft, optimizer, mesh, recipe)
-    return step.lower(_whole(frozen, mesh), _whole(state, mesh), _split(batch, mesh))
+    frozen = _placed(frozen, NamedSharding(mesh, P("model")))  # by tokens, as `split_vocabulary` does
+    return step.lower(frozen, _whole(state, mesh), _split(batch, mesh))
 
 
 def lower_decode(setup: DecodeSetup, mesh: Mesh, shape: Shape) -> Lowered:
     """Reading prompts of this shape and decoding their answers."""
-    target = _target(setup.target)
+    target = _target(setup.target, mesh)
     trained = [jax.eval_shape(lambda draft=draft: init_draft(draft, jax.random.key(0))) for draft in setup.drafts]
     drafts = jax.eval_shape(prepare_drafts, trained, target)
 
@@ -154,15 +187,22 @@ def lower_decode(setup: DecodeSetup, mesh: Mesh, shape: Shape) -> Lowered:
         target, drafts, temperature = arguments
         return decode_prompts(setup, DecodeParams(target, target, drafts), batch, temperature)
 
-    rows = shape.rows * mesh.shape["data"]
+    rows = shape.rows * num_data_shards(mesh)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
     batch = PromptBatch(_array((rows, shape.length), jnp.int32), _array((rows,), jnp.int32), keys)
-    arguments = _whole((target, drafts, _array((), jnp.float32)), mesh)
+    arguments = target, *_whole((drafts, _array((), jnp.float32)), mesh)
     return map_over_devices(run, mesh).lower(arguments, _split(batch, mesh))
 
 
-def read_program(lowered: Lowered) -> Program:
-    """Compile a program, and what the compiler says of it.
+def head_rounds(stage: str, mesh: Mesh, shape: Shape) -> int:
+    """How often a stage's loop over counted tokens goes round if all count; 1 of a stage that has none."""
+    platform = mesh.devices.flat[0].platform
+    size = {"score": scoring_block(platform), "train": vocabulary_block(platform)}.get(stage)
+    return 1 if size is None else -(-shape.rows * shape.length // size)
+
+
+def read_program(lowered: Lowered, rounds: int = 1) -> Program:
+    """Compile a program, and what the compiler says of it; `rounds` are those of loops that depend on data.
 
     Raises:
       jax.errors.JaxRuntimeError: it does not fit (RESOURCE_EXHAUSTED).
@@ -170,20 +210,23 @@ def read_program(lowered: Lowered) -> Program:
     begun = time.process_time()
     compiled = lowered.compile()
     seconds = time.process_time() - begun
-    memory = compiled.memory_analysis()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    once, never = (sum(step.cycles for step in schedule(text, times)) for times in (1, 0))
     return Program(
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         results=memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        collectives=collectives(compiled.as_text()),
+        collectives=collectives(text),
+        cycles=never + rounds * (once - never),
+        round_cycles=once - never,
         seconds=seconds,
     )
 
 
-def compile_stage(name: str, shape: Shape, lower: Callable[[], Lowered]) -> Compiled:
+def compile_stage(name: str, shape: Shape, lower: Callable[[], Lowered], rounds: int = 1) -> Compiled:
     """`read_program` of a stage; if it does not fit, what the compiler says of that, and the remedy."""
     try:
-        return Compiled(name, shape, read_program(lower()))
+        return Compiled(name, shape, read_program(lower(), rounds))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -207,17 +250,18 @@ def _bytes(dtype: str, shape: str) -> int:
     return math.prod(int(n) for n in shape.split(",") if n) * bits // 8
 
 
-def _target(config: DecoderConfig):
-    """A target's parameters as `load_target` reads them for an accelerator."""
+def _target(config: DecoderConfig, mesh: Mesh):
+    """A target's parameters as `load_target` reads them for an accelerator and `place_params` places them."""
 
     def stored(path, leaf):
-        return _array(leaf.shape, jnp.float32 if path[-1].key == "scale" else jnp.bfloat16)
+        place = param_sharding("/".join(key.key for key in path), leaf.shape, mesh)
+        return _array(leaf.shape, jnp.float32 if path[-1].key == "scale" else jnp.bfloat16, sharding=place)
 
     return jax.tree_util.tree_map_with_path(stored, jax.eval_shape(lambda: init_params(config, jax.random.key(0))))
 
 
 def _batch(mesh: Mesh, shape: Shape) -> Batch:
-    rows = shape.rows * mesh.shape["data"]
+    rows = shape.rows * num_data_shards(mesh)
     return Batch(_array((rows, shape.length), jnp.int32), _array((rows, shape.length), jnp.bool_), _array((rows,), jnp.int32))
 
 

@@ -1,8 +1,8 @@
 """`jsfdd plan`: estimate whether a run fits on the devices, and its shortest time. `costs.py` computes each stage's cost.
 
 No weights are read and nothing is allocated, so a 70B model's config.json is enough. The time is the FLOPs divided by the
-devices' peak or measured rate of matrix products, which is a lower bound. With --compile, a TPU's compiler says beside the
-estimates what its programs take (`plan_compiled.py`).
+devices' peak or measured rate of matrix products, which is a lower bound. With --compile, an accelerator's compiler says
+beside the estimates what its programs take (`plan_compiled.py`).
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ class PlanConfig:
     device_kind: OptionalText = None
     """Kind of the devices, as JAX names it: "TPU v5 lite", "NVIDIA H200", … Default: that of this machine."""
     compile: OptionalText = None
-    """Also compile every stage for this slice of TPUs, as v5e:2x4, v5p:2x2x2 or v6e:4x4, and say what its compiler says. Needs
-    libtpu, no TPU, and minutes."""
+    """Also compile every stage for this slice of TPUs, as v5e:2x4 or v5p:2x2x2, or these GPUs, as h200:8, and say what the
+    compiler says. Needs libtpu, or CUDA's compiler, no device, and minutes."""
 
     def __post_init__(self):
         check_share("--retain-ratio", self.retain_ratio)
@@ -85,8 +85,6 @@ class PlanConfig:
         check_at_least(1, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size)
         if self.compile and (self.devices or self.device_kind):
             raise ValueError("--compile: names the devices itself; leave --devices and --device-kind out")
-        if self.compile and self.model.model_shards > 1:
-            raise ValueError("--compile: compiles targets that fit a device whole; leave --model-shards out")
 
 
 class Devices(NamedTuple):
@@ -108,7 +106,7 @@ class Devices(NamedTuple):
 
 class Plan(NamedTuple):
     """The estimates; `suggested` is the smallest number of model shards that fits, None if none does. With --compile, `mesh` is
-    the slice and `target` what is compiled for it."""
+    of the devices and `target` what is compiled for it."""
 
     stages: list[Stage]
     devices: Devices
@@ -130,14 +128,14 @@ def prepare(config: PlanConfig) -> Plan:
     """Compute the whole plan.
 
     Raises:
-      ValueError: --model-shards does not divide the devices or a parameter, a device kind or slice is unknown, libtpu is
+      ValueError: --model-shards does not divide the devices or a parameter, a device kind or slice is unknown, a compiler is
         wanted and not installed, or the target's config or the chats are wrong.
     """
     mesh = None
     if config.compile:
         from jsfdd.commands.ahead import topology_mesh
 
-        mesh = topology_mesh(config.compile)
+        mesh = topology_mesh(config.compile, config.model.model_shards)
     devices = find_devices(config.devices, config.device_kind, mesh)
     model_shards = config.model.model_shards
     if devices.count % model_shards:

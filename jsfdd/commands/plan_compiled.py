@@ -1,4 +1,4 @@
-"""What `jsfdd plan --compile` adds to the estimates: what the compiler of a slice of TPUs says of every stage."""
+"""What `jsfdd plan --compile` adds to the estimates: what the compiler of an accelerator says of every stage."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rich import box
 from rich.table import Table
 
+from jsfdd.base.mesh import num_data_shards
 from jsfdd.base.numbers import gigabytes
 from jsfdd.commands import ahead, costs
 from jsfdd.commands.ahead import Compiled
@@ -26,7 +27,8 @@ def compile_stages(config: PlanConfig, plan: Plan) -> list[Compiled]:
     """Compile the largest batch of each stage for `plan.mesh`."""
     target, mesh = plan.target, plan.mesh
     read = costs.largest_shape(target, plan.lengths, config.chats.batch_tokens)
-    trained = Shape(-(-read.rows // mesh.size), read.length)
+    shards = num_data_shards(mesh)
+    trained = Shape(-(-read.rows // shards), read.length)
     recipe = Recipe(draft_kind=config.draft_kind, soft_targets=config.soft_targets, compute_dtype="bfloat16")
     setup = DecodeSetup(
         target=target,
@@ -34,11 +36,17 @@ def compile_stages(config: PlanConfig, plan: Plan) -> list[Compiled]:
         num_draft_tokens=DecodingOptions.num_draft_tokens,
         max_new_tokens=config.max_new_tokens,
     )
-    asked = Shape(-(-config.batch_size // mesh.size), config.chats.max_length)
+    asked = Shape(-(-config.batch_size // shards), config.chats.max_length)
+
+    def rounds(stage: str, shape: Shape) -> int:
+        return ahead.head_rounds(stage, mesh, shape)
+
     return [
-        ahead.compile_stage("score", read, lambda: ahead.lower_score(target, mesh, read)),
+        ahead.compile_stage("score", read, lambda: ahead.lower_score(target, mesh, read), rounds("score", read)),
         ahead.compile_stage("hidden states", read, lambda: ahead.lower_hidden(target, mesh, read, setup.layers)),
-        ahead.compile_stage("train", trained, lambda: ahead.lower_train(target, mesh, trained, recipe)),
+        ahead.compile_stage(
+            "train", trained, lambda: ahead.lower_train(target, mesh, trained, recipe), rounds("train", trained)
+        ),
         ahead.compile_stage("evaluate", asked, lambda: ahead.lower_decode(setup, mesh, asked)),
     ]
 
@@ -47,7 +55,7 @@ def print_compiled(topology: str, compiled: list[Compiled], plan: Plan, out: Con
     """Print what the compiler said as a table, its bytes beside the estimates."""
     out.print(f"compiled for {topology}, {plan.mesh.size} devices (GB of one, seconds of compiling):")
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for name in ("stage", "batch", "GB", "estimate", "temporary", "CPU s", "exchanges"):
+    for name in ("stage", "batch", "GB", "estimate", "temporary", "Mcycles", "CPU s", "exchanges"):
         table.add_column(name, justify="left" if name in ("stage", "exchanges") else "right", no_wrap=True)
     estimates = {stage.name: stage.program for stage in plan.stages}
     for stage in compiled:
@@ -59,7 +67,7 @@ def print_compiled(topology: str, compiled: list[Compiled], plan: Plan, out: Con
         exchanges = ", ".join(f"{count} {kind}" for kind, (_, count) in program.collectives.items())
         table.add_row(
             stage.name, batch, gigabytes(program.peak), estimate, gigabytes(program.temporaries),
-            f"{program.seconds:.0f}", exchanges or "none",
+            f"{program.cycles / 1e6:.0f}" if program.cycles else "", f"{program.seconds:.0f}", exchanges or "none",
         )  # fmt: skip
     out.print(table)
     for stage in compiled:

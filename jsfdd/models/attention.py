@@ -4,10 +4,11 @@ Whole sequences, as scoring, training and prompts read them, and tokens that con
 
     view  = causal_view(B, T)                                view  = cached_view(cache, T)
     cache = begin_cache(cache, layer, k, v)                  cache = write_cache(cache, layer, k, v)
-    y, _  = blocked_attention(q, k, v, scale, reach)         y     = attention(q, k, v, mask, scale)
+    y, _  = sequence_attention(q, k, v, scale, reach)        y     = attention(q, k, v, mask, scale)
 
 `quadratic_attention` is the equation of the left column. It makes all logits at once, for every head a number for each pair of
-tokens; so `blocked_attention.py` computes it a block at a time, and tests hold the two equal.
+tokens; so `sequence_attention` computes it a block at a time, by JAX's kernel on TPUs (`splash_attention.py`) and else in plain
+JAX (`blocked_attention.py`). Tests hold the three equal.
 
 Letters: B rows, T queries, S keys, K key/value heads, G queries that share one of them, H head dim, L layers.
 """
@@ -24,6 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jsfdd.base.records import KVCache
 from jsfdd.models.architecture import DecoderConfig
 from jsfdd.models.blocked_attention import Reach, blocked_attention, sees
+from jsfdd.models.splash_attention import has_kernel, splash_attention
 
 
 class View(NamedTuple):
@@ -125,6 +127,21 @@ def quadratic_attention(
     return y.swapaxes(1, 2), lse.swapaxes(1, 2)
 
 
+def sequence_attention(
+    q: Float[Array, "B T K G H"],
+    k: Float[Array, "B K H T"],
+    v: Float[Array, "B K T H"],
+    scale: float,
+    reach: Reach,
+    with_lse: bool = False,
+) -> tuple[Float[Array, "B T K G H"], Float[Array, "B T K G"] | None]:
+    """`quadratic_attention` in linear memory; the log-sum-exp only where it is wanted."""
+    if has_kernel(q.shape[1], reach):
+        return splash_attention(q, k, v, scale, reach, with_lse)
+    y, lse = blocked_attention(q, k, v, scale, reach)
+    return y, lse if with_lse else None
+
+
 def harmonised_attention(
     q: Float[Array, "B T K G H"], steps: Sequence[tuple[Float[Array, "B K H T"], Float[Array, "B K T H"]]], scale: float
 ) -> Float[Array, "B T K G H"]:
@@ -141,7 +158,7 @@ def harmonised_attention(
       scale: as in `attention`.
     """
     (first_k, first_v), *later = steps
-    y, lse = blocked_attention(q, first_k, first_v, scale, Reach(behind=len(later)))
+    y, lse = sequence_attention(q, first_k, first_v, scale, Reach(behind=len(later)), with_lse=bool(later))
     if not later:
         return y
     length, logits, values = q.shape[1], [lse], [y.astype(jnp.float32)]

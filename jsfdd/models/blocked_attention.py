@@ -58,21 +58,67 @@ def blocked_attention(
 
     A query that sees no key reads 0, and its sum's logarithm is −inf. A sequence of at most `BLOCK` positions is one block.
     """
-    rows, length, heads, group, size = q.shape
+    length, group = q.shape[1], q.shape[3]
     block = block or _block(length)
+    pairs, limit = _visited(length, block, reach)
+    k, v = _cut(k, block, 3), _cut(v, block, 2)
+    y, lse = _over_pairs(scale, pairs, reach.behind, _cut_queries(q, block), k, v, limit)
+    return _join_queries(y, length, group), _join_queries(lse, length, group)
+
+
+def blocked_gradient(
+    q: Float[Array, "B T K G H"],
+    k: Float[Array, "B K H T"],
+    v: Float[Array, "B K T H"],
+    scale: float,
+    reach: Reach,
+    results: tuple[Float[Array, "B T K G H"], Float[Array, "B T K G"]],
+    slopes: tuple[Float[Array, "B T K G H"], Float[Array, "B T K G"]],
+) -> tuple[Float[Array, "B T K G H"], Float[Array, "B K H T"], Float[Array, "B K T H"]]:
+    """The gradient of `blocked_attention` by q, k and v from its `results`, whatever computed them, and the slopes by them."""
+    length, group, block = q.shape[1], q.shape[3], _block(q.shape[1])
+    pairs, limit = _visited(length, block, reach)
+    y, lse, *slopes = (_cut_queries(x, block) for x in (*results, *slopes))
+    kept = _cut_queries(q, block), _cut(k, block, 3), _cut(v, block, 2), limit, y, lse
+    by_q, by_k, by_v, _ = _backward(scale, pairs, reach.behind, kept, slopes)
+    return _join_queries(by_q, length, group), _join(by_k, length, 3), _join(by_v, length, 2)
+
+
+def _visited(length: int, block: int, reach: Reach):
+    """The pairs of blocks that are visited, and the limit of `_over_pairs`."""
     window = reach.window if isinstance(reach.window, int) else None
-    pairs = _pairs(-(-length // block), block, window, reach.behind)
     # No key is as far as this; it only has the shape of a limit.
     limit = jnp.asarray(2 * length + block if reach.window is None else reach.window, jnp.int32)
-    at_end = -length % block
-    q = jnp.pad(q, ((0, 0), (0, at_end), (0, 0), (0, 0), (0, 0))).reshape(rows, -1, block, heads, group, size)
-    k = jnp.pad(k, ((0, 0), (0, 0), (0, 0), (0, at_end))).reshape(rows, heads, size, -1, block)
-    v = jnp.pad(v, ((0, 0), (0, 0), (0, at_end), (0, 0))).reshape(rows, heads, -1, block, size)
-    q = q.transpose(1, 0, 3, 2, 4, 5).reshape(-1, rows, heads, block * group, size)
-    y, lse = _over_pairs(scale, pairs, reach.behind, q, k.transpose(3, 0, 1, 2, 4), v.transpose(2, 0, 1, 3, 4), limit)
-    y = y.reshape(-1, rows, heads, block, group, size).transpose(1, 0, 3, 2, 4, 5)
-    lse = lse.reshape(-1, rows, heads, block, group).transpose(1, 0, 3, 2, 4)
-    return y.reshape(rows, -1, heads, group, size)[:, :length], lse.reshape(rows, -1, heads, group)[:, :length]
+    return _pairs(-(-length // block), block, window, reach.behind), limit
+
+
+def _cut(x, block: int, axis: int):
+    """Keys or values in blocks of positions, padded to whole blocks; the blocks' axis comes first."""
+    size = x.shape[axis]
+    x = jnp.pad(x, [(0, -size % block if i == axis else 0) for i in range(x.ndim)])
+    return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :]), axis, 0)
+
+
+def _join(x, length: int, axis: int):
+    """What `_cut` made, whole again."""
+    x = jnp.moveaxis(x, 0, axis)
+    x = x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+    return jax.lax.slice_in_dim(x, 0, length, axis=axis)
+
+
+def _cut_queries(x, block: int):
+    """[B,T,K,G,…] as [n,B,K,C·G,…], T padded to whole blocks."""
+    rows, length, heads, group, *size = x.shape
+    x = jnp.pad(x, [(0, -length % block if i == 1 else 0) for i in range(x.ndim)])
+    x = jnp.moveaxis(x.reshape(rows, -1, block, heads, group, *size), (1, 3), (0, 2))
+    return x.reshape(*x.shape[:3], block * group, *size)
+
+
+def _join_queries(x, length: int, group: int):
+    """What `_cut_queries` made, whole again."""
+    blocks, rows, heads, queries, *size = x.shape
+    x = jnp.moveaxis(x.reshape(blocks, rows, heads, queries // group, group, *size), (0, 2), (1, 3))
+    return x.reshape(rows, -1, heads, group, *size)[:, :length]
 
 
 def num_pairs(length: int, window: int | None = None) -> int:

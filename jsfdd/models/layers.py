@@ -17,8 +17,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jsfdd.base.records import KVCache
 from jsfdd.models.architecture import DecoderConfig, Rope
-from jsfdd.models.attention import attention, begin_cache, harmonised_attention, write_cache
-from jsfdd.models.blocked_attention import Reach, blocked_attention
+from jsfdd.models.attention import attention, begin_cache, harmonised_attention, sequence_attention, write_cache
+from jsfdd.models.blocked_attention import Reach
 from jsfdd.models.experts import ExpertsMLP
 
 
@@ -116,7 +116,7 @@ class Attention(nn.Module):
         if context.mask is None:
             k, v = _as_cached(k, v)
             cache = cache if cache is None else begin_cache(cache, layer, k, v)
-            y, _ = blocked_attention(q, k, v, self._scale, Reach(context.window))
+            y, _ = sequence_attention(q, k, v, self._scale, Reach(context.window))
         else:
             cache = write_cache(cache, layer, k, v)
             k = jax.lax.dynamic_index_in_dim(cache.k, layer, keepdims=False)
