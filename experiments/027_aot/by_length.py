@@ -67,7 +67,8 @@ def lowered(stage, config, mesh, shape):
     if stage == "train":
         return lower_train(config, mesh, shape, RECIPE)
     drafts = () if stage == "plain" else (draft_config(config),)
-    return lower_decode(DecodeSetup(target=config, drafts=drafts, num_draft_tokens=4, max_new_tokens=NEW_TOKENS), mesh, shape)
+    setup = DecodeSetup(target=config, drafts=drafts, num_draft_tokens=4 * len(drafts), max_new_tokens=NEW_TOKENS)
+    return lower_decode(setup, mesh, shape)
 
 
 def planned(stage, config, mesh, shape):

@@ -19,6 +19,7 @@ from jsfdd.models.blocked_attention import Reach, blocked_gradient
 
 LANES = 128  # positions of the smallest block
 BLOCK = 512  # the most positions of a block: of larger ones a core's memory holds too few
+LONGEST = 1 << 15  # JAX looks at every pair of positions to see which blocks to skip: 7 s at this length, minutes at 128k
 FETCHED = 2  # blocks of keys that are fetched together where a sequence has enough
 
 
@@ -32,7 +33,7 @@ def has_kernel(length: int, reach: Reach) -> bool:
     device = None if mesh.empty else mesh.abstract_device
     if device is None or device.platform != "tpu" or set(mesh.manual_axes) != set(mesh.axis_names):
         return False
-    return length > LANES and (reach.window is None or isinstance(reach.window, int) and reach.behind == 0)
+    return LANES < length <= LONGEST and (reach.window is None or isinstance(reach.window, int) and reach.behind == 0)
 
 
 def splash_attention(
