@@ -1,6 +1,7 @@
 """Four CPU devices and strict shapes for every test; programs that compile fast, are compiled once and are forgotten."""
 
 import ctypes
+import functools
 import gc
 import os
 import sys
@@ -32,11 +33,13 @@ if "JAX_COMPILATION_CACHE_DIR" in os.environ:
 os.environ.update(SETTINGS)
 
 
-# Bytes at which a worker forgets its programs, some 20 MB each. Until then files share what they compile: with 800 MB the
-# larger ones compiled their own programs anew, test after test. Two workers and what they start are to stay within 3 GB.
-LARGE = 1000e6
+# Bytes at which a worker forgets its programs, some 20 MB each: between two files, and within one, where it would compile
+# its own anew, test after test. Two workers and what they start are to stay within 3 GB.
+LARGE, LARGEST = 750e6, 1000e6
+# Files that fork from tests/children.py, one after another, so that they share the process that has imported everything.
+FORKING = ("test_base_processes", "test_models_sharding", "test_data_tokenized", "test_commands_respond", "test_training_train")
 # Files that need more than others; at the front they are all the first worker's, so no two of them run at a time.
-FIRST = ("test_decoding_smollm2", "test_base_processes", "test_devices", "test_models_sharding", "test_golden")
+FIRST = ("test_decoding_smollm2", "test_golden", "test_devices", *FORKING)
 
 # Files that compile decoding or training, half a second a test; `make check` leaves them out, as it does what is marked slow.
 COMPILING = {
@@ -52,16 +55,26 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.stem in COMPILING:
             item.add_marker(pytest.mark.slow)
-    items.sort(key=lambda item: item.path.stem not in FIRST)
+    items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
+
+
+def pytest_collection_finish():
+    """What imports and collection left stays: the collector need not look through it again and again while JAX traces."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item, nextitem):
-    """Let go of programs when they have become large, and after a file of the process that children are forked from."""
+    """Let go of programs when they have become large, and of the process that children are forked from where none follow."""
     result = yield
-    if resident_bytes() > LARGE:
-        free_memory()
-    if "children" in sys.modules and (nextitem is None or nextitem.path != item.path):
+    limit = LARGE if nextitem is None or nextitem.path != item.path else LARGEST
+    if resident_bytes() > limit:
+        forget_large_programs(item.module)
+    if resident_bytes() > limit:
+        forget_all_programs()
+    if "children" in sys.modules and (nextitem is None or nextitem.path.stem not in FORKING):
         sys.modules["children"].stop_server()
     return result
 
@@ -72,11 +85,30 @@ def resident_bytes() -> int:
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
 
 
-def free_memory() -> None:
-    """Give back what JAX keeps of programs."""
+def forget_large_programs(module) -> None:
+    """Those that the package, the toys and a test's module hold. Programs of one operation stay, which all tests share."""
+    import jax
+    import toy
+
+    toy.compiled_decoder.cache_clear()
+    compiled = type(jax.jit(abs))
+    package = [loaded for name, loaded in sys.modules.items() if name.partition(".")[0] == "jsfdd"]
+    for value in [value for loaded in (*package, module) for value in vars(loaded).values()]:
+        if isinstance(value, compiled):
+            value.clear_cache()
+        elif isinstance(value, functools._lru_cache_wrapper) and value.__module__.startswith("jsfdd."):
+            value.cache_clear()
+    return_memory()
+
+
+def forget_all_programs() -> None:
     import jax
 
     jax.clear_caches()
+    return_memory()
+
+
+def return_memory() -> None:
     gc.collect()
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)

@@ -8,11 +8,12 @@ import jax
 import numpy as np
 import pytest
 from as_one_process import every_stage, every_stage_late
-from children import LIMIT, Child, begin_command, command, finish, free_port
+from children import LIMIT, Child, begin_command, finish, free_port
 from toy import write_chats, write_prompts, write_target
 
 from jsfdd.base import processes
 from jsfdd.base.processes import start
+from jsfdd.commands.cli import main
 from jsfdd.scoring.table import read_scores
 from jsfdd.weights.draft import load_draft
 
@@ -90,8 +91,7 @@ def test_when_one_is_killed_the_other_says_so_and_a_restart_completes(inputs, al
     # Of the second process the first's end is told by JAX itself, which then ends it.
     words = ("all of them again with the same command", "JAX distributed service detected fatal errors")
     assert any(text in errors for text in words), errors[-2000:]
-    code, _, errors = command(*train_arguments(inputs, alone, tmp_path / "draft")).finish()
-    assert code == 0, errors[-2000:]
+    assert main([str(word) for word in train_arguments(inputs, alone, tmp_path / "draft")]) == 0
     assert_same_draft(tmp_path / "draft", alone / "draft")
 
 
@@ -113,8 +113,7 @@ def test_when_one_finds_the_disk_full_both_end_and_a_restart_completes(inputs, a
     ends = finish(begin_command(*arguments, "--out", tmp_path))
     assert ends[1][0] == 2 and "part-00001.parquet: no space left on device" in ends[1][2], ends[1][2][-2000:]
     assert ends[0][0] == 3 and "all of them again with the same command" in ends[0][2], ends[0][2][-2000:]
-    code, _, errors = command(*arguments, "--out", tmp_path).finish()
-    assert code == 0, errors[-2000:]
+    assert main([str(word) for word in [*arguments, "--out", tmp_path]]) == 0
     found, expected = read_scores(tmp_path / "scores.parquet"), read_scores(alone / "scores.parquet")
     assert found.ids == expected.ids
     np.testing.assert_array_equal(found["flatness"], expected["flatness"])

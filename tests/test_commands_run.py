@@ -280,7 +280,7 @@ def test_other_options_are_refused_before_the_weights_are_read(inputs, tmp_path,
     score.score(score_config)
     train_config = from_options(TrainConfig, **shared, data=(inputs[1],), epochs=1, batch_tokens=512, out=tmp_path / "draft")
     _train(train_config)
-    evaluation = dict(prompts=(inputs[2],), draft=(tmp_path / "draft",), max_new_tokens=4, num_draft_tokens=2)
+    evaluation = dict(prompts=(inputs[2],), draft=(tmp_path / "draft",), max_new_tokens=8, num_draft_tokens=2, batch_size=4)
     evaluate_config = from_options(EvaluateConfig, target=inputs[0], **evaluation, out=tmp_path / "draft")
     evaluate.evaluate(evaluate_config)
     read.reset_mock()
@@ -289,7 +289,7 @@ def test_other_options_are_refused_before_the_weights_are_read(inputs, tmp_path,
         (score, score_config, dict(per_token=True), "scores of another run .per_token"),
         (train, train_config, dict(epochs=2), "other inputs or options .options.epochs: found 1, expected 2"),
         (train, train_config, dict(hidden_dtype="float32"), "other inputs or options .hidden_dtype"),
-        (evaluate, evaluate_config, dict(max_new_tokens=5), r"report.json: a report of other options .max_new_tokens: found 4"),
+        (evaluate, evaluate_config, dict(max_new_tokens=5), r"report.json: a report of other options .max_new_tokens: found 8"),
     ):
         assert "continue in" in _described(command, config).words or command is evaluate
         with pytest.raises(ValueError, match=f"{message}.*choose another --out"):
@@ -340,6 +340,7 @@ def test_stage_by_stage(inputs, tmp_path):
         out=tmp_path / "eval",
         max_new_tokens=8,
         num_draft_tokens=2,
+        batch_size=4,
     )
     report = evaluate.evaluate(config)["exported"]
     assert report == {k: v for k, v in read_json(tmp_path / "eval" / "report.json").items() if k != "config"}
@@ -439,15 +440,18 @@ def test_one_pass_scores_and_keeps_hidden_states_and_training_reads_them(inputs,
 
 
 @pytest.mark.parametrize("changes, stored", [
-    (dict(arms=("flatness", "random")), "in one pass"),
-    (dict(arms=("flatness", "random"), within="source"), "in one pass"),
+    (dict(arms=("flatness", "random"), within="source", hidden_dtype="int8"), "in one pass"),
     (dict(arms=("flatness",), no_hidden_store=True), "none"),
-    (dict(arms=("flatness",), hidden_dtype="int8"), "in one pass"),
-    (dict(arms=("flatness", "random"), draft_vocab=200, flavour="none", within="cluster"), "clusters"),
-    (dict(arms=("flatness",), soft_targets="top_k", soft_top_k=8, token_loss="total_variation"), "in one pass"),
+    (
+        dict(
+            arms=("flatness", "random"), within="cluster", draft_vocab=200, flavour="none", soft_targets="top_k", soft_top_k=8,
+            token_loss="total_variation",
+        ),
+        "clusters",
+    ),
 ])  # fmt: skip
 def test_a_run_stores_what_its_arms_train_on_and_no_more(inputs, tmp_path, monkeypatch, changes, stored):
-    config = _run_config(inputs, tmp_path / "out", epochs=1, **changes)
+    config = _run_config(inputs, tmp_path / "out", **changes)
     second_passes, original = [], capture.store_hidden
     monkeypatch.setattr(capture, "store_hidden", lambda *a, **b: second_passes.append(1) or original(*a, **b))
     planned = _described(run, config).values["hidden_bytes"]

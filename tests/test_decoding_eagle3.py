@@ -115,8 +115,8 @@ def test_replay_counts_are_the_decoders():
     recorded = record(target(), PROMPTS, mesh, ahead=4, **options)
     three, two = draft(vocabulary=tuple(range(0, 258, 2))), eagle2()
     hidden = hidden_of(recorded, three.config.target_layers)
-    for one in (three, two):
-        for tree in (None, TREE):
+    for one, trees in ((three, (None, TREE)), (two, (None,))):
+        for tree in trees:
             report = evaluate(target(), {"d": one}, PROMPTS, mesh, num_draft_tokens=3, tree=tree, **options)["d"]
             if tree is None:
                 judge = make_judge(target(), hidden, recorded, one.config, mesh, num_draft_tokens=3, batch_tokens=256)

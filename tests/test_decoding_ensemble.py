@@ -28,7 +28,6 @@ pytestmark = pytest.mark.slow
 
 TREE = TreeShape(3, 3, 9)
 RULES = {
-    "route": Combine("route"),
     "route by entropy": Combine("route", "entropy"),
     "route prompts": Combine("route", route_steps=2),
     "merge": Combine("merge"),

@@ -20,7 +20,7 @@ from jsfdd.decoding.verify import warp
 from jsfdd.models.target import head_logits, hidden_states
 
 GREEDY = jnp.float32(0)
-TOGETHER = {"route": Combine("route"), "route prompts": Combine("route", route_steps=2), "merge": Combine("merge")}
+ROUTED, MERGED = Combine("route", route_steps=2), Combine("merge")
 
 
 def _slow_greedy(config, params, prompt, num_tokens):
@@ -76,7 +76,7 @@ def test_autoregressive_equals_the_slow_decoder(models):
         assert slow == out.tokens[row, :10].tolist()
 
 
-@pytest.mark.parametrize("depth", [1, DEPTH, 5])
+@pytest.mark.parametrize("depth", [1, DEPTH])
 @pytest.mark.parametrize("which", ["random draft", "good draft"])
 def test_greedy_speculative_equals_autoregressive(models, depth, which):
     config, draft, params = models
@@ -95,11 +95,11 @@ def test_greedy_speculative_equals_autoregressive(models, depth, which):
     assert np.all(np.asarray(emitted) <= np.asarray(fast.lengths) - 1 + depth)
 
 
-TREES = [TreeShape(1, 3, 3), TreeShape(3, 1, 3), TREE]
+# The cutoff is of the target's distribution, whatever the tree: one tree shows it.
+TREES = [(TreeShape(1, 3, 3), Cutoff()), (TreeShape(3, 1, 3), Cutoff()), (TREE, Cutoff()), (TREE, Cutoff(top_k=9, top_p=0.8))]
 
 
-@pytest.mark.parametrize("tree", TREES, ids=str)
-@pytest.mark.parametrize("cutoff", [Cutoff(), Cutoff(top_k=9, top_p=0.8)], ids=str)
+@pytest.mark.parametrize("tree, cutoff", TREES, ids=str)
 def test_a_trees_text_is_plain_decodings_at_every_temperature(models, tree, cutoff):
     """Sampled too: both draw the token at a position with that position's key, from the same distribution."""
     config, draft, params = models
@@ -120,15 +120,9 @@ def test_a_draft_vocabulary_bounds_what_is_accepted_and_not_what_is_said(models,
     plain = _run(_setup(config), params, prompts)
     said, times = np.unique(plain.tokens, return_counts=True)
     few = tuple(np.sort(said[np.argsort(-times)[:4]]).tolist())
-    unsaid = tuple(np.setdiff1d(np.arange(config.vocab_size), said).tolist())
-    accepted = {}
-    for vocabulary in (few, unsaid) if tree is None else (few,):
-        own = dataclasses.replace(draft, vocabulary=vocabulary)
-        fast = _run(_setup(config, own, tree=tree), params, prompts)
-        assert np.array_equal(plain.tokens, fast.tokens)
-        accepted[vocabulary] = int(np.asarray(fast.stats.accepted).sum())
-    assert 0 < accepted[few] <= np.isin(np.asarray(plain.tokens), few).sum()
-    assert accepted.get(unsaid, 0) == 0
+    fast = _run(_setup(config, dataclasses.replace(draft, vocabulary=few), tree=tree), params, prompts)
+    assert np.array_equal(plain.tokens, fast.tokens)
+    assert 0 < int(np.asarray(fast.stats.accepted).sum()) <= np.isin(np.asarray(plain.tokens), few).sum()
 
 
 def test_a_chain_is_a_tree_with_one_branch(models):
@@ -141,13 +135,12 @@ def test_a_chain_is_a_tree_with_one_branch(models):
 
 
 def test_a_wider_tree_accepts_more(models):
-    """The same draft, three levels deep: each added branch can only find more of the target's choices."""
+    """The same draft, three levels deep: added branches can only find more of the target's choices."""
     config, draft, params = models
     params = _good(config, params)
-    shapes = [TreeShape(3, 1, 3), TREE, TreeShape(3, 8, 60)]
-    outs = [_run(_setup(config, draft, tree=shape), params, toy_prompts()) for shape in shapes]
-    steps = [int(out.stats.accept_counts.sum()) for out in outs]
-    assert steps[0] > steps[1] > steps[2]
+    outs = [_run(_setup(config, draft, tree=shape), params, toy_prompts()) for shape in (TreeShape(3, 1, 3), TREE)]
+    narrow, wide = (int(out.stats.accept_counts.sum()) for out in outs)
+    assert narrow > wide
 
 
 def test_a_perfect_draft_is_always_accepted():
@@ -172,13 +165,12 @@ def test_stop_token_ends_a_row_and_only_that_row(models):
     prompts = toy_prompts()
     free = np.asarray(_run(_setup(config), params, prompts).tokens)
     stop = int(free[1, 7])  # row 1 stops here at the latest
-    for setup in (_setup(config, stop_tokens=(stop,)), _setup(config, draft, stop_tokens=(stop,))):
-        out = _run(setup, params, prompts)
-        for row in range(4):
-            where = np.flatnonzero(free[row] == stop)
-            expected = where[0] + 1 if len(where) else 24
-            assert out.lengths[row] == expected
-            assert np.array_equal(out.tokens[row, :expected], free[row, :expected])
+    out = _run(_setup(config, draft, stop_tokens=(stop,)), params, prompts)  # plain decoding's: tests of `respond`
+    for row in range(4):
+        where = np.flatnonzero(free[row] == stop)
+        expected = where[0] + 1 if len(where) else 24
+        assert out.lengths[row] == expected
+        assert np.array_equal(out.tokens[row, :expected], free[row, :expected])
 
 
 def test_text_does_not_depend_on_batch_or_devices(models):
@@ -203,7 +195,7 @@ def test_filler_rows_emit_nothing(models):
     assert np.array_equal(out.tokens[::2], _run(setup, params, prompts).tokens[::2])
 
 
-STREAMED = {"chain": (None, None), "tree": (TREE, None), "merge": (TREE, Combine("merge"))}
+STREAMED = {"chain": (None, None), "merged": (TREE, MERGED)}
 
 
 @pytest.mark.parametrize("tree, combine", STREAMED.values(), ids=STREAMED.keys())
@@ -232,11 +224,11 @@ SAMPLED = {"plain": (0, Cutoff()), "chain": (2, Cutoff()), "chain, top-k and top
 @pytest.mark.slow
 @pytest.mark.parametrize("depth, cutoff", SAMPLED.values(), ids=SAMPLED)
 def test_sampled_text_has_the_targets_distribution(depth, cutoff):
-    """Three tokens, over 100k sampled continuations of one prompt, against the exact joint of the warped target.
+    """Three tokens, over 20,000 sampled continuations of one prompt, against the exact joint of the warped target.
 
     A tree's text, of one draft or several, is plain decoding's token for token, which other tests show.
     """
-    vocab, trials = 5, 100_000
+    vocab, trials = 5, 20_000
     config, target = toy_target(seed=2, sharpness=1.5, vocab_size=vocab, num_layers=1, hidden_size=16)
     draft, draft_params = toy_draft(config)
     setup = _setup(config, *[draft][:depth], depth=depth, longest=3, cutoff=cutoff)
@@ -261,10 +253,10 @@ def test_sampled_text_has_the_targets_distribution(depth, cutoff):
     assert abs(statistic - freedom) / np.sqrt(2 * freedom) < 5
 
 
-@pytest.mark.parametrize("combine", [None, *TOGETHER.values()], ids=["one draft", *TOGETHER])
+@pytest.mark.parametrize("combine", [None, ROUTED, MERGED], ids=["plain", "routed", "merged"])
 def test_traces_once_per_shape(models, monkeypatch, combine):
     config, draft, params = models
-    params = _twice(params, combine)
+    params = _twice(params, combine) if combine else params._replace(drafts=())
     traces = []
     original = generate_module.decode
     monkeypatch.setattr(generate_module, "decode", lambda *a: traces.append(1) or original(*a))
@@ -280,8 +272,8 @@ def test_traces_once_per_shape(models, monkeypatch, combine):
     assert len(traces) == 2 * before
 
 
-COMPILED = {"plain": (0, None, None), "chain": (1, None, None), "tree": (1, TREE, None)}
-COMPILED |= {name: (2, TREE, combine) for name, combine in TOGETHER.items()}
+# A chain does all that plain decoding does; drafts that are routed add trees, paths that move, and caches that rest.
+COMPILED = {"chain": (1, None, None), "routed": (2, TREE, ROUTED)}
 
 
 @pytest.mark.parametrize("drafts, tree, combine", COMPILED.values(), ids=COMPILED.keys())

@@ -1,4 +1,4 @@
-"""Greedy identity on real text: SmolLM2, three answers, with a draft that is right often enough to matter.
+"""Greedy decoding of real text: SmolLM2, the beginnings of six answers, with a draft that is right often enough to matter.
 
 No training: a draft whose layer adds nothing is a linear map from (embedding, hidden) to the next hidden state, and least
 squares over a few of the demo's conversations finds it.
@@ -13,16 +13,21 @@ import numpy as np
 import pytest
 
 from jsfdd.base.mesh import make_mesh
+from jsfdd.data.batches import pad_rows
 from jsfdd.data.template import render_prompt
-from jsfdd.decoding.generate import make_generate, prepare_params
+from jsfdd.decoding.generate import make_generate, prepare_drafts
 from jsfdd.decoding.prompts import prompt_batch
 from jsfdd.decoding.settings import TreeShape, decode_setup
+from jsfdd.decoding.state import DecodeParams
 from jsfdd.models.draft import draft_config, init_draft
 from jsfdd.models.target import embed_tokens, head_logits, hidden_states
 from jsfdd.weights.target import load_target
 
-NEW_TOKENS = 28
-PROMPTS = ("Write a short story about a lighthouse.", "List ten facts about the Moon.", "What is 12 times 17? Explain it.")
+NEW_TOKENS, WIDTH = 14, 64
+PROMPTS = (
+    "Write a short story about a lighthouse.", "List ten facts about the Moon.", "What is 12 times 17? Explain it.",
+    "Explain how rain forms.", "Give me three tips for better sleep.", "What is the capital of France?",
+)  # fmt: skip
 pytestmark = pytest.mark.slow
 TIE = 1e-3  # two logits closer than this may change places when a sum is ordered differently
 
@@ -33,9 +38,9 @@ def target():
 
 
 def _linear_draft(target):
-    """Ridge regression of h_{t+1} on (embedding of x_{t+1}, h_t) over some two thousand tokens."""
+    """Ridge regression of h_{t+1} on (embedding of x_{t+1}, h_t) over some four thousand tokens."""
     demo = files("jsfdd.data.demo")
-    texts = [json.loads(line)["messages"] for line in (demo / "chats.jsonl").read_text().splitlines()[:240:24]]
+    texts = [json.loads(line)["messages"] for line in (demo / "chats.jsonl").read_text().splitlines()[:240:15]]
     tokens = [target.tokenizer.apply_chat_template(messages, return_dict=False)[:256] for messages in texts]
     padded = np.zeros((len(tokens), 256), np.int32)
     for row, ids in enumerate(tokens):
@@ -58,32 +63,26 @@ def _linear_draft(target):
     return draft, draft_params
 
 
-def test_chain_and_tree_write_what_plain_decoding_writes(target):
+def test_chain_and_tree_write_the_targets_own_choices(target):
+    """Every token is the largest logit when the target reads the whole text again, which is what plain decoding writes.
+
+    Layers are a scan, as on accelerators: thirty of them one after the other compile for long and take the weights twice.
+    """
     draft, draft_params = _linear_draft(target)
-    params = prepare_params(target.params, [draft_params])
+    params = DecodeParams(target.params, target.params, prepare_drafts([draft_params], target.params))
     ids = [render_prompt(target.tokenizer, [{"role": "user", "content": text}]) for text in PROMPTS]
     batch = prompt_batch(ids, range(len(ids)), len(ids), seed=0)
-
-    def decode(drafts, tree=None):
-        setup = decode_setup(target, drafts, num_draft_tokens=3, max_new_tokens=NEW_TOKENS, tree=tree)
+    read = jax.jit(lambda params, tokens: head_logits(target.config, params, hidden_states(target.config, params, tokens)))
+    for name, tree in {"chain": None, "tree": TreeShape(3, 4, 12)}.items():
+        setup = decode_setup(target, [draft], num_draft_tokens=3, max_new_tokens=NEW_TOKENS, tree=tree)
         out = jax.tree.map(np.asarray, make_generate(setup, make_mesh(data=1))(params, batch, 0.0))
-        jax.clear_caches()  # some 80 MB of a program with thirty layers
-        return out
-
-    plain = decode([])
-    for name, fast in {"chain": decode([draft]), "tree": decode([draft], TreeShape(3, 4, 12))}.items():
-        accepted, steps = fast.stats.accepted.sum(), fast.stats.accept_counts.sum()
+        accepted, steps = out.stats.accepted.sum(), out.stats.accept_counts.sum()
         assert accepted > 0.1 * steps, f"{name}: {accepted} draft tokens accepted in {steps} steps prove little"
-        assert steps < 0.93 * (plain.lengths.sum() - len(ids))
-        for row, prompt in enumerate(ids):
-            ours, theirs = fast.tokens[row, : fast.lengths[row]], plain.tokens[row, : plain.lengths[row]]
-            same = min(len(ours), len(theirs))
-            parted = np.flatnonzero(ours[:same] != theirs[:same])
-            if len(parted) == 0:
-                assert len(ours) == len(theirs)
-                continue
-            # Texts may part where two logits tie within rounding, and nowhere else.
-            text = jnp.asarray([[*prompt, *theirs[: parted[0]]]], jnp.int32)
-            logits = head_logits(target.config, target.params, hidden_states(target.config, target.params, text)[0, -1])
-            second, first = np.sort(np.asarray(logits))[-2:]
-            assert first - second < TIE, f"{name}, {PROMPTS[row]!r}: parts at token {parted[0]}, where nothing ties"
+        assert steps < 0.93 * (out.lengths.sum() - len(ids))
+        texts = [[*prompt, *tokens[:length]] for prompt, tokens, length in zip(ids, out.tokens, out.lengths, strict=True)]
+        logits = np.asarray(read(target.params, pad_rows([np.array(text, np.int32) for text in texts], (len(ids), WIDTH))))
+        for row, (prompt, text) in enumerate(zip(ids, texts, strict=True)):
+            assert len(text) == len(prompt) + NEW_TOKENS or text[-1] in target.stop_tokens
+            for t in range(len(prompt), len(text)):
+                behind = logits[row, t - 1].max() - logits[row, t - 1, text[t]]
+                assert behind < TIE, f"{name}, {PROMPTS[row]!r}: token {t - len(prompt)} is {behind} behind the largest"

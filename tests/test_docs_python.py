@@ -54,31 +54,3 @@ def test_the_page_runs(place):
     names = run_page("python.md")
     assert names["result"].tau >= 1 and (place / "draft-vllm" / "model.safetensors").is_file()
     assert names["table"]["flatness"].shape == (24,) and np.all(names["verdict"].num_accepted >= 0)
-
-
-def test_the_notebook_of_the_design(place, monkeypatch):
-    """DESIGN §6, line for line, but for what is not there yet: a packaged draft, and selection within clusters."""
-    target = jsfdd.load_target("smollm2")
-    import jax
-
-    draft = jsfdd.init_draft(target, jax.random.key(0))
-    monkeypatch.setattr(jsfdd, "load_draft", lambda name: draft)
-    chats, prompts = jsfdd.read_chats(["chats.jsonl"]), ["Why is the sky blue?"]
-    recipe = jsfdd.Recipe(epochs=1)
-    tokens = np.arange(10, dtype=np.int32)[None, :]
-    keys, draft_tokens = jax.random.split(jax.random.key(0), 1), tokens[:, 1:]
-
-    target = jsfdd.load_target("smollm2")
-    draft = jsfdd.load_draft("smollm2")  # noqa: E702
-    hidden = jsfdd.hidden_states(target, tokens)
-    logits = jsfdd.head_logits(target, hidden)  # noqa: E702
-    jsfdd.token_flatness(logits)
-    q = jsfdd.draft_logits(target, draft, hidden, tokens)
-    jsfdd.verify(keys, draft_tokens, q, logits, temperature=1.0)
-    out = jsfdd.generate(target, ["Why is the sky blue?"], draft=draft, max_new_tokens=64)
-    out.text, out.tau  # noqa: B018, E702
-    table = jsfdd.score(target, chats)
-    kept = jsfdd.select(table, 0.5, within="source")  # noqa: E702
-    draft = jsfdd.train(target, chats, kept, recipe)
-    tau = jsfdd.evaluate(target, draft, prompts).tau  # noqa: E702
-    assert tau >= 1 and out.tau >= 1

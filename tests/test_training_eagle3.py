@@ -81,7 +81,7 @@ def fast_loss(draft_params, batch, recipe=RECIPE, vocabulary=()):
     return loss_sums(draft_params, borrowed, batch, None, draft=draft, recipe=recipe, block=4)
 
 
-@pytest.mark.parametrize("known", ["all of p", "all of p, draft vocabulary", "top k", "top k, draft vocabulary", "means"])
+@pytest.mark.parametrize("known", ["all of p", "top k, draft vocabulary", "means"])
 def test_loss_and_gradient_are_the_twins(known):
     vocabulary = VOCABULARY if "vocabulary" in known else ()
     params, draft, draft_params, batch = toy(vocabulary)

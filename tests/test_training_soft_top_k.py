@@ -61,7 +61,6 @@ def test_value_is_the_definition_and_gradient_its_slope(name, top_k_weight):
     log_p, ids = outcomes_of(4)
     with jax.enable_x64(True):
 
-        @jax.jit
         def loss(predicted):
             head, known, weight = jax.tree.map(jnp.asarray, (HEAD, (log_p, ids), WEIGHT))
             return visited_loss(TopK(distance), 2, head, predicted, known, weight)["minimised"]
@@ -69,8 +68,8 @@ def test_value_is_the_definition_and_gradient_its_slope(name, top_k_weight):
         def weighted(predicted):
             return np.sum(WEIGHT * exact(name, predicted, 4, top_k_weight))
 
-        assert float(loss(PREDICTED)) == pytest.approx(weighted(PREDICTED), rel=1e-5)
-        gradient = np.asarray(jax.jit(jax.grad(loss))(jnp.asarray(PREDICTED)))
+        value, gradient = jax.device_get(jax.jit(jax.value_and_grad(loss))(PREDICTED))
+        assert float(value) == pytest.approx(weighted(PREDICTED), rel=1e-5)
         step = 1e-6
         for index in np.ndindex(*PREDICTED.shape):
             moved = np.zeros(PREDICTED.shape)

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-TRIALS = 200_000
+TRIALS = 50_000
 
 
 def joint_of_trials(trial, vocab_size):
