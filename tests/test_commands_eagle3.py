@@ -51,7 +51,8 @@ def test_what_was_kept_and_trained(place):
 
 def test_a_draft_is_evaluated_and_started_from(place, monkeypatch):
     monkeypatch.chdir(place)
-    evaluating = ["--prompts", "prompts.jsonl", "--max-new-tokens", "6", "--num-draft-tokens", "2", "--out", "report"]
+    # As long and as deep as a probe's, and so the same programs.
+    evaluating = ["--prompts", "prompts.jsonl", "--max-new-tokens", "64", "--num-draft-tokens", "4", "--out", "report"]
     assert main(["evaluate", "--target", "deep", "--draft", "draft", *evaluating]) == 0
     report = read_json(place / "report" / "report.json")
     assert report["same_text_share"] == 1.0 and report["tau"] >= 1

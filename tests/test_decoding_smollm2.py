@@ -1,4 +1,4 @@
-"""Greedy decoding of real text: SmolLM2, the beginnings of six answers, with a draft that is right often enough to matter.
+"""Greedy decoding of real text: SmolLM2, two answers, with a draft that is right often enough to matter.
 
 No training: a draft whose layer adds nothing is a linear map from (embedding, hidden) to the next hidden state, and least
 squares over a few of the demo's conversations finds it.
@@ -23,11 +23,8 @@ from jsfdd.models.draft import draft_config, init_draft
 from jsfdd.models.target import embed_tokens, head_logits, hidden_states
 from jsfdd.weights.target import load_target
 
-NEW_TOKENS, WIDTH = 14, 64
-PROMPTS = (
-    "Write a short story about a lighthouse.", "List ten facts about the Moon.", "What is 12 times 17? Explain it.",
-    "Explain how rain forms.", "Give me three tips for better sleep.", "What is the capital of France?",
-)  # fmt: skip
+NEW_TOKENS, WIDTH = 24, 96
+PROMPTS = ("Write a short story about a lighthouse.", "List ten facts about the Moon.")
 pytestmark = pytest.mark.slow
 TIE = 1e-3  # two logits closer than this may change places when a sum is ordered differently
 
@@ -38,9 +35,9 @@ def target():
 
 
 def _linear_draft(target):
-    """Ridge regression of h_{t+1} on (embedding of x_{t+1}, h_t) over some four thousand tokens."""
+    """Ridge regression of h_{t+1} on (embedding of x_{t+1}, h_t) over some two thousand tokens."""
     demo = files("jsfdd.data.demo")
-    texts = [json.loads(line)["messages"] for line in (demo / "chats.jsonl").read_text().splitlines()[:240:15]]
+    texts = [json.loads(line)["messages"] for line in (demo / "chats.jsonl").read_text().splitlines()[:240:24]]
     tokens = [target.tokenizer.apply_chat_template(messages, return_dict=False)[:256] for messages in texts]
     padded = np.zeros((len(tokens), 256), np.int32)
     for row, ids in enumerate(tokens):
@@ -73,7 +70,7 @@ def test_chain_and_tree_write_the_targets_own_choices(target):
     ids = [render_prompt(target.tokenizer, [{"role": "user", "content": text}]) for text in PROMPTS]
     batch = prompt_batch(ids, range(len(ids)), len(ids), seed=0)
     read = jax.jit(lambda params, tokens: head_logits(target.config, params, hidden_states(target.config, params, tokens)))
-    for name, tree in {"chain": None, "tree": TreeShape(3, 4, 12)}.items():
+    for name, tree in {"chain": None, "tree": TreeShape(3, 3, 8)}.items():
         setup = decode_setup(target, [draft], num_draft_tokens=3, max_new_tokens=NEW_TOKENS, tree=tree)
         out = jax.tree.map(np.asarray, make_generate(setup, make_mesh(data=1))(params, batch, 0.0))
         accepted, steps = out.stats.accepted.sum(), out.stats.accept_counts.sum()

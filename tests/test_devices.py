@@ -45,9 +45,8 @@ def test_scores_are_the_same_bits_on_one_device_and_on_eight(eight):
         np.testing.assert_array_equal(many[name], one[name], err_msg=name)
 
 
-@pytest.mark.parametrize("mesh", ["4x2", "2x4"])
-def test_a_model_axis_changes_scores_by_rounding_alone(eight, mesh):
-    one, many = (of(eight[0], f"score {name} ") for name in ("1x1", mesh))
+def test_a_model_axis_changes_scores_by_rounding_alone(eight):
+    one, many = (of(eight[0], f"score {name} ") for name in ("1x1", "4x2"))
     for name in one:
         # Sums over the vocabulary and over widths are in another order: float32's 6e-8 through two layers.
         np.testing.assert_allclose(many[name], one[name], rtol=1e-5, atol=2e-6, err_msg=name)
@@ -56,12 +55,11 @@ def test_a_model_axis_changes_scores_by_rounding_alone(eight, mesh):
 def test_target_means_are_the_same_and_a_model_axis_changes_them_by_rounding_alone(eight):
     one = eight[0]["means 1x1"]
     np.testing.assert_array_equal(eight[0]["means 8x1"], one)
-    for mesh in ("4x2", "2x4"):
-        np.testing.assert_allclose(eight[0][f"means {mesh}"], one, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(eight[0]["means 2x4"], one, rtol=1e-5, atol=1e-5)
     assert np.abs(one).max() > 0.1
 
 
-@pytest.mark.parametrize("mesh", ["8x1", "4x2", "sharded", "moved"])
+@pytest.mark.parametrize("mesh", ["8x1", "sharded", "moved"])
 def test_the_trained_draft_is_the_same(eight, mesh):
     """`sharded` is 8x1 with Adam's moments in parts; `moved` was saved by Orbax half-way on 8x1 and went on so on 2x4."""
     one, many = (of(eight[0], f"train {name} ") for name in ("1x1", mesh))
