@@ -31,7 +31,9 @@ TIE = 1e-3  # two logits closer than this may change places when a sum is ordere
 
 @pytest.fixture(scope="module")
 def target():
-    return load_target("smollm2")
+    jax.config.update("jax_disable_most_optimizations", False)  # of a scan there is little to optimise, and much to run
+    yield load_target("smollm2")
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 def _linear_draft(target):
