@@ -196,8 +196,8 @@ def test_attention_over_many_blocks_computes_the_pairs_that_it_visits():
     assert pairs(wide, BLOCK) == BLOCK**2
     assert pairs(wide, 3 * BLOCK) == 6 * BLOCK**2  # of nine pairs of blocks those on and below the diagonal
     assert pairs(sliding, 4 * BLOCK) == 7 * BLOCK**2  # a window reaches into the block before
-    assert layer_temporaries(wide, Shape(1, 64 * BLOCK), 2, 1) == pytest.approx(
-        4 * layer_temporaries(wide, Shape(1, 16 * BLOCK), 2, 1), rel=0.1
+    assert layer_temporaries(wide, Shape(1, 64 * BLOCK), 2, 1, "cpu") == pytest.approx(
+        4 * layer_temporaries(wide, Shape(1, 16 * BLOCK), 2, 1, "cpu"), rel=0.1
     )
 
 

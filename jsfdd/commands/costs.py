@@ -84,16 +84,20 @@ def draft_params(draft: DraftConfig) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(jax.eval_shape(lambda: init_draft(draft, jax.random.key(0)))))
 
 
-def layer_temporaries(config: DecoderConfig, shape: Shape, itemsize: int, model_shards: int) -> float:
-    """Bytes of one layer's temporaries for one batch on one device: attention's or the MLP's, whichever is larger."""
+def layer_temporaries(config: DecoderConfig, shape: Shape, itemsize: int, model_shards: int, platform: str) -> float:
+    """Bytes of one layer's temporaries for one batch on one device: attention's or the MLP's, whichever is larger.
+
+    An accelerator's compiler fuses more: it rotates queries and keys where they lie, and gate, up and their product are one.
+    """
     tokens = shape.rows * shape.length
     heads = config.num_heads / model_shards
     projections = tokens * (config.num_heads + 2 * config.num_kv_heads) * config.head_dim / model_shards * itemsize
-    attention = 2 * projections + block_temporaries(config, shape, itemsize, model_shards)
+    fuses = platform != "cpu"
+    attention = (1 if fuses else 2) * projections + block_temporaries(config, shape, itemsize, model_shards)
     if shape.length > BLOCK:
         attention += tokens * heads * config.head_dim * 4  # what queries have read so far, in float32
     if (experts := config.experts) is None:
-        return max(attention, 3 * tokens * config.intermediate_size / model_shards * itemsize)
+        return max(attention, (1 if fuses else 3) * tokens * config.intermediate_size / model_shards * itemsize)
     # Every token as often as experts read it: sorted, twice as wide as an expert, its sum, and again in its own order.
     routed = tokens * experts.chosen * (3 * config.hidden_size + 2 * experts.intermediate_size / model_shards) * itemsize
     return max(attention, routed)
@@ -139,7 +143,7 @@ def spilled(size: float, platform: str) -> float:
 
 def largest_shape(config: DecoderConfig, lengths: Lengths, batch_tokens: int) -> Shape:
     """The batch of which one layer's temporaries are the largest."""
-    return max(_batch_shapes(lengths.tokens, batch_tokens), key=lambda shape: layer_temporaries(config, shape, 2, 1))
+    return max(_batch_shapes(lengths.tokens, batch_tokens), key=lambda shape: layer_temporaries(config, shape, 2, 1, "cpu"))
 
 
 def score_stage(
@@ -149,7 +153,7 @@ def score_stage(
     shapes = _batch_shapes(lengths.tokens, batch_tokens)
     largest = largest_shape(config, lengths, batch_tokens)
     state = largest.rows * largest.length * config.hidden_size * itemsize
-    layer = 2 * state + layer_temporaries(config, largest, itemsize, model_shards)  # its output and residual branch
+    layer = 2 * state + layer_temporaries(config, largest, itemsize, model_shards, platform)  # its output and residual branch
     logits = head_temporaries(config, scoring_block(platform), model_shards, 3, platform)
     head = 2 * config.hidden_size * config.vocab_size * float(lengths.counted.sum())
     return Stage(
@@ -178,7 +182,7 @@ def hidden_stage(
     kept, read = retain_ratio * float(lengths.tokens.sum()), len(draft_of(config, recipe, ()).target_layers)
     largest = largest_shape(config, lengths, batch_tokens)
     state = largest.rows * largest.length * config.hidden_size * itemsize
-    layer = (2 + read) * state + layer_temporaries(config, largest, itemsize, model_shards)
+    layer = (2 + read) * state + layer_temporaries(config, largest, itemsize, model_shards, platform)
     return Stage(
         "hidden states",
         {
@@ -239,7 +243,7 @@ def train_stage(
     draft = draft_of(config, recipe, ())
     shapes = _batch_shapes(lengths.tokens, batch_tokens)
     on_device = [Shape(-(-shape.rows // data_shards), shape.length) for shape in shapes]
-    largest = max(on_device, key=lambda shape: layer_temporaries(draft.decoder, shape, 4, 1))
+    largest = max(on_device, key=lambda shape: layer_temporaries(draft.decoder, shape, 4, 1, "cpu"))
     tokens, width = largest.rows * largest.length, config.hidden_size
     embedding = config.vocab_size * width * itemsize / model_shards
     size = draft_params(draft) * 4
@@ -293,7 +297,7 @@ def evaluate_stage(
             "draft": draft,
             "caches": cache / model_shards,
             "laid out anew": laid_out_anew(config, itemsize, platform, layers=True) / model_shards,
-            "temporaries": spilled(layer_temporaries(config, prompts, itemsize, model_shards), platform),
+            "temporaries": spilled(layer_temporaries(config, prompts, itemsize, model_shards, platform), platform),
         },
         math.nan,
         disk=0.0,
