@@ -1,4 +1,4 @@
-"""What the compilers for TPUs and GPUs say of the stages of an 8B and a 70B target, beside what `plan` computes."""
+"""What the compilers for TPUs and GPUs say of the stages of an 8B target, beside what `plan` computes."""
 
 import argparse
 import dataclasses
@@ -21,11 +21,10 @@ LLAMA_8B = DecoderConfig(
     family="llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_layers=32, num_heads=32,
     num_kv_heads=8, head_dim=128, max_position=131072, rms_norm_eps=1e-5, rope=Rope(5e5), tie_embeddings=False,
 )  # fmt: skip
-LLAMA_70B = dataclasses.replace(LLAMA_8B, hidden_size=8192, intermediate_size=28672, num_layers=80, num_heads=64)
 TOY = dataclasses.replace(
     LLAMA_8B, vocab_size=2048, hidden_size=512, intermediate_size=1024, num_layers=2, num_heads=4, num_kv_heads=2
 )
-TARGETS = {"8B": LLAMA_8B, "70B": LLAMA_70B}
+TARGETS = {"8B": LLAMA_8B}
 RECIPE, NEW_TOKENS = Recipe(compute_dtype="bfloat16"), 128
 # (target, stage, devices, model shards, rows and tokens of a data shard).
 TPUS = [
@@ -43,14 +42,6 @@ TPUS = [
     ("8B", "train", "v6e:2x4", 1, Shape(1, 2048)),
     ("8B", "decode", "v6e:2x4", 1, Shape(8, 1024)),
     ("8B", "score", "v5e:4x4", 1, Shape(1, 2048)),
-    ("8B", "score", "v5e:4x4", 2, Shape(2, 2048)),
-    ("8B", "train", "v5e:4x4", 2, Shape(1, 2048)),
-    ("8B", "decode", "v5e:4x4", 2, Shape(8, 1024)),
-    ("70B", "score", "v5p:2x2x2", 8, Shape(2, 2048)),
-    ("70B", "score", "v5e:4x4", 16, Shape(2, 2048)),
-    ("70B", "train", "v5p:2x2x2", 8, Shape(1, 2048)),
-    ("70B", "decode", "v5p:2x2x2", 8, Shape(8, 1024)),
-    ("70B", "decode", "v5e:4x4", 16, Shape(8, 1024)),
 ]
 GPUS = [
     ("8B", stage, devices, 1, shape)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Memory, exchanges and cycles of an 8B and a 70B target's stages, as the compilers for TPUs give them: no TPU, twenty minutes on
+# Memory, exchanges and cycles of an 8B target's stages, as the compilers for TPUs give them: no TPU, twenty minutes on
 # one core. It needs libtpu: PYTHON=.venv-aot/bin/python after `make aot`. With GPUS=1 and CUDA's compiler (pip install
 # 'jsfdd[cuda]') the GPUs' stages, in two minutes. SMOKE=1: two programs of a toy's width, no file.
 . "$(dirname "${BASH_SOURCE[0]}")/../env.sh"

@@ -85,6 +85,8 @@ class PlanConfig:
         check_at_least(1, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size)
         if self.compile and (self.devices or self.device_kind):
             raise ValueError("--compile: names the devices itself; leave --devices and --device-kind out")
+        if self.compile and self.model.model_shards > 1:
+            raise ValueError("--compile: compiles targets that fit a device whole; leave --model-shards out")
 
 
 class Devices(NamedTuple):
