@@ -10,7 +10,8 @@ OPTIONS = ["--max-length", "128", "--batch-tokens", "512"]
 TRAINING = ["--epochs", "4", "--held-out-share", "0.2", "--save-every", "5"]
 DECODING = ["--max-new-tokens", "8", "--num-draft-tokens", "2"]
 STAGES = ("respond", "score", "train", "evaluate", "export", "run")
-TIMES = ("seconds", "per_second", "speedup", "hardware", "versions", "examples", "config")  # parts of names that hold no result
+# Parts of names that hold no result.
+TIMES = ("seconds", "per_second", "speedup", "cost_ratio", "hardware", "versions", "examples", "config")
 
 
 def make_inputs(folder: Path) -> None:

@@ -35,8 +35,9 @@ from jsfdd.base.records import Sample
 from jsfdd.data.answers import AnswerSpan, Frames, Rewritten, Span, find_answers, find_marked_answers
 from jsfdd.data.chat import Chat
 from jsfdd.data.marks import any_of, learn_marks
-from jsfdd.data.mask import assistant_mask
+from jsfdd.data.mask import AskedOffsets, KnownOffsets, assistant_mask
 from jsfdd.data.messages import Message, text_of_calls
+from jsfdd.data.pieces import piece_tokenizer
 from jsfdd.data.render import RefusedByTemplate, check_tokenizer, render, render_prompt, render_together
 from jsfdd.data.skipped import MEANINGS, BadRow, nothing_left
 from jsfdd.data.spans import MaskSpan, excluded_spans
@@ -142,6 +143,7 @@ class ChatTokenizer:
         self.vocab_size, self.split_answers = vocab_size, split_answers
         self.marks, self.frames = learn_marks(tokenizer), Frames(tokenizer)
         self.backend = _offset_backend(tokenizer)
+        self.pieces = piece_tokenizer(self.backend)
         self.added_tokens = tokenizer.added_tokens_decoder
         special = {token.content for token in self.added_tokens.values() if token.special}
         of_turns = {text for text in self.marks.control if not _ANSWER_MARKS.fullmatch(text)}
@@ -181,15 +183,13 @@ class ChatTokenizer:
 
     def samples(self, rendered: Sequence[Rendered]) -> Iterator[tuple[Rendered, Sample | BadRow, bool]]:
         """What each makes: a sample, or why there is none; and whether it was cut."""
-        texts = [row.text for row in rendered if not row.chat.tokens]
-        encodings = iter(self.backend.encode_batch(texts, add_special_tokens=False))
+        encoded = iter(self.encoded([row.text for row in rendered if not row.chat.tokens]))
         for row in rendered:
             if row.chat.tokens:
                 ids, mask = row.chat.tokens, np.asarray(row.chat.mask, bool)
             else:
-                encoding = next(encodings)
-                ids = encoding.ids
-                mask = assistant_mask(encoding, *row[2:], self.added_tokens)
+                ids, offsets = next(encoded)
+                mask = assistant_mask(ids, offsets, *row[2:], self.added_tokens)
             tokens = np.asarray(ids[: self.max_length], np.int32)
             sample = Sample(row.id, row.chat.source, tokens, mask[: self.max_length])
             if self.vocab_size is not None and tokens.max(initial=0) >= self.vocab_size:
@@ -198,6 +198,18 @@ class ChatTokenizer:
                 yield row, BadRow("no_counted", row.chat.place, "no token of an answer counts"), False
             else:
                 yield row, sample, len(ids) > self.max_length
+
+    def encoded(self, texts: Sequence[str]) -> Iterator[tuple[Sequence[int], KnownOffsets | AskedOffsets]]:
+        """Ids and offsets of every text: from its pieces where it has some, else from the library, of several together."""
+        known = [self.pieces and self.pieces.encode(text) for text in texts]
+        others = [text for text, tokens in zip(texts, known) if tokens is None]
+        encodings = iter(self.backend.encode_batch(others, add_special_tokens=False))
+        for text, tokens in zip(texts, known):
+            if tokens is None:
+                encoding = next(encodings)
+                ids = encoding.ids  # the property builds the list at every access
+                tokens = ids, AskedOffsets(encoding, len(ids), len(text))
+            yield tokens
 
     def _messages(self, chat: Chat) -> Sequence[Message]:
         return chat.messages if self.knows_calls else tuple(map(_with_written_calls, chat.messages))
