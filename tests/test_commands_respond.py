@@ -334,9 +334,18 @@ def test_the_command_line(inputs, tmp_path, capsys):
     plan = json.loads(capsys.readouterr().out)
     assert (plan["conversations"], plan["answers"], plan["continues"]) == (11, 21, False)
     assert not (tmp_path / "new").exists()
+    kept = [*arguments, "--keep-hidden", "flatness", "--retain-ratio"]
+    planned = []
+    for ratio in ("0.25", "0.5"):
+        assert main([*kept, ratio, "--dry-run", "--json"]) == 0
+        planned.append(json.loads(capsys.readouterr().out))
+    assert planned[1]["hidden_bytes"] == pytest.approx(2 * planned[0]["hidden_bytes"], rel=0.01) and planned[0]["hidden_bytes"]
+    assert planned[1]["wanted_bytes"] == plan["wanted_bytes"] + planned[1]["hidden_bytes"]
     assert main([*arguments, "--json"]) == 0
     captured = capsys.readouterr()
     result = json.loads(captured.out)
+    written = sum(path.stat().st_size for path in (tmp_path / "new").glob("answers.jsonl*"))
+    assert written / 2 < plan["wanted_bytes"] and plan["wanted_bytes"] == plan["answers_bytes"] < 4 * written
     assert result["chats"] == str(tmp_path / "new" / "answers.jsonl") and result["conversations"] == 11
     assert result["files"][0]["kept"] == 11 and "11 read, 11 kept" in captured.err
     assert "respond: " in captured.err and "answers/s" in captured.err or "s each" in captured.err

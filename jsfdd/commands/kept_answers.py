@@ -167,6 +167,17 @@ def score_answers(config: RespondConfig, target: Target) -> Kept:
     return Kept(len(table), len(read_scores(given)) if given.exists() else 0)
 
 
+def expected_tokens(config: RespondConfig, prepared: Prepared) -> int:
+    """About how many tokens' states are kept if every answer is as long as it may be; an upper estimate."""
+    longest = config.decoding.max_new_tokens
+    share = score.still_possible(scoring_of(config), _as_samples(prepared, longest)).expected_tokens
+    share /= len(prepared.questions) * (longest + 1)
+    answers = sum(len(questions.turns) for questions in prepared.questions)
+    return round(
+        share * min(answers * longest + prepared.questions.num_bytes // 4, len(prepared.questions) * config.max_length)
+    )
+
+
 def _as_samples(prepared: Prepared, length: int) -> Sequence[Sample]:
     """A sample in the place of every conversation, before it is answered."""
     import numpy as np

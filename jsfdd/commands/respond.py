@@ -14,7 +14,7 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
@@ -32,7 +32,15 @@ from jsfdd.commands.inputs import (
     target_dtype,
     tree_shape,
 )
-from jsfdd.commands.kept_answers import Kept, Recording, check_free, recording, score_answers, scoring_of
+from jsfdd.commands.kept_answers import (
+    Kept,
+    Recording,
+    check_free,
+    expected_tokens,
+    recording,
+    score_answers,
+    scoring_of,
+)
 from jsfdd.commands.options import (
     ChatOptions,
     DecodingOptions,
@@ -57,7 +65,7 @@ from jsfdd.models.architecture import DraftKind
 
 if TYPE_CHECKING:
     from jsfdd.data.counts import FileCounts
-    from jsfdd.data.questions import Questions
+    from jsfdd.data.questions import QuestionTable
     from jsfdd.decoding.conversations import Conversation
     from jsfdd.decoding.settings import DecodeSetup, Team
     from jsfdd.models.draft import Draft
@@ -68,6 +76,10 @@ jsfdd respond --target smollm2 --data chats.jsonl --max-new-tokens 512 --out ans
 jsfdd respond --target DIR --data chats/ --temperature 0.7 --out answers.jsonl --dry-run
 jsfdd respond --target DIR --data chats/ --turns first --keep-hidden flatness --out own/a.jsonl
 """
+
+
+_CHARACTERS_PER_TOKEN = 4  # an estimate
+_PROVENANCE = 250  # bytes of a row about how it was answered
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,13 +139,15 @@ class Prepared(NamedTuple):
       team: the drafts, if any.
       setup: how to decode.
       longest_prompt: the most tokens of a prompt that is answered.
+      state_bytes: with --keep-hidden, those of a token's states on disk; else 0.
     """
 
-    questions: Sequence[Questions]
+    questions: QuestionTable
     files: list[FileCounts]
     team: Team
     setup: DecodeSetup
     longest_prompt: int
+    state_bytes: int = 0
 
 
 class Responses(NamedTuple):
@@ -190,8 +204,11 @@ def prepare(config: RespondConfig) -> Prepared:
     for name, draft in team.drafts.items():
         check_draft(target, draft.config, name)
     setup = setup_of(target, team, config.decoding)
+    state_bytes = 0
     if config.keep_hidden:
-        score.layers_kept(scoring_of(config), target.config)  # fails if the target has too few
+        scoring = scoring_of(config)
+        layers = score.layers_kept(scoring, target.config)  # fails if the target has too few
+        state_bytes = score.hidden_bytes(scoring.hidden_dtype, target.config.hidden_size, 1, len(layers))
     longest_prompt = min(config.max_length, target.config.max_position) - config.decoding.max_new_tokens
     read = ReadCounts()
     questions, summary = questions_of(
@@ -205,7 +222,7 @@ def prepare(config: RespondConfig) -> Prepared:
     if is_primary():
         show_counts(files, read.notes())
     check_too_many_skipped(files, read.skipped.first | summary.first, share_of("--max-skipped", config.max_skipped))
-    return Prepared(questions, files, team, setup, longest_prompt)
+    return Prepared(questions, files, team, setup, longest_prompt, state_bytes)
 
 
 def run(config: RespondConfig, prepared: Prepared) -> Outcome:
@@ -250,8 +267,14 @@ def describe(config: RespondConfig, prepared: Prepared) -> Outcome:
     ]
     parts = parts_of(config.out)
     files = [config.out.name, parts.name]
+    text = _CHARACTERS_PER_TOKEN * answers * config.decoding.max_new_tokens
+    # The log repeats the answers.
+    values["answers_bytes"] = prepared.questions.num_bytes + len(prepared.questions) * _PROVENANCE + 2 * text
+    words.append(f"at most about {values['answers_bytes'] / 1e6:,.1f} MB of questions and answers")
     if config.keep_hidden:
-        words.append(f"keep scores, and hidden states for {' '.join(config.keep_hidden)}, in the same pass")
+        values["hidden_bytes"] = prepared.state_bytes * expected_tokens(config, prepared)
+        kept = f"{values['hidden_bytes'] / 1e6:,.1f} MB of hidden states for {' '.join(config.keep_hidden)}"
+        words.append(f"keep scores, and at most about {kept}, in the same pass")
         files += ["scores.parquet", "scores.parts/", f"{score.HIDDEN}/"]
     return planned("respond", values, words, config.out.parent, files, continues=parts)
 
@@ -358,10 +381,15 @@ def _write(config: RespondConfig, target: Target, conversations: Sequence[Conver
     provenance = {"target": Path(config.model.target).name, "fingerprint": target.fingerprint}
     options = to_json(config)
     provenance |= {name: options[name] for name in ("temperature", "top_k", "top_p", "seed")}
-    with written_whole(config.out) as aside, aside.open("w", encoding="utf-8") as file:
+
+    def lines() -> Iterator[bytes]:
         for conversation in conversations:
             questions = conversation.questions
             row = {"id": questions.id, "source": questions.source, "messages": conversation.messages}
             row |= {"tools": questions.tools} if questions.tools else {}
             row["answered_by"] = provenance
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            yield json.dumps(row, ensure_ascii=False).encode() + b"\n"
+
+    wanted = sum(map(len, lines()))  # for a disk that refuses
+    with written_whole(config.out, wanted) as aside, aside.open("wb") as file:
+        file.writelines(lines())

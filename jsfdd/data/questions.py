@@ -73,6 +73,11 @@ class QuestionTable(Sequence[Questions]):
         self._file.write(data)
         self._starts.append(self._starts[-1] + len(data))
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all as JSON."""
+        return self._starts[-1]
+
     def __len__(self) -> int:
         return len(self._starts) - 1
 
@@ -87,7 +92,7 @@ class QuestionTable(Sequence[Questions]):
 
 def questions_of(
     chats: Iterable[Chat], tokenizer, *, longest_prompt: int, first_turn_only: bool = False, vocab_size: int | None = None
-) -> tuple[Sequence[Questions], QuestionSummary]:
+) -> tuple[QuestionTable, QuestionSummary]:
     """Turn chats into questions, in the order of the chats.
 
     Args:
