@@ -20,7 +20,14 @@ def split(pattern, behavior="isolated"):
     return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), behavior), BYTES])
 
 
-WORDS = ["the model's", "DON'T don't I'll we'VE", "x = 12345.678;\n\n    return x.\n", "(word) one-two a_b", "é名 ünï e\u0301"]
+WORDS = [
+    "the model's",
+    "DON'T don't I'll we'VE",
+    "x = 12345.678;\n\n    return x.\n",
+    "(word) one-two a_b",
+    "é名 ünï e\u0301",
+    "aé theé modelß Zé aé theé",
+]
 
 
 def trained(pre_tokenizer, normalizer=None):
