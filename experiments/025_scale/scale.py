@@ -1,6 +1,7 @@
 """What grows with the number of rows: reading chats, scores on disk, selection, the best k so far, a store that samples leave.
 
-Each measurement is a process of its own, so its memory is its own: seconds, and the resident bytes it adds at its peak.
+Each measurement is a process of its own, so its memory is its own: seconds by the clock and of CPU time (that of its tokenizing
+processes too), and the resident bytes it adds at its peak.
 """
 
 from __future__ import annotations
@@ -126,10 +127,19 @@ def _prepare(name: str, rows: int, folder: Path) -> None:
 
 
 def _measure(name: str, rows: int, folder: Path, answer) -> None:
-    memory_before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    spent = _cpu_seconds()
     more = MEASURED[name][1](rows, folder) or {}
+    seconds, spent = time.perf_counter() - start, _cpu_seconds() - spent
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    answer.send({"seconds": round(time.perf_counter() - start, 3), "megabytes": round((peak - memory_before) / 1024)} | more)
+    value = {"seconds": round(seconds, 3), "cpu_seconds": round(spent, 3), "megabytes": round((peak - before) / 1024)}
+    answer.send(value | more)
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of those that it started and that have ended."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def measure(name: str, rows: int) -> dict:
