@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
+from experiments.results import read_results, write_results
 from jsfdd.data import tokenized
 from jsfdd.data.chat import ReadCounts, stream_chats
 from jsfdd.data.skipped import BadRow
@@ -32,6 +33,7 @@ def main() -> None:
     parser.add_argument("chats", type=Path)
     parser.add_argument("--rows", type=int, default=8192)
     parser.add_argument("--processes", type=int)
+    parser.add_argument("--results", type=Path)
     options = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     value, texts = parts(options.chats, options.rows)
@@ -39,7 +41,9 @@ def main() -> None:
         os.environ["TOKENIZERS_PARALLELISM"], os.environ["RAYON_NUM_THREADS"] = "true", str(options.processes)
         value |= {"processes": options.processes, "tokens_per_second": together(options.chats, options.processes)}
         value["library_tokens_per_second"] = library(texts, time.perf_counter)
-    print(json.dumps({"at": ["reading", options.chats.name], "value": value}))
+    print(json.dumps({options.chats.name: value}))
+    if options.results:
+        write_results(options.results, read_results(options.results) | {options.chats.name: value})
 
 
 def parts(path: Path, rows: int) -> tuple[dict, list[str]]:

@@ -8,4 +8,6 @@ if [[ ${SMOKE:-} ]]; then
 fi
 run 025_scale.scale --rows 10000 100000 1000000 10000000 --results "$root/experiments/025_scale/results.jsonl"
 run 025_scale.plot
-if (($#)); then run 025_scale.reading "$1" --processes "$(nproc)" | tee --append "$root/experiments/025_scale/reading.jsonl"; fi
+if (($#)); then
+    run 025_scale.reading "$1" --processes "$(nproc)" --results "$root/experiments/025_scale/reading.jsonl"
+fi
