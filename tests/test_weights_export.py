@@ -398,3 +398,42 @@ def test_the_card_says_what_is_not_known(tmp_path):
     card = (tmp_path / "draft" / "README.md").read_text()
     assert "Not measured yet" in card and "Not known" in card and "base_model" not in card
     assert "vllm serve TARGET " in card and "trained for smollm2" in card
+
+
+# ---- a small head
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_the_tokens_of_a_small_head_stand_beside_what_an_engine_reads(tmp_path, flavour):
+    config, params = a_draft()
+    small = dataclasses.replace(config, vocabulary=(3, 5, 8, 63))
+    whole = written(tmp_path / "whole", flavour, (config, params))
+    settings, tensors = written(tmp_path / "small", flavour, (small, params))
+    assert settings == whole[0] and all(np.array_equal(tensors[name], x) for name, x in whole[1].items())
+    assert tensors.keys() == whole[1].keys()
+    assert json.loads((tmp_path / "small" / "draft_vocabulary.json").read_text()) == [3, 5, 8, 63]
+    assert not (tmp_path / "whole" / "draft_vocabulary.json").exists()
+    assert read_draft(tmp_path / "small").config == small
+    # The card says how SGLang, which alone can, proposes these tokens only.
+    card = (tmp_path / "small" / "README.md").read_text()
+    assert ("--speculative-token-map" in card) == (flavour == "sglang") and "4 of the 64 tokens" in card
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("[3, 5", "draft_vocabulary.json: damaged JSON"),
+        ('{"tokens": [3]}', "expected a JSON array"),
+        ("[]", "empty list"),
+        ("[3, true]", "entry 1 is True"),
+        ("[3, 64]", "entry 1 is 64, not one of the target's 64 tokens"),
+        ("[-1, 3]", "entry 0 is -1"),
+        ("[3, 5, 5]", "entry 2 is 5, after 5"),
+        ("[3, 2]", "entry 1 is 2, after 3"),
+    ],
+)
+def test_a_damaged_list_of_tokens_is_named(tmp_path, content, message):
+    written(tmp_path / "draft", "vllm", a_draft())
+    (tmp_path / "draft" / "draft_vocabulary.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_draft(tmp_path / "draft")

@@ -9,16 +9,11 @@ import argparse
 import shutil
 from pathlib import Path
 
-import numpy as np
-
 from experiments.pool import choices
-from experiments.pool.pool import AHEAD, MAX_NEW_TOKENS, SMOKE, Arm, Pool, open_pool, pool_parser
+from experiments.pool.judge import Judge
+from experiments.pool.pool import SMOKE, Arm, Pool, open_pool, pool_parser
 from experiments.results import read_results, write_results
 from jsfdd.base.hardware import describe_hardware
-from jsfdd.decoding.settings import TreeShape, decode_setup
-from jsfdd.evaluation.replay import make_judge, walk
-from jsfdd.evaluation.replay_trees import make_tree_replay
-from jsfdd.models.draft import DraftConfig
 
 from .table import print_tables
 
@@ -34,7 +29,6 @@ KINDS = {
     "EAGLE-3, 3 steps, decay 1": dict(draft_kind="eagle3", draft_steps=3, step_decay=1.0),
 }
 REFERENCE = "EAGLE-3, 3 steps"  # whose CPU seconds the others are given
-TREE = TreeShape(AHEAD, 10, 60)
 
 
 def main() -> None:
@@ -51,7 +45,7 @@ def main() -> None:
         "hardware": describe_hardware(), "chats": len(pool.samples), "epochs": options.epochs,
         "prompts": [prompt.source for prompt in pool.prompts],
     }  # fmt: skip
-    judge = Judge(pool)
+    judge = Judge(pool.loaded.target, pool.loaded.mesh, pool.recorded[0.0], pool.judges[0.0][0])
 
     def run(name: str, seed: int, ids, recipe: dict) -> dict:
         rows = results.setdefault("arms", {}).setdefault(name, {})
@@ -99,32 +93,6 @@ def run_halves(pool: Pool, options: argparse.Namespace, run) -> None:
 def seconds(row: dict) -> float:
     """CPU seconds of training, and of what was stored for this arm alone."""
     return row["cpu_seconds"] + row["cpu_seconds_of_own_store"]
-
-
-class Judge:
-    """Counts by prompt of chains and trees, greedy, compiled once for each shape of draft."""
-
-    def __init__(self, pool: Pool):
-        self.pool, self.compiled = pool, {}
-
-    def __call__(self, draft: DraftConfig, params: dict) -> dict:
-        pool, recorded, (states, _) = self.pool, self.pool.recorded[0.0], self.pool.judges[0.0]
-        target, mesh = pool.loaded.target, pool.loaded.mesh
-        if draft not in self.compiled:
-            setup = decode_setup(target, [draft], num_draft_tokens=AHEAD, max_new_tokens=MAX_NEW_TOKENS, tree=TREE)
-            self.compiled[draft] = (
-                make_judge(target, states, recorded, draft, mesh, num_draft_tokens=AHEAD),
-                make_tree_replay(target, states, recorded, setup, mesh),
-            )
-        chains, trees = self.compiled[draft]
-        of_chains, (of_trees, _) = walk(recorded, chains(params)), trees([params])
-        return {
-            name: {
-                "emitted": np.round(counts.emitted, 6).tolist(), "steps": np.round(counts.steps, 6).tolist(),
-                "reached": counts.reached.sum(axis=0).tolist(), "accepted": counts.accepted.sum(axis=0).tolist(),
-            }
-            for name, counts in (("chain", of_chains), ("tree", of_trees))
-        }  # fmt: skip
 
 
 def summary(row: dict) -> str:

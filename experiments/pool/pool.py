@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jsfdd.base.records import Prompt, Sample
 from jsfdd.commands import score
@@ -41,6 +42,7 @@ from jsfdd.training.soft_store import store_soft_targets
 from jsfdd.training.token_loss import Distance
 from jsfdd.training.train import train
 from jsfdd.weights.draft import load_draft
+from jsfdd.weights.target import Target
 
 SMOKE = os.environ.get("SMOKE") == "1"
 PROMPTS = {"gsm8k": 2, "qa": 2} if SMOKE else {"mt_bench": 30, "gsm8k": 40, "alpaca": 40, "sum": 8, "qa": 40}
@@ -109,17 +111,10 @@ def open_pool(
         soft_targets = soft_targets_of(recipe, loaded, TrainingData(loaded.samples, store), draft, work / "soft_targets")
     recorded, judges = {}, {}
     for temperature in temperatures:
-        directory = work / f"{answers}_{temperature}"
-        with timed(work, f"record {directory.name}"):
-            path = work / f"{directory.name}.json"
-            recorded[temperature] = _recorded(loaded, prompts, path, temperature, batch_size)
-        digest = hashlib.sha256(b"".join(sample.tokens.tobytes() for sample in recorded[temperature].samples)).hexdigest()
-        with timed(work, f"read {directory.name}"):
-            states = store_hidden(
-                loaded.target, recorded[temperature].samples, loaded.mesh,
-                batch_tokens=4096, directory=directory, identity={"answers": digest}, dtype="float32",
-                layers=layers,
-            )  # fmt: skip
+        name = f"{answers}_{temperature}"
+        recorded[temperature], states = recorded_answers(
+            loaded.target, loaded.mesh, prompts, work, name, temperature=temperature, batch_size=batch_size, layers=layers
+        )
         judges[temperature] = (states, {})
     samples = loaded.samples[skip : skip + options.chats]
     shapes = choose_shapes([len(sample.tokens) for sample in samples], TRAIN_BATCH_TOKENS)
@@ -146,23 +141,43 @@ def soft_targets_of(recipe: Recipe, loaded: Loaded, data: TrainingData, draft: D
     )  # fmt: skip
 
 
-def _recorded(loaded: Loaded, prompts, path: Path, temperature: float, batch_size: int) -> replay.Recorded:
-    if not path.exists():
-        recorded = replay.record(
-            loaded.target, prompts, loaded.mesh,
-            temperature=temperature, max_new_tokens=MAX_NEW_TOKENS, ahead=AHEAD, batch_size=batch_size, seed=0,
-        )  # fmt: skip
-        rows = [
-            {"id": s.id, "source": s.source, "tokens": s.tokens.tolist(), "answer": int(s.assistant_mask.sum())}
-            for s in recorded.samples
-        ]
-        path.write_text(json.dumps({"prompts": recorded.prompts.tolist(), "samples": rows}))
+def recorded_answers(
+    target: Target,
+    mesh: Mesh,
+    prompts: Sequence[Prompt],
+    work: Path,
+    name: str,
+    *,
+    temperature: float = 0.0,
+    batch_size: int = 40,
+    layers: tuple[int, ...] = (),
+) -> tuple[replay.Recorded, HiddenStore]:
+    """The target's answers to `prompts`, WORK/NAME.json, and its states over them, WORK/NAME: what drafts are judged by."""
+    path = work / f"{name}.json"
+    with timed(work, f"record {name}"):
+        if not path.exists():
+            recorded = replay.record(
+                target, prompts, mesh,
+                temperature=temperature, max_new_tokens=MAX_NEW_TOKENS, ahead=AHEAD, batch_size=batch_size, seed=0,
+            )  # fmt: skip
+            rows = [
+                {"id": s.id, "source": s.source, "tokens": s.tokens.tolist(), "answer": int(s.assistant_mask.sum())}
+                for s in recorded.samples
+            ]
+            path.write_text(json.dumps({"prompts": recorded.prompts.tolist(), "samples": rows}))
     kept = json.loads(path.read_text())
     samples = []
     for row in kept["samples"]:
         tokens = np.array(row["tokens"], np.int32)
         samples.append(Sample(row["id"], row["source"], tokens, np.arange(len(tokens)) >= len(tokens) - row["answer"]))
-    return replay.Recorded(samples, np.array(kept["prompts"]), temperature, MAX_NEW_TOKENS, AHEAD, loaded.target.stop_tokens)
+    recorded = replay.Recorded(samples, np.array(kept["prompts"]), temperature, MAX_NEW_TOKENS, AHEAD, target.stop_tokens)
+    digest = hashlib.sha256(b"".join(sample.tokens.tobytes() for sample in samples)).hexdigest()
+    with timed(work, f"read {name}"):
+        states = store_hidden(
+            target, samples, mesh,
+            batch_tokens=4096, directory=work / name, identity={"answers": digest}, dtype="float32", layers=layers,
+        )  # fmt: skip
+    return recorded, states
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from jsfdd.commands import run as stages
-from jsfdd.commands.options import ChatOptions, DecodingOptions, ExportOptions, ModelOptions, RecipeOptions, SelectionOptions
+from jsfdd.commands.options import ChatOptions, DecodingOptions, ModelOptions, RecipeOptions, SelectionOptions
 from jsfdd.commands.outcome import Outcome
 from jsfdd.commands.run import Prepared, RunConfig
 
@@ -43,8 +43,7 @@ def demo_run(config: DemoConfig) -> RunConfig:
 
     The packaged conversations are the target's own answers already: to decode them would take seven minutes more. They have
     3,713 different tokens, so a head of 4,096 can propose all of them; it halves a training step and costs no τ
-    (experiments/016). Engines have no layout for an EAGLE-1/2 draft with a small head, so the drafts stay checkpoints. Nothing
-    is held out: forty other prompts judge the drafts.
+    (experiments/016). Nothing is held out: forty other prompts judge the drafts.
     """
     from importlib.resources import files
 
@@ -55,7 +54,6 @@ def demo_run(config: DemoConfig) -> RunConfig:
         selection=SelectionOptions(within="cluster"),
         recipe=RecipeOptions(epochs=3, learning_rate=1e-3, held_out_share=0.0, draft_vocab=4096),
         decoding=DecodingOptions(num_draft_tokens=3, max_new_tokens=24),
-        export=ExportOptions(flavour="none"),
         prompts=(folder / "eval_prompts.jsonl",),
         out=config.out,
         seed=config.seed,

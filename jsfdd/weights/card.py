@@ -87,6 +87,7 @@ def model_card(name: str, config: DraftConfig, flavour: Flavour, dtype: str, ser
         about,
         "## Serving",
         *_serving(name, config.kind, flavour, serving),
+        _token_map(config, flavour),
         "## Acceptance",
         *_acceptance(provenance.reports, flavour),
         "## Training data",
@@ -108,9 +109,11 @@ def extended_context(decoder: DecoderConfig) -> int:
 
 def _parts(config: DraftConfig) -> str:
     """What the draft borrows, and what it reads."""
+    size = config.decoder.vocab_size
     if config.kind == "eagle":
-        return "Embedding and head are the target's."
-    size, layers = config.decoder.vocab_size, [str(number) for number in config.target_layers]
+        few = f" It proposes {len(config.vocabulary)} of the {size} tokens." if config.vocabulary else ""
+        return f"Embedding and head are the target's.{few}"
+    layers = [str(number) for number in config.target_layers]
     return (
         f"It reads what enters the target's layers {', '.join(layers)}, counted from 0, and has a head of its own over "
         f"{len(config.vocabulary) or size} of the {size} tokens. The embedding is the target's."
@@ -134,6 +137,24 @@ def _serving(name: str, kind: DraftKind, flavour: Flavour, serving: Serving) -> 
         stands = f"{_PLACEHOLDER} stands for the hub name or directory of the target's Hugging Face weights{trained}."
         note = f"{stands} {note}".rstrip()
     return [f"```{language}\n{code}\n```", *([note] if note else [])]
+
+
+def _token_map(config: DraftConfig, flavour: Flavour) -> str:
+    """What an engine does with an EAGLE-1/2 draft that was trained to propose few tokens."""
+    from jsfdd.weights.draft_vocabulary import VOCABULARY_FILE
+
+    if config.kind == "eagle3" or not config.vocabulary:
+        return ""
+    if flavour == "sglang":
+        convert = f"torch.save(json.load(open({VOCABULARY_FILE!r})), 'token_map.pt')"
+        return (
+            f"With `--speculative-token-map token_map.pt` it proposes those of {VOCABULARY_FILE} alone, which saves most of "
+            f'the head\'s product. Make the map once: `python -c "import json, torch; {convert}"`. Without it, it proposes all.'
+        )
+    return (
+        f"This engine reads no {VOCABULARY_FILE}: it takes the target's whole head and lets the draft propose all tokens. The "
+        "figures below are with those in it alone."
+    )
 
 
 def _vllm(target: str, draft: str, kind: DraftKind, serving: Serving) -> tuple[str, str, str]:

@@ -9,8 +9,7 @@
     over streams                                                          input_norm, fc_norm.i  the same
 
 An EAGLE-1/2 draft's fc reads (embedding, hidden), an EAGLE-3 draft's the streams in the order of the target's layers. The
-embedding is the target's in all. Which tokens an EAGLE-3 draft proposes two more tensors say: d2t [Vq], by how much row i of
-the head lies before the token that it is of, and t2d [V], whether a token has a row.
+embedding is the target's in all. Which tokens a draft can propose stands in `weights/draft_vocabulary.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jsfdd.models.draft import DraftConfig, allowed_tokens, init_draft
+from jsfdd.models.draft import DraftConfig, init_draft
 
 
 class Layout(NamedTuple):
@@ -76,15 +75,6 @@ def draft_tensors(config: DraftConfig, params: dict, layout: Layout) -> dict[str
             value = value[key]
         tensors[name] = np.ascontiguousarray(np.asarray(value).T if leaf.endswith("/kernel") else value)
     return tensors
-
-
-def vocabulary_tensors(config: DraftConfig) -> dict[str, np.ndarray]:
-    """d2t int64[Vq] and t2d bool[V] of an EAGLE-3 draft: zeros and true if it proposes all tokens."""
-    size = config.decoder.vocab_size
-    allowed = allowed_tokens(config)
-    allowed = np.ones(size, bool) if allowed is None else allowed
-    tokens = np.flatnonzero(allowed)
-    return {"d2t": tokens - np.arange(len(tokens)), "t2d": allowed}
 
 
 def _tensor_name(leaf: str, layout: Layout) -> str:

@@ -15,11 +15,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors import safe_open
 
 from jsfdd.models.architecture import DecoderConfig
 from jsfdd.models.draft import Draft, DraftConfig, DraftKind
 from jsfdd.weights.draft_tensors import FLAT, MIDLAYER, NESTED, STACKED, Layout, tensor_names, tensor_shapes
+from jsfdd.weights.draft_vocabulary import read_vocabulary_file, read_vocabulary_tensors
 from jsfdd.weights.eagle3_settings import draft_kind, eagle3_settings
 from jsfdd.weights.huggingface import weight_sources
 from jsfdd.weights.huggingface_config import parse_decoder, read_object
@@ -39,8 +39,8 @@ def read_draft(directory: str | Path, num_layers: int | None = None) -> Draft:
 
     Raises:
       FileNotFoundError: config.json or the weights are missing, or only pickled weights are there.
-      ValueError: a tensor is missing, unknown or misshapen, a setting is not supported, d2t names a token twice or one that
-        there is not, or the files are of two kinds of draft; the message names it.
+      ValueError: a tensor is missing, unknown or misshapen, a setting is not supported, the draft's tokens are named twice or
+        are not the target's, or the files are of two kinds of draft; the message names it.
     """
     directory = Path(directory)
     path = directory / "config.json"
@@ -56,11 +56,12 @@ def read_draft(directory: str | Path, num_layers: int | None = None) -> Draft:
     _check_kind(path, kind, sources)
     if kind == "eagle":
         layout = NESTED if nested else FLAT
-        fields, order = {}, None
+        fields, order = {"vocabulary": read_vocabulary_file(directory, decoder.vocab_size)}, None
     else:
         layout = MIDLAYER if any(name.startswith("midlayer.") for name in sources) else STACKED
         settings = eagle3_settings(path, raw, num_layers)
-        vocabulary, order = _vocabulary(path, raw.get("draft_vocab_size"), decoder.vocab_size, sources)
+        size = raw.get("draft_vocab_size")
+        vocabulary, order = read_vocabulary_tensors(path, size, decoder.vocab_size, sources)
         fields = {"kind": kind, "vocabulary": vocabulary, **settings}
     try:
         config = DraftConfig(decoder, fc_bias=_has_bias(path, raw, layout, sources), **fields)
@@ -136,53 +137,6 @@ def _is_padding(bias: Source, raw: dict[str, Any]) -> bool:
     EAGLE's own switch ("bias") is often left out or wrong, so a bias that is not zero counts whatever the switch says.
     """
     return raw.get("bias") is not True and len(bias.shape) == 1 and not np.any(bias.whole())
-
-
-def _vocabulary(
-    path: Path, draft_size: Any, size: int, sources: dict[str, Source]
-) -> tuple[tuple[int, ...], np.ndarray | None]:
-    """(the tokens that a draft proposes, ascending and empty for all; the order that sorts its head's rows, None if sorted).
-
-    Takes d2t and t2d out of `sources`.
-    """
-    draft_size = size if draft_size is None else draft_size
-    if not isinstance(draft_size, int) or not 0 < draft_size <= size:
-        raise ValueError(f"{path}: draft_vocab_size is {draft_size!r:.80}, not a number of the target's {size} tokens")
-    d2t, t2d = sources.pop("d2t", None), sources.pop("t2d", None)
-    if d2t is None:
-        if draft_size < size:
-            raise ValueError(
-                f"{path}: draft_vocab_size is {draft_size} of {size} tokens, but there is no tensor d2t that says which"
-            )
-        return (), None
-    offsets = _whole(d2t, "d2t", draft_size)
-    tokens = np.arange(draft_size) + offsets
-    if outside := np.flatnonzero((tokens < 0) | (tokens >= size)).tolist():
-        raise ValueError(
-            f"{d2t.file}: tensor d2t: row {outside[0]} would be of token {tokens[outside[0]]}, and the target has {size}; it "
-            "holds each token less the number of the row"
-        )
-    order = np.argsort(tokens, kind="stable")
-    repeats = np.flatnonzero(np.diff(tokens[order]) == 0).tolist()
-    if repeats:
-        rows = sorted(order[repeats[0] : repeats[0] + 2].tolist())
-        raise ValueError(f"{d2t.file}: tensor d2t: rows {rows[0]} and {rows[1]} are both of token {tokens[rows[0]]}")
-    if t2d is not None and not np.array_equal(_whole(t2d, "t2d", size) != 0, np.isin(np.arange(size), tokens)):
-        raise ValueError(f"{t2d.file}: tensor t2d marks other tokens than d2t gives rows to; one of them is damaged")
-    vocabulary = () if draft_size == size else tuple(tokens[order].tolist())
-    return vocabulary, None if np.array_equal(order, np.arange(draft_size)) else order
-
-
-def _whole(source: Source, name: str, size: int) -> np.ndarray:
-    """A tensor of whole numbers or truth values, [size]."""
-    with safe_open(source.file, framework="numpy") as handle:
-        kind = handle.get_slice(name).get_dtype()
-        if kind not in ("I64", "I32", "I8", "U8", "BOOL"):
-            raise ValueError(f"{source.file}: tensor {name} has type {kind}, which holds no whole numbers")
-        value = handle.get_tensor(name)
-    if value.shape != (size,):
-        raise ValueError(f"{source.file}: tensor {name} has shape {list(value.shape)}, the config says [{size}]")
-    return value
 
 
 def _check(

@@ -22,7 +22,8 @@ from jsfdd.base.files import sync
 from jsfdd.models.architecture import DecoderConfig, Rope
 from jsfdd.models.draft import DraftConfig, DraftKind
 from jsfdd.weights.card import ExportDtype, Flavour, Provenance, Serving, extended_context, model_card
-from jsfdd.weights.draft_tensors import FLAT, MIDLAYER, NESTED, STACKED, draft_tensors, vocabulary_tensors
+from jsfdd.weights.draft_tensors import FLAT, MIDLAYER, NESTED, STACKED, draft_tensors
+from jsfdd.weights.draft_vocabulary import vocabulary_tensors, write_vocabulary_file
 from jsfdd.weights.eagle3_settings import LAYERS, NORM_FLAGS
 from jsfdd.weights.flavours import ACTIVATIONS, check_flavour
 from jsfdd.weights.huggingface_config import read_object
@@ -45,7 +46,9 @@ def write_draft(
     serving: Serving = Serving(),  # noqa: B008 (immutable)
     provenance: Provenance = Provenance(),  # noqa: B008
 ) -> None:
-    """Write config.json, model.safetensors and README.md. The directory appears atomically.
+    """Write config.json, model.safetensors, README.md and, for an EAGLE-1/2 draft with a small head, its tokens.
+
+    The directory appears atomically.
 
     Args:
       directory: must not exist yet.
@@ -66,7 +69,7 @@ def write_draft(
     written = next(iter(tensors.values())).dtype
     if config.kind == "eagle" and flavour == "sglang" and not config.fc_bias:
         tensors["fc.bias"] = np.zeros(config.decoder.hidden_size, written)
-    if config.vocabulary or config.kind == "eagle3" and flavour in _ALWAYS_D2T:
+    if config.kind == "eagle3" and (config.vocabulary or flavour in _ALWAYS_D2T):
         tensors |= vocabulary_tensors(config)
     settings = draft_settings(config, flavour, written.name, serving)
     card = model_card(directory.name, config, flavour, written.name, serving, provenance)
@@ -79,6 +82,8 @@ def write_draft(
             partial.mkdir(parents=True)
             (partial / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
             (partial / "README.md").write_text(card, encoding="utf-8")
+            if config.kind == "eagle":
+                write_vocabulary_file(partial, config)
             save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
             # safetensors writes files that only their owner can read, and servers often run as another user.
             (partial / "model.safetensors").chmod((partial / "config.json").stat().st_mode)

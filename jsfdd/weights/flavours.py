@@ -15,6 +15,7 @@
     tpu-inference  2, N/2, N-3          norm_before_residual only   llama3                   midlayer.*, d2t always
     sglang-jax     2, N/2, N-3          none                        llama3, yarn             midlayer.*, d2t always
 
+No EAGLE-1/2 layout says which tokens a draft with a small head proposes: `weights/draft_vocabulary.py` puts a file beside it.
 No engine's EAGLE-3 draft has an fc bias: "bias" gives SGLang's attention biases that no file fills.
 """
 
@@ -97,13 +98,6 @@ def _check_eagle(config: DraftConfig, flavour: Flavour) -> None:
             flavour,
             "kind",
             "its engine serves EAGLE-3 drafts only, and this one is of EAGLE-1/2; train one with --draft-kind eagle3",
-        )
-    if config.vocabulary:
-        _refuse(
-            flavour,
-            "vocabulary",
-            f"this draft proposes {len(config.vocabulary)} tokens, and no EAGLE-1/2 layout has a place for which (SGLang takes "
-            "them as a pickled tensor beside the draft); train an EAGLE-3 draft, or use it from its checkpoint",
         )
     if flavour == "vllm" and config.fc_bias:
         _refuse(flavour, "fc_bias", "vLLM drops an fc bias without a word, so τ would fall; train without it, or use sglang")
