@@ -16,14 +16,15 @@ import pytest
 from test_report import write_run
 
 from jsfdd.commands.cli import main
-from jsfdd.report.live import read_live, render_live, seconds_left
+from jsfdd.report.live import read_live, seconds_left
+from jsfdd.report.live_page import render_live
 from jsfdd.report.serve import make_server
 
 
 def _note(run: Path, step: int, steps: int = 40, **figures) -> None:
     """One more line in both logs, as a training writes them."""
     run.mkdir(parents=True, exist_ok=True)
-    timing = {"step": step, "of": steps, "seconds": 5.0, "compiling": 0.0, "tokens_per_second": 812.5}
+    timing = {"step": step, "steps": steps, "seconds": 5.0, "compiling": 0.0, "tokens_per_second": 812.5}
     with (run / "metrics.jsonl").open("a") as metrics, (run / "timings.jsonl").open("a") as timings:
         metrics.write(json.dumps({"step": step, "epoch": 0, "loss": 3.0 - step / 20}) + "\n")
         if figures:
@@ -97,7 +98,7 @@ def test_what_is_no_run_is_named(tmp_path, capsys, make, words):
     [
         ("arms/full/metrics.jsonl", "5\n", r"metrics.jsonl:1: 5 is not an object"),
         ("arms/full/metrics.jsonl", '{"step": 1, "probe": 3}\n', r"metrics.jsonl: probe.tau is None"),
-        ("arms/full/timings.jsonl", '{"step": 1, "of": 1e400, "seconds": 2.0}\n', r"timings.jsonl:1: of is inf"),
+        ("arms/full/timings.jsonl", '{"step": 1, "steps": 1e400, "seconds": 2.0}\n', r"timings.jsonl:1: steps is inf"),
         ("arms/full/timings.jsonl", '{"seconds": 2.0}\n', r"timings.jsonl:1: step is None"),
         ("config.json", "{}", "config.json: arms is None"),
         ("config.json", '{"arms": "full"}', "config.json: arms is 'full'"),

@@ -366,7 +366,7 @@ def test_timings_are_in_parts_and_rates(finished):
     lines = read_lines(directory / TIMINGS)
     compiling = sum(line["compiling"] for line in lines)
     assert sum(line["seconds"] for line in lines) - compiling == pytest.approx(result.seconds)
-    assert compiling == pytest.approx(result.compile_seconds) and lines[-1]["of"] == lines[-1]["step"] == result.steps
+    assert compiling == pytest.approx(result.compile_seconds) and lines[-1]["steps"] == lines[-1]["step"] == result.steps
     for line in lines:
         parts = [line[part] for part in ("reading", "held_out", "probe", "compiling")]
         assert 0 < line["reading"] and sum(parts) < line["seconds"]

@@ -20,6 +20,8 @@ from jsfdd.commands.outcome import Outcome, described, many
 
 if TYPE_CHECKING:
     from jsfdd.decoding.settings import Team
+    from jsfdd.decoding.state import DecodeParams
+    from jsfdd.weights.target import Target
 
 _PLAIN_TOKENS = 12  # of an answer without a draft, whose steps are timed
 _COLOURS = (32, 33, 36, 35, 34)  # ANSI codes of green, yellow, cyan, magenta, blue
@@ -88,7 +90,6 @@ def run(config: GenerateConfig, prepared: Prepared) -> Outcome:
     """Decode the answer to `config.prompt` and print it meanwhile; the outcome has no words left to print."""
     from jsfdd.base.mesh import make_mesh
     from jsfdd.decoding.generate import prepare_params
-    from jsfdd.decoding.settings import Team
     from jsfdd.decoding.stream import stream_answer
     from jsfdd.evaluation.step_cost import memory_ratio, step_cost_words
 
@@ -110,14 +111,12 @@ def run(config: GenerateConfig, prepared: Prepared) -> Outcome:
         print(f"draft tokens accepted: {', '.join(counts)}", file=sys.stderr)
     values = {"command": "generate", "tau": result.tau, "tokens": len(result.tokens), "seconds": result.seconds}
     if team.drafts and result.step_seconds is not None:
-        few = min(_PLAIN_TOKENS, config.decoding.max_new_tokens)
-        alone = setup_of(target, Team({}), dataclasses.replace(config.decoding, max_new_tokens=few, tree_nodes=0))
-        plain = stream_answer(alone, params._replace(drafts=()), tokens, config.seed, temperature, lambda *_: None)
-        if plain.step_seconds is not None:
-            values["cost_ratio"] = result.step_seconds / plain.step_seconds
-            values["memory_cost_ratio"] = memory_ratio(target.config, setup.drafts, config.decoding.num_draft_tokens)
-            words = step_cost_words(result.tau, values["cost_ratio"], values["memory_cost_ratio"])
-            print(words, file=sys.stderr)
+        plain = _plain_step_seconds(config, target, params, tokens)
+        if plain is not None:
+            ratio = result.step_seconds / plain
+            from_memory = memory_ratio(target.config, setup.drafts, config.decoding.num_draft_tokens)
+            print(step_cost_words(result.tau, ratio, from_memory), file=sys.stderr)
+            values |= {"cost_ratio": ratio, "memory_cost_ratio": from_memory}
     return Outcome(values, "")
 
 
@@ -126,6 +125,17 @@ def describe(config: GenerateConfig, prepared: Prepared) -> Outcome:
     how = f"drafted by {' and '.join(team.drafts)}" if team.drafts else "without a draft"
     words = f"answer a prompt of {many(len(tokens), 'token')} with up to {config.decoding.max_new_tokens:,}, {how}"
     return described("generate", {"drafts": list(team.drafts), "prompt_tokens": len(tokens)}, [words])
+
+
+def _plain_step_seconds(config: GenerateConfig, target: Target, params: DecodeParams, tokens: list[int]) -> float | None:
+    """Seconds of a step without a draft, over the first few of the same answer; None if it has too few to time."""
+    from jsfdd.decoding.settings import Team
+    from jsfdd.decoding.stream import stream_answer
+
+    few = min(_PLAIN_TOKENS, config.decoding.max_new_tokens)
+    alone = setup_of(target, Team({}), dataclasses.replace(config.decoding, max_new_tokens=few, tree_nodes=0))
+    without_drafts = params._replace(drafts=())
+    return stream_answer(alone, without_drafts, tokens, config.seed, config.decoding.temperature, lambda *_: None).step_seconds
 
 
 class _Writer:

@@ -1,8 +1,7 @@
-"""A run as its files are at this moment, while another process writes them; and the page that shows it.
+"""A run as its files are at this moment, while another process writes them (`report/live_page.py` shows it).
 
     live = read_live(Path("demo-run"))      # of `jsfdd run`, `jsfdd demo` or `jsfdd train`
     live.trainings[0].loss, live.trainings[0].seconds_left
-    page = render_live_page(live)
 
 A training writes a line to metrics.jsonl and one to timings.jsonl every few steps. A last line that is still being written is
 left out, and a training without a line has not begun.
@@ -18,10 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jsfdd.base.files import read_json
-from jsfdd.base.numbers import decimals, duration, whole
-from jsfdd.report.pages import render_template
-from jsfdd.report.panel import arm_style
-from jsfdd.report.plots import curves
+from jsfdd.base.numbers import duration, whole
 from jsfdd.training.journal import METRICS, TIMINGS
 
 _STAGES = {"load": "loading the target", "score": "scoring", "hidden": "hidden states", "soft_targets": "soft targets"}
@@ -134,7 +130,7 @@ def read_training(directory: Path, name: str) -> Training:
         return [line["step"] for line in lines], [_number(line, path, *keys) for line in lines]
 
     losses, accepted, taus = curve("loss"), curve("held_out", "acceptance"), curve("probe", "tau")
-    step, steps = timings[-1]["step"], timings[-1].get("of")
+    step, steps = timings[-1]["step"], timings[-1].get("steps")
     return Training(
         name,
         step,
@@ -181,7 +177,7 @@ def _whole_lines(path: Path) -> list[dict]:
             _number(line, where, key)
         for key in line.keys() & {"compiling", "tokens_per_second"}:
             _number(line, where, key)
-        for key in line.keys() & {"step", "of"}:
+        for key in line.keys() & {"step", "steps"}:
             if not isinstance(line[key], int):
                 raise ValueError(f"{where}: {key} is {line[key]!r:.40}, not a whole number; the run wrote no such line")
     return lines
@@ -226,31 +222,3 @@ def _training_words(trainings: Sequence[Training]) -> str:
     left = "" if training.seconds_left is None else f", {duration(training.seconds_left)} left"
     total = "" if training.steps is None else f" of {whole(training.steps)}"
     return f"training {training.name}: step {whole(training.step)}{total}{left}"
-
-
-# --- The page --------------------------------------------------------------------------------------------------------
-
-
-def render_live_page(live: Live) -> str:
-    """The whole page; its script fetches /live every two seconds, and loads the report once the run is finished."""
-    return render_template("live.html", live=live, content=render_live(live), finished_run=live.finished and live.is_run)
-
-
-def render_live(live: Live) -> str:
-    """The content of the page, as HTML."""
-    begun = [training for training in live.trainings if training.step]
-    panels = []
-    if begun:
-        dashed = {training.name: training.held_out_curve for training in begun if training.held_out_curve[0]}
-        panels.append(curves("Loss", {training.name: training.curve for training in begun}, dashed=dashed))
-    if probed := {training.name: training.tau_curve for training in begun if training.tau_curve[0]}:
-        panels.append(curves("τ of the probe", probed))
-    return render_template(
-        "live_content.html",
-        live=live,
-        panels=panels,
-        legend_entries=[(training.name, *arm_style(training.name)[::2]) for training in begun],
-        duration=duration,
-        decimals=decimals,
-        stages=list(live.seconds.items()),
-    )

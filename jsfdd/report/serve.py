@@ -17,7 +17,8 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from jsfdd.report.live import read_live, render_live, render_live_page
+from jsfdd.report.live import read_live
+from jsfdd.report.live_page import render_live, render_live_page
 from jsfdd.report.report import report_page
 
 _HEADERS = {

@@ -101,7 +101,7 @@ class Reports:
         if probes:
             self._note_probe(step, state)
         lap = self._laps.since_last()
-        self._journal.note_timing({"step": step.number, "of": self._num_steps, **lap, **self._throughput.rates(steps, lap)})
+        self._journal.note_timing({"step": step.number, "steps": self._num_steps, **lap, **self._throughput.rates(steps, lap)})
         if saves or self.out_of_patience:
             self._journal.seal(step.number)
             self._checkpoints.save(state)

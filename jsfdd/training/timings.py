@@ -1,11 +1,11 @@
 """The time of each part of training: the lines of timings.jsonl.
 
-    {"step": 20, "of": 66, "seconds": 8.1, "reading": 0.02, "held_out": 0.0, "probe": 0.0, "compiling": 0.0,
+    {"step": 20, "steps": 66, "seconds": 8.1, "reading": 0.02, "held_out": 0.0, "probe": 0.0, "compiling": 0.0,
      "tokens_per_second": 1204.5, "tflops": 0.11}
 
 `seconds` is the time since the previous line. It includes the named parts, which exclude each other; the rest was spent on the
 steps, which the rates are based on. `tflops` counts the arithmetic of `models/flops.py`, in 10¹² FLOP/s over all devices. `mfu`
-is its share of the devices' peak, if their kind is known. `of` is the run's number of steps.
+is its share of the devices' peak, if their kind is known. `steps` are the run's.
 """
 
 from __future__ import annotations
