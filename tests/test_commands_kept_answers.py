@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -24,7 +25,7 @@ from jsfdd.scoring import score as score_module
 from jsfdd.scoring import table as table_module
 from jsfdd.scoring.metrics import column_names
 from jsfdd.scoring.table import read_scores
-from jsfdd.selection.sfdd import select
+from jsfdd.selection.sfdd import select, write_selection
 from jsfdd.weights.target import Target
 
 pytestmark = pytest.mark.slow
@@ -208,3 +209,37 @@ def test_a_folder_of_other_scores_is_refused_before_anything_is_answered(inputs,
     with pytest.raises(FileExistsError, match="hidden is there, of other answers.*choose a folder of its own"):
         respond.prepare(config_of(inputs, tmp_path))
     respond.prepare(config_of(inputs, tmp_path, keep_hidden=(), retain_ratio=0.5, within="all"))
+
+
+def test_the_first_tokens_choose_which_answers_are_finished(inputs, tmp_path):
+    begun = config_of(inputs, tmp_path / "begun", max_new_tokens=4, keep_hidden=("random",))
+    respond.respond(begun)
+    chosen = select(read_scores(tmp_path / "begun" / "scores.parquet"), 0.3, within="source")
+    path = tmp_path / "begun" / "selection.json"
+    write_selection(path, chosen)
+    whole, finished = config_of(inputs, tmp_path / "whole"), config_of(inputs, tmp_path / "finished", selection=path)
+    respond.respond(whole)
+    responses = respond.respond(finished)
+    # The text of an answer depends on neither batch nor selection, although it is drawn.
+    rows = {json.loads(line)["id"]: line for line in whole.out.read_text().splitlines()}
+    assert finished.out.read_text().splitlines() == [line for name, line in rows.items() if name in chosen.ids]
+    assert responses.kept.samples == len(chosen.ids) < len(rows)
+    assert set(read_scores(tmp_path / "finished" / "scores.parquet").ids) == set(chosen.ids)
+    # A second call decodes nothing; one with another selection is refused.
+    assert respond.respond(finished).counts() == responses.counts()
+    write_selection(path, dataclasses.replace(chosen, ids=chosen.ids[1:]))
+    with pytest.raises(ValueError, match="selection"):
+        respond.respond(finished)
+
+
+def test_a_selection_of_other_chats_or_of_another_target_is_named(inputs, tmp_path):
+    respond.respond(config_of(inputs, tmp_path / "begun", max_new_tokens=4, keep_hidden=("random",)))
+    chosen = select(read_scores(tmp_path / "begun" / "scores.parquet"), 0.3)
+    path = tmp_path / "selection.json"
+    write_selection(path, dataclasses.replace(chosen, ids=(*chosen.ids, "elsewhere")))
+    with pytest.raises(ValueError, match="selection.json: 1 of what it keeps .* elsewhere"):
+        respond.prepare(config_of(inputs, tmp_path / "other", selection=path))
+    scored = chosen.inputs["scores"] | {"target": "0" * 64}
+    write_selection(path, dataclasses.replace(chosen, inputs=chosen.inputs | {"scores": scored}))
+    with pytest.raises(ValueError, match="selection.json: made from other inputs .* the target's weights"):
+        respond.respond(config_of(inputs, tmp_path / "other", selection=path))

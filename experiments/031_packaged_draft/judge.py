@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +27,16 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="directory for the recorded answers; continued")
     parser.add_argument("--whole-head", action="store_true", help="judge each with the target's whole head too")
     parser.add_argument("--results", type=Path, help="results.jsonl to write a row for each draft to")
-    parser.add_argument("drafts", nargs="+", help="NAME=DIRECTORY")
+    parser.add_argument("--write", type=Path, help="write eight prompts of each benchmark to this file, and judge nothing")
+    parser.add_argument("drafts", nargs="*", help="NAME=DIRECTORY")
     options = parser.parse_args()
+    if options.write is not None:
+        rows = [
+            {"id": prompt.id, "source": prompt.source, "turns": prompt.turns[:1]}
+            for prompt in pick_prompts(options.prompts, dict.fromkeys(PROMPTS, 8))
+        ]
+        options.write.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return
     target, mesh = load_target("smollm2"), make_mesh()
     prompts = pick_prompts(options.prompts, PROMPTS)
     layers = layers_read(target.config, "eagle3")  # so that drafts of either kind can be judged

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make the packaged draft of SmolLM2: TRAIN_FOLDER EVAL_FOLDER WORK. Everything is continued; nothing is made twice.
+# Make the draft of SmolLM2 that comes with jsfdd: TRAIN_FOLDER EVAL_FOLDER WORK. What is done is continued, not repeated.
 . "$(dirname "${BASH_SOURCE[0]}")/../env.sh"
 need 3 "TRAIN_FOLDER EVAL_FOLDER WORK" "$@"
 train=$1 eval=$2 work=$3
@@ -7,12 +7,22 @@ mkdir -p "$work/answers"
 
 # One pass of the target: its answers, their scores and its states.
 [[ -s $work/prompts.jsonl ]] || "$python" -m experiments.pool.prompts "$train" > "$work/prompts.jsonl"
-[[ -s $work/answers/a.jsonl && ! -e $work/answers/a.jsonl.parts ]] ||
-    jsfdd respond --target smollm2 --data "$work/prompts.jsonl" --turns first --max-new-tokens 96 --max-length 512 \
-        --batch-size 64 --keep-hidden full --out "$work/answers/a.jsonl"
+jsfdd respond --target smollm2 --data "$work/prompts.jsonl" --turns first --max-new-tokens 96 --max-length 512 \
+    --batch-size 64 --keep-hidden full --out "$work/answers/a.jsonl"
 
 # EAGLE's training, then HASS's three steps, in which the draft reads its own states as in decoding.
 learn=(jsfdd train --target smollm2 --data "$work/answers/a.jsonl" --hidden-from "$work/answers/hidden"
     --max-length 512 --batch-tokens 512 --draft-vocab 8192)
 "${learn[@]}" --epochs 12 --learning-rate 1e-3 --out "$work/eagle"
 "${learn[@]}" --epochs 4 --learning-rate 5e-4 --draft-steps 3 --init "$work/eagle" --out "$work/hass"
+
+# Measured, and written as it is packaged.
+judge=(031_packaged_draft.judge --prompts "$eval" --work "$work")
+run "${judge[@]}" --whole-head --results "$root/experiments/031_packaged_draft/results.jsonl" \
+    "EAGLE, 12 epochs=$work/eagle" "and HASS, 4 epochs=$work/hass"
+run "${judge[@]}" --write "$work/few.jsonl"
+measure=(jsfdd evaluate --target smollm2 --draft "$work/hass" --prompts "$work/few.jsonl" --max-new-tokens 64)
+"${measure[@]}" --num-draft-tokens 4 --out "$work/chain"
+"${measure[@]}" --num-draft-tokens 5 --tree-nodes 60 --out "$work/tree"
+jsfdd export --draft "$work/hass" --report "$work/chain/report.json" "$work/tree/report.json" --export-dtype bfloat16 \
+    --out "$work/draft"

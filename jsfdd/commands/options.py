@@ -283,7 +283,8 @@ class DraftOptions:
     """The drafts to decode with."""
 
     draft: Paths = ()
-    """Training runs' directories, their checkpoints/, or exported drafts. Without a draft, decoding is plain."""
+    """Training runs' directories, their checkpoints/, exported drafts, or `smollm2` (the packaged draft of that target).
+    Without a draft, decoding is plain."""
     combine: Annotated[CombineBy | None, _UNSET] = None
     """Decode with all drafts at once: `average` their weights into one draft, `route` each step to the draft whose tree is the
     most probable, or `merge` their trees into one of --tree-nodes. In a tie the earlier draft wins."""

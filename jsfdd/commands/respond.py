@@ -4,6 +4,9 @@
     answers.jsonl.parts   a log of the answers (`decoding.conversation_log`), from which an interrupted run continues
     scores.parquet …      with --keep-hidden, what `jsfdd score --keep-hidden` would write (`commands.kept_answers`)
 
+Long answers need not all be finished: a first call answers every prompt with a few tokens and keeps their scores, and with
+--selection a second one answers those that were selected (experiments/029_racing).
+
 Drafts learn best from the target's own text. If an answer was cut at --max-new-tokens, its message has `"truncated": true`:
 every command reads its text, but does not count the end-of-turn token that the template adds.
 """
@@ -47,6 +50,7 @@ from jsfdd.commands.options import (
     DraftOptions,
     Flag,
     ModelOptions,
+    OptionalPath,
     OptionalShare,
     Paths,
     ProcessOptions,
@@ -69,12 +73,14 @@ if TYPE_CHECKING:
     from jsfdd.decoding.conversations import Conversation
     from jsfdd.decoding.settings import DecodeSetup, Team
     from jsfdd.models.draft import Draft
+    from jsfdd.selection.sfdd import Selection
     from jsfdd.weights.target import Target
 
 EXAMPLES = """
 jsfdd respond --target smollm2 --data chats.jsonl --max-new-tokens 512 --out answers.jsonl
 jsfdd respond --target DIR --data chats/ --temperature 0.7 --out answers.jsonl --dry-run
 jsfdd respond --target DIR --data chats/ --turns first --keep-hidden flatness --out own/a.jsonl
+jsfdd respond --target DIR --data chats/ --selection begun/selection.json --out own/a.jsonl
 """
 
 
@@ -94,6 +100,9 @@ class RespondConfig:
     """Chats, as for `jsfdd score`. Their answers are ignored."""
     out: Path
     """File of chats to write; its name must end in .jsonl. An interrupted run continues from FILE.parts."""
+    selection: OptionalPath = None
+    """selection.json, made from scores of the same chats, such as those of their first 32 tokens of answer (--max-new-tokens 32
+    --keep-hidden random). Answer only what it keeps."""
     turns: Literal["all", "first"] = "all"
     """Answer every turn of the user, after the target's answers to the earlier turns, or only the first turn."""
     max_length: int = ChatOptions.max_length
@@ -134,7 +143,8 @@ class Prepared(NamedTuple):
     """The questions and how to answer them, prepared without the target's weights.
 
     Attributes:
-      questions: in the order of the input.
+      questions: in the order of the input; with a selection those that it keeps.
+      selection: if there is one.
       files: counts of each input file's rows.
       team: the drafts, if any.
       setup: how to decode.
@@ -143,6 +153,7 @@ class Prepared(NamedTuple):
     """
 
     questions: QuestionTable
+    selection: Selection | None
     files: list[FileCounts]
     team: Team
     setup: DecodeSetup
@@ -185,8 +196,9 @@ def prepare(config: RespondConfig) -> Prepared:
     from jsfdd.base.processes import is_primary
     from jsfdd.data.chat import ReadCounts, stream_chats
     from jsfdd.data.counts import check_too_many_skipped, count_questions_by_file
-    from jsfdd.data.questions import questions_of
+    from jsfdd.data.questions import questions_of, selected
     from jsfdd.data.rows import expand_names
+    from jsfdd.selection.sfdd import read_selection
     from jsfdd.weights.draft import check_draft
 
     tree_shape(config.decoding)
@@ -222,7 +234,10 @@ def prepare(config: RespondConfig) -> Prepared:
     if is_primary():
         show_counts(files, read.notes())
     check_too_many_skipped(files, read.skipped.first | summary.first, share_of("--max-skipped", config.max_skipped))
-    return Prepared(questions, files, team, setup, longest_prompt, state_bytes)
+    selection = None if config.selection is None else read_selection(config.selection)
+    if selection is not None:
+        questions = selected(selection.ids, questions, config.selection)
+    return Prepared(questions, selection, files, team, setup, longest_prompt, state_bytes)
 
 
 def run(config: RespondConfig, prepared: Prepared) -> Outcome:
@@ -256,7 +271,7 @@ def describe(config: RespondConfig, prepared: Prepared) -> Outcome:
     values = {
         "files": counts_to_json(prepared.files),
         "conversations": len(prepared.questions),
-        "skipped": total(prepared.files).read - len(prepared.questions),
+        "skipped": total(prepared.files).read - total(prepared.files).kept,
         "answers": answers,
         "max_new_tokens": config.decoding.max_new_tokens,
     }
@@ -298,11 +313,15 @@ def _respond(config: RespondConfig, prepared: Prepared) -> Responses:
     from jsfdd.base.progress import progress
     from jsfdd.decoding.conversation_log import append_batch, open_log, read_log
     from jsfdd.decoding.conversations import answer_all
+    from jsfdd.selection.sfdd import check_inputs
 
     mesh = make_mesh(model=config.model.model_shards)
     target = load_weights(config.model, mesh)
     batch_size = round_up_to_shards(config.batch_size, mesh)
-    identity = _identity(config, target, prepared.team, batch_size)
+    identity = _identity(config, target, prepared, batch_size)
+    if prepared.selection is not None:
+        same = {name: identity[name] for name in ("target", "tokenizer")}
+        check_inputs(prepared.selection, same, config.selection)
     agree({"the options": to_json(config), **identity})
     log = parts_of(config.out)
     finished = read_log(log, identity)
@@ -347,8 +366,9 @@ def parts_of(out: Path) -> Path:
     return out.with_name(out.name + ".parts")
 
 
-def _identity(config: RespondConfig, target: Target, team: Team, batch_size: int) -> dict:
+def _identity(config: RespondConfig, target: Target, prepared: Prepared, batch_size: int) -> dict:
     """All that the answers depend on; JSON-ready."""
+    team, selection = prepared.team, prepared.selection
     names = ("model_shards", "turns", "max_new_tokens", "temperature", "top_k", "top_p", "seed")
     options, drafts = to_json(config), {}
     if team.drafts:
@@ -358,6 +378,7 @@ def _identity(config: RespondConfig, target: Target, team: Team, batch_size: int
         identity_of(target, config.data, config.max_length, target_dtype(config.model))
         | {name: options[name] for name in names}
         | {"stop_tokens": target.stop_tokens, "batch_size": batch_size, "drafts": drafts}
+        | ({} if selection is None else {"selection": hashlib.sha256(json.dumps(sorted(selection.ids)).encode()).hexdigest()})
     )
 
 

@@ -14,6 +14,7 @@ import tempfile
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from jsfdd.data.chat import Chat, content_digest
@@ -152,6 +153,21 @@ def prompt_of(
     """
     messages = [message for turn, answer in zip(turns, answers) for message in (*turn, answer)]
     return render_prompt(tokenizer, [*messages, *turns[len(answers)]], tools)
+
+
+def selected(ids: Sequence[str], questions: Iterable[Questions], path: Path) -> QuestionTable:
+    """The questions of these ids, in the order of the chats. ValueError names `path` and those that are not among them."""
+    wanted, table, present = set(ids), QuestionTable(), set()
+    for item in questions:
+        if item.id in wanted:
+            table.append(item)
+            present.add(item.id)
+    if missing := sorted(wanted - present):
+        few = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
+        raise ValueError(
+            f"{path}: {len(missing)} of what it keeps is not asked by these chats: {few}; give the chats that were scored"
+        )
+    return table
 
 
 def _turns(messages: Sequence[Message]) -> tuple[tuple[Message, ...], ...]:
