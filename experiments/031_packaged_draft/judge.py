@@ -62,9 +62,10 @@ def figures(counts: dict, sources: list[str]) -> dict:
     low, high = np.percentile(emitted[random].sum(axis=1) / steps[random].sum(axis=1), [2.5, 97.5])
     rows = {name: [i for i, source in enumerate(sources) if source == name] for name in dict.fromkeys(sources)}
     return {
-        "tau": emitted.sum() / steps.sum(), "low": low, "high": high,
-        "by_source": {name: emitted[at].sum() / steps[at].sum() for name, at in rows.items()},
-        "alpha": [a / r if r else None for a, r in zip(counts["accepted"], counts["reached"])],
+        "tau": float(emitted.sum() / steps.sum()), "low": float(low), "high": float(high),
+        "by_source": {name: float(emitted[at].sum() / steps[at].sum()) for name, at in rows.items()},
+        "alpha": [round(a / r, 4) if r else None for a, r in zip(counts["accepted"], counts["reached"])],
+        "emitted": counts["emitted"], "steps": counts["steps"],
     }  # fmt: skip
 
 
