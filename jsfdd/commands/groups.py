@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from jsfdd.scoring.table import ScoreTable
     from jsfdd.selection.sfdd import Selection
 
-_EXAMPLES = 2  # kept and dropped ones of a group: those on either side of the cut, and the farthest from it
 _MAX_TEXT = 200  # characters
 
 
@@ -33,30 +32,43 @@ def kept_and_dropped(loaded: Loaded, table: ScoreTable, selections: Mapping[str,
     if not choosing:
         return []
     arm = choosing[0]
-    by_id = {sample.id: sample for sample in loaded.samples}
-    flatness = dict(zip(table.ids, table["flatness"].tolist(), strict=True))
     kept = {name: set(selection.ids) for name, selection in selections.items()}
-    texts = _Texts(loaded.samples, loaded.target.tokenizer)
+    examples = _Examples(loaded.samples, loaded.target.tokenizer, dict(zip(table.ids, table["flatness"].tolist(), strict=True)))
     groups = []
     for name, ids in strata_of(table, selections[arm]).items():
-        ranked = sorted(ids, key=lambda i: (-flatness[i], i))
-        sides = [[i for i in ranked if (i in kept[arm]) == side] for side in (True, False)]
-        # The flattest and the last that was kept; the first that was dropped and the least flat.
-        examples = [list(dict.fromkeys([side[0], side[-1]]))[:_EXAMPLES] if side else [] for side in sides]
         groups.append(
             {
                 "name": name,
                 "size": len(ids),
-                "sources": dict(Counter(by_id[i].source for i in ids).most_common()),
+                "sources": examples.sources(ids),
                 "kept": {other: len(chosen.intersection(ids)) for other, chosen in kept.items()},
                 "arm": arm,
-            }
-            | {
-                side: [{"id": i, "source": by_id[i].source, "flatness": flatness[i]} | texts.excerpts(by_id[i]) for i in chosen]
-                for side, chosen in zip(("kept_examples", "dropped_examples"), examples, strict=True)
+                "kept_examples": examples.extremes([i for i in ids if i in kept[arm]]),
+                "dropped_examples": examples.extremes([i for i in ids if i not in kept[arm]]),
             }
         )
     return sorted(groups, key=lambda group: -group["size"])
+
+
+class _Examples:
+    """Samples by id, in words."""
+
+    def __init__(self, samples: Sequence[Sample], tokenizer, flatness: Mapping[str, float]):
+        self._by_id = {sample.id: sample for sample in samples}
+        self._texts, self._flatness = _Texts(samples, tokenizer), flatness
+
+    def sources(self, ids: Sequence[str]) -> dict[str, int]:
+        """How many have which source, the most frequent first."""
+        return dict(Counter(self._by_id[i].source for i in ids).most_common())
+
+    def extremes(self, ids: Sequence[str]) -> list[dict]:
+        """The flattest of these samples and the least flat: on either side of the cut, and the farthest from it."""
+        ranked = sorted(ids, key=lambda i: (-self._flatness[i], i))
+        chosen = dict.fromkeys([ranked[0], ranked[-1]] if ranked else [])
+        return [
+            {"id": i, "source": self._by_id[i].source, "flatness": self._flatness[i]} | self._texts.excerpts(self._by_id[i])
+            for i in chosen
+        ]
 
 
 class _Texts:
