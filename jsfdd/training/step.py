@@ -46,6 +46,7 @@ def _warmup(recipe: Recipe, num_steps: int) -> int:
 
 
 def _learning_rate(peak: float, warmup, num_steps, step) -> Float[Array, ""]:
+    """A linear rise to `peak` over `warmup` steps, then a linear fall to a tenth of it."""
     rise = peak * (step + 1) / (warmup + 1)
     fallen = jnp.clip((step - warmup) / jnp.maximum(num_steps - 1 - warmup, 1), 0.0, 1.0)
     return jnp.where(step < warmup, rise, peak * (1 - 0.9 * fallen))
