@@ -14,12 +14,12 @@ jsfdd respond --target smollm2 --data "$work/prompts.jsonl" --turns first --max-
 learn=(jsfdd train --target smollm2 --data "$work/answers/a.jsonl" --hidden-from "$work/answers/hidden"
     --max-length 512 --batch-tokens 512 --draft-vocab 8192)
 "${learn[@]}" --epochs 12 --learning-rate 1e-3 --out "$work/eagle"
-"${learn[@]}" --epochs 4 --learning-rate 5e-4 --draft-steps 3 --init "$work/eagle" --out "$work/hass"
+"${learn[@]}" --epochs 2 --learning-rate 5e-4 --draft-steps 3 --init "$work/eagle" --out "$work/hass"
 
 # Measured, and written as it is packaged.
 judge=(031_packaged_draft.judge --prompts "$eval" --work "$work")
 run "${judge[@]}" --whole-head --results "$root/experiments/031_packaged_draft/results.jsonl" \
-    "EAGLE, 12 epochs=$work/eagle" "and HASS, 4 epochs=$work/hass"
+    "EAGLE, 12 epochs=$work/eagle" "and HASS, 2 epochs=$work/hass"
 run "${judge[@]}" --write "$work/few.jsonl"
 measure=(jsfdd evaluate --target smollm2 --draft "$work/hass" --prompts "$work/few.jsonl" --max-new-tokens 64)
 "${measure[@]}" --num-draft-tokens 4 --out "$work/chain"
