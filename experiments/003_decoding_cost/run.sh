@@ -6,5 +6,6 @@ run 003_decoding_cost.rows
 run 003_decoding_cost.trials
 if (($# >= 2)); then
     [[ -d $2/target ]] || run 005_vllm.write_target "$2/target"
+    "$1" "$root/experiments/003_decoding_cost/libraries.py"
     run 003_decoding_cost.compare --torch-python "$1" --model "$2/target"
 fi
