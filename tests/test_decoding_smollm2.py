@@ -1,7 +1,6 @@
 """Greedy decoding of real text: SmolLM2, two answers, and the draft that comes with jsfdd."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 

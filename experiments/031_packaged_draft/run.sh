@@ -25,4 +25,4 @@ measure=(jsfdd evaluate --target smollm2 --draft "$work/hass" --prompts "$work/f
 "${measure[@]}" --num-draft-tokens 4 --out "$work/chain"
 "${measure[@]}" --num-draft-tokens 5 --tree-nodes 60 --out "$work/tree"
 jsfdd export --draft "$work/hass" --report "$work/chain/report.json" "$work/tree/report.json" --export-dtype bfloat16 \
-    --out "$work/draft"
+    --target HuggingFaceTB/SmolLM2-135M-Instruct --out "$work/draft"
