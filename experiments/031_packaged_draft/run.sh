@@ -26,3 +26,10 @@ measure=(jsfdd evaluate --target smollm2 --draft "$work/hass" --prompts "$work/f
 "${measure[@]}" --num-draft-tokens 5 --tree-nodes 60 --out "$work/tree"
 jsfdd export --draft "$work/hass" --report "$work/chain/report.json" "$work/tree/report.json" --export-dtype bfloat16 \
     --target HuggingFaceTB/SmolLM2-135M-Instruct --out "$work/draft"
+cat >> "$work/draft/README.md" <<'CARD'
+
+Made by one command, `experiments/031_packaged_draft/run.sh`: SmolLM2's own greedy answers to 2,436 first messages of ShareGPT, chitchat-dataset, OASST1,
+dstc8-schema-guided-dialogue, GPTeacher (code and role play), GSM8K, AQuA, StrategyQA, QASC and CREAK; twelve epochs of EAGLE's training, then
+the two of HASS's that the settings above are of. Over 158 prompts of MT-bench, GSM8K, Alpaca, CNN/DailyMail and Natural Questions chains of 5
+have τ 1.736 [1.671, 1.805] and trees of 60 2.617 [2.507, 2.732].
+CARD
