@@ -32,8 +32,8 @@ def main(work: Path, out: Path) -> None:
     same_text = [a["tokens"] == b["tokens"] == a["plain_tokens"] for a, b in pairs]
     served_counts = [until_stop(b, limit) for _, b in pairs]
     differences, proposed, equal, margins = [], 0, 0, []
-    for (a, b), counts, equal in zip(pairs, served_counts, same_text):
-        if not equal:
+    for (a, b), counts, same in zip(pairs, served_counts, same_text):
+        if not same:
             at = next((i for i, (x, y) in enumerate(zip(a["tokens"], b["tokens"])) if x != y), None)
             gap = None if at is None else a["target_margins"][at]
             differences.append({"prompt": a["id"], "what": "text", "position": at, "margin": gap})
