@@ -155,7 +155,9 @@ def main(out: Path) -> None:
     decode, arguments = generate(mesh)
     texts = {"score": score_step(mesh), "train": train_step(mesh), "generate": (jax.jit(decode), arguments)}
     texts["train sharded"] = train_step(mesh, shard_optimizer=True)
-    texts["train 2x4"] = train_step(make_mesh(*MESHES["2x4"]))
+    mesh = make_mesh(*MESHES["2x4"])
+    decode, arguments = generate(mesh)
+    texts |= {"score 2x4": score_step(mesh), "train 2x4": train_step(mesh), "generate 2x4": (jax.jit(decode), arguments)}
     texts = {name: compiled_text(*step) for name, step in texts.items()}
     (out / "programs.json").write_text(json.dumps({"texts": texts, "calls": calls, "plans": len(plans)}))
 

@@ -17,6 +17,9 @@ pytestmark = pytest.mark.slow
 
 HERE = Path(__file__).parent
 _COLLECTIVE = re.compile(r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
+_GROUPS = re.compile(
+    r"replica_groups=(?:(?P<listed>\{\{[\d,{}]+\}\})|\[(?P<shape>[\d,]+)\]<=\[(?P<over>[\d,]+)\](?:T\((?P<turned>[\d,]+)\))?)"
+)
 
 
 @pytest.fixture(scope="module")
@@ -88,10 +91,30 @@ def test_moments_in_parts_take_an_eighth_and_one_more_exchange(eight):
     assert found.count("all-reduce") == 1 and set(found) == {"all-reduce", "all-gather"}, found
 
 
-def test_training_over_a_model_axis_can_not_wait_for_ever(eight):
-    """Data shards go through the vocabulary in as many rounds as their tokens need, so no round may need all of them."""
-    found = _COLLECTIVE.findall(eight[1]["texts"]["train 2x4"])
+@pytest.mark.parametrize("stage", ["score", "generate", "train"])
+def test_a_model_axis_can_not_make_data_shards_wait_for_each_other(eight, stage):
+    """Data shards go through the vocabulary, and decode, in as many rounds as their rows need: no round may need all of them.
+
+    So devices meet within a data shard alone; and none is sent to another, for which XLA makes all of a CPU's devices meet.
+    """
+    text = eight[1]["texts"][f"{stage} 2x4"]
+    found = _COLLECTIVE.findall(text)
     assert "all-reduce" in found and "collective-permute" not in found
+    groups = [group for found in _GROUPS.finditer(text) for group in devices_of(found)]
+    within = {tuple(group) for group in groups if len({device // 4 for device in group}) == 1}
+    between = {tuple(group) for group in groups} - within
+    assert within and between == (set() if stage != "train" else {(0, 4), (1, 5), (2, 6), (3, 7)})
+
+
+def devices_of(found):
+    """The groups of `replica_groups={{0,1},{2,3}}`, `[2,2]<=[4]` or `[2,2]<=[2,2]T(1,0)`."""
+    if found["listed"]:
+        return [[int(n) for n in group.split(",")] for group in found["listed"].strip("{}").split("},{")]
+    shape, over, turned = (
+        [int(n) for n in found[name].split(",")] if found[name] else [] for name in ("shape", "over", "turned")
+    )
+    numbers = np.arange(np.prod(over)).reshape(over)
+    return (numbers.transpose(turned) if turned else numbers).reshape(shape).tolist()
 
 
 def test_work_per_device_shrinks_with_the_devices(eight):

@@ -16,8 +16,6 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jsfdd.base.split_map import split_map
-
 
 def make_mesh(data: int = -1, model: int = 1) -> Mesh:
     """Make a mesh with axes "data" (rows of a batch) and "model" (shards of one target); data=-1 takes all devices.
@@ -138,7 +136,7 @@ def map_over_devices(f: Callable, mesh: Mesh, *, num_sharded: int = 1) -> Callab
     Args:
       f: takes pytrees: `params`, whole or split over "model", then `num_sharded` trees whose leading axis is split over
         "data".
-      mesh: from `make_mesh`. With a "model" axis larger than 1, `split_map` does the work.
+      mesh: from `make_mesh`. Over "model" the compiler divides the work, by where the parameters are.
       num_sharded: how many arguments after `params` are split by rows.
 
     Returns:
@@ -148,26 +146,8 @@ def map_over_devices(f: Callable, mesh: Mesh, *, num_sharded: int = 1) -> Callab
     Raises (at the call):
       ValueError: the number of data shards does not divide a leading axis.
     """
-    in_specs = (P(),) + (P("data"),) * num_sharded
-    if mesh.shape["model"] == 1:
-        # check_vma would reject a loop whose carry starts from a constant.
-        return jax.jit(jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=P("data"), check_vma=False))
-    mapped = split_map(f, mesh)
-
-    def placed(*args):
-        return mapped(*[_on_mesh(arg, NamedSharding(mesh, spec)) for arg, spec in zip(args, in_specs, strict=True)])
-
-    return placed
-
-
-def _on_mesh(tree, sharding: NamedSharding):
-    """Place arrays under `sharding`, except those that are on its mesh already."""
-
-    def placed(x):
-        on_mesh = isinstance(x, jax.Array) and isinstance(x.sharding, NamedSharding) and x.sharding.mesh == sharding.mesh
-        return x if on_mesh else put(x, sharding)
-
-    return jax.tree.map(placed, tree)
+    mapped = _over_data(f, mesh, P("data"), num_sharded)
+    return jax.jit(mapped, out_shardings=NamedSharding(mesh, P("data")))
 
 
 def sum_over_devices(f: Callable, mesh: Mesh, *, num_sharded: int = 1) -> Callable:
@@ -176,15 +156,26 @@ def sum_over_devices(f: Callable, mesh: Mesh, *, num_sharded: int = 1) -> Callab
     def summed(params, *args):
         return jax.lax.psum(f(params, *args), "data")
 
-    return jax.shard_map(
-        summed,
-        mesh=mesh,
-        # With nothing left to the compiler, kernels written for one device can be used (`models/splash_attention.py`).
-        axis_names={"data"} if mesh.shape["model"] > 1 else set(mesh.axis_names),
-        in_specs=(P(),) + (P("data"),) * num_sharded,
-        out_specs=P(),
-        check_vma=False,
-    )
+    return _over_data(summed, mesh, P(), num_sharded)
+
+
+def _over_data(f: Callable, mesh: Mesh, out_spec: P, num_sharded: int) -> Callable:
+    """`f(params, *args)` of each data shard's rows; "model" is left to the compiler, whose collectives stay within a shard.
+
+    So data shards need not agree how often a loop goes round. Only XLA's CPU backend takes one kind of collective, a
+    permutation, for a meeting of all devices, and waits in such a loop for ever: see `is_split_over_model`.
+    """
+    in_specs = (P(),) + (P("data"),) * num_sharded
+    # With nothing left to the compiler, kernels written for one device can be used (`models/splash_attention.py`).
+    axes = {"data"} if mesh.shape["model"] > 1 else set(mesh.axis_names)
+    # check_vma would reject a loop whose carry starts from a constant.
+    return jax.shard_map(f, mesh=mesh, axis_names=axes, in_specs=in_specs, out_specs=out_spec, check_vma=False)
+
+
+def is_split_over_model() -> bool:
+    """Whether the code that is being traced runs on arrays that the compiler splits over "model"."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return "model" in mesh.auto_axes and mesh.shape["model"] > 1
 
 
 def to_host(tree):

@@ -20,6 +20,7 @@ from jsfdd.models.architecture import DecoderConfig, Rope
 from jsfdd.models.attention import attention, begin_cache, harmonised_attention, sequence_attention, write_cache
 from jsfdd.models.blocked_attention import Reach
 from jsfdd.models.experts import ExpertsMLP
+from jsfdd.models.sharding import whole_heads
 
 
 class Context(NamedTuple):
@@ -138,9 +139,9 @@ class Attention(nn.Module):
     def _project(self, x, context: Context):
         """Queries [B,T,K,G,H], keys and values [B,T,K,H] of `x`."""
         cfg, shape = self.config, x.shape[:2]
-        q = self.q_proj(x).reshape(*shape, cfg.num_heads, cfg.head_dim)
-        k = self.k_proj(x).reshape(*shape, cfg.num_kv_heads, cfg.head_dim)
-        v = self.v_proj(x).reshape(*shape, cfg.num_kv_heads, cfg.head_dim)
+        q = whole_heads(self.q_proj(x).reshape(*shape, cfg.num_heads, cfg.head_dim))
+        k = whole_heads(self.k_proj(x).reshape(*shape, cfg.num_kv_heads, cfg.head_dim))
+        v = whole_heads(self.v_proj(x).reshape(*shape, cfg.num_kv_heads, cfg.head_dim))
         if cfg.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, context.rotation), rotate(k, context.rotation)

@@ -2,7 +2,7 @@
 
 The split is Megatron's (arXiv 1909.08053 §3): the projections that widen are cut by their outputs, the ones that narrow
 by their inputs, and the vocabulary by its tokens, so that a layer needs only two sums over "model". The compiler inserts these
-sums; the model's code does not mention the split.
+sums; of the split the model's code says only that heads stay whole.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
 
-from jsfdd.base.mesh import put
+from jsfdd.base.mesh import is_split_over_model, put
 
 # Name -> the axis that is split; None: small, whole on every device. Leaves under layers/ have the layers in front.
 _SPLIT_AXIS = {
@@ -68,6 +69,14 @@ def shard_shape(name: str, shape: tuple[int, ...], model_shards: int) -> tuple[i
             "choose a divisor of it"
         )
     return (*shape[:axis], shape[axis] // model_shards, *shape[axis + 1 :])
+
+
+def whole_heads(x: Float[Array, "B T heads H"]) -> Float[Array, "B T heads H"]:
+    """`x`, of which no device holds a part of a head: more model shards than heads would cut them, and halves that rotate
+    against each other would change devices (`base.mesh.is_split_over_model`)."""
+    if not is_split_over_model():
+        return x
+    return jax.lax.with_sharding_constraint(x, P(*[P.UNCONSTRAINED] * 3, None))
 
 
 def split_vocabulary(tree, mesh: Mesh):

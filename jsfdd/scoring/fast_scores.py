@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jsfdd.base.mesh import is_split_over_model
 from jsfdd.base.records import TokenScores
 
 _LANES = 128  # divides nearly every vocabulary, and fills the vector registers of any CPU
@@ -46,7 +47,7 @@ def fast_token_scores(logits: Float[Array, "rows V"], next_tokens: Int[Array, " 
 
 def _two_largest(z: Float[Array, "rows V"]) -> tuple[Float[Array, " rows"], Float[Array, " rows"]]:
     """The largest and the second largest of each row, equal if the largest occurs twice."""
-    return jax.lax.platform_dependent(z, cpu=_two_largest_by_lanes, default=_two_largest_by_maxima)
+    return _fastest(z, cpu=_two_largest_by_lanes, default=_two_largest_by_maxima)
 
 
 def _two_largest_by_maxima(z: Float[Array, "rows V"]) -> tuple[Float[Array, " rows"], Float[Array, " rows"]]:
@@ -75,7 +76,7 @@ def _max_without(x: Float[Array, "rows n"], place: Int[Array, " rows"]) -> Float
 
 def _sum_of_products(x: Float[Array, "rows V"], y: Float[Array, "rows V"]) -> Float[Array, " rows"]:
     """jnp.sum(x * y, axis=-1)."""
-    return jax.lax.platform_dependent(x, y, cpu=_folded_sum, default=lambda x, y: jnp.sum(x * y, axis=-1))
+    return _fastest(x, y, cpu=_folded_sum, default=lambda x, y: jnp.sum(x * y, axis=-1))
 
 
 def _folded_sum(x: Float[Array, "rows V"], y: Float[Array, "rows V"]) -> Float[Array, " rows"]:
@@ -91,3 +92,11 @@ def _folded_sum(x: Float[Array, "rows V"], y: Float[Array, "rows V"]) -> Float[A
 def _computed_once(x: Array) -> Array:
     """Keep `x` in memory on a CPU, where XLA would otherwise recompute it for every sum over it."""
     return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
+
+
+def _fastest(*arrays, cpu, default):
+    """`cpu` of the arrays on a CPU, else `default`; and of a split vocabulary too, whose lanes and quarters would have to
+    change devices (`base.mesh.is_split_over_model`)."""
+    if is_split_over_model():
+        return default(*arrays)
+    return jax.lax.platform_dependent(*arrays, cpu=cpu, default=default)
