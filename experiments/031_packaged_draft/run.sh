@@ -25,8 +25,8 @@ measure=(jsfdd evaluate --target smollm2 --draft "$work/hass" --prompts "$work/f
 "${measure[@]}" --num-draft-tokens 4 --out "$work/chain"
 "${measure[@]}" --num-draft-tokens 5 --tree-nodes 60 --out "$work/tree"
 jsfdd export --draft "$work/hass" --report "$work/chain/report.json" "$work/tree/report.json" --export-dtype bfloat16 \
-    --target HuggingFaceTB/SmolLM2-135M-Instruct --out "$work/draft"
-cat >> "$work/draft/README.md" <<'CARD'
+    --target HuggingFaceTB/SmolLM2-135M-Instruct --out "$work/smollm2-draft"
+cat >> "$work/smollm2-draft/README.md" <<'CARD'
 
 Made by one command, `experiments/031_packaged_draft/run.sh`: SmolLM2's own greedy answers to 2,436 first messages of ShareGPT, chitchat-dataset, OASST1,
 dstc8-schema-guided-dialogue, GPTeacher (code and role play), GSM8K, AQuA, StrategyQA, QASC and CREAK; twelve epochs of EAGLE's training, then

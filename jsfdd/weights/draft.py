@@ -25,7 +25,7 @@ def load_draft(path: str | Path, num_layers: int | None = None) -> Draft:
       ValueError: the files are damaged, or this version does not support them; the message names the reason.
     """
     if str(path) == "smollm2":
-        path = Path(str(files("jsfdd.data.demo"))) / "draft"
+        path = Path(str(files("jsfdd.data.demo"))) / "smollm2-draft"
     return read_draft(path, num_layers) if is_exported(path) else read_trained_draft(path)
 
 
