@@ -173,7 +173,11 @@ def _over_data(f: Callable, mesh: Mesh, out_spec: P, num_sharded: int) -> Callab
 
 
 def is_split_over_model() -> bool:
-    """Whether the code that is being traced runs on arrays that the compiler splits over "model"."""
+    """Whether the code that is being traced runs on arrays that the compiler splits over "model".
+
+    Code for which the compiler would insert permutations takes another way then: on a CPU all devices meet for one, and wait
+    for ever where data shards go round a loop a different number of times.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     return "model" in mesh.auto_axes and mesh.shape["model"] > 1
 

@@ -84,7 +84,10 @@ def describe(config: ExportConfig, prepared: Prepared) -> Outcome:
     decoder = prepared.draft.config.decoder
     values = {"flavour": config.export.flavour, "hidden_size": decoder.hidden_size, "vocab_size": decoder.vocab_size}
     words = [f"write a draft of width {decoder.hidden_size:,} in the layout of {config.export.flavour}"]
-    return planned("export", values, words, config.out, ["config.json", "model.safetensors", "README.md"])
+    names = ["config.json", "model.safetensors", "README.md"]
+    if prepared.draft.config.kind == "eagle" and prepared.draft.config.vocabulary:
+        names.append("draft_vocabulary.json")
+    return planned("export", values, words, config.out, names)
 
 
 def export(config: ExportConfig, prepared: Prepared | None = None) -> None:

@@ -216,7 +216,9 @@ def run(config: PlanConfig, plan: Plan) -> Outcome:
 
         compiled = compile_stages(config, plan)
         values["compiled"] = [stage._asdict() | {"program": stage.program and stage.program._asdict()} for stage in compiled]
-        text += "\n" + rendered(lambda out: print_compiled(config.compile, compiled, plan, out)).rstrip("\n")
+        text += "\n" + rendered(
+            lambda out: print_compiled(config.compile, compiled, plan, out), soft_wrap=True, width=120
+        ).rstrip("\n")
     return Outcome(values, text)
 
 

@@ -5,7 +5,7 @@
 
 `seconds` is the time since the previous line. It includes the named parts, which exclude each other; the rest was spent on the
 steps, which the rates are based on. `tflops` counts the arithmetic of `models/flops.py`, in 10¹² FLOP/s over all devices. `mfu`
-is its share of the devices' peak, if their kind is known. `steps` are the run's.
+is its share of the devices' peak, if their kind is known. `step` is the last one done, `steps` how many the run has.
 """
 
 from __future__ import annotations

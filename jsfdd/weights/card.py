@@ -153,7 +153,7 @@ def _token_map(config: DraftConfig, flavour: Flavour) -> str:
         )
     return (
         f"This engine reads no {VOCABULARY_FILE}: it takes the target's whole head and lets the draft propose all tokens. The "
-        "figures below are with those in it alone."
+        "acceptance below was measured with those tokens alone."
     )
 
 

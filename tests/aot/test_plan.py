@@ -33,7 +33,7 @@ def test_every_stage_is_lowered_and_the_first_two_compiled(tmp_path, monkeypatch
     assert list(stages) == ["score", "hidden states", "train", "evaluate"]
     assert all(program["arguments"] > 0 and program["cycles"] > 0 and program["seconds"] > 0 for program in stages.values())
     assert [bool(program["collectives"]) for program in stages.values()] == [False, False, True, True]
-    assert "stablehlo.while" in lowered[3] and "donor" in lowered[2]
+    assert "stablehlo.while" in lowered[3] and "tf.aliasing_output" in lowered[2]  # the state is given away
     assert "compiled for v5e:2x4, 8 devices" in outcome.words and "1 all-reduce" in outcome.words
 
 
