@@ -237,7 +237,7 @@ def test_a_selection_of_other_chats_or_of_another_target_is_named(inputs, tmp_pa
     chosen = select(read_scores(tmp_path / "begun" / "scores.parquet"), 0.3)
     path = tmp_path / "selection.json"
     write_selection(path, dataclasses.replace(chosen, ids=(*chosen.ids, "elsewhere")))
-    with pytest.raises(ValueError, match="selection.json: 1 of what it keeps .* elsewhere"):
+    with pytest.raises(ValueError, match="selection.json: it keeps 1 .* elsewhere"):
         respond.prepare(config_of(inputs, tmp_path / "other", selection=path))
     scored = chosen.inputs["scores"] | {"target": "0" * 64}
     write_selection(path, dataclasses.replace(chosen, inputs=chosen.inputs | {"scores": scored}))

@@ -72,8 +72,8 @@ def planned(stage, config, mesh, shape):
     if stage == "train":
         return costs.train_stage(config, lengths, tokens * data, 1.0, RECIPE, 2, model, data, platform).program
     slots = shape.length + NEW_TOKENS
-    found = costs.evaluate_stage(config, RECIPE, slots, shape.rows * data, 2, model, data, platform)
-    return found.program - (found.memory["draft"] if stage == "plain" else 0)
+    cost = costs.evaluate_stage(config, RECIPE, slots, shape.rows * data, 2, model, data, platform)
+    return cost.program - (cost.memory["draft"] if stage == "plain" else 0)
 
 
 def compiled(stage, config, devices, model_shards, shape):

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from jax.stages import Lowered
 
 # There is no TPU to ask about: libtpu is told what it would see, and that other processes may load it too.
+_NO_AUTOTUNING = "--xla_gpu_autotune_level=0"
 _LIBTPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -132,7 +133,9 @@ def _gpus(name: str) -> list:
     except ModuleNotFoundError:
         raise ValueError(f"{name}: compiling for GPUs needs CUDA's compiler: pip install 'jsfdd[cuda]'") from None
     # Kernels would be timed on a device to choose among them: without one XLA takes its default.
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
+    flags = os.environ.get("XLA_FLAGS", "")
+    if _NO_AUTOTUNING not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {_NO_AUTOTUNING}"
     hosts, devices = max(int(count) // 8, 1), min(int(count), 8)
     return topologies.get_topology_desc(
         platform="cuda", topology_name=name, topology=f"1x{hosts}x{devices}", target_config=target_config(KINDS[kind])
@@ -238,11 +241,11 @@ def compile_stage(name: str, shape: Shape, lower: Callable[[], Lowered], rounds:
 
 def collectives(text: str) -> dict[str, tuple[int, int]]:
     """The exchanges between devices in a compiled program: kind -> (bytes of their results, how many)."""
-    found: dict[str, tuple[int, int]] = {}
+    exchanges: dict[str, tuple[int, int]] = {}
     for arrays, kind in _COLLECTIVE.findall(text):
-        size, count = found.get(kind, (0, 0))
-        found[kind] = size + sum(_bytes(*array) for array in _ARRAY.findall(arrays)), count + 1
-    return found
+        size, count = exchanges.get(kind, (0, 0))
+        exchanges[kind] = size + sum(_bytes(*array) for array in _ARRAY.findall(arrays)), count + 1
+    return exchanges
 
 
 def _bytes(dtype: str, shape: str) -> int:

@@ -141,9 +141,9 @@ def spilled(size: float, platform: str) -> float:
     return size if size > fast_memory(platform) else 0.0
 
 
-def largest_shape(config: DecoderConfig, lengths: Lengths, batch_tokens: int) -> Shape:
+def largest_shape(config: DecoderConfig, lengths: Lengths, batch_tokens: int, platform: str) -> Shape:
     """The batch of which one layer's temporaries are the largest."""
-    return max(_batch_shapes(lengths.tokens, batch_tokens), key=lambda shape: layer_temporaries(config, shape, 2, 1, "cpu"))
+    return max(_batch_shapes(lengths.tokens, batch_tokens), key=lambda shape: layer_temporaries(config, shape, 2, 1, platform))
 
 
 def score_stage(
@@ -151,7 +151,7 @@ def score_stage(
 ) -> Stage:
     """Scoring: the target reads all conversations, one batch per device, and its head the counted tokens."""
     shapes = _batch_shapes(lengths.tokens, batch_tokens)
-    largest = largest_shape(config, lengths, batch_tokens)
+    largest = largest_shape(config, lengths, batch_tokens, platform)
     state = largest.rows * largest.length * config.hidden_size * itemsize
     layer = 2 * state + layer_temporaries(config, largest, itemsize, model_shards, platform)  # its output and residual branch
     logits = head_temporaries(config, scoring_block(platform), model_shards, 3, platform)
@@ -180,7 +180,7 @@ def hidden_stage(
 ) -> Stage:
     """Computing hidden states: scoring without the head, on the kept samples; the states are stored as bfloat16."""
     kept, read = retain_ratio * float(lengths.tokens.sum()), len(draft_of(config, recipe, ()).target_layers)
-    largest = largest_shape(config, lengths, batch_tokens)
+    largest = largest_shape(config, lengths, batch_tokens, platform)
     state = largest.rows * largest.length * config.hidden_size * itemsize
     layer = (2 + read) * state + layer_temporaries(config, largest, itemsize, model_shards, platform)
     return Stage(
@@ -243,7 +243,7 @@ def train_stage(
     draft = draft_of(config, recipe, ())
     shapes = _batch_shapes(lengths.tokens, batch_tokens)
     on_device = [Shape(-(-shape.rows // data_shards), shape.length) for shape in shapes]
-    largest = max(on_device, key=lambda shape: layer_temporaries(draft.decoder, shape, 4, 1, "cpu"))
+    largest = max(on_device, key=lambda shape: layer_temporaries(draft.decoder, shape, 4, 1, platform))
     tokens, width = largest.rows * largest.length, config.hidden_size
     embedding = config.vocab_size * width * itemsize / model_shards
     size = draft_params(draft) * 4

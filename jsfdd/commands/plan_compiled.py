@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 def compile_stages(config: PlanConfig, plan: Plan) -> list[Compiled]:
     """Compile the largest batch of each stage for `plan.mesh`."""
     target, mesh = plan.target, plan.mesh
-    read = costs.largest_shape(target, plan.lengths, config.chats.batch_tokens)
+    platform = "tpu" if mesh.devices.flat[0].platform == "tpu" else "gpu"
+    read = costs.largest_shape(target, plan.lengths, config.chats.batch_tokens, platform)
     shards = num_data_shards(mesh)
     trained = Shape(-(-read.rows // shards), read.length)
     recipe = Recipe(draft_kind=config.draft_kind, soft_targets=config.soft_targets, compute_dtype="bfloat16")

@@ -43,13 +43,13 @@ def schedule(text: str, rounds: int = 1) -> list[Step]:
       rounds: of the outermost loops whose rounds are not known when the program is compiled.
     """
     computations, entry = _computations(text)
-    found: list[Step] = []
+    steps: list[Step] = []
 
     def visit(name: str, times: int, is_known: bool) -> None:
         for instruction, line in computations[name]:
             if (body := _BODY.search(line)) and " while(" in line:
                 constant = _rounds(computations[_CONDITION.search(line)[1]])
-                repeats = constant or (rounds if is_known else 1)
+                repeats = constant if constant is not None else rounds if is_known else 1
                 visit(body[1], times * repeats, is_known and constant is not None)
             elif " conditional(" in line:
                 for several, single in _BRANCHES.findall(line):
@@ -60,27 +60,27 @@ def schedule(text: str, rounds: int = 1) -> list[Step]:
             elif (cycles := _CYCLES.search(line)) and int(cycles[1]) < _UNKNOWN:
                 called, result = _NAME.search(line), line.split(" ")[0]
                 expected = times * int(cycles[1])
-                found.append(Step(name, instruction, called[1] if called else "", result, times, expected))
+                steps.append(Step(name, instruction, called[1] if called else "", result, times, expected))
 
     visit(entry, 1, True)
-    return found
+    return steps
 
 
 def _rounds(condition: list[tuple[str, str]]) -> int | None:
     """The constant that a loop's counter is compared with; None if it is compared with something else."""
     compares = any(" compare(" in line and "direction=LT" in line for _, line in condition)
-    constants = [int(found[1]) for _, line in condition if (found := _CONSTANT.match(line))]
+    constants = [int(match[1]) for _, line in condition if (match := _CONSTANT.match(line))]
     return constants[0] if compares and len(constants) == 1 else None
 
 
 def _computations(text: str) -> tuple[dict[str, list[tuple[str, str]]], str]:
     """Each computation's instructions, (name, the rest of the line), and the name of the entry computation."""
-    found: dict[str, list[tuple[str, str]]] = {}
+    computations: dict[str, list[tuple[str, str]]] = {}
     entry, inside = "", None
     for line in text.splitlines():
         if begin := _BEGIN.match(line):
-            inside = found.setdefault(begin[2], [])
+            inside = computations.setdefault(begin[2], [])
             entry = begin[2] if begin[1] else entry
         elif inside is not None and (instruction := _INSTRUCTION.match(line)):
             inside.append((instruction[1], instruction[2]))
-    return found, entry
+    return computations, entry

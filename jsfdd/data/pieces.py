@@ -3,8 +3,8 @@
 Byte-level tokenizers split a text by a pattern and then merge bytes within each part, so what stands left of a border between
 parts has no influence on the tokens to its right, nor the other way round. `_PIECE` cuts only at such borders:
 
-  - before a space behind any other than white space,
-  - behind a letter of ASCII before any other character of ASCII.
+  - before a space that follows anything but white space,
+  - between an ASCII letter and an ASCII character after it that is no letter.
 
 No part of the patterns in `_EVERYTHING` reaches over either, and none looks further than white space. What a piece becomes is
 asked of the library; the twin is the library's encoding of the whole text, with which a test compares. Tokenizers that split by

@@ -164,9 +164,7 @@ def selected(ids: Sequence[str], questions: Iterable[Questions], path: Path) -> 
             present.add(item.id)
     if missing := sorted(wanted - present):
         few = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
-        raise ValueError(
-            f"{path}: {len(missing)} of what it keeps is not asked by these chats: {few}; give the chats that were scored"
-        )
+        raise ValueError(f"{path}: it keeps {len(missing)} that these chats do not ask: {few}; give the chats that were scored")
     return table
 
 

@@ -3,7 +3,7 @@
     y, lse = splash_attention(q, k, v, scale, reach, with_lse=True)     # the equation is attention.quadratic_attention
 
 The kernel keeps a block of queries in a core's memory while their keys come by, so that no logit is ever written out. It skips
-the blocks in which a query sees no key. Which blocks those are must be known when it is compiled: `has_kernel` says whether it
+the blocks in which no query sees a key. Which blocks those are must be known when it is compiled: `has_kernel` says whether it
 can be used, and `attention.sequence_attention` asks. Tests run the kernel on a CPU, interpreted.
 """
 
@@ -90,9 +90,9 @@ def _attend(q, k, v, scale, reach: Reach, with_lse, interpret):
     lse = lse if lse is None else lse.transpose(0, 3, 1, 2)[:, :length]
     if not reach.behind:
         return y, lse
-    # Of queries that see no key the kernel makes a mean of all that it has met.
-    some = (jnp.arange(length) >= reach.behind)[None, :, None, None]
-    return jnp.where(some[..., None], y, 0), lse if lse is None else jnp.where(some, lse, -jnp.inf)
+    # For a query that sees no key the kernel returns a mean of the values that it has met.
+    sees_key = (jnp.arange(length) >= reach.behind)[None, :, None, None]
+    return jnp.where(sees_key[..., None], y, 0), lse if lse is None else jnp.where(sees_key, lse, -jnp.inf)
 
 
 def _kernel(length, block, group, reach: Reach, with_lse, interpret):

@@ -11,7 +11,7 @@ LENGTHS = Lengths(np.full(16, 2048), np.full(16, 1000), "")  # two rows of each 
 
 def planned_bytes(name: str) -> float | None:
     """Bytes of one of eight devices; None of a program that is not SmolLM2's."""
-    assert costs.largest_shape(SMOLLM2, LENGTHS, 4096) == READ
+    assert costs.largest_shape(SMOLLM2, LENGTHS, 4096, "tpu") == READ
     stages = {
         "SmolLM2 score": lambda: costs.score_stage(SMOLLM2, LENGTHS, 4096, 2, 1, "tpu"),
         "SmolLM2 hidden states": lambda: costs.hidden_stage(SMOLLM2, LENGTHS, 4096, 1.0, EAGLE, 2, 1, "tpu"),
