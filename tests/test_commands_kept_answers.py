@@ -243,3 +243,12 @@ def test_a_selection_of_other_chats_or_of_another_target_is_named(inputs, tmp_pa
     write_selection(path, dataclasses.replace(chosen, inputs=chosen.inputs | {"scores": scored}))
     with pytest.raises(ValueError, match="selection.json: made from other inputs .* the target's weights"):
         respond.respond(config_of(inputs, tmp_path / "other", selection=path))
+
+
+def test_what_a_longer_answer_leaves_no_room_for_is_skipped_and_not_called_missing(inputs, tmp_path):
+    begun = config_of(inputs, tmp_path / "begun", max_new_tokens=4, max_length=80, keep_hidden=("random",))
+    respond.respond(begun)
+    path = tmp_path / "selection.json"
+    write_selection(path, select(read_scores(tmp_path / "begun" / "scores.parquet"), 1.0))
+    asked = respond.prepare(config_of(inputs, tmp_path / "later", max_new_tokens=40, max_length=80, selection=path))
+    assert 0 < len(asked.questions) < asked.files[0].read == len(respond.prepare(begun).questions)

@@ -18,6 +18,7 @@ from toy import LAYER_SETTINGS, random_draft, toy_config
 from jsfdd.models.architecture import Rope
 from jsfdd.models.draft import draft_config
 from jsfdd.weights.card import Provenance, Serving
+from jsfdd.weights.draft import load_draft
 from jsfdd.weights.eagle import read_draft
 from jsfdd.weights.export import write_draft
 from jsfdd.weights.flavours import check_flavour
@@ -437,3 +438,26 @@ def test_a_damaged_list_of_tokens_is_named(tmp_path, content, message):
     (tmp_path / "draft" / "draft_vocabulary.json").write_text(content)
     with pytest.raises(ValueError, match=message):
         read_draft(tmp_path / "draft")
+
+
+def test_a_list_of_tokens_that_is_lost_or_a_pointer_is_named_and_one_of_all_is_none(tmp_path):
+    config, params = a_draft()
+    written(tmp_path / "draft", "vllm", (config, params))
+    path = tmp_path / "draft" / "draft_vocabulary.json"
+    path.write_text(json.dumps(list(range(config.decoder.vocab_size))))
+    assert read_draft(tmp_path / "draft").config == config
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 9\n")
+    with pytest.raises(ValueError, match="draft_vocabulary.json.*LFS"):
+        read_draft(tmp_path / "draft")
+    path.unlink()
+    path.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="draft_vocabulary.json"):
+        read_draft(tmp_path / "draft")
+
+
+def test_a_directory_of_the_packaged_drafts_name_is_what_it_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_draft("smollm2").config.decoder.hidden_size == 576
+    config, params = a_draft()
+    written(tmp_path / "smollm2", "vllm", (config, params))
+    assert load_draft("smollm2").config == load_draft(tmp_path / "smollm2").config == config

@@ -32,7 +32,7 @@ class ExportConfig:
 
     export: ExportOptions = ExportOptions()
     draft: Path
-    """A training run's directory, its checkpoints/, or an exported draft."""
+    """A training run's directory, its checkpoints/, an exported draft, or `smollm2` (the packaged draft of that target)."""
     out: Path
     """Directory to write. It must not exist yet."""
     target: OptionalText = None

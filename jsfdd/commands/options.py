@@ -299,8 +299,8 @@ class ExportOptions:
     """The format of exported drafts."""
 
     flavour: Flavour | Literal["none"] = "vllm"
-    """The layout of exported drafts. With `none`, `jsfdd run` leaves them as checkpoints, which every command of jsfdd reads:
-    an EAGLE-1/2 draft with --draft-vocab has no other layout."""
+    """The layout of exported drafts. With `none`, `jsfdd run` leaves them as checkpoints, which every command of jsfdd
+    reads."""
     export_dtype: ExportDtype = "keep"
     """Dtype of exported tensors. `keep` writes them as they are; training makes them float32."""
 

@@ -102,7 +102,7 @@ class RespondConfig:
     """File of chats to write; its name must end in .jsonl. An interrupted run continues from FILE.parts."""
     selection: OptionalPath = None
     """selection.json, made from scores of the same chats, such as those of their first 32 tokens of answer (--max-new-tokens 32
-    --keep-hidden random). Answer only what it keeps."""
+    --keep-hidden random). Answer only the chats whose ids it keeps; their texts are not compared."""
     turns: Literal["all", "first"] = "all"
     """Answer every turn of the user, after the target's answers to the earlier turns, or only the first turn."""
     max_length: int = ChatOptions.max_length
@@ -211,6 +211,7 @@ def prepare(config: RespondConfig) -> Prepared:
     if config.keep_hidden:
         check_free(config.out)
     expand_names(config.data)  # a wrong name should not even cost the target's tokenizer
+    selection = None if config.selection is None else read_selection(config.selection)
     target = describe_target(config.model)
     team = one_team(config.drafts, target.config.num_layers)
     for name, draft in team.drafts.items():
@@ -234,9 +235,9 @@ def prepare(config: RespondConfig) -> Prepared:
     if is_primary():
         show_counts(files, read.notes())
     check_too_many_skipped(files, read.skipped.first | summary.first, share_of("--max-skipped", config.max_skipped))
-    selection = None if config.selection is None else read_selection(config.selection)
     if selection is not None:
-        questions = selected(selection.ids, questions, config.selection)
+        skipped = {name for names in summary.skipped.values() for name in names}  # they are counted above
+        questions = selected(set(selection.ids) - skipped, questions, config.selection)
     return Prepared(questions, selection, files, team, setup, longest_prompt, state_bytes)
 
 

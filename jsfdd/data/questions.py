@@ -13,7 +13,7 @@ import json
 import tempfile
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -155,14 +155,14 @@ def prompt_of(
     return render_prompt(tokenizer, [*messages, *turns[len(answers)]], tools)
 
 
-def selected(ids: Sequence[str], questions: Iterable[Questions], path: Path) -> QuestionTable:
+def selected(ids: Set[str], questions: Iterable[Questions], path: Path) -> QuestionTable:
     """The questions of these ids, in the order of the chats. ValueError names `path` and those that are not among them."""
-    wanted, table, present = set(ids), QuestionTable(), set()
+    table, present = QuestionTable(), set()
     for item in questions:
-        if item.id in wanted:
+        if item.id in ids:
             table.append(item)
             present.add(item.id)
-    if missing := sorted(wanted - present):
+    if missing := sorted(ids - present):
         few = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
         raise ValueError(f"{path}: it keeps {len(missing)} that these chats do not ask: {few}; give the chats that were scored")
     return table

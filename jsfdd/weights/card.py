@@ -87,7 +87,7 @@ def model_card(name: str, config: DraftConfig, flavour: Flavour, dtype: str, ser
         about,
         "## Serving",
         *_serving(name, config.kind, flavour, serving),
-        _token_map(config, flavour),
+        _token_map(name, config, flavour, measured=bool(provenance.reports)),
         "## Acceptance",
         *_acceptance(provenance.reports, flavour),
         "## Training data",
@@ -139,22 +139,21 @@ def _serving(name: str, kind: DraftKind, flavour: Flavour, serving: Serving) -> 
     return [f"```{language}\n{code}\n```", *([note] if note else [])]
 
 
-def _token_map(config: DraftConfig, flavour: Flavour) -> str:
+def _token_map(name: str, config: DraftConfig, flavour: Flavour, measured: bool) -> str:
     """What an engine does with an EAGLE-1/2 draft that was trained to propose few tokens."""
     from jsfdd.weights.draft_vocabulary import VOCABULARY_FILE
 
     if config.kind == "eagle3" or not config.vocabulary:
         return ""
     if flavour == "sglang":
-        convert = f"torch.save(json.load(open({VOCABULARY_FILE!r})), 'token_map.pt')"
+        convert = f"torch.save(json.load(open('./{name}/{VOCABULARY_FILE}')), './{name}/token_map.pt')"
         return (
-            f"With `--speculative-token-map token_map.pt` it proposes those of {VOCABULARY_FILE} alone, which saves most of "
-            f'the head\'s product. Make the map once: `python -c "import json, torch; {convert}"`. Without it, it proposes all.'
+            f"With `--speculative-token-map ./{name}/token_map.pt` it proposes those of {VOCABULARY_FILE} alone, which saves "
+            f'most of the head\'s product. Make the map once: `python -c "import json, torch; {convert}"`. Without it '
+            "all tokens are proposed."
         )
-    return (
-        f"This engine reads no {VOCABULARY_FILE}: it takes the target's whole head and lets the draft propose all tokens. The "
-        "acceptance below was measured with those tokens alone."
-    )
+    whole = f"This engine reads no {VOCABULARY_FILE}: it takes the target's whole head and lets the draft propose all tokens."
+    return f"{whole} The acceptance below was measured with those tokens alone." if measured else whole
 
 
 def _vllm(target: str, draft: str, kind: DraftKind, serving: Serving) -> tuple[str, str, str]:

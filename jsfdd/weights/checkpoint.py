@@ -204,7 +204,9 @@ def read_trained_draft(path: str | Path) -> Draft:
     places = [path / name for name in (BEST, DIRECTORY) if any((path / name).glob("[0-9]*"))]
     directory = places[0] if places else path / DIRECTORY if (path / DIRECTORY).is_dir() else path
     if not directory.is_dir():
-        raise FileNotFoundError(f"{path}: no such directory; give the --out of `jsfdd train` or the checkpoints/ in it")
+        raise FileNotFoundError(
+            f"{path}: no such directory; give the --out of `jsfdd train`, the checkpoints/ in it, an exported draft, or smollm2"
+        )
     with ocp.CheckpointManager(directory.absolute(), options=ocp.CheckpointManagerOptions(create=False)) as checkpoints:
         step = checkpoints.latest_step()
         if step is None:

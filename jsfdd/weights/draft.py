@@ -16,15 +16,15 @@ def load_draft(path: str | Path, num_layers: int | None = None) -> Draft:
 
     Args:
       path: a directory from `jsfdd export` or another project. Or the `--out` of `jsfdd train`: the draft with the best τ if
-        the run probed, else the last one. Or the checkpoints/ in it: always the last draft. Or "smollm2": the draft of the
-        demo's model that comes with jsfdd (experiments/031_packaged_draft).
+        the run probed, else the last one. Or the checkpoints/ in it: always the last draft. Or "smollm2", if
+        there is no such directory: the draft of the demo's model that comes with jsfdd (experiments/031_packaged_draft).
       num_layers: the target's, for an EAGLE-3 draft from another project whose files do not name the layers that it reads.
 
     Raises:
       FileNotFoundError: there is no draft, or only pickled weights, which are never read.
       ValueError: the files are damaged, or this version does not support them; the message names the reason.
     """
-    if str(path) == "smollm2":
+    if str(path) == "smollm2" and not Path(path).is_dir():
         path = Path(str(files("jsfdd.data.demo"))) / "smollm2-draft"
     return read_draft(path, num_layers) if is_exported(path) else read_trained_draft(path)
 

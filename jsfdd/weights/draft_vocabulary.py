@@ -19,6 +19,7 @@ from safetensors import safe_open
 
 from jsfdd.base.files import read_json
 from jsfdd.models.draft import DraftConfig, allowed_tokens
+from jsfdd.weights.huggingface_config import check_no_pointer
 from jsfdd.weights.layout import Source
 
 VOCABULARY_FILE = "draft_vocabulary.json"
@@ -88,8 +89,9 @@ def read_vocabulary_file(directory: Path, size: int) -> tuple[int, ...]:
       ValueError: the file is damaged, or not an ascending list of tokens; it names the first that is wrong.
     """
     path = directory / VOCABULARY_FILE
-    if not path.exists():
+    if not path.exists() and not path.is_symlink():  # a link that leads nowhere is a lost file
         return ()
+    check_no_pointer(path)
     tokens = read_json(path, list, remedy=_REMEDY)
     if not tokens:
         raise ValueError(f"{path}: an empty list: a draft that could propose no token; {_REMEDY}")
@@ -99,7 +101,7 @@ def read_vocabulary_file(directory: Path, size: int) -> tuple[int, ...]:
     for number, (before, token) in enumerate(itertools.pairwise(tokens), 1):
         if token <= before:
             raise ValueError(f"{path}: entry {number} is {token}, after {before}: tokens must ascend; {_REMEDY}")
-    return tuple(tokens)
+    return () if len(tokens) == size else tuple(tokens)
 
 
 def _whole(source: Source, name: str, size: int) -> np.ndarray:
